@@ -1,0 +1,1 @@
+"""Runnable examples; each folder is one, reachable from the installed package as `lipass.examples`."""

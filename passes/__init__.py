@@ -1,0 +1,1 @@
+"""Graph passes: FX graphs in, FX graphs out."""
