@@ -1,0 +1,65 @@
+# Every target sets up .venv first; nothing is installed outside of it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The environment is rebuilt when what it is made from changes, and only then.
+INPUTS := pyproject.toml setup.py constraints.txt
+READY := $(VENV)/ready-$(shell cat $(INPUTS) | cksum | cut -d' ' -f1)
+PYTEST := $(BIN)/python -m pytest
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-full test test-gpu lint types accept bench dump gpu-day sizes clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY) ## create .venv with the tested versions (all targets do this by themselves)
+
+$(READY): $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lipass needs Python >= 3.11, got " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@rm -f $(VENV)/ready-* && touch $@
+
+demo: $(READY) ## the main job: roll out TinyWorld with four presets, write demo/report.html
+	$(BIN)/lipass demo $(ARGS)
+
+demo-full: $(READY) ## all trajectories, regimes and presets
+	$(BIN)/lipass demo --full $(ARGS)
+
+test: $(READY) ## tests that need no GPU
+	$(PYTEST) -m 'not needs_gpu' $(ARGS)
+
+test-gpu: $(READY) ## tests that need a GPU
+	$(PYTEST) -m needs_gpu $(ARGS)
+
+lint: $(READY) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## mypy, on a tree where the folders stand under their import names
+	@rm -rf build/tree && mkdir -p build/tree/lipass
+	@ln -s $(CURDIR)/lipass/* $(CURDIR)/passes $(CURDIR)/kernels $(CURDIR)/examples build/tree/lipass/
+	cd build/tree && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lipass
+
+accept: $(READY) ## rewrite the golden graphs; review the diff like code
+	EXPECTTEST_ACCEPT=1 $(PYTEST) -m 'not needs_gpu' tests/passes tests/examples $(ARGS)
+
+bench: $(READY) ## kernels against dense attention, after their tests (OP=block_sparse)
+	$(BIN)/python -m benchmarks.run $(or $(OP),block_sparse) $(ARGS)
+
+dump: $(READY) ## numbered graphs and diffs of a script in build/dump (EX=examples/x.py)
+	@test -n "$(EX)" || { echo "make dump needs a script, got none; run make dump EX=examples/x.py"; exit 2; }
+	LIPASS_DUMP=build/dump $(BIN)/python $(EX)
+
+gpu-day: $(READY) ## everything worth running on a machine with a GPU
+	$(MAKE) test-gpu
+	$(MAKE) bench
+	$(MAKE) demo-full
+
+sizes: ## lines per file, longest first
+	@git ls-files '*.py' | xargs wc -l | sort -rn | head -n 30
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist demo *.egg-info
