@@ -1,1 +1,35 @@
-"""Kernels: tensors in, tensors out."""
+"""Expose the kernels lazily, so that importing them loads neither Triton nor any layer above."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+if __name__ != "lipass.kernels":
+    raise ImportError(
+        f"this package must be imported as lipass.kernels, got {__name__!r}; install the project "
+        "(pip install -e .) and use `import lipass.kernels`"
+    )
+
+_HOME = {
+    "BlockGrid": "plan",
+    "BlockPlan": "plan",
+    "KvLayout": "plan",
+    "Segment": "plan",
+    "block_sparse_attention": "block_sparse.api",
+    "merge_partials": "block_sparse.api",
+    "pool_blocks": "pool.api",
+    "select_blocks": "select.api",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *globals()]

@@ -1,0 +1,1 @@
+"""Attend over the key blocks that a plan names."""

@@ -1,0 +1,76 @@
+"""Define block-sparse attention, one query block at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lipass.kernels.plan import BlockPlan
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend each query block to the keys of the blocks it visits, in fp32.
+
+    ```text
+    keys(n)  = tokens of blocks indices[n, :counts[n]] that exist and are kept
+    s        = scale * q @ k[keys].T + key_bias[keys]
+    out, lse = softmax(s) @ v[keys], logsumexp(s)
+    ```
+
+    A query that sees no key gives 0 and lse `-inf`.
+
+    Args:
+        q: queries `[B, H, Lq, D]`.
+        k: keys `[B, H, Lk, D]`.
+        v: values `[B, H, Lk, D]`.
+        plan: which key blocks each query block visits.
+        scale: factor on the scores.
+        key_bias: added to the scores of a key, `[B or 1, Lk]`, or None.
+
+    Returns:
+        Output `[B, H, Lq, D]` in `q.dtype` and log-sum-exp (base e) `[B, H, Lq]` fp32.
+    """
+    batch, heads, _, _ = q.shape
+    out = torch.zeros_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+    q_index, k_index = plan.q_grid.token_index(q.device), plan.kv.token_index(q.device)
+    for b in range(batch):
+        for h in range(heads):
+            for n, rows in enumerate(q_index):
+                rows = rows[rows >= 0]
+                visited = plan.indices[b, h, n, : int(plan.counts[b, h, n])].long()
+                keys = k_index[visited].flatten()
+                keys = keys[keys >= 0]
+                if plan.key_keep is not None:
+                    keys = keys[plan.key_keep[b, keys]]
+                if keys.numel() == 0:
+                    continue
+                score = scale * (q[b, h, rows].float() @ k[b, h, keys].float().mT)
+                if key_bias is not None:
+                    score = score + key_bias[b % key_bias.shape[0], keys]
+                out[b, h, rows] = score.softmax(-1) @ v[b, h, keys].float()
+                lse[b, h, rows] = score.logsumexp(-1)
+    return out.to(q.dtype), lse
+
+
+def merge_partials(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Combine attention over disjoint key sets into attention over their union.
+
+    Args:
+        outputs: partial outputs `[B, H, Lq, D]`.
+        lses: their log-sum-exps `[B, H, Lq]`, base e; `-inf` where no key was seen.
+
+    Returns:
+        Output in the dtype of the first partial, and log-sum-exp fp32.
+    """
+    stacked = torch.stack([lse.float() for lse in lses])
+    total = stacked.logsumexp(0)
+    # Where no partial saw a key the total is -inf and -inf - -inf would be nan.
+    weight = (stacked - total.masked_fill(total == -math.inf, 0.0)).exp()
+    merged = sum(w[..., None] * out.float() for w, out in zip(weight, outputs, strict=True))
+    assert isinstance(merged, Tensor)
+    return merged.to(outputs[0].dtype), total

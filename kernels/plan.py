@@ -1,0 +1,291 @@
+"""Say how tokens fall into tiles and which tiles attend to which: the only place that knows.
+
+Alphabet: `B` batch, `H` heads, `L` tokens (`Lq`, `Lk`), `D` head dim, `N` blocks (`Nq`, `Nk`),
+`S` selected blocks, `T, Y, X` latent grid, `t, y, x` tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROLES = ("text", "history", "current")
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """Cut a latent grid of tokens, row-major over `(T, Y, X)`, into tiles of `(t, y, x)` tokens.
+
+    Blocks are numbered row-major over `block_shape`, slots row-major inside a tile. Tiles at the
+    end of an axis may hang over the grid; their slots outside it hold no token.
+    """
+
+    grid: Triple
+    """Tokens along each axis `(T, Y, X)`; text of `L` tokens is `(1, 1, L)`."""
+    tile: Triple
+    """Slots of one tile along each axis `(t, y, x)`."""
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 3 or min(self.grid) < 0:
+            raise ValueError(
+                f"grid must be three token counts (T, Y, X), got {self.grid}; text is (1, 1, L)"
+            )
+        if len(self.tile) != 3 or min(self.tile) < 1:
+            raise ValueError(
+                f"tile must be three positive sizes (t, y, x), got {self.tile}; try (4, 4, 4)"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that exist, `L`."""
+        return math.prod(self.grid)
+
+    @property
+    def block_shape(self) -> Triple:
+        """Tiles along each axis; all zero if the grid is empty."""
+        if self.tokens == 0:
+            return (0, 0, 0)
+        nt, ny, nx = (-(-size // step) for size, step in zip(self.grid, self.tile, strict=True))
+        return (nt, ny, nx)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, `N`."""
+        return math.prod(self.block_shape)
+
+    @property
+    def block_tokens(self) -> int:
+        """Slots of one block, existing or not."""
+        return math.prod(self.tile)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot of every block holds a token."""
+        return self.blocks * self.block_tokens == self.tokens
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether tile-major order is row-major order, so that tiling is a view."""
+        (_, grid_y, grid_x), (tile_t, tile_y, tile_x) = self.grid, self.tile
+        if not self.is_full:
+            return False
+        rows_whole = tile_x == grid_x or (tile_t == 1 and tile_y == 1)
+        frames_whole = tile_y == grid_y or tile_t == 1
+        return rows_whole and frames_whole
+
+    def token_index(self, device: torch.device | str = "cpu") -> Tensor:
+        """Token of each slot, `[N, block_tokens]` int64; `-1` marks slots outside the grid."""
+        return _token_index(self, torch.device(device))
+
+    def valid(self, device: torch.device | str = "cpu") -> Tensor:
+        """Whether a slot holds a token, `[N, block_tokens]` bool."""
+        return _valid(self, torch.device(device))
+
+    def lengths(self, device: torch.device | str = "cpu") -> Tensor:
+        """Tokens in each block, `[N]` int64."""
+        return self.valid(device).sum(-1)
+
+    def block_of_token(self, device: torch.device | str = "cpu") -> Tensor:
+        """Block that holds each token, `[L]` int64."""
+        return _block_of_token(self, torch.device(device))
+
+    def slot_of_token(self, device: torch.device | str = "cpu") -> Tensor:
+        """Position of each token in tile-major order, `[L]` int64: `block * block_tokens + slot`."""
+        return _slot_of_token(self, torch.device(device))
+
+    def neighbours(self, device: torch.device | str = "cpu") -> Tensor:
+        """Whether two blocks are at most one tile apart (Manhattan), `[N, N]` bool."""
+        return _neighbours(self, torch.device(device))
+
+    def first_latents(self, latents: int, device: torch.device | str = "cpu") -> Tensor:
+        """Whether a block holds any of the first `latents` latent frames, `[N]` bool."""
+        return self._block_t(device) * self.tile[0] < latents
+
+    def blocks_with(self, keep_frames: Tensor) -> Tensor:
+        """Whether a block holds any kept frame, `[B, N]` bool from `keep_frames` `[B, T]`."""
+        block_t, per_layer = self.block_shape[0], math.prod(self.block_shape[1:])
+        pad = block_t * self.tile[0] - self.grid[0]
+        frames = torch.nn.functional.pad(keep_frames, (0, pad), value=False)
+        return frames.unflatten(1, (block_t, self.tile[0])).any(-1).repeat_interleave(per_layer, 1)
+
+    def _block_t(self, device: torch.device | str) -> Tensor:
+        per_layer = max(math.prod(self.block_shape[1:]), 1)
+        return torch.arange(self.blocks, device=device) // per_layer
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Name a run of keys that shares one grid."""
+
+    role: str
+    """`"text"`, `"history"` or `"current"`."""
+    grid: BlockGrid
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {self.role!r}")
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """Order the key segments; blocks are numbered over the segments and never span two."""
+
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        if len({segment.grid.block_tokens for segment in self.segments}) != 1:
+            tiles = [segment.grid.tile for segment in self.segments]
+            raise ValueError(
+                f"all segments must have the same tile volume, got tiles {tiles}; "
+                "build the layout with KvLayout.build"
+            )
+
+    @staticmethod
+    def build(roles: tuple[str, ...], grids: tuple[Triple, ...], tile: Triple) -> KvLayout:
+        """Tile each segment by `tile`, and text by as many tokens in a row."""
+        if len(roles) != len(grids):
+            raise ValueError(
+                f"each key segment needs a role and a grid, got roles {roles} and grids {grids}"
+            )
+        text_tile = (1, 1, math.prod(tile))
+        return KvLayout(
+            tuple(
+                Segment(role, BlockGrid(grid, text_tile if role == "text" else tile))
+                for role, grid in zip(roles, grids, strict=True)
+            )
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Keys over all segments, `Lk`."""
+        return sum(segment.grid.tokens for segment in self.segments)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks over all segments, `Nk`."""
+        return sum(segment.grid.blocks for segment in self.segments)
+
+    @property
+    def block_tokens(self) -> int:
+        """Slots of one block, the same in every segment."""
+        return self.segments[0].grid.block_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot of every block holds a token."""
+        return all(segment.grid.is_full for segment in self.segments)
+
+    def block_range(self, segment: int) -> range:
+        """Block ids of a segment."""
+        start = sum(other.grid.blocks for other in self.segments[:segment])
+        return range(start, start + self.segments[segment].grid.blocks)
+
+    def token_range(self, segment: int) -> range:
+        """Key positions of a segment."""
+        start = sum(other.grid.tokens for other in self.segments[:segment])
+        return range(start, start + self.segments[segment].grid.tokens)
+
+    def token_index(self, device: torch.device | str = "cpu") -> Tensor:
+        """Key of each slot, `[Nk, block_tokens]` int64; `-1` marks slots without a token."""
+        return _layout_token_index(self, torch.device(device))
+
+    def block_of_token(self, device: torch.device | str = "cpu") -> Tensor:
+        """Block that holds each key, `[Lk]` int64."""
+        return _layout_block_of_token(self, torch.device(device))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Say which key blocks each query block visits. Lives on the device; never read back."""
+
+    indices: Tensor
+    """Key blocks in ascending order, `[B, H, Nq, S]` int32; `-1` pads beyond `counts`."""
+    counts: Tensor
+    """How many of the `S` entries count, `[B, H, Nq]` int32."""
+    q_grid: BlockGrid
+    kv: KvLayout
+    key_keep: Tensor | None = None
+    """`[B, Lk]` bool; False masks a key inside a visited block (a dropped frame in its tile)."""
+    uniform: bool = False
+    """Whether the host knows that every count equals `S`."""
+    shared_segments: tuple[int, ...] = ()
+    """Segments that every query block is known to visit whole."""
+
+    def to_dense_mask(self) -> Tensor:
+        """Element mask that dense attention would need, `[B, H, Lq, Lk]` bool. For tests."""
+        device, blocks = self.indices.device, self.kv.blocks
+        entry = torch.arange(self.indices.shape[-1], device=device)
+        column = torch.where(entry < self.counts[..., None], self.indices.long(), blocks)
+        visited = torch.zeros(*self.indices.shape[:3], blocks + 1, dtype=torch.bool, device=device)
+        visited = visited.scatter(-1, column, True)[..., :blocks]
+        mask = visited[:, :, self.q_grid.block_of_token(device)]
+        mask = mask[..., self.kv.block_of_token(device)]
+        return mask if self.key_keep is None else mask & self.key_keep[:, None, None]
+
+    def density(self) -> Tensor:
+        """Share of block pairs that are visited, a 0-d tensor on the device."""
+        return self.counts.float().mean() / max(self.kv.blocks, 1)
+
+
+@functools.lru_cache(maxsize=512)
+def _token_index(grid: BlockGrid, device: torch.device) -> Tensor:
+    (size_t, size_y, size_x), (tile_t, tile_y, tile_x) = grid.grid, grid.tile
+    block_t, block_y, block_x = grid.block_shape
+    at_t = torch.arange(block_t * tile_t, device=device).view(block_t, 1, 1, tile_t, 1, 1)
+    at_y = torch.arange(block_y * tile_y, device=device).view(1, block_y, 1, 1, tile_y, 1)
+    at_x = torch.arange(block_x * tile_x, device=device).view(1, 1, block_x, 1, 1, tile_x)
+    token = (at_t * size_y + at_y) * size_x + at_x
+    inside = (at_t < size_t) & (at_y < size_y) & (at_x < size_x)
+    return torch.where(inside, token, -1).reshape(grid.blocks, grid.block_tokens)
+
+
+@functools.lru_cache(maxsize=512)
+def _valid(grid: BlockGrid, device: torch.device) -> Tensor:
+    return _token_index(grid, device) >= 0
+
+
+@functools.lru_cache(maxsize=512)
+def _slot_of_token(grid: BlockGrid, device: torch.device) -> Tensor:
+    index = _token_index(grid, device).flatten()
+    slot = torch.arange(index.numel(), device=device)
+    # Slots without a token write to one place past the end, which is cut off.
+    target = torch.where(index < 0, grid.tokens, index)
+    return torch.empty(grid.tokens + 1, dtype=torch.int64, device=device).scatter(
+        0, target, slot
+    )[: grid.tokens]
+
+
+@functools.lru_cache(maxsize=512)
+def _block_of_token(grid: BlockGrid, device: torch.device) -> Tensor:
+    return _slot_of_token(grid, device) // grid.block_tokens
+
+
+@functools.lru_cache(maxsize=512)
+def _neighbours(grid: BlockGrid, device: torch.device) -> Tensor:
+    axes = [torch.arange(size, device=device) for size in grid.block_shape]
+    position = torch.cartesian_prod(*axes) if grid.blocks else torch.zeros(0, 3, device=device)
+    return (position[:, None] - position[None]).abs().sum(-1) <= 1
+
+
+@functools.lru_cache(maxsize=512)
+def _layout_token_index(layout: KvLayout, device: torch.device) -> Tensor:
+    parts = []
+    for number, segment in enumerate(layout.segments):
+        index = segment.grid.token_index(device)
+        parts.append(torch.where(index < 0, -1, index + layout.token_range(number).start))
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=512)
+def _layout_block_of_token(layout: KvLayout, device: torch.device) -> Tensor:
+    return torch.cat(
+        [
+            segment.grid.block_of_token(device) + layout.block_range(number).start
+            for number, segment in enumerate(layout.segments)
+        ]
+    )

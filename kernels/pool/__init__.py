@@ -1,0 +1,1 @@
+"""Pool tokens into one mean per block: what block selection ranks."""

@@ -1,0 +1,156 @@
+"""Choose a provider for each kernel call, and count per site what ran and why.
+
+A provider is one implementation of an operation. It answers `why_not(...)` with the reason why it
+cannot take a call, or None. Counting never reads a device tensor before `telemetry()` is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Route = Literal["sparse", "dense"]
+
+# Best first. Modules are imported when they are asked, so that Triton loads only where it can run.
+PROVIDERS = ("triton", "cpu", "reference")
+_DEVICES = {"triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+
+_route: contextvars.ContextVar[Route | None] = contextvars.ContextVar("route", default=None)
+_sites: dict[str, SiteCounts] = {}
+
+
+@dataclass
+class SiteCounts:
+    """What happened at one attention site since the last reset."""
+
+    site: str
+    role: str = ""
+    calls: int = 0
+    sparse_calls: int = 0
+    dense_calls: int = 0
+    provider: str = ""
+    """Implementation of the latest call; `"sdpa"` where it was dense."""
+    reason: str = ""
+    """Why the latest dense call was kept dense; empty if there was none."""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """Calls per reason for which a provider refused, `"provider: reason"`."""
+    visited_blocks: int = 0
+    """Block pairs visited, over batch, heads and query blocks; dense calls count all pairs."""
+    total_blocks: int = 0
+    dropped_latents: int = 0
+    """Latent frames that `keep_frames` took out, summed over calls."""
+    pending: list[Tensor] = field(default_factory=list, repr=False)
+    """Device sums of visited blocks not read yet."""
+
+    @property
+    def density(self) -> float:
+        """Share of block pairs that were visited."""
+        return self.visited_blocks / max(self.total_blocks, 1)
+
+
+@contextlib.contextmanager
+def force(route: Route | None) -> Iterator[None]:
+    """Bypass the cost gate inside the block: `"sparse"` or `"dense"`; None leaves it in charge."""
+    if route not in ("sparse", "dense", None):
+        raise ValueError(f"route must be 'sparse', 'dense' or None, got {route!r}")
+    token = _route.set(route)
+    try:
+        yield
+    finally:
+        _route.reset(token)
+
+
+def forced_route() -> Route | None:
+    """Return the route that `force` asks for."""
+    return _route.get()
+
+
+def providers_for(operation: str, device: torch.device) -> list[tuple[str, ModuleType]]:
+    """List the providers of an operation that know the device, best first."""
+    return [
+        (name, load_provider(operation, name))
+        for name in PROVIDERS
+        if device.type in _DEVICES[name] and _installed(operation, name)
+    ]
+
+
+def load_provider(operation: str, name: str) -> ModuleType:
+    """Import one implementation of an operation.
+
+    Raises:
+        ValueError: if there is no provider of that name.
+    """
+    if name not in PROVIDERS:
+        raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, got {name!r}")
+    return importlib.import_module(f"lipass.kernels.{operation}.{name}")
+
+
+def record_refusal(site: str, provider: str, reason: str) -> None:
+    """Count that a provider refused a call; the first time it is logged."""
+    counts = _counts(site)
+    line = f"{provider}: {reason}"
+    if line not in counts.refusals:
+        log.info("%s: provider %s refused: %s", site or "attention", provider, reason)
+    counts.refusals[line] = counts.refusals.get(line, 0) + 1
+
+
+def record_call(
+    site: str,
+    *,
+    role: str,
+    provider: str,
+    visited: int | Tensor,
+    total: int,
+    kept_dense: str = "",
+    dropped_latents: int = 0,
+) -> None:
+    """Count one call; `kept_dense` is the reason if dense attention ran instead."""
+    counts = _counts(site)
+    counts.role = role
+    counts.calls += 1
+    counts.provider = provider
+    counts.total_blocks += total
+    counts.dropped_latents += dropped_latents
+    if isinstance(visited, Tensor):
+        counts.pending.append(visited)
+    else:
+        counts.visited_blocks += visited
+    if not kept_dense:
+        counts.sparse_calls += 1
+        return
+    if counts.dense_calls == 0:
+        log.info("%s: kept dense: %s", site or "attention", kept_dense)
+    counts.dense_calls += 1
+    counts.reason = kept_dense
+
+
+def telemetry() -> dict[str, SiteCounts]:
+    """Return the counts per site. Reads the pending device sums, so not for the hot loop."""
+    for counts in _sites.values():
+        counts.visited_blocks += sum(int(part) for part in counts.pending)
+        counts.pending.clear()
+    return dict(_sites)
+
+
+def reset_telemetry() -> None:
+    """Forget all counts."""
+    _sites.clear()
+
+
+def _counts(site: str) -> SiteCounts:
+    return _sites.setdefault(site, SiteCounts(site))
+
+
+def _installed(operation: str, name: str) -> bool:
+    return importlib.util.find_spec(f"lipass.kernels.{operation}.{name}") is not None

@@ -1,0 +1,1 @@
+"""Select the key blocks that each query block visits."""

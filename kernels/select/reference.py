@@ -1,0 +1,72 @@
+"""Define block selection, one query block at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lipass.kernels.plan import BlockGrid, KvLayout
+
+
+def select_blocks(
+    q_mean: Tensor,
+    k_mean: Tensor,
+    layout: KvLayout,
+    q_grid: BlockGrid,
+    *,
+    budget: float,
+    scale: float,
+    role: str,
+    sink_latents: int,
+    keep_frames: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose key blocks for each query block; `lipass.kernels.select.api` states the contract.
+
+    ```text
+    candidates = history blocks (decode) or current blocks (prefill)
+    protected  = blocks with a sink frame; in prefill also blocks one tile away or less
+    wanted(q)  = |protected(q)| + ceil(budget * |candidates - protected(q)|)
+    visit(q)   = all other segments + protected(q) + the best scores up to max over q of wanted
+    ```
+
+    Blocks without a kept frame are no candidates. A query block without one visits itself.
+    """
+    batch, heads, q_blocks, _ = q_mean.shape
+    candidate_role = "history" if role == "decode" else "current"
+    found = [n for n, segment in enumerate(layout.segments) if segment.role == candidate_role]
+    candidates = layout.block_range(found[0]) if found else range(0)
+    always = [block for block in range(layout.blocks) if block not in candidates]
+    grid = layout.segments[found[0]].grid if found else BlockGrid((0, 0, 0), q_grid.tile)
+    near = grid.neighbours() if role == "prefill" else torch.zeros(q_blocks, grid.blocks).bool()
+    sink = grid.first_latents(sink_latents)
+
+    chosen: list[list[int]] = []
+    for b in range(batch):
+        alive = torch.ones(grid.blocks, dtype=torch.bool)
+        if keep_frames is not None:
+            alive = grid.blocks_with(keep_frames.cpu())[b]
+        asks = [q for q in range(q_blocks) if role == "decode" or bool(alive[q])]
+        wanted = 0
+        for q in asks:
+            protected = (near[q] | sink) & alive
+            rest = int(alive.sum() - protected.sum())
+            wanted = max(wanted, int(protected.sum()) + math.ceil(budget * rest - 1e-6))
+        for h in range(heads):
+            score = (q_mean[b, h].float() @ k_mean[b, h].float().mT).cpu() * scale
+            for q in range(q_blocks):
+                if q not in asks:
+                    chosen.append(sorted([*always, candidates[q]]))
+                    continue
+                rank = score[q].masked_fill((near[q] | sink), math.inf)
+                rank = rank.masked_fill(~alive, -math.inf)
+                best = rank.argsort(descending=True, stable=True)[:wanted].tolist()
+                chosen.append(sorted([*always, *(candidates[k] for k in best)]))
+
+    width = max((len(row) for row in chosen), default=0)
+    padded = [row + [-1] * (width - len(row)) for row in chosen]
+    shape = (batch, heads, q_blocks)
+    indices = torch.tensor(padded, dtype=torch.int32, device=q_mean.device)
+    counts = torch.tensor([len(row) for row in chosen], dtype=torch.int32, device=q_mean.device)
+    return indices.view(*shape, width), counts.view(shape)
