@@ -1,7 +1,7 @@
 """Turn a preset and flat options into one comparable, frozen Config; say what is wrong with them.
 
-All defaults live in `PRESETS`, one entry per preset; the dataclasses below have none. Options are
-plain data (str, bool, int, float, tuples), so that `torch.compile(options=...)` can compare them.
+The dataclasses have no defaults: those live in `lipass.presets`. Options are plain data (str, bool,
+int, float, tuples), so that `torch.compile(options=...)` can compare them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from lipass.presets import ADAPTIVE, PRESETS, REFERENCE
 
 INNERS = ("inductor", "aot_eager", "eager")
 POLICY_MODES = ("adaptive", "reference")
@@ -215,7 +217,7 @@ class Config:
     steps: StepOptions | None
 
     def __post_init__(self) -> None:
-        _check_choice("preset", self.preset, tuple(PRESET_NAMES))
+        _check_choice("preset", self.preset, tuple(PRESETS))
         _check_choice("inner", self.inner, INNERS)
         if self.context is not None and self.steps is not None:
             for field in dataclasses.fields(ViewOptions):
@@ -247,13 +249,13 @@ class Config:
                 f"there must be one preset, got mode={mode!r} and preset={named!r}; drop one"
             )
         preset = mode if mode is not None else named if named is not None else "all"
-        _check_choice("preset", preset, tuple(PRESET_NAMES))
+        _check_choice("preset", preset, tuple(PRESETS))
         unknown = [key for key in options if key not in _known_keys()]
         if unknown:
             raise ValueError(_unknown_key(unknown[0]))
 
         values = _preset_values(preset)
-        defaults = _REFERENCE if preset == "reference" else _ADAPTIVE
+        defaults = REFERENCE if preset == "reference" else ADAPTIVE
         for name in SECTIONS:
             if name in options:
                 switch = _coerce(name, options.pop(name), bool)
@@ -303,91 +305,6 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
         for field in dataclasses.fields(ViewOptions)
     },
 }
-
-# One camera: HY-WorldPlay's 60 x 35 degrees; depths of a room in metres.
-_VIEW = {"chunk_latents": 4, "hfov_deg": 60.0, "vfov_deg": 35.0, "near": 0.5, "far": 8.0}
-
-_ADAPTIVE: dict[str, dict[str, Any]] = {
-    "context": {
-        **_VIEW,
-        "mode": "adaptive",
-        "sink_latents": 1,
-        "memory_latents": 4,
-        "window_chunks_min": 1,
-        # Upstream HY-WorldPlay reads 12 recent latents, hence L_m = 3.
-        "window_chunks_max": 3,
-        # Unrelated latents of unit variance differ by an MSE of 2, a standing camera's by ~0.
-        "dynamics_low": 0.25,
-        "dynamics_high": 1.0,
-        "overlap_min": 0.3,
-        "gain_min": 0.02,
-    },
-    "sparse": {
-        "tile": (4, 4, 4),
-        "budget_prefill": 0.3,
-        "budget_decode": 0.3,
-        "sink_latents": 1,
-        "token_grid": None,
-        "dense_layers": (),
-        "dense_chunks": 0,
-    },
-    "steps": {
-        **_VIEW,
-        "mode": "adaptive",
-        "overlap_min": 0.8,
-        "departure_min": 0.1,
-        "form": "merge",
-        "reuse": "middle",
-    },
-}
-
-# Light Interaction's release for HY-WorldPlay: 12 context latents (4 sink, 4 retrieved, 4 recent),
-# threshold 0.7, tile 4x8x4, budgets 30 % and 17.5 %, layer 0 and chunks 0-2 dense, steps 1 and 2
-# looked up. Its similarity has no near plane; 0.1 only satisfies 0 < near.
-_REFERENCE_VIEW = {**_VIEW, "near": 0.1}
-_REFERENCE: dict[str, dict[str, Any]] = {
-    "context": {
-        **_ADAPTIVE["context"],
-        **_REFERENCE_VIEW,
-        "mode": "reference",
-        "sink_latents": 4,
-        "memory_latents": 4,
-        "window_chunks_min": 1,
-        "window_chunks_max": 1,
-        "overlap_min": 0.7,
-    },
-    "sparse": {
-        **_ADAPTIVE["sparse"],
-        "tile": (4, 8, 4),
-        "budget_prefill": 0.3,
-        "budget_decode": 0.175,
-        "sink_latents": 0,
-        "dense_layers": (0,),
-        "dense_chunks": 3,
-    },
-    "steps": {
-        **_ADAPTIVE["steps"],
-        **_REFERENCE_VIEW,
-        "mode": "reference",
-        "overlap_min": 0.7,
-        "form": "lookup",
-        "reuse": (1, 2),
-    },
-}
-
-_TOP: dict[str, Any] = {"inner": "inductor", "strict": False, "pipeline": None}
-_OFF: dict[str, Any] = dict.fromkeys(SECTIONS)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "off": {**_TOP, **_OFF},
-    "exact": {**_TOP, **_OFF},
-    "context": {**_TOP, **_OFF, "context": _ADAPTIVE["context"]},
-    "sparse": {**_TOP, **_OFF, "sparse": _ADAPTIVE["sparse"]},
-    "cache": {**_TOP, **_OFF, "steps": _ADAPTIVE["steps"]},
-    "all": {**_TOP, **_ADAPTIVE},
-    "reference": {**_TOP, **_REFERENCE},
-}
-PRESET_NAMES = tuple(PRESETS)
 
 _FIELD_KINDS: dict[str, Any] = {
     "inner": str,

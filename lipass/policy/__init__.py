@@ -1,0 +1,1 @@
+"""Policies: which context, steps and blocks a chunk uses; plain Python, no torch.compile."""

@@ -1,0 +1,92 @@
+"""List the default of every option, one entry per preset; the only place that has defaults.
+
+An entry holds the fields of `Config` and of its sections by name; None is a section that is off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# One camera: HY-WorldPlay's 60 x 35 degrees; depths of a room in metres.
+_VIEW = {"chunk_latents": 4, "hfov_deg": 60.0, "vfov_deg": 35.0, "near": 0.5, "far": 8.0}
+
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "context": {
+        **_VIEW,
+        "mode": "adaptive",
+        "sink_latents": 1,
+        "memory_latents": 4,
+        "window_chunks_min": 1,
+        # Upstream HY-WorldPlay reads 12 recent latents, hence L_m = 3.
+        "window_chunks_max": 3,
+        # Unrelated latents of unit variance differ by an MSE of 2, a standing camera's by ~0.
+        "dynamics_low": 0.25,
+        "dynamics_high": 1.0,
+        "overlap_min": 0.3,
+        "gain_min": 0.02,
+    },
+    "sparse": {
+        "tile": (4, 4, 4),
+        "budget_prefill": 0.3,
+        "budget_decode": 0.3,
+        "sink_latents": 1,
+        "token_grid": None,
+        "dense_layers": (),
+        "dense_chunks": 0,
+    },
+    "steps": {
+        **_VIEW,
+        "mode": "adaptive",
+        "overlap_min": 0.8,
+        "departure_min": 0.1,
+        "form": "merge",
+        "reuse": "middle",
+    },
+}
+
+# Light Interaction's release for HY-WorldPlay: 12 context latents (4 sink, 4 retrieved, 4 recent),
+# threshold 0.7, tile 4x8x4, budgets 30 % and 17.5 %, layer 0 and chunks 0-2 dense, steps 1 and 2
+# looked up. Its similarity has no near plane; 0.1 only satisfies 0 < near.
+_REFERENCE_VIEW = {**_VIEW, "near": 0.1}
+REFERENCE: dict[str, dict[str, Any]] = {
+    "context": {
+        **ADAPTIVE["context"],
+        **_REFERENCE_VIEW,
+        "mode": "reference",
+        "sink_latents": 4,
+        "memory_latents": 4,
+        "window_chunks_min": 1,
+        "window_chunks_max": 1,
+        "overlap_min": 0.7,
+    },
+    "sparse": {
+        **ADAPTIVE["sparse"],
+        "tile": (4, 8, 4),
+        "budget_prefill": 0.3,
+        "budget_decode": 0.175,
+        "sink_latents": 0,
+        "dense_layers": (0,),
+        "dense_chunks": 3,
+    },
+    "steps": {
+        **ADAPTIVE["steps"],
+        **_REFERENCE_VIEW,
+        "mode": "reference",
+        "overlap_min": 0.7,
+        "form": "lookup",
+        "reuse": (1, 2),
+    },
+}
+
+_TOP: dict[str, Any] = {"inner": "inductor", "strict": False, "pipeline": None}
+_OFF: dict[str, Any] = {"context": None, "sparse": None, "steps": None}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "off": {**_TOP, **_OFF},
+    "exact": {**_TOP, **_OFF},
+    "context": {**_TOP, **_OFF, "context": ADAPTIVE["context"]},
+    "sparse": {**_TOP, **_OFF, "sparse": ADAPTIVE["sparse"]},
+    "cache": {**_TOP, **_OFF, "steps": ADAPTIVE["steps"]},
+    "all": {**_TOP, **ADAPTIVE},
+    "reference": {**_TOP, **REFERENCE},
+}
