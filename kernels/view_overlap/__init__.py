@@ -1,0 +1,1 @@
+"""View overlap: the share of one camera's view that another camera shows."""
