@@ -1,13 +1,13 @@
 """Score how much of one camera's view another camera shows: deterministic, batched, traceable.
 
 The view is sampled at the middles of a fixed grid of cells: columns and rows of the picture times
-depth planes evenly spaced in log depth between `near` and `far`. Every pixel counts the same and so
-does every octave of depth, because nothing is known about where the surfaces are.
+depth planes evenly spaced in log depth between `near` and `far`. Every pixel counts the same and
+so does every octave of depth, because nothing is known about where the surfaces are.
 
-A point counts with the share of its cell that falls inside the other picture (a linear ramp one cell
-wide, so that scores change continuously), times `distance here / distance there`, at most 1: seen
-from twice as far, content is shown with half the detail. Without that factor a camera that walks
-forward would find all of its view "seen" by the frames behind it. Occlusion is unknown and ignored.
+A point counts with the share of its cell that falls inside the other picture (a linear ramp one
+cell wide, so that scores change continuously), times `distance here / distance there`, at most 1:
+seen from twice as far, content is shown with half the detail. Without that factor a camera that
+walks forward would find all of its view "seen" by the frames behind it. Occlusion is ignored.
 
 Identical views score exactly 1, views turned by the field of view or more exactly 0.
 

@@ -12,9 +12,12 @@ def view_overlap_reference(query_w2c, memory_w2c, hfov_deg, vfov_deg, near, far)
     """Return the share of the query camera's view that the memory camera shows, in [0, 1].
 
     Args:
-        query_w2c, memory_w2c: 4x4 nested lists, world to camera, OpenCV axes, rigid.
-        hfov_deg, vfov_deg: full fields of view of both cameras, degrees.
-        near, far: depths between which the scene may be, in the unit of the poses.
+        query_w2c: 4x4 nested lists, world to camera, OpenCV axes, rigid.
+        memory_w2c: the other camera, likewise.
+        hfov_deg: full horizontal field of view of both cameras, degrees.
+        vfov_deg: full vertical field of view, degrees.
+        near: nearest depth where the scene may be, in the unit of the poses.
+        far: farthest depth.
     """
     edge_x = math.tan(math.radians(hfov_deg) / 2)
     edge_y = math.tan(math.radians(vfov_deg) / 2)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -79,7 +80,7 @@ def test_moving_away_scores_lower_step_by_step(direction):
         for step in range(30)
     ]
     assert scores[0] == 1.0
-    assert all(later < earlier for earlier, later in zip(scores, scores[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(scores))
 
 
 def test_a_frame_far_behind_shows_less_than_a_frame_close_behind():
