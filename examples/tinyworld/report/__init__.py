@@ -1,0 +1,59 @@
+"""Turn the measurements of a demo into files a person can look at.
+
+The input is plain data, so that the report needs neither the model nor the session:
+
+`result`
+    A JSON-able dict with `schema_version`, `device`, `versions`, `rows` (one per preset, trajectory,
+    regime and room), `rollouts` (the same keys; `chunks` and `camera [[x_m, z_m, yaw_deg], ...]` of
+    history and generated frames), `rooms` (`{str(room): {"size": [w, d], "boxes": [[x0, z0, x1, z1]]}}`)
+    and `sites`.
+`frames`
+    `{(preset, trajectory, regime, room): uint8 [F, H, W, 3]}`, the generated frames.
+`truth`
+    `{(trajectory, regime, room): uint8 [F, H, W, 3]}` from the renderer, same frames.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from .page import page
+from .pictures import contact_sheet, films_of, scenes, side_by_side
+from .plots import plot_chunks, plot_rows
+from .table import table
+
+__all__ = ["table", "write_report"]
+
+
+def write_report(
+    result: dict,
+    frames: dict[tuple, np.ndarray],
+    truth: dict[tuple, np.ndarray],
+    out: Path,
+) -> list[Path]:
+    """Write report.html, the PNGs, one GIF per scene and receipt.json to `out`; return their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "report.html", out / "receipt.json"]
+    written[0].write_text(page(result, frames, truth), encoding="utf-8")
+    written[1].write_text(json.dumps(_without_nan(result), indent=1), encoding="utf-8")
+    for scene in scenes(frames):
+        films = films_of(scene, frames, truth)
+        stem = "-".join(str(part) for part in scene).replace(" ", "_")
+        written.append(contact_sheet(films, out / f"frames-{stem}.png"))
+        written.append(side_by_side(films, out / f"film-{stem}.gif"))
+    written.append(plot_rows(result["rows"], out / "speed-quality.png"))
+    written.append(plot_chunks(result["rollouts"], out / "chunks.png"))
+    return written
+
+
+def _without_nan(value: object) -> object:
+    """Replace NaN and infinities by None, which JSON has a word for."""
+    if isinstance(value, dict):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

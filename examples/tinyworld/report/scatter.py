@@ -1,0 +1,97 @@
+"""Draw speed against quality as SVG, one large dot a preset and a small one a scene."""
+
+from html import escape
+
+from .columns import SAME_DB, scene_of, scene_title
+from .palette import preset_colour
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 280, 44, 40, 14, 70
+_LABEL_PX = 13.0
+
+
+def scatter(rows: list[dict], key: str, label: str) -> str:
+    """Return an SVG of `speedup_vs_off` against the decibels in `key`; rows without both are out."""
+    rows = [
+        row
+        for row in rows
+        if row.get("speedup_vs_off") is not None and (row.get(key) or SAME_DB) < SAME_DB
+    ]
+    if not rows:
+        return ""
+    speed = _axis([row["speedup_vs_off"] for row in rows] + [1.0], 0.5)
+    quality = _axis([row[key] for row in rows], 2.0)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - speed[0]) / (speed[-1] - speed[0])
+        up = (y - quality[0]) / (quality[-1] - quality[0])
+        return (
+            _LEFT + across * (_WIDTH - _LEFT - _RIGHT),
+            _HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - _TOP),
+        )
+
+    parts = [f'<svg class="scatter" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
+    parts += _grid(speed, quality, at)
+    parts.append(
+        f'<text class="label" x="{_LEFT}" y="{_HEIGHT - 6}">speed-up over off</text>'
+        f'<text class="label" transform="translate(11 {_HEIGHT - _BOTTOM}) rotate(-90)">'
+        f"{escape(label)}</text>"
+    )
+    means = {}
+    for preset in dict.fromkeys(row["preset"] for row in rows):
+        own = [row for row in rows if row["preset"] == preset]
+        for row in own:
+            x, y = at(row["speedup_vs_off"], row[key])
+            title = f"{preset}, {scene_title(scene_of(row))}: {row['speedup_vs_off']:.2f}x, "
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{preset_colour(preset)}" '
+                f'opacity=".45"><title>{escape(title)}{row[key]:.1f} dB</title></circle>'
+            )
+        means[preset] = at(
+            sum(row["speedup_vs_off"] for row in own) / len(own),
+            sum(row[key] for row in own) / len(own),
+        )
+    return "".join([*parts, *_labels(means), "</svg>"])
+
+
+def _axis(values: list[float], step: float) -> list[float]:
+    """Return ticks around the values, at most eight."""
+    while (max(values) - min(values)) / step > 6:
+        step *= 2
+    first = (min(values) // step) * step
+    count = int((max(values) - first) // step) + 2
+    return [first + i * step for i in range(count)]
+
+
+def _grid(speed: list[float], quality: list[float], at) -> list[str]:
+    parts = []
+    for tick in speed:
+        x, y = at(tick, quality[0])
+        parts.append(
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{x:.1f}" y="{y + 14:.1f}" text-anchor="middle">{tick:g}x</text>'
+        )
+    for tick in quality:
+        x, y = at(speed[0], tick)
+        parts.append(
+            f'<line class="grid" x1="{x:.1f}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{x - 5:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    return parts
+
+
+def _labels(means: dict[str, tuple[float, float]]) -> list[str]:
+    """Dots with names to their right; names that would overlap move down."""
+    parts, taken = [], []
+    for preset, (x, y) in sorted(means.items(), key=lambda item: item[1][1]):
+        label_y = y + 4
+        for other_x, other_y in taken:
+            if abs(other_x - x) < 70 and abs(other_y - label_y) < _LABEL_PX:
+                label_y = other_y + _LABEL_PX
+        taken.append((x, label_y))
+        colour = preset_colour(preset)
+        parts.append(
+            f'<circle class="mean" cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour}"/>'
+            f'<text class="name" x="{x + 9:.1f}" y="{label_y:.1f}" fill="{colour}">'
+            f"{escape(preset)}</text>"
+        )
+    return parts

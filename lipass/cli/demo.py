@@ -1,0 +1,55 @@
+"""Roll out TinyWorld with several presets; write a report of speed, quality and what was rewritten."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "roll out a trained world model with several presets and write a report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lipass demo`."""
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument(
+        "--full",
+        dest="scope",
+        action="store_const",
+        const="full",
+        help="all trajectories, both regimes, all presets and plain inductor",
+    )
+    scope.add_argument(
+        "--quick",
+        dest="scope",
+        action="store_const",
+        const="quick",
+        help="a few chunks without the Inductor compiler, to see that everything works",
+    )
+    parser.set_defaults(scope="main")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document and nothing else on stdout"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="where report.html, PNGs and receipt.json go (default: demo)",
+    )
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads (default: what torch chooses)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Delegate to the example, which owns the model, the presets and the report."""
+    from lipass.examples.tinyworld import demo
+
+    return demo.run(scope=args.scope, out=args.out, as_json=args.json, threads=args.threads)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"threads must be at least 1, got {value}")
+    return value

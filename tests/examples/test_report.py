@@ -1,0 +1,204 @@
+"""The demo's report: complete, self-contained, readable on 80 columns."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+
+from lipass.examples.tinyworld.report import table, write_report
+from lipass.examples.tinyworld.report.page import page
+from lipass.examples.tinyworld.report.pictures import strip_uri
+
+PRESETS = ("inductor", "off", "exact", "all", "no-memory", "copy-last")
+SCENES = (("back", "explored", 9000), ("loop", "free", 9001))
+CHUNKS, CHUNK_FRAMES, RECORDED = 4, 4, 8
+VOID = {"meta", "input", "br"}
+
+
+def fabricate(pixels=16):
+    """Two scenes, six presets; the baselines have no chunks and no steps."""
+    random = np.random.default_rng(0)
+    rows, rollouts, frames, truth = [], [], {}, {}
+    for scene in SCENES:
+        shape = (CHUNKS * CHUNK_FRAMES, pixels, pixels, 3)
+        truth[scene] = random.integers(0, 255, shape, dtype=np.uint8)
+        for position, preset in enumerate(PRESETS):
+            frames[preset, *scene] = random.integers(0, 255, shape, dtype=np.uint8)
+            rows.append(_row(preset, scene, 1.0 + position))
+            rollouts.append(_rollout(preset, scene))
+    sites = [
+        {"name": "block.0", "action": "rewritten", "reason": "faster", "density": 0.31},
+        {"name": "text", "action": "kept", "reason": "32 keys < 128", "density": None},
+    ]
+    result = {
+        "schema_version": 1,
+        "device": "cpu",
+        "versions": {"torch": "2.13.0"},
+        "rows": rows,
+        "rollouts": rollouts,
+        "room": {"size": [6.0, 5.0], "boxes": [[1.0, 1.0, 2.0, 2.0]]},
+        "sites": sites,
+    }
+    return result, frames, truth
+
+
+def _keys(preset, scene):
+    return dict(zip(("preset", "trajectory", "regime", "room"), (preset, *scene), strict=True))
+
+
+def _row(preset, scene, speed):
+    baseline = preset in ("no-memory", "copy-last")
+    row = _keys(preset, scene) | {
+        "dit_core_s": 4.0 / speed,
+        "speedup_vs_off": speed,
+        "psnr_vs_off_db": None if preset == "off" else 120.0 if preset == "exact" else 33.4,
+        "psnr_vs_off_affected_db": math.nan if preset == "exact" else 31.0,
+        "psnr_vs_truth_db": 29.2 if scene[1] == "explored" else None,
+        "self_consistency_db": 27.5,
+        "density": 0.4,
+        "steps_computed": 32,
+        "steps_total": 64,
+        "context_latents_mean": 8.5,
+        "kv_bytes_peak": 12_345_678,
+        "recompiles_after_warmup": 0,
+        "compile_s": 31.5,
+    }
+    kept = {"preset", "trajectory", "regime", "room", "psnr_vs_truth_db"}
+    return {key: value if key in kept or not baseline else None for key, value in row.items()}
+
+
+def _rollout(preset, scene):
+    camera = [[1.0 + 0.1 * i, 2.0, 6.0 * i] for i in range(RECORDED + CHUNKS * CHUNK_FRAMES)]
+    chunks = []
+    for index in range(0 if preset in ("no-memory", "copy-last") else CHUNKS):
+        last = RECORDED + index * CHUNK_FRAMES
+        reasons = {i: "dropped: overlap 0.10 < 0.30" for i in range(1, last - 4)}
+        reasons |= {0: "sink", 2: "memory: overlap 0.72"}
+        reasons |= {i: "window" for i in range(last - 4, last)}
+        chunks.append(
+            {
+                "index": index,
+                "context": [0, 2, *range(last - 4, last)],
+                "reasons": {str(frame): reason for frame, reason in reasons.items()},
+                "window_chunks": 1,
+                "dynamics": 0.0123,
+                "overlap_max": 0.72,
+                "steps_computed": 2,
+                "steps_total": 4,
+                "density": 0.4,
+                "seconds": 0.12,
+            }
+        )
+    return _keys(preset, scene) | {"chunks": chunks, "camera": camera}
+
+
+class _Outline(HTMLParser):
+    """Count elements by tag and class, and insist that tags are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.count = [], {}
+
+    def handle_starttag(self, tag, attrs):
+        for name in [tag, *(f"{tag}.{c}" for c in (dict(attrs).get("class") or "").split())]:
+            self.count[name] = self.count.get(name, 0) + 1
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    return out, write_report(*fabricate(), out)
+
+
+@pytest.fixture(scope="module")
+def html(report):
+    return (report[0] / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def outline(html):
+    parser = _Outline()
+    parser.feed(html)
+    assert not parser.open
+    return parser.count
+
+
+def test_one_table_row_per_preset_and_scene(outline):
+    assert outline["tr.row"] == len(PRESETS) * len(SCENES)
+
+
+def test_one_film_per_preset_and_the_truth(outline):
+    assert outline["div.film"] == (len(PRESETS) + 1) * len(SCENES)
+
+
+def test_map_and_timeline_only_where_chunks_were_decided(outline):
+    assert outline["svg.map"] == outline["svg.timeline"] == 4 * len(SCENES)
+
+
+def test_every_site_is_listed(outline):
+    assert outline["tr.rewritten"] == outline["tr.kept"] == 1
+
+
+def test_page_refers_to_nothing_outside_of_itself(html):
+    assert "://" not in html
+    assert not re.findall(r"""(?:src|href)\s*=|url\((?!data:)""", html)
+
+
+def test_names_are_escaped():
+    result, frames, truth = fabricate()
+    result["sites"][0]["reason"] = "<script>alert(1)</script>"
+    assert "<script>alert" not in page(result, frames, truth)
+
+
+def test_all_files_are_written_and_readable(report):
+    out, written = report
+    names = {path.name for path in written}
+    assert {"report.html", "receipt.json", "speed-quality.png", "chunks.png"} <= names
+    assert {"frames-back-explored-9000.png", "film-loop-free-9001.gif"} <= names
+    assert all(path.stat().st_size > 0 for path in written)
+    assert json.loads((out / "receipt.json").read_text())["schema_version"] == 1
+
+
+def test_receipt_is_strict_json(report):
+    text = (report[0] / "receipt.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_table_fits_80_columns():
+    text = table(fabricate()[0])
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("\nexact") == len(SCENES)
+
+
+def test_table_marks_what_was_not_measured():
+    line = next(line for line in table(fabricate()[0]).splitlines() if line.startswith("copy-last"))
+    assert line.split()[1:5] == ["-", "-", "-", "-"]
+
+
+def test_too_long_a_film_is_refused():
+    with pytest.raises(ValueError, match=r"at most 16383, got 200 \* 128; report fewer"):
+        strip_uri(np.zeros((200, 128, 128, 3), np.uint8))
+
+
+def test_report_without_a_room_or_sites():
+    result, frames, truth = fabricate()
+    result["sites"], result["room"] = [], None
+    outline = _Outline()
+    outline.feed(page(result, frames, truth))
+    assert "svg.map" not in outline.count
+    assert "table.sites" not in outline.count
