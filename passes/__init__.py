@@ -1,1 +1,53 @@
-"""Graph passes: FX graphs in, FX graphs out."""
+"""Name the passes and the pipelines, so that importing this package imports no pass.
+
+A pipeline is text: the order of the passes is the order in the text, and nothing else. The options
+of a pass follow its name in braces, `sparse-attention{tile=4x4x4 budget_decode=0.3}`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if __name__ != "lipass.passes":
+    raise ImportError(
+        f"this package must be imported as lipass.passes, got {__name__!r}; install the project "
+        "(pip install -e .) and use `import lipass.passes`"
+    )
+
+if TYPE_CHECKING:
+    from lipass.passes.core import Pass
+
+
+def _load(module: str, name: str) -> Callable[[], type[Pass]]:
+    def thunk() -> type[Pass]:
+        loaded: type[Pass] = getattr(importlib.import_module(f"lipass.passes.{module}"), name)
+        return loaded
+
+    return thunk
+
+
+PASSES: dict[str, Callable[[], type[Pass]]] = {
+    "canonicalize": _load("canonicalize", "Canonicalize"),
+    "find-attention": _load("find_attention", "FindAttention"),
+    "find-poses": _load("find_poses", "FindPoses"),
+    "find-steps": _load("find_steps", "FindSteps"),
+    "prune-context": _load("prune_context", "PruneContext"),
+    "sparse-attention": _load("sparse_attention", "SparseAttention"),
+    "guard-steps": _load("guard_steps", "GuardSteps"),
+}
+"""Pass name to a thunk that imports and returns its class."""
+
+_FACTS = "canonicalize,find-attention"
+
+PIPELINES: dict[str, str] = {
+    "off": "",
+    "exact": _FACTS,
+    "context": f"{_FACTS},prune-context",
+    "sparse": f"{_FACTS},sparse-attention",
+    "cache": f"{_FACTS},guard-steps",
+    "all": f"{_FACTS},sparse-attention",
+    "reference": f"{_FACTS},sparse-attention",
+}
+"""Preset name to pipeline text."""

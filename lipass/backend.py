@@ -1,0 +1,81 @@
+"""Answer `torch.compile(backend="light_interaction")`: passes on Dynamo's graph, then an inner compiler.
+
+torch finds this module through the entry-point group `torch_dynamo_backends` and imports it on first
+use, so nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx
+
+from lipass.config import Config
+from lipass.errors import LipassError
+
+if TYPE_CHECKING:
+    from lipass.passes.core import PassPipeline
+
+Compiled = Callable[..., Any]
+
+
+def light_interaction(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile one graph of Dynamo.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its fake inputs.
+        mode: a preset, the short form of `options={"preset": ...}`.
+        options: flat options of `lipass.Config.resolve`.
+
+    Raises:
+        ValueError: for an unknown preset or option, or a pipeline that does not parse.
+        LipassError: when a pass fails, or when `strict` is set and a site stays dense.
+    """
+    config = Config.resolve(mode, options)
+    if config.preset == "off" and config.pipeline is None:
+        return inner_compile(gm, example_inputs, config.inner)
+    from lipass.unit import compile_unit
+
+    return compile_unit(gm, example_inputs, config, pipeline_of(config))
+
+
+def inner_compile(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str) -> Compiled:
+    """Compile a graph with `inductor`, `aot_eager` or `eager`."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiled: Compiled = lookup_backend(inner)(gm, example_inputs)
+    return compiled
+
+
+def pipeline_of(config: Config) -> PassPipeline:
+    """Build the passes of a config: the text of its pipeline or preset, with its options filled in."""
+    from lipass.passes import PIPELINES
+    from lipass.passes.core import PassPipeline
+
+    text = config.pipeline if config.pipeline is not None else PIPELINES[config.preset]
+    return PassPipeline.parse(text, _pass_options(config))
+
+
+def _pass_options(config: Config) -> dict[str, dict[str, object]]:
+    """Map the sections of a config to options of passes."""
+    options: dict[str, dict[str, object]] = {}
+    if sparse := config.sparse:
+        options["find-attention"] = {"token_grid": sparse.token_grid}
+        options["sparse-attention"] = {
+            "tile": sparse.tile,
+            "budget_prefill": sparse.budget_prefill,
+            "budget_decode": sparse.budget_decode,
+            "sink_latents": sparse.sink_latents,
+            "dense_layers": sparse.dense_layers,
+        }
+    return options

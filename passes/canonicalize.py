@@ -1,0 +1,124 @@
+"""Give attention, concatenation and views one spelling each, so that later passes match one form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Graph, Node
+
+from lipass.passes.compat import known_true, value
+from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.match import SDPA, is_call
+
+_SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SDPA_DEFAULTS = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
+_SDPA_TARGETS = (SDPA, torch.ops.aten.scaled_dot_product_attention.default)
+_CAT_TARGETS = (torch.cat, torch.concat, torch.concatenate)
+_MAYBE_NOTHING = {"reshape", "flatten", "contiguous", "to", "expand", "permute", "transpose"}
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Rewrite spellings; values, aliasing and mutation stay as they are.
+
+    Attention takes q, k, v by position and only what differs from the default by keyword::
+
+        %o = scaled_dot_product_attention(query=%q, key=%k, value=%v, dropout_p=0.0)
+        %o = scaled_dot_product_attention(%q, %k, %v)
+
+    Concatenation has a non-negative dim by position and is flat::
+
+        %kv = cat([%hist, %cur], dim=-2);  %k = cat([%text, %kv], dim=2)
+        %k = cat([%text, %hist, %cur], 2)
+
+    `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten, contiguous,
+    to, expand, permute or transpose that returns its input is removed.
+
+    Keeps: `view(dtype)`; a no-op whose result is a graph output; an inner concatenation with other
+    users.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
+        changed = False
+        for node in ctx.visit(list(graph.nodes)):
+            changed |= _spell_attention(node) or _spell_cat(node) or _spell_view(node)
+            changed |= _drop_nothing(node)
+        return changed
+
+
+def _spell_attention(node: Node) -> bool:
+    if node.op != "call_function" or node.target not in _SDPA_TARGETS:
+        return False
+    given = {**dict(zip(_SDPA_NAMES, node.args, strict=False)), **node.kwargs}
+    args = tuple(given.pop(name) for name in _SDPA_NAMES[:3])
+    kwargs = {k: v for k, v in given.items() if v is None or v != _SDPA_DEFAULTS[k]}
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if (node.target, node.args, node.kwargs) == (SDPA, args, kwargs):
+        return False
+    node.target, node.args, node.kwargs = SDPA, args, kwargs
+    return True
+
+
+def _spell_cat(node: Node) -> bool:
+    if node.op != "call_function" or node.target not in _CAT_TARGETS:
+        return False
+    pieces = node.args[0] if node.args else node.kwargs["tensors"]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    if "out" in node.kwargs or not isinstance(pieces, (list, tuple)) or not isinstance(dim, int):
+        return False
+    dim %= value(node).dim()
+    flat: list[object] = []
+    for piece in pieces:
+        inner = is_call(piece, torch.cat) and piece.args[1:] == (dim,) and len(piece.users) == 1
+        flat.extend(piece.args[0] if inner else [piece])
+    if node.target is torch.cat and node.args == (flat, dim) and not node.kwargs:
+        return False
+    node.target, node.args, node.kwargs = torch.cat, (flat, dim), {}
+    return True
+
+
+def _spell_view(node: Node) -> bool:
+    if not is_call(node, "view") or not isinstance(value(node), torch.Tensor):
+        return False
+    if any(isinstance(arg, torch.dtype) for arg in node.args) or node.kwargs:
+        return False
+    node.target = "reshape"
+    return True
+
+
+def _drop_nothing(node: Node) -> bool:
+    if node.op != "call_method" or node.target not in _MAYBE_NOTHING:
+        return False
+    source = node.args[0]
+    if not isinstance(source, Node) or any(user.op == "output" for user in node.users):
+        return False
+    if not _same_tensor(value(node), value(source)):
+        return False
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+    return True
+
+
+def _same_tensor(a: object, b: object) -> bool:
+    """Whether two fake tensors are the same view of the same memory."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    if a.layout != torch.strided or b.layout != torch.strided:
+        return False
+    if a.dim() != b.dim() or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    pairs = [*zip(a.shape, b.shape, strict=True), *zip(a.stride(), b.stride(), strict=True)]
+    return all(known_true(x == y) for x, y in [*pairs, (a.storage_offset(), b.storage_offset())])

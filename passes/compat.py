@@ -1,0 +1,78 @@
+"""Touch the private parts of torch that passes need, in one place, by feature and not by version."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch._dynamo.source import is_from_unspecialized_nn_module_source
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Size = int | torch.SymInt
+
+
+def value(node: object) -> Any:
+    """Return the fake value of a node, or the object itself if it is no node."""
+    return node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
+
+
+def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
+    """Return the mode in which Dynamo computed the fake values of a graph."""
+    for node in graph.nodes:
+        if isinstance(value(node), FakeTensor):
+            mode: FakeTensorMode = value(node).fake_mode
+            return mode
+    return FakeTensorMode()
+
+
+def known_true(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds for every value of its symbols, given the guards so far."""
+    return bool(statically_known_true(condition))
+
+
+def holds_now(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition holds for the sizes that are being compiled; adds no guard."""
+    if not isinstance(condition, torch.SymBool):
+        return bool(condition)
+    return condition.node.has_hint() and bool(condition.node.hint)
+
+
+def guard(condition: bool | torch.SymBool) -> bool:
+    """Make a condition that holds now a guard of the graph, so that it holds whenever it runs."""
+    return holds_now(condition) and bool(condition)
+
+
+def is_symbolic(size: Size) -> bool:
+    """Whether a size may differ between calls of the graph."""
+    return isinstance(size, torch.SymInt) and size.node.expr.free_symbols != set()
+
+
+def is_parameter(placeholder: torch.fx.Node) -> bool:
+    """Whether a placeholder is a parameter, buffer or other attribute of a module."""
+    if isinstance(value(placeholder), torch.nn.Parameter):
+        return True
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    return source is not None and is_from_unspecialized_nn_module_source(source)
+
+
+def unguarded(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]:
+    """Run fake tensors without adding guards."""
+    return mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Add a text to the structured trace (tlparse), if one is being written."""
+    try:
+        from torch._logging import trace_structured
+    except ImportError:
+        return
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=payload,
+        expect_trace_id=False,
+    )

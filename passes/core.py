@@ -1,0 +1,203 @@
+"""Define what a pass is: a frozen value with a name, a class of numerics and one method."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import re
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch.fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lipass.passes import PASSES
+from lipass.passes.compat import fake_mode_of
+
+
+class Numerics(enum.Enum):
+    """Say how far the output of a rewritten graph may be from the output of the original."""
+
+    EXACT = "exact"
+    """The same operations on the same values."""
+    REORDERED = "reordered"
+    """Equal in real arithmetic; rounding differs."""
+    APPROX = "approx"
+    """Another function, chosen to be close."""
+
+
+class PassError(RuntimeError):
+    """Report a pass that failed or that left an invalid graph; the cause is chained."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Record what one pass did at one place and why."""
+
+    pass_name: str
+    site: str
+    """Attention site, step region or input that the note is about."""
+    action: str
+    """`rewritten`, `kept` or `found`."""
+    reason: str
+
+
+@dataclass
+class PassContext:
+    """Carry what passes share while one graph is compiled."""
+
+    fake_mode: FakeTensorMode
+    notes: list[Note] = field(default_factory=list)
+    current: str = ""
+    """Name of the pass that runs."""
+    done: list[str] = field(default_factory=list)
+    """Names of the passes that ran, in order."""
+    failing: torch.fx.Node | None = None
+    """Node that the running pass works on, named if it fails."""
+
+    @classmethod
+    def of(cls, graph: torch.fx.Graph) -> PassContext:
+        """Start on a graph of Dynamo, in the fake mode of its metadata.
+
+        The inputs that a backend is called with are in another mode, and modes do not mix.
+        """
+        return cls(fake_mode_of(graph))
+
+    def note(self, site: str, action: str, reason: str) -> None:
+        """Add a note of the running pass."""
+        self.notes.append(Note(self.current, site, action, reason))
+
+    def visit(self, nodes: list[torch.fx.Node]) -> Iterator[torch.fx.Node]:
+        """Iterate over nodes so that a failure can be located."""
+        for node in nodes:
+            self.failing = node
+            yield node
+        self.failing = None
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Turn a valid graph into a valid graph; in between anything goes.
+
+    Fields of a subclass are its options and have defaults. Lint, dead code, metadata checks, timing
+    and dumps belong to the runner.
+    """
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics]
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Passes that must run earlier in the pipeline."""
+
+    @abstractmethod
+    def run(self, graph: torch.fx.Graph, ctx: PassContext) -> bool:
+        """Rewrite or annotate `graph`; return whether any node changed."""
+
+    def __str__(self) -> str:
+        options = [
+            f"{f.name}={_print_value(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (f"{{{' '.join(options)}}}" if options else "")
+
+
+@dataclass(frozen=True)
+class PassPipeline:
+    """Hold passes in the order in which they run; its text form parses back."""
+
+    passes: tuple[Pass, ...] = ()
+
+    @classmethod
+    def parse(
+        cls, text: str, defaults: Mapping[str, Mapping[str, object]] | None = None
+    ) -> PassPipeline:
+        """Read `name{option=value option=value},name,...`.
+
+        Args:
+            text: the pipeline; empty for no pass.
+            defaults: pass name to option values that the text may override.
+
+        Raises:
+            ValueError: for an unknown pass, an unknown option, a value that does not parse, or an
+                order that a pass does not allow.
+        """
+        passes = tuple(_parse_pass(item, defaults or {}) for item in _split(text))
+        for i, one in enumerate(passes):
+            missing = set(one.requires) - {earlier.name for earlier in passes[:i]}
+            if missing:
+                raise ValueError(
+                    f"{one.name} needs {', '.join(sorted(missing))} earlier in the pipeline, "
+                    f"got {text!r}; add it in front"
+                )
+        return cls(passes)
+
+    def __str__(self) -> str:
+        return ",".join(str(one) for one in self.passes)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+
+def closest(word: str, known: list[str]) -> str:
+    """Return ` Did you mean 'x'?` for the known word next to `word`, or nothing."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
+
+
+def _split(text: str) -> list[str]:
+    return [item.strip() for item in re.split(r",(?![^{]*\})", text) if item.strip()]
+
+
+def _parse_pass(item: str, defaults: Mapping[str, Mapping[str, object]]) -> Pass:
+    match = re.fullmatch(r"([\w-]+)(?:\{([^{}]*)\})?", item)
+    if not match:
+        raise ValueError(f"a pass is written name{{option=value ...}}, got {item!r}")
+    name, options_text = match.groups()
+    if name not in PASSES:
+        raise ValueError(f"unknown pass {name!r}{closest(name, list(PASSES))}")
+    cls = PASSES[name]()
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    options = dict(defaults.get(name, {}))
+    for pair in (options_text or "").split():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"an option of {name} is written key=value, got {pair!r}")
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}{closest(key, known)}")
+        options[key] = _parse_value(value, hints[key], f"{name}.{key}")
+    return cls(**options)
+
+
+def _print_value(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ("x" if value and isinstance(value[0], int) else "+").join(map(str, value))
+    return str(value)
+
+
+def _parse_value(text: str, hint: Any, where: str) -> object:
+    kinds = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
+    if text == "none" and type(None) in kinds:
+        return None
+    for kind in kinds:
+        try:
+            if kind is bool:
+                return {"true": True, "false": False}[text]
+            if kind in (int, float, str):
+                return kind(text)
+            if typing.get_origin(kind) is tuple:
+                item = typing.get_args(kind)[0]
+                return tuple(item(x) for x in text.split("x" if item is int else "+") if x)
+        except (ValueError, KeyError):
+            continue
+    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise ValueError(f"{where} must be {names}, got {text!r}")

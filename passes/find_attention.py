@@ -1,0 +1,193 @@
+"""Say what every attention call attends to: which keys are text, history and current, on what grid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Graph, Node
+
+from lipass.passes import match, token_grid
+from lipass.passes.compat import Size, guard, holds_now, is_parameter, is_symbolic, known_true, value
+from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.match import SDPA, Operands, Refusal
+from lipass.passes.site import AttentionSite, Grid, Segment, call_line, module_path, set_site, site_of
+
+ROLES = ("text", "history", "current")
+
+
+@dataclass(frozen=True)
+class FindAttention(Pass):
+    """Attach an `AttentionSite` to every attention call; rewrite nothing.
+
+    ::
+
+        %key = cat([%l_text_kv_0_0_, %l_history_0_0_, %k], 2)
+        %o = scaled_dot_product_attention(%q, %key, %value)
+          decode, q (4, 8, 8), keys text (1, 1, 32) | history (n, 8, 8) | current (4, 8, 8)
+
+    The rules, per piece of a concatenated key:
+
+    * current: as many tokens as q, and computed from a tensor of that many tokens that q is computed
+      from too, no attention in between.
+    * history: the current piece of an earlier attention call; or whole latents (its length divides by
+      `Y * X`, proven or made a guard) of which there is evidence that they are latents: a length that
+      varies between calls, or a camera input `[B, F, 4, 4]` with `F = T_history + T_current`.
+    * text: any other piece whose length is no whole number of latents.
+
+    The call is `decode` if it has history, `prefill` if not and its own keys are returned or are
+    history to a later call, `cross` if no key is current, `text` if q has no grid and all keys are
+    its own.
+
+    Keeps (role `other`): masks, dropout, causal and grouped attention; k and v cut differently; q
+    without a token grid; a piece that could be text or history: `segments` names the pieces then.
+    """
+
+    name: ClassVar[str] = "find-attention"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+
+    token_grid: tuple[int, ...] | None = None
+    """Tokens per latent `(Y, X)`, or `(T, Y, X)` of q, where the graph does not show them."""
+    segments: tuple[str, ...] = ()
+    """Role of each piece of the keys, for graphs in which text and history look alike."""
+
+    def __post_init__(self) -> None:
+        if self.token_grid is not None and len(self.token_grid) not in (2, 3):
+            raise ValueError(
+                f"token_grid must be (Y, X) or (T, Y, X), got {self.token_grid}; use 8x8 or none"
+            )
+        if unknown := set(self.segments) - set(ROLES):
+            raise ValueError(
+                f"segments must be of {', '.join(ROLES)}, got {', '.join(sorted(unknown))}"
+            )
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
+        calls = [node for node in graph.nodes if match.is_call(node, SDPA)]
+        names = _names(calls)
+        owners: dict[Node, Node] = {}
+        for node in ctx.visit(calls):
+            site = self._describe(node, names[node], owners)
+            set_site(node, site)
+            if site.role in ("prefill", "decode"):
+                operands = match.attention(node)
+                assert isinstance(operands, Operands)
+                owners[match.same_values(operands.keys[-1])] = node
+            ctx.note(site.name, "found", f"{site.role}: {site.reason}")
+        return False
+
+    def _describe(self, node: Node, name: str, owners: dict[Node, Node]) -> AttentionSite:
+        def site(
+            role: str, reason: str, grid: Grid | None = None, segments: tuple[Segment, ...] = ()
+        ) -> AttentionSite:
+            scale = operands.scale if isinstance(operands, Operands) else 1.0
+            return AttentionSite(name, call_line(node), role, grid, segments, scale, reason)
+
+        operands = match.attention(node)
+        if isinstance(operands, Refusal):
+            return site("other", operands.reason)
+        q_tokens: Size = value(operands.q).shape[2]
+        own = [_is_current(operands.q, key, q_tokens) for key in operands.keys]
+        grid = self._grid(operands.q, q_tokens)
+        if isinstance(grid, Refusal):
+            return site("text" if all(own) and not self.token_grid else "other", grid.reason)
+        if not any(own):
+            return site("cross", "no key is made from the tokens of q", grid)
+        segments: list[Segment] = []
+        for i, key in enumerate(operands.keys):
+            role = self.segments[i] if i < len(self.segments) else None
+            found = _segment(key, own[i], grid, owners, role)
+            if isinstance(found, Refusal):
+                return site("other", f"key piece {i} of {value(key).shape[2]}: {found.reason}")
+            segments.append(found)
+        roles = [segment.role for segment in segments]
+        if roles.count("current") != 1 or roles[-1] != "current":
+            return site("other", f"keys are {' | '.join(roles)}; the last must be current, once")
+        if "history" in roles:
+            return site("decode", "it has history keys", grid, tuple(segments))
+        if why := _returned(operands.keys[-1], node):
+            return site("prefill", why, grid, tuple(segments))
+        return site("other", "it has no history keys and its own keys are used nowhere else")
+
+    def _grid(self, q: Node, tokens: Size) -> Grid | Refusal:
+        if self.token_grid is None:
+            return token_grid.infer(q, tokens)
+        *latents, y, x = self.token_grid
+        grid = (latents[0] if latents else tokens // (y * x), y, x)
+        if not guard(grid[0] * y * x == tokens):
+            return Refusal(f"token_grid {self.token_grid} does not give the {tokens} tokens of q")
+        return grid
+
+
+def _names(calls: list[Node]) -> dict[Node, str]:
+    """Name each call by its module path; several calls in one module count `#1`, `#2`, ..."""
+    paths = {node: module_path(node) or "attention" for node in calls}
+    total, seen, names = Counter(paths.values()), Counter[str](), {}
+    for node, path in paths.items():
+        seen[path] += 1
+        names[node] = f"{path}#{seen[path]}" if total[path] > 1 else path
+    return names
+
+
+def _is_current(q: Node, key: Node, q_tokens: Size) -> bool:
+    return known_true(value(key).shape[2] == q_tokens) and match.shares_tokens(q, key, q_tokens)
+
+
+def _segment(
+    key: Node, is_current: bool, q_grid: Grid, owners: dict[Node, Node], named: str | None
+) -> Segment | Refusal:
+    """Decide the role of one piece of the keys; `named` is what the options say."""
+    tokens: Size = value(key).shape[2]
+    latents, per_latent = tokens // (q_grid[1] * q_grid[2]), q_grid[1] * q_grid[2]
+    text = (1, 1, tokens)
+    if is_current:
+        if named not in (None, "current"):
+            return Refusal(f"it is made from the tokens of q, but segments calls it {named}")
+        return Segment("current", tokens, q_grid, "made from the tokens of q")
+    if named == "current":
+        return Refusal("segments calls it current, but it is not made from the tokens of q")
+    if named == "text":
+        return Segment("text", tokens, text, "named in segments")
+    owner = owners.get(match.same_values(key))
+    if owner is not None and (site := site_of(owner)) and site.q_grid:
+        return Segment("history", tokens, site.q_grid, f"keys of {site.name}")
+    if not holds_now(tokens % per_latent == 0):
+        if named == "history":
+            return Refusal(f"history must be whole latents of {per_latent} tokens")
+        return Segment("text", tokens, text, f"no whole number of latents of {per_latent}")
+    why = named and "named in segments" or _evidence(key, tokens, latents, q_grid[0])
+    if not why:
+        return Refusal(
+            f"it could be text or {latents} latents; name the pieces with "
+            "find-attention{segments=text+history+current}"
+        )
+    if not guard(tokens % per_latent == 0):
+        return Refusal(f"its length is not proven to be whole latents of {per_latent}")
+    return Segment("history", tokens, (latents, q_grid[1], q_grid[2]), why)
+
+
+def _evidence(key: Node, tokens: Size, latents: Size, q_latents: Size) -> str:
+    """Return why whole latents of keys are history, or nothing."""
+    for camera in key.graph.find_nodes(op="placeholder"):
+        tensor = value(camera)
+        if not isinstance(tensor, torch.Tensor) or is_parameter(camera) or tensor.dim() != 4:
+            continue
+        if tensor.shape[2:] == (4, 4) and holds_now(tensor.shape[1] == latents + q_latents):
+            return f"{camera.name} has a camera for each of its latents"
+    return "its length varies between calls" if is_symbolic(tokens) else ""
+
+
+def _returned(key: Node, call: Node) -> str:
+    """Say how the keys of a call are used beyond it, or nothing."""
+    key, todo = match.same_values(key), [match.same_values(key)]
+    while todo:
+        for user in todo.pop().users:
+            if user.op == "output":
+                return "its keys are returned"
+            if match.is_call(user, torch.cat) and user not in call.all_input_nodes:
+                return "its keys are history to later calls"
+            if user.op == "call_method" and match.same_values(user) is key:
+                todo.append(user)
+    return ""

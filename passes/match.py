@@ -1,0 +1,139 @@
+"""Recognise nodes in canonical form, or say in a `Refusal` why they are something else."""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from lipass.passes.compat import Size, guard, known_true, value
+
+SDPA = torch.nn.functional.scaled_dot_product_attention
+
+_SAME_VALUES = {"contiguous", "detach", "clone", "to"}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Say why a matcher does not match."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Hold the operands of an attention call; `keys[i]` and `values[i]` are one segment."""
+
+    q: Node
+    keys: tuple[Node, ...]
+    values: tuple[Node, ...]
+    scale: float
+
+
+def is_call(node: object, target: object) -> bool:
+    """Whether a node calls a function, or a method if `target` is a string."""
+    op = "call_method" if isinstance(target, str) else "call_function"
+    return isinstance(node, Node) and node.op == op and node.target == target
+
+
+def attention(node: Node) -> Operands | Refusal:
+    """Match a canonical attention call that is a plain softmax over all keys."""
+    if "attn_mask" in node.kwargs:
+        return Refusal("it has a mask")
+    if node.kwargs.get("dropout_p", 0.0) != 0.0:
+        return Refusal(f"dropout is {node.kwargs['dropout_p']}")
+    if node.kwargs.get("is_causal", False) is not False:
+        return Refusal("it is causal")
+    if node.kwargs.get("enable_gqa", False) is not False:
+        return Refusal("heads of q and k differ (enable_gqa)")
+    q, k, v = node.args[:3]
+    if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)):
+        return Refusal("its operands are not tensors of the graph")
+    ranks = [value(x).dim() for x in (q, k, v)]
+    if ranks != [4, 4, 4]:
+        return Refusal(f"q, k, v must be [B, H, L, D], got ranks {ranks}")
+    if not known_true(value(q).shape[3] == value(v).shape[3]):
+        return Refusal("head dims of q and v differ")
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        scale = value(q).shape[3] ** -0.5
+    if not isinstance(scale, float):
+        return Refusal("its scale is not a constant")
+    keys, values = _segments(k), _segments(v)
+    if len(keys) != len(values):
+        return Refusal(f"k is made of {len(keys)} pieces and v of {len(values)}")
+    for i, (key, val) in enumerate(zip(keys, values, strict=True)):
+        # torch does not tie the two sizes to each other when both come from inputs
+        if not guard(value(key).shape[2] == value(val).shape[2]):
+            return Refusal(f"pieces {i} of k and v differ in length")
+    return Operands(q, keys, values, scale)
+
+
+def _segments(tensor: Node) -> tuple[Node, ...]:
+    """Return the inputs of a concatenation along the tokens, or the tensor itself."""
+    tensor = same_values(tensor)
+    if is_call(tensor, torch.cat) and tensor.args[1] == 2:
+        pieces = tensor.args[0]
+        if isinstance(pieces, (list, tuple)) and all(isinstance(p, Node) for p in pieces):
+            return tuple(pieces)  # type: ignore[arg-type]
+    return (tensor,)
+
+
+def same_values(node: Node) -> Node:
+    """Walk up through copies and casts to the same dtype and shape."""
+    while node.op == "call_method" and node.target in _SAME_VALUES:
+        above = node.args[0]
+        if not isinstance(above, Node) or value(above).dtype != value(node).dtype:
+            break
+        node = above
+    return node
+
+
+def upstream(node: Node) -> Iterator[Node]:
+    """Iterate over what a node is computed from, nearest first, without crossing an attention."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    heap, seen = [(-order[node], node.name)], {node.name}
+    by_name = {n.name: n for n in order}
+    while heap:
+        current = by_name[heapq.heappop(heap)[1]]
+        yield current
+        if is_call(current, SDPA):
+            continue
+        for above in current.all_input_nodes:
+            if above.name not in seen:
+                seen.add(above.name)
+                heapq.heappush(heap, (-order[above], above.name))
+
+
+def shares_tokens(a: Node, b: Node, tokens: Size) -> bool:
+    """Whether two tensors are computed from one tensor that holds that many tokens."""
+    theirs = {n for n in upstream(b) if n.op not in ("placeholder", "get_attr")}
+    return any(n in theirs and _has_axis(n, tokens) for n in upstream(a))
+
+
+def _has_axis(node: Node, tokens: Size) -> bool:
+    tensor = value(node)
+    return isinstance(tensor, torch.Tensor) and any(known_true(s == tokens) for s in tensor.shape)
+
+
+def mutates(node: Node) -> bool:
+    """Whether a node writes to one of its inputs."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target in (operator.setitem, operator.iadd, operator.isub, operator.imul):
+        return isinstance(value(node.args[0]), torch.Tensor)
+    if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = getattr(node.target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")

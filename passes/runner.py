@@ -1,0 +1,119 @@
+"""Run a pipeline: what every pass needs done around it happens here and in no pass."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.fx
+
+from lipass.passes.compat import trace_artifact
+from lipass.passes.core import Note, Pass, PassContext, PassError, PassPipeline
+from lipass.passes.match import mutates
+from lipass.passes.printer import print_graph
+from lipass.passes.site import module_path
+from lipass.passes.verify import snapshot, verify
+
+_GRAPHS = itertools.count()
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """Record one run of one pass."""
+
+    name: str
+    numerics: str
+    changed: bool
+    seconds: float
+    """Time of the pass and of its verification."""
+    notes: tuple[Note, ...]
+    diff: str
+    """Removed and added lines of the printed graph; empty unless dumps are on."""
+
+
+def run_pipeline(
+    pipeline: PassPipeline, gm: torch.fx.GraphModule, ctx: PassContext, *, diff: bool = False
+) -> list[PassRecord]:
+    """Run passes in order on `gm.graph`, in place.
+
+    With `LIPASS_DUMP=dir` the graph after every pass is written to `dir/graph_<i>/01_<pass>.txt`, with
+    a `.diff` beside it.
+
+    Raises:
+        PassError: naming the pass and, where known, the node; the cause is chained.
+    """
+    dump = _Dump.start()
+    keep_text = diff or dump.folder is not None
+    text = print_graph(gm.graph) if keep_text else ""
+    dump.write("dynamo", text)
+    records = []
+    for one in pipeline:
+        start, first_note = time.perf_counter(), len(ctx.notes)
+        changed = _run_one(one, gm.graph, ctx)
+        seconds = time.perf_counter() - start
+        lines = ""
+        if keep_text:
+            after = print_graph(gm.graph) if changed else text
+            lines, text = diff_text(text, after), after
+            dump.write(one.name, text, lines)
+        if changed:
+            trace_artifact(f"lipass_{one.name}", lambda: print_graph(gm.graph))
+        notes = tuple(ctx.notes[first_note:])
+        records.append(PassRecord(one.name, one.numerics.value, changed, seconds, notes, lines))
+    gm.recompile()
+    return records
+
+
+def _run_one(one: Pass, graph: torch.fx.Graph, ctx: PassContext) -> bool:
+    ctx.current, ctx.failing = one.name, None
+    before = snapshot(graph)
+    try:
+        changed = one.run(graph, ctx)
+        ctx.failing = None
+        if changed:
+            graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
+            verify(graph, before, ctx)
+    except Exception as error:
+        where = ""
+        if ctx.failing is not None:
+            path = module_path(ctx.failing)
+            where = f" on %{ctx.failing.name}" + (f" ({path})" if path else "")
+        raise PassError(f"pass {one.name!r} failed{where}: {error}") from error
+    ctx.done.append(one.name)
+    return changed
+
+
+def diff_text(before: str, after: str) -> str:
+    """Return the removed and added lines between two printed graphs."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    return "".join(f"{x}\n" for x in itertools.islice(lines, 2, None) if not x.startswith("@@"))
+
+
+@dataclass
+class _Dump:
+    """Write numbered graphs to the folder in `LIPASS_DUMP`, or nothing if it is not set."""
+
+    folder: Path | None
+    index: int = 0
+
+    @classmethod
+    def start(cls) -> _Dump:
+        root = os.environ.get("LIPASS_DUMP")
+        if not root:
+            return cls(None)
+        folder = Path(root) / f"graph_{next(_GRAPHS)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    def write(self, name: str, text: str, diff: str = "") -> None:
+        if self.folder is None:
+            return
+        stem = f"{self.index:02d}_{name.replace('-', '_')}"
+        (self.folder / f"{stem}.txt").write_text(text)
+        if self.index:
+            (self.folder / f"{stem}.diff").write_text(diff)
+        self.index += 1

@@ -1,0 +1,126 @@
+"""Keep what is true about a graph in `node.meta`, behind one accessor per kind of fact.
+
+Facts say what is there, never what to do: deleting all of them leaves a correct, less optimised
+graph. A fact holds sizes and names but no nodes, so that a rewrite cannot leave it dangling.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch.fx
+
+from lipass.passes.compat import Size
+
+Grid = tuple[Size, Size, Size]
+
+_SITE, _POSES, _STEP = "lipass_site", "lipass_poses", "lipass_step"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Describe one run of keys of an attention call."""
+
+    role: str
+    """`text`, `history` or `current`."""
+    tokens: Size
+    grid: Grid
+    """Latent grid `(T, Y, X)`, row-major; `(1, 1, L)` for text."""
+    why: str
+    """What the role was concluded from."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Describe one attention call."""
+
+    name: str
+    """Module path, with `@i` for the i-th repeat of a call and `#i` for the i-th call in a module."""
+    where: str
+    """`file.py:line` of the call, or nothing."""
+    role: str
+    """`prefill`, `decode`, `cross`, `text` or `other`."""
+    q_grid: Grid | None
+    segments: tuple[Segment, ...]
+    """Runs of keys in order; empty if the role is `other`."""
+    scale: float
+    reason: str = ""
+    """Why the role is `other`, and for the rest what the role was concluded from."""
+
+
+@dataclass(frozen=True)
+class PoseInput:
+    """Describe a graph input that holds world-to-camera matrices `[B, F, 4, 4]`."""
+
+    history_latents: Size
+    """Leading cameras, of the context."""
+    current_latents: Size
+    """Trailing cameras, of the frames being denoised."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """Say which denoising step of an unrolled loop a node belongs to."""
+
+    index: int
+    steps: int
+
+
+def site_of(node: torch.fx.Node) -> AttentionSite | None:
+    """Return the fact about an attention call, if there is one."""
+    site: AttentionSite | None = node.meta.get(_SITE)
+    return site
+
+
+def set_site(node: torch.fx.Node, site: AttentionSite) -> None:
+    """Attach the fact about an attention call."""
+    node.meta[_SITE] = site
+
+
+def sites(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, AttentionSite]]:
+    """List the attention calls of a graph in order."""
+    return [(node, node.meta[_SITE]) for node in graph.nodes if _SITE in node.meta]
+
+
+def set_poses(placeholder: torch.fx.Node, poses: PoseInput) -> None:
+    """Attach the fact that a placeholder holds cameras."""
+    placeholder.meta[_POSES] = poses
+
+
+def poses(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, PoseInput]]:
+    """List the camera inputs of a graph."""
+    return [(node, node.meta[_POSES]) for node in graph.nodes if _POSES in node.meta]
+
+
+def step_of(node: torch.fx.Node) -> Step | None:
+    """Return the step that a node belongs to, if any."""
+    step: Step | None = node.meta.get(_STEP)
+    return step
+
+
+def set_step(node: torch.fx.Node, step: Step) -> None:
+    """Attach the step that a node belongs to."""
+    node.meta[_STEP] = step
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Return the path of the innermost module whose call made the node, such as `blocks.0.attn`.
+
+    A repeat of the outermost call is marked `@1`, `@2`, ...; the root module itself is nothing.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    repeat = re.search(r"@\d+$", next(iter(stack)))
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"\._?modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", path)
+    return path.strip(".") + (repeat.group() if repeat else "")
+
+
+def call_line(node: torch.fx.Node) -> str:
+    """Return `file.py:line` of the user's code that made the node, or nothing."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{lines[-1][0].rsplit('/', 1)[-1]}:{lines[-1][1]}" if lines else ""

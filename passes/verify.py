@@ -1,0 +1,150 @@
+"""Check after every pass what a correct pass keeps true: metadata, aliasing, mutation, known ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from lipass.passes.compat import known_true, unguarded, value
+from lipass.passes.core import PassContext, PassError
+from lipass.passes.match import mutates
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Hold what verification compares with: the calls, the aliases and the writes of a graph."""
+
+    calls: dict[Node, tuple[object, object, object]]
+    aliases: set[tuple[int, str]]
+    """Pairs (position in the outputs, name of an input with the same memory)."""
+    writes: set[str]
+
+
+def snapshot(graph: Graph) -> Snapshot:
+    """Record a graph in front of a pass."""
+    calls = {node: (node.target, node.args, node.kwargs) for node in graph.nodes}
+    writes = {node.name for node in graph.nodes if mutates(node)}
+    return Snapshot(calls, _aliases(graph), writes)
+
+
+def verify(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
+    """Compare a graph with its snapshot.
+
+    Fake values of new and changed nodes and of all that is computed from them are propagated again;
+    shapes, dtypes and devices must be what the metadata says. Strides may change, and the metadata
+    then follows.
+
+    Raises:
+        PassError: naming the node and the invariant.
+    """
+    graph.lint()
+    _check_ops(graph)
+    _check_values(graph, before, ctx)
+    if new := {n.name for n in graph.nodes if mutates(n)} - before.writes:
+        raise PassError(f"a pass adds no mutation, got {', '.join(sorted(new))}")
+    if extra := _aliases(graph) - before.aliases:
+        output, name = min(extra)
+        raise PassError(f"a pass adds no aliasing, got output {output} in the memory of {name}")
+
+
+def _check_ops(graph: Graph) -> None:
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lipass":
+            name = node.target._opname
+            if not hasattr(torch.ops.lipass, name):
+                raise PassError(f"{node.name} calls lipass::{name}, which is not registered")
+
+
+def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
+    dirty: set[Node] = set()
+    with ctx.fake_mode, unguarded(ctx.fake_mode), torch.no_grad():
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output", "get_attr"):
+                continue
+            if "example_value" not in node.meta:
+                raise PassError(f"{node.name} has no example_value; insert nodes with emit()")
+            same = before.calls.get(node)
+            unchanged = same is not None and all(
+                a is b for a, b in zip(same, (node.target, node.args, node.kwargs), strict=True)
+            )
+            if unchanged and not any(above in dirty for above in node.all_input_nodes):
+                continue
+            if _is_region(node) or mutates(node):
+                continue
+            fresh = _run(graph, node)
+            if _settle(node, fresh):
+                dirty.add(node)
+
+
+def _is_region(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _run(graph: Graph, node: Node) -> Any:
+    args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+    try:
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_module":
+            return graph.owning_module.get_submodule(str(node.target))(*args, **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+    except Exception as error:
+        raise PassError(f"{node.name} does not run on its inputs: {error}") from error
+
+
+def _settle(node: Node, fresh: Any) -> bool:
+    """Compare a propagated value with the metadata; return whether its strides differ."""
+    old = value(node)
+    if type(old) is not type(fresh) and not isinstance(fresh, torch.Tensor):
+        if isinstance(old, (list, tuple)) and isinstance(fresh, (list, tuple)):
+            node.meta["example_value"] = fresh
+            return True
+        if known_true(old == fresh):
+            return False
+    if isinstance(fresh, (list, tuple)):
+        node.meta["example_value"] = fresh
+        return True
+    if not isinstance(fresh, torch.Tensor):
+        return False
+    if free_unbacked_symbols(fresh) or free_unbacked_symbols(old):
+        return False
+    equal = (
+        isinstance(old, torch.Tensor)
+        and old.dtype == fresh.dtype
+        and old.device == fresh.device
+        and old.dim() == fresh.dim()
+        and all(known_true(a == b) for a, b in zip(old.shape, fresh.shape, strict=True))
+    )
+    if not equal:
+        raise PassError(f"{node.name} is {_brief(fresh)}, but its metadata says {_brief(old)}")
+    if all(known_true(a == b) for a, b in zip(old.stride(), fresh.stride(), strict=True)):
+        return False
+    node.meta["example_value"] = fresh
+    return True
+
+
+def _brief(tensor: Any) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        return repr(tensor)
+    return f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
+
+
+def _aliases(graph: Graph) -> set[tuple[int, str]]:
+    memory: dict[int, str] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        if isinstance(value(node), torch.Tensor):
+            memory[value(node).untyped_storage()._cdata] = node.name
+    outputs: list[Node] = []
+    map_arg(graph.output_node().args, outputs.append)
+    tensors = [(i, value(node)) for i, node in enumerate(outputs)]
+    return {
+        (i, memory[t.untyped_storage()._cdata])
+        for i, t in tensors
+        if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata in memory
+    }
