@@ -1,7 +1,7 @@
-"""Turn a preset and flat options into one comparable, frozen Config; say what is wrong with them.
+"""Turn a preset and flat options into one comparable, frozen Config, or say what is wrong.
 
-The dataclasses have no defaults: those live in `lipass.presets`. Options are plain data (str, bool,
-int, float, tuples), so that `torch.compile(options=...)` can compare them.
+The dataclasses have no defaults: those live in `lipass.presets`. Options are plain data (str,
+bool, int, float, tuples), so that `torch.compile(options=...)` can compare them.
 """
 
 from __future__ import annotations

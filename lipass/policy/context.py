@@ -1,0 +1,212 @@
+"""Choose which history latents the model reads for the next chunk, and say why for each of them.
+
+Three groups are kept: the sink (first latents), the temporal window (latest chunks) and spatial
+memory (earlier latents that show the view to be generated).
+
+Window: `D = MSE(z[t-1], z[t-2])` between the latents of the two latest chunks. `D <= dynamics_low`
+gives `window_chunks_max` chunks, `D >= dynamics_high` gives `window_chunks_min`, in between the
+lengths strictly between them in equal steps: what changes fast is worth remembering briefly.
+Source: arXiv 2605.31158, Fig. 1a; thresholds and steps are ours, the release has a fixed window.
+
+Memory: greedy maximum coverage. The views to be generated are sampled at points; each round takes
+the latent that adds most to what the sink and the chosen latents show of them, until it adds less
+than `gain_min`. Top-k by overlap would pick neighbours that all show the same. What the window
+shows does not count as covered, because its latents are the model's own newest output and memory
+is what keeps that from drifting; but a latent that adds nothing to a single window latent is a
+duplicate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipass.config import ContextOptions
+
+
+@dataclass(frozen=True)
+class FrameDecision:
+    """What happens to one history latent.
+
+    Attributes:
+        index: position in the history.
+        kept: whether the model reads it.
+        reason: "sink", "window", "memory 0.83", "dropped: overlap 0.12 < 0.30", ...
+        overlap: share of the new views it shows; None where it was not scored.
+    """
+
+    index: int
+    kept: bool
+    reason: str
+    overlap: float | None
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """What the model reads for one chunk.
+
+    Attributes:
+        frames: one decision a history latent, ascending.
+        window_chunks: length of the temporal window; None without the context policy.
+        dynamics: `D`; None where there are no two chunks of latents to compare.
+    """
+
+    frames: tuple[FrameDecision, ...]
+    window_chunks: int | None
+    dynamics: float | None
+
+    @property
+    def indices(self) -> list[int]:
+        """Kept latents, ascending, each once."""
+        return [frame.index for frame in self.frames if frame.kept]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain data; `from_dict` takes it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ContextPlan:
+        """Rebuild a plan from `to_dict`."""
+        frames = tuple(FrameDecision(**frame) for frame in data["frames"])
+        return cls(frames, data["window_chunks"], data["dynamics"])
+
+
+def keep_all(history_latents: int) -> ContextPlan:
+    """Keep every latent: the plan without a context policy."""
+    reason = "kept: context policy is off"
+    frames = (FrameDecision(index, True, reason, None) for index in range(history_latents))
+    return ContextPlan(tuple(frames), None, None)
+
+
+def plan_context(
+    visibility: Tensor, latents: Tensor | None, options: ContextOptions
+) -> ContextPlan:
+    """Choose the latents of the next chunk's context.
+
+    Args:
+        visibility: `[q, M, P]` from `score_points`, history against new views.
+        latents: `[M, ...]` history; None leaves the window at its longest.
+        options: budgets and thresholds.
+
+    Raises:
+        ValueError: latents that do not match the history or are not finite.
+    """
+    history = visibility.shape[1]
+    dynamics = latent_dynamics(latents, history, options.chunk_latents)
+    window_chunks = window_length(dynamics, options)
+    reasons: dict[int, str] = {}
+    window = range(max(0, history - window_chunks * options.chunk_latents), history)
+    sink = range(min(options.sink_latents, history))
+    reasons.update(dict.fromkeys(window, "window"))
+    reasons.update(dict.fromkeys(sink, "sink"))
+
+    points = visibility.transpose(0, 1).flatten(1)  # [M, q * P]
+    overlap = points.mean(1).tolist()
+    reasons.update(_choose_memory(points, overlap, list(sink), list(window), options))
+    frames = tuple(
+        FrameDecision(i, not reasons[i].startswith("dropped"), reasons[i], round(overlap[i], 4))
+        for i in range(history)
+    )
+    return ContextPlan(frames, window_chunks, dynamics)
+
+
+def latent_dynamics(latents: Tensor | None, history: int, chunk_latents: int) -> float | None:
+    """Compare the latents of the two latest chunks: `D = MSE(z[t-1], z[t-2])`.
+
+    Reads one number back from the device.
+
+    Returns:
+        None without latents or with less than two chunks of them.
+    """
+    if latents is None:
+        return None
+    if len(latents) != history:
+        raise ValueError(
+            f"latents must have one entry a pose, got {len(latents)} for {history} poses; "
+            "pass the history latents [M, ...], or None"
+        )
+    if history < 2 * chunk_latents:
+        return None
+    latest = latents[-chunk_latents:].detach().float()
+    before = latents[-2 * chunk_latents : -chunk_latents].detach().float()
+    dynamics = float((latest - before).square().mean())
+    if dynamics != dynamics or dynamics == float("inf"):
+        raise ValueError(
+            f"latents must be finite, got a mean squared change of {dynamics} between the two "
+            "latest chunks; check the model's output"
+        )
+    return dynamics
+
+
+def window_length(dynamics: float | None, options: ContextOptions) -> int:
+    """Map latent dynamics to a window length in chunks; never longer for higher dynamics."""
+    longest, shortest = options.window_chunks_max, options.window_chunks_min
+    if dynamics is None or dynamics <= options.dynamics_low:
+        return longest
+    if dynamics >= options.dynamics_high:
+        return shortest
+    rise = (dynamics - options.dynamics_low) / (options.dynamics_high - options.dynamics_low)
+    between = longest - shortest - 1
+    if between < 1:
+        return longest if rise < 0.5 else shortest
+    return longest - 1 - int(rise * between)
+
+
+def _choose_memory(
+    points: Tensor,
+    overlap: list[float],
+    sink: list[int],
+    window: list[int],
+    options: ContextOptions,
+) -> dict[int, str]:
+    """Give a reason for each latent outside sink and window; those chosen say "memory"."""
+    reasons: dict[int, str] = {}
+    taken = {*sink, *window}
+    rest = []
+    for index in range(len(points)):
+        if index in taken:
+            continue
+        if overlap[index] < options.overlap_min:
+            reasons[index] = f"dropped: overlap {overlap[index]:.2f} < {options.overlap_min:.2f}"
+        else:
+            rest.append(index)
+
+    covered = points[sink].amax(0) if sink else torch.zeros_like(points[:1]).sum(0)
+    chosen: list[int] = []
+    while rest:
+        gains = (points[rest] - covered).clamp_min(0).mean(1)
+        # The latest of equal views: it shares most with the chunk that follows.
+        best = len(rest) - 1 - int(gains.flip(0).argmax())
+        gain, index = float(gains[best]), rest[best]
+        if gain < options.gain_min or len(chosen) == options.memory_latents:
+            break
+        rest.pop(best)
+        twin = _twin(points, index, window, options.gain_min)
+        if twin is not None:
+            reasons[index] = f"dropped: duplicates {twin}"
+            continue
+        chosen.append(index)
+        reasons[index] = f"memory {overlap[index]:.2f}"
+        covered = torch.maximum(covered, points[index])
+
+    for index in rest:
+        twin = _twin(points, index, [*sink, *chosen, *window], options.gain_min)
+        if twin is not None:
+            reasons[index] = f"dropped: duplicates {twin}"
+        elif len(chosen) == options.memory_latents:
+            reasons[index] = f"dropped: {len(chosen)} memory latents show more"
+        else:
+            reasons[index] = f"dropped: adds less than {options.gain_min:.2f} to the memory"
+    return reasons
+
+
+def _twin(points: Tensor, index: int, kept: list[int], gain_min: float) -> int | None:
+    """Find the kept latent that alone shows nearly all that this one shows of the new views."""
+    if not kept:
+        return None
+    adds = (points[index] - points[kept]).clamp_min(0).mean(1)
+    nearest = int(adds.argmin())
+    return kept[nearest] if float(adds[nearest]) < gain_min else None
