@@ -186,7 +186,9 @@ def test_table_fits_80_columns():
 
 
 def test_table_marks_what_was_not_measured():
-    line = next(line for line in table(fabricate()[0]).splitlines() if line.startswith("copy-last"))
+    line = next(
+        line for line in table(fabricate()[0]).splitlines() if line.startswith("copy-last")
+    )
     assert line.split()[1:5] == ["-", "-", "-", "-"]
 
 

@@ -24,6 +24,7 @@ def room_map(room: dict, rollout: dict, first_frame: int, chunk_frames: int) -> 
         f'<rect class="room" width="{width_m:.3f}" height="{depth_m:.3f}"/>',
     ]
     for x0, z0, x1, z1 in room["boxes"]:
+        x0, z0, x1, z1 = max(x0, 0), max(z0, 0), min(x1, width_m), min(z1, depth_m)
         parts.append(
             f'<rect class="box" x="{x0:.2f}" y="{z0:.2f}" width="{x1 - x0:.2f}" '
             f'height="{z1 - z0:.2f}"/>'

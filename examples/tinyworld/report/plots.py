@@ -26,6 +26,7 @@ def plot_rows(rows: list[dict], path: Path) -> Path:
         _plot_quality(axes, [row for row in rows if _is_measured(row, key)], key)
         axes.set(xlabel="speed-up over off", ylabel=label)
         axes.grid(alpha=0.25)
+    _legend(figure)
     figure.savefig(path, dpi=144)
     return path
 
@@ -50,8 +51,7 @@ def _plot_quality(axes: Axes, rows: list[dict], key: str) -> None:
             )
         x = float(np.mean([row["speedup_vs_off"] for row in own]))
         y = float(np.mean([row[key] for row in own]))
-        axes.plot(x, y, "o", color=colour, markersize=9, markeredgecolor="white")
-        axes.annotate(preset, (x, y), (6, 5), textcoords="offset points", color=colour)
+        axes.plot(x, y, "o", color=colour, markersize=9, markeredgecolor="white", label=preset)
 
 
 def plot_chunks(rollouts: list[dict], path: Path) -> Path:
@@ -71,11 +71,22 @@ def plot_chunks(rollouts: list[dict], path: Path) -> Path:
         axes.grid(alpha=0.25)
         if axes.get_subplotspec().is_last_row():
             axes.set_xlabel("chunk")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
+    _legend(figure)
     figure.savefig(path, dpi=144)
     return path
+
+
+def _legend(figure: Figure) -> None:
+    """Name every preset once above the panels; a preset may be missing from some of them."""
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(
+            handles.values(), handles, loc="outside upper center", ncols=6, frameon=False
+        )
 
 
 def _value(chunk: dict, key: str) -> float:

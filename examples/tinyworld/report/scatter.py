@@ -1,12 +1,13 @@
 """Draw speed against quality as SVG, one large dot a preset and a small one a scene."""
 
+from collections.abc import Iterator
 from html import escape
 
 from .columns import SAME_DB, scene_of, scene_title
 from .palette import preset_colour
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 280, 44, 40, 14, 70
-_LABEL_PX = 13.0
+_LABEL_PX, _LETTER_PX, _DOT_PX = 13.0, 6.6, 6
 
 
 def scatter(rows: list[dict], key: str, label: str) -> str:
@@ -80,18 +81,39 @@ def _grid(speed: list[float], quality: list[float], at) -> list[str]:
 
 
 def _labels(means: dict[str, tuple[float, float]]) -> list[str]:
-    """Dots with names to their right; names that would overlap move down."""
-    parts, taken = [], []
-    for preset, (x, y) in sorted(means.items(), key=lambda item: item[1][1]):
-        label_y = y + 4
-        for other_x, other_y in taken:
-            if abs(other_x - x) < 70 and abs(other_y - label_y) < _LABEL_PX:
-                label_y = other_y + _LABEL_PX
-        taken.append((x, label_y))
+    """Dots with their names: each name in the nearest free place, on a thin line if that is far."""
+    dots = [(x - _DOT_PX, y - _DOT_PX, x + _DOT_PX, y + _DOT_PX) for x, y in means.values()]
+    taken, parts, leads = list(dots), [], []
+    for preset, (x, y) in sorted(means.items(), key=lambda item: item[1]):
+        width = _LETTER_PX * len(preset)
+        box = min(_places(x, y, width), key=lambda place: (_overlaps(place, taken), place[4]))
+        taken.append(box[:4])
+        if box[4] > _LABEL_PX:
+            near = min(max(x, box[0]), box[2])
+            edge = box[1] if box[1] > y else box[3]
+            leads.append(
+                f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{edge:.1f}"/>'
+            )
         colour = preset_colour(preset)
         parts.append(
-            f'<circle class="mean" cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour}"/>'
-            f'<text class="name" x="{x + 9:.1f}" y="{label_y:.1f}" fill="{colour}">'
+            f'<circle class="mean" cx="{x:.1f}" cy="{y:.1f}" r="{_DOT_PX}" fill="{colour}"/>'
+            f'<text class="name" x="{box[0]:.1f}" y="{box[3] - 3:.1f}" fill="{colour}">'
             f"{escape(preset)}</text>"
         )
-    return parts
+    return leads + parts
+
+
+def _places(x: float, y: float, width: float) -> Iterator[tuple[float, ...]]:
+    """Yield boxes for a label around a dot: left, top, right, bottom, distance moved."""
+    for moved in (0.0, *(step * _LABEL_PX for step in range(1, 7))):
+        for top in dict.fromkeys((y - _LABEL_PX / 2 - moved, y - _LABEL_PX / 2 + moved)):
+            for left in (x + 9, x - 9 - width, x - width / 2):
+                if left > _LEFT and _TOP / 2 < top < _HEIGHT - _BOTTOM - _LABEL_PX:
+                    yield left, top, left + width, top + _LABEL_PX, moved
+
+
+def _overlaps(place: tuple[float, ...], taken: list[tuple[float, ...]]) -> int:
+    return sum(
+        place[0] < other[2] and other[0] < place[2] and place[1] < other[3] and other[1] < place[3]
+        for other in taken
+    )

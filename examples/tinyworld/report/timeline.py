@@ -5,7 +5,7 @@ from html import escape
 
 from .palette import KINDS, kind_of
 
-_COLUMN_PX, _LEFT_PX, _ROW_GAP_PX = 16, 56, 8
+_COLUMN_PX, _LEFT_PX, _ROW_GAP_PX = 11, 50, 8
 _CONTEXT_PX, _BAR_PX = 44, 22
 _DOT_PX = 5.4
 
@@ -39,19 +39,20 @@ def timeline(rollout: dict, scale: dict[str, float], chunk_frames: int) -> str:
         y += height + _ROW_GAP_PX
     now = [
         f'<rect class="now" style="--lo:{i * chunk_frames};--hi:{(i + 1) * chunk_frames - 1}" '
-        f'x="{_LEFT_PX + i * _COLUMN_PX - 1.5}" y="0" width="{_COLUMN_PX}" height="{y:.1f}"/>'
+        f'x="{_LEFT_PX + i * _COLUMN_PX - 1}" y="0" width="{_COLUMN_PX}" height="{y:.1f}"/>'
         for i in range(len(chunks))
     ]
     width = _LEFT_PX + len(chunks) * _COLUMN_PX
     return (
         f'<svg class="timeline" viewBox="0 0 {width} {y:.1f}" role="img" '
-        f'aria-label="chunks of {escape(rollout["preset"])}">{"".join(now + parts)}</svg>'
+        f'style="max-width:{1.3 * width:.0f}px" aria-label="chunks of {escape(rollout["preset"])}">'
+        f"{''.join(now + parts)}</svg>"
     )
 
 
 def _rect(kind: str, x: float, bottom: float, height: float, title: str) -> str:
     return (
-        f'<rect class="{kind}" x="{x}" y="{bottom - height:.1f}" width="{_COLUMN_PX - 3}" '
+        f'<rect class="{kind}" x="{x}" y="{bottom - height:.1f}" width="{_COLUMN_PX - 2}" '
         f'height="{height:.1f}"><title>{escape(title)}</title></rect>'
     )
 
@@ -63,7 +64,8 @@ def _context(chunk: dict, x: float, bottom: float, most: float) -> str:
     for kind in KINDS:
         height = counts[kind] / max(most, 1) * _CONTEXT_PX
         if height:
-            title = f"chunk {chunk['index']}: {counts[kind]} of {len(chunk['context'])} latents, {kind}"
+            share = f"{counts[kind]} of {len(chunk['context'])} latents"
+            title = f"chunk {chunk['index']}: {share}, {kind}"
             parts.append(_rect(kind, x, bottom, height, title))
         bottom -= height
     return "".join(parts)
@@ -75,7 +77,7 @@ def _window(chunk: dict, x: float, bottom: float) -> str:
     dynamics = chunk.get("dynamics")
     title = "" if dynamics is None else f"<title>latent dynamics {dynamics:.4f}</title>"
     return (
-        f'<text class="value" x="{x + _COLUMN_PX / 2 - 1.5}" y="{bottom - 1}">'
+        f'<text class="value" x="{x + _COLUMN_PX / 2 - 1}" y="{bottom - 1}">'
         f"{chunk['window_chunks']}{title}</text>"
     )
 
@@ -97,6 +99,6 @@ def _steps(chunk: dict, x: float, bottom: float) -> str:
     top = bottom - total * _DOT_PX
     return "".join(
         f'<circle class="{"reused" if step in reused else "computed"}" '
-        f'cx="{x + _COLUMN_PX / 2 - 1.5}" cy="{top + (step + 0.5) * _DOT_PX:.1f}" r="1.9"/>'
+        f'cx="{x + _COLUMN_PX / 2 - 1}" cy="{top + (step + 0.5) * _DOT_PX:.1f}" r="1.9"/>'
         for step in range(total)
     )
