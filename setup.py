@@ -1,9 +1,9 @@
 """Map the folders of the repository to import names; everything else is in pyproject.toml.
 
 The folders are top level because they are the layers of the project and are read as such. The
-import names are nested because a top-level module called `kernels` would shadow the package of that
-name which diffusers and transformers look for. pyproject.toml can express the mapping of a folder
-but not "and every package below it", so the mapping lives here and new subfolders are picked up.
+import names are nested because a top-level module called `kernels` would shadow the package of
+that name which diffusers and transformers look for. pyproject.toml can express the mapping of a
+folder but not "and every package below it", so it lives here and new subfolders are picked up.
 """
 
 from setuptools import find_packages, setup

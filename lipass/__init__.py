@@ -1,7 +1,7 @@
 """Make interactive video world models fast without retraining, through `torch.compile`.
 
-Public names load on first use (PEP 562), so that `import lipass` starts neither torch nor Triton and
-`lipass.kernels` can be imported alone.
+Public names load on first use (PEP 562), so that `import lipass` starts neither torch nor Triton,
+and `lipass.kernels` can be imported alone.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     """Keep `lipass.report` the function.
 
-    Importing the submodule of that name makes the import system rebind the attribute to the module,
-    and `lipass.report()` would work or not depending on what was imported before.
+    Importing the submodule of that name makes the import system rebind the attribute to the
+    module, and `lipass.report()` would work or not depending on what was imported before.
     """
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Give every test the same seed, two threads, and kernels memory that is poisoned until written."""
+"""Give every test one seed and two threads, and the kernels memory that is poisoned."""
 
 import os
 
@@ -17,7 +17,8 @@ def _seed():
 def _poison_empty_memory(request):
     """Fill `torch.empty` with NaN (integers: the largest value), so that unwritten output is seen.
 
-    Only for tests/kernels: the mode adds fill nodes to traced graphs, and goldens must not show them.
+    Only for tests/kernels: the mode adds fill nodes to traced graphs, and goldens must not show
+    them.
     """
     if "tests/kernels" not in request.path.as_posix():
         yield

@@ -1,4 +1,4 @@
-"""Roll out TinyWorld with several presets; write a report of speed, quality and what was rewritten."""
+"""Roll out TinyWorld with several presets and report speed, quality and every rewrite."""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
 The input is plain data, so that the report needs neither the model nor the session:
 
 `result`
-    A JSON-able dict with `schema_version`, `device`, `versions`, `rows` (one per preset, trajectory,
-    regime and room), `rollouts` (the same keys; `chunks` and `camera [[x_m, z_m, yaw_deg], ...]` of
-    history and generated frames), `rooms` (`{str(room): {"size": [w, d], "boxes": [[x0, z0, x1, z1]]}}`)
-    and `sites`.
+    A JSON-able dict with `schema_version`, `device`, `versions`, `rows` (one per preset,
+    trajectory, regime and room), `rollouts` (the same keys; `chunks`, and `camera`
+    `[[x_m, z_m, yaw_deg], ...]` of history and generated frames), `sites`, and `rooms`
+    (`{str(room): {"size": [w, d], "boxes": [[x0, z0, x1, z1], ...]}}`; plain `room` if all
+    scenes share one).
 `frames`
     `{(preset, trajectory, regime, room): uint8 [F, H, W, 3]}`, the generated frames.
 `truth`
@@ -33,7 +34,7 @@ def write_report(
     truth: dict[tuple, np.ndarray],
     out: Path,
 ) -> list[Path]:
-    """Write report.html, the PNGs, one GIF per scene and receipt.json to `out`; return their paths."""
+    """Write report.html, receipt.json, the PNGs and a GIF per scene; return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "report.html", out / "receipt.json"]
     written[0].write_text(page(result, frames, truth), encoding="utf-8")

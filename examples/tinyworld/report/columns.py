@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-# Exact runs differ from `off` by rounding only; beyond this the figure says nothing about pictures.
+# Exact runs differ from `off` by rounding only; above this the figure is not about pictures.
 SAME_DB = 90.0
 
 

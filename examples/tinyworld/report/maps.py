@@ -41,7 +41,7 @@ def room_map(room: dict, rollout: dict, first_frame: int, chunk_frames: int) -> 
 
 
 def _memory(camera: list, chunk: dict) -> list[str]:
-    """Dots at the cameras of the chunk's candidates, one path a kind: filled kept, pale dropped."""
+    """Dots at the cameras of the chunk's candidates, one path a kind; dropped ones are small."""
     kept = set(chunk["context"])
     dots: dict[str, list] = {}
     for frame, reason in chunk["reasons"].items():

@@ -75,11 +75,10 @@ def _headline(rows: list[dict]) -> list[tuple[str, str]]:
     ]
     if lost:
         tiles.append((f"{sum(lost) / len(lost):+.2f} dB", "against the renderer's truth, vs off"))
-    recompiles = [
-        row["recompiles_after_warmup"] for row in rows if "recompiles_after_warmup" in row
-    ]
-    if any(count is not None for count in recompiles):
-        tiles.append((str(sum(filter(None, recompiles))), "recompiles after warm-up, all presets"))
+    counts = [row.get("recompiles_after_warmup") for row in rows]
+    recompiles = [count for count in counts if count is not None]
+    if recompiles:
+        tiles.append((str(sum(recompiles)), "recompiles after warm-up, all presets"))
     return tiles
 
 

@@ -11,7 +11,7 @@ _LABEL_PX, _LETTER_PX, _DOT_PX = 13.0, 6.6, 6
 
 
 def scatter(rows: list[dict], key: str, label: str) -> str:
-    """Return an SVG of `speedup_vs_off` against the decibels in `key`; rows without both are out."""
+    """Return an SVG of `speedup_vs_off` against the decibels in `key`; rows need both."""
     rows = [
         row
         for row in rows
@@ -69,19 +69,21 @@ def _grid(speed: list[float], quality: list[float], at) -> list[str]:
         x, y = at(tick, quality[0])
         parts.append(
             f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{x:.1f}" y="{y + 14:.1f}" text-anchor="middle">{tick:g}x</text>'
+            f'<text class="tick" x="{x:.1f}" y="{y + 14:.1f}" text-anchor="middle">'
+            f"{tick:g}x</text>"
         )
     for tick in quality:
         x, y = at(speed[0], tick)
         parts.append(
             f'<line class="grid" x1="{x:.1f}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{x - 5:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>'
+            f'<text class="tick" x="{x - 5:.1f}" y="{y + 3.5:.1f}" text-anchor="end">'
+            f"{tick:g}</text>"
         )
     return parts
 
 
 def _labels(means: dict[str, tuple[float, float]]) -> list[str]:
-    """Dots with their names: each name in the nearest free place, on a thin line if that is far."""
+    """Dots with their names, each in the nearest free place; on a thin line if that is far."""
     dots = [(x - _DOT_PX, y - _DOT_PX, x + _DOT_PX, y + _DOT_PX) for x, y in means.values()]
     taken, parts, leads = list(dots), [], []
     for preset, (x, y) in sorted(means.items(), key=lambda item: item[1]):

@@ -45,7 +45,8 @@ def timeline(rollout: dict, scale: dict[str, float], chunk_frames: int) -> str:
     width = _LEFT_PX + len(chunks) * _COLUMN_PX
     return (
         f'<svg class="timeline" viewBox="0 0 {width} {y:.1f}" role="img" '
-        f'style="max-width:{1.3 * width:.0f}px" aria-label="chunks of {escape(rollout["preset"])}">'
+        f'style="max-width:{1.3 * width:.0f}px" '
+        f'aria-label="chunks of {escape(rollout["preset"])}">'
         f"{''.join(now + parts)}</svg>"
     )
 
