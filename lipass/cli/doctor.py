@@ -1,0 +1,167 @@
+"""Show versions, devices, and which kernels can run here and why others cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import pkgutil
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+SUMMARY = "show versions, devices, and which kernels run here and why others do not"
+SCHEMA_VERSION = 1
+
+_PACKAGES = ("lipass", "torch", "triton", "numpy", "networkx", "sympy", "rich", "matplotlib")
+_BACKEND = "light_interaction"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lipass doctor`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; fail if torch does not know the backend."""
+    found = findings()
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(_lines(found)))
+    return 0 if found["backend_registered"] else 1
+
+
+def findings() -> dict:
+    """Collect what a bug report needs, as JSON-able data."""
+    import torch
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "backend_registered": _BACKEND in torch._dynamo.list_backends(None),
+        "devices": _devices(),
+        "compiler": _compiler(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("LIPASS")},
+        "providers": list(_providers()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict]:
+    import torch
+
+    devices = [
+        {
+            "device": "cpu",
+            "name": _cpu_name(),
+            "detail": f"{torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}",
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": about.name,
+                "detail": f"sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GiB, "
+                f"{about.multi_processor_count} SMs",
+            }
+        )
+    return devices
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _compiler() -> str | None:
+    """Return the first line of the C++ compiler's version: Inductor needs one on a CPU."""
+    command = os.environ.get("CXX") or "g++"
+    path = shutil.which(command) or shutil.which("clang++")
+    if path is None:
+        return None
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return said.stdout.splitlines()[0] if said.stdout else path
+
+
+def _providers() -> Iterator[dict]:
+    """Ask every provider of every kernel whether it takes a call of one tile, on every device."""
+    import torch
+
+    for operation in ("pool", "block_sparse"):
+        package = importlib.import_module(f"lipass.kernels.{operation}")
+        for found in pkgutil.iter_modules(package.__path__):
+            for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+                try:
+                    module = importlib.import_module(f"{package.__name__}.{found.name}")
+                except ImportError as error:
+                    reason = f"not importable: {error}"
+                else:
+                    if not hasattr(module, "why_not"):
+                        continue  # the operation's interface, not a provider of it
+                    reason = module.why_not(*_one_tile(operation, device))
+                yield {
+                    "operation": operation,
+                    "provider": found.name,
+                    "device": device,
+                    "why_not": reason,
+                }
+
+
+def _one_tile(operation: str, device: str) -> tuple:
+    import torch
+
+    from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout, Segment
+
+    grid = BlockGrid((4, 4, 4), (4, 4, 4))
+    x = torch.zeros(1, 1, grid.tokens, 64, device=device)
+    if operation == "pool":
+        return x, grid
+    indices = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
+    layout = KvLayout((Segment("current", grid),))
+    return x, BlockPlan(indices, torch.ones_like(indices[..., 0]), grid, layout)
+
+
+def _lines(found: dict) -> Iterator[str]:
+    yield f"system     {found['system']}, Python {found['python']}"
+    for name, version in found["versions"].items():
+        yield f"{name:<10} {version or 'not installed'}"
+    registered = "registered with torch" if found["backend_registered"] else _MISSING
+    yield f"backend    {_BACKEND}: {registered}"
+    yield f"compiler   {found['compiler'] or _NO_COMPILER}"
+    for device in found["devices"]:
+        yield f"{device['device']:<10} {device['name']}, {device['detail']}"
+    if len(found["devices"]) == 1:
+        yield "cuda       none: torch finds no CUDA device"
+    for name, value in found["environment"].items():
+        yield f"{name}={value}"
+    yield ""
+    yield "kernel        provider    device  runs"
+    for line in found["providers"]:
+        verdict = "yes" if line["why_not"] is None else f"no: {line['why_not']}"
+        yield f"{line['operation']:<13} {line['provider']:<11} {line['device']:<7} {verdict}"
+
+
+_MISSING = f"NOT registered; reinstall with {sys.executable} -m pip install lipass"
+_NO_COMPILER = (
+    "none found: Inductor cannot compile for the CPU; install g++, or use inner='aot_eager'"
+)
