@@ -5,7 +5,7 @@ Slow and obvious; `api.py` must agree with it. Imports nothing of what it checks
 
 import math
 
-COLUMNS, ROWS, DEPTHS = 8, 6, 5
+COLUMNS, ROWS, DEPTHS = 8, 6, 4
 
 
 def view_overlap_reference(query_w2c, memory_w2c, hfov_deg, vfov_deg, near, far) -> float:

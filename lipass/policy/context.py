@@ -18,6 +18,7 @@ duplicate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,10 +75,27 @@ class ContextPlan:
         return cls(frames, data["window_chunks"], data["dynamics"])
 
 
-def keep_all(history_latents: int) -> ContextPlan:
-    """Keep every latent: the plan without a context policy."""
-    reason = "kept: context policy is off"
-    frames = (FrameDecision(index, True, reason, None) for index in range(history_latents))
+def keep(history: int, own_context: Sequence[int] | None) -> ContextPlan:
+    """Keep what the loop reads by itself: the plan without a context policy.
+
+    Args:
+        history: latents of the history.
+        own_context: indices into it; None is all of it.
+
+    Raises:
+        ValueError: an index outside the history or given twice.
+    """
+    chosen = range(history) if own_context is None else [int(index) for index in own_context]
+    outside = [index for index in chosen if not 0 <= index < history]
+    if outside or len(set(chosen)) != len(chosen):
+        raise ValueError(
+            f"own_context must hold indices of the {history} history latents, each once, got "
+            f"{list(chosen)}; pass what the model's own retrieval gives"
+        )
+    kept, frames = set(chosen), []
+    for index in range(history):
+        reason = "kept: context policy is off" if index in kept else "dropped: by the loop itself"
+        frames.append(FrameDecision(index, index in kept, reason, None))
     return ContextPlan(tuple(frames), None, None)
 
 
@@ -174,7 +192,11 @@ def _choose_memory(
         else:
             rest.append(index)
 
-    covered = points[sink].amax(0) if sink else torch.zeros_like(points[:1]).sum(0)
+    for index, twin in _twins(points, rest, window, options.gain_min).items():
+        if twin is not None:
+            reasons[index] = f"dropped: duplicates {twin}"
+            rest.remove(index)
+    covered = points[sink].amax(0) if sink else torch.zeros_like(points[0])
     chosen: list[int] = []
     while rest:
         gains = (points[rest] - covered).clamp_min(0).mean(1)
@@ -184,18 +206,14 @@ def _choose_memory(
         if gain < options.gain_min or len(chosen) == options.memory_latents:
             break
         rest.pop(best)
-        twin = _twin(points, index, window, options.gain_min)
-        if twin is not None:
-            reasons[index] = f"dropped: duplicates {twin}"
-            continue
         chosen.append(index)
         reasons[index] = f"memory {overlap[index]:.2f}"
         covered = torch.maximum(covered, points[index])
 
+    twins = _twins(points, rest, [*sink, *chosen, *window], options.gain_min)
     for index in rest:
-        twin = _twin(points, index, [*sink, *chosen, *window], options.gain_min)
-        if twin is not None:
-            reasons[index] = f"dropped: duplicates {twin}"
+        if twins[index] is not None:
+            reasons[index] = f"dropped: duplicates {twins[index]}"
         elif len(chosen) == options.memory_latents:
             reasons[index] = f"dropped: {len(chosen)} memory latents show more"
         else:
@@ -203,10 +221,16 @@ def _choose_memory(
     return reasons
 
 
-def _twin(points: Tensor, index: int, kept: list[int], gain_min: float) -> int | None:
-    """Find the kept latent that alone shows nearly all that this one shows of the new views."""
-    if not kept:
-        return None
-    adds = (points[index] - points[kept]).clamp_min(0).mean(1)
-    nearest = int(adds.argmin())
-    return kept[nearest] if float(adds[nearest]) < gain_min else None
+def _twins(
+    points: Tensor, indices: list[int], kept: list[int], gain_min: float
+) -> dict[int, int | None]:
+    """Find for each latent the kept one that alone shows nearly all that it shows."""
+    if not indices or not kept:
+        return dict.fromkeys(indices)
+    views = points[indices]
+    adds = torch.stack([(views - points[other]).clamp_min_(0).mean(1) for other in kept])
+    least, nearest = adds.min(0)
+    return {
+        index: kept[position] if value < gain_min else None
+        for index, position, value in zip(indices, nearest.tolist(), least.tolist(), strict=True)
+    }

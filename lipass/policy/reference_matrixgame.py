@@ -53,8 +53,9 @@ def gate_clip(w2c: Tensor, clip: int, threshold: float = THRESHOLD) -> MatrixGam
     """Decide memory and reuse for one clip.
 
     Args:
-        w2c: `[F, 4, 4]` world-to-camera matrices, one a video frame, at least up to the clip's
-        end. clip: 0 is the first one, which has no memory. threshold: least confidence.
+        w2c: `[F, 4, 4]` world-to-camera matrices, one a video frame, to the clip's end or beyond.
+        clip: 0 is the first one, which has no memory.
+        threshold: least confidence.
 
     Raises:
         ValueError: fewer cameras than the clip has frames.

@@ -3,7 +3,7 @@
 Per chunk, with `cur` history latents: the first 4 latents (sink) and the latest
 `temporal_latents` are kept; earlier clips of 4 latents, starting at 4, 8, ..., are scored against
 the new views, and the best one joins if it reaches the threshold. The same best score decides
-whether denoising steps are reused. While `cur < memory_latents` everything is kept, unscored.
+whether denoising steps are reused. While `cur < context_latents` everything is kept, unscored.
 
 The flaws are part of it: walking forward counts as revisiting, returning to the first view does
 not (the sink is no candidate), and the gate moves with the window.
@@ -29,8 +29,8 @@ THRESHOLD = 0.7
 
 # Context of the release's presets `all` (12 latents, 4 recent) and `cache` (20 latents, 12
 # recent).
-ALL_MEMORY_LATENTS, ALL_TEMPORAL_LATENTS = 12, 4
-CACHE_MEMORY_LATENTS, CACHE_TEMPORAL_LATENTS = 20, 12
+ALL_CONTEXT_LATENTS, ALL_TEMPORAL_LATENTS = 12, 4
+CACHE_CONTEXT_LATENTS, CACHE_TEMPORAL_LATENTS = 20, 12
 
 # 2,880 points, about as many as the release has inside a view.
 _AZIMUTHS, _ELEVATIONS, _DISTANCES = 20, 12, 12
@@ -43,13 +43,13 @@ class WorldPlayGate:
     Attributes:
         indices: kept latents, ascending.
         scores: candidate clip start -> score; empty while everything is kept.
-        retrieved: start of the clip that joins; None without one.
+        retrieved: starts of the clips that join, best first.
         reuse: denoising steps may be reused.
     """
 
     indices: tuple[int, ...]
     scores: dict[int, float]
-    retrieved: int | None
+    retrieved: tuple[int, ...]
     reuse: bool
 
     @property
@@ -62,9 +62,11 @@ def gate_chunk(
     poses: Tensor,
     query: Tensor,
     *,
-    memory_latents: int = ALL_MEMORY_LATENTS,
+    context_latents: int = ALL_CONTEXT_LATENTS,
     temporal_latents: int = ALL_TEMPORAL_LATENTS,
-    context_threshold: float | None = THRESHOLD,
+    sink_latents: int = SINK_LATENTS,
+    clip_latents: int = CLIP_LATENTS,
+    context_threshold: float = THRESHOLD,
     reuse_threshold: float = THRESHOLD,
     hfov_deg: float = HFOV_DEG,
     vfov_deg: float = VFOV_DEG,
@@ -75,31 +77,37 @@ def gate_chunk(
     Args:
         poses: `[M, 4, 4]` float64 world-to-camera matrices of the history.
         query: `[q, 4, 4]` of the new latents.
-        memory_latents: latents of a full context, sink and retrieved clip included.
+        context_latents: latents of a full context: sink, retrieved clips and window.
         temporal_latents: latest latents, always kept.
-        context_threshold: the best clip joins from this score on; None lets it join always.
-        reuse_threshold: steps are reused from this score on.
+        sink_latents: first latents, always kept.
+        clip_latents: latents retrieved together.
+        context_threshold: clips join if the best one scores this; 0 lets them join always.
+        reuse_threshold: steps are reused if the best clip scores this.
         hfov_deg: full horizontal field of view, degrees.
         vfov_deg: full vertical field of view, degrees.
         radius: distance up to which a view is considered, in the unit of the poses.
     """
     current = len(poses)
-    starts = range(CLIP_LATENTS, current - temporal_latents, CLIP_LATENTS)
-    if current < memory_latents or not starts:
-        return WorldPlayGate(tuple(range(current)), {}, None, False)
-    scores = {}
-    for start in starts:
-        pair = poses[[start, min(start + CLIP_LATENTS // 2, current - 1)]]
-        overlap = view_similarity(query, pair, hfov_deg, vfov_deg, radius)
-        scores[start] = float(overlap.mean())
-    best = max(scores, key=lambda start: scores[start])
-    joins = context_threshold is None or scores[best] >= context_threshold
-    kept = {*range(SINK_LATENTS), *range(current - temporal_latents, current)}
-    if joins and memory_latents - temporal_latents > SINK_LATENTS:
-        kept |= set(range(best, min(best + CLIP_LATENTS, current)))
-    return WorldPlayGate(
-        tuple(sorted(kept)), scores, best if joins else None, scores[best] >= reuse_threshold
-    )
+    starts = range(clip_latents, current - temporal_latents, clip_latents)
+    if current < context_latents or not starts:
+        return WorldPlayGate(tuple(range(current)), {}, (), False)
+    first = torch.tensor(starts)
+    middle = (first + clip_latents // 2).clamp_max(current - 1)
+    both = view_similarity(query, poses[torch.cat([first, middle])], hfov_deg, vfov_deg, radius)
+    means = both.mean(0).reshape(2, -1).mean(0)
+    scores = dict(zip(starts, means.tolist(), strict=True))
+    ranked = sorted(scores, key=lambda start: -scores[start])
+    earlier = set(range(sink_latents))
+    retrieved = []
+    if scores[ranked[0]] >= context_threshold:
+        for start in ranked:
+            if len(earlier) >= context_latents - temporal_latents:
+                break
+            earlier |= set(range(start, start + clip_latents))
+            retrieved.append(start)
+    kept = sorted(earlier | set(range(current - temporal_latents, current)))
+    reuse = scores[ranked[0]] >= reuse_threshold
+    return WorldPlayGate(tuple(kept), scores, tuple(retrieved), reuse)
 
 
 def view_similarity(
@@ -116,15 +124,23 @@ def view_similarity(
     points = _sector(hfov_deg, vfov_deg, radius)  # [P, 3], in the query camera's frame
     turn = memory[None, :, :3, :3] @ query[:, None, :3, :3].transpose(-1, -2)
     shift = memory[None, :, :3, 3] - (turn @ query[:, None, :3, 3:])[..., 0]
-    forward = turn[..., 2, :]  # memory's forward axis in the query's frame
     centre = -(turn.transpose(-1, -2) @ shift[..., None])[..., 0]
-    azimuth, elevation = _angles(points - centre[..., None, :])
-    yaw, pitch = _angles(forward)
-    inside = (
-        (_wrap(azimuth - yaw[..., None]).abs() < hfov_deg / 2)
-        & (_wrap(elevation - pitch[..., None]).abs() < vfov_deg / 2)
-        & ((points - centre[..., None, :]).norm(dim=-1) < radius)
-    )
+    forward = turn[..., 2, :, None]  # memory's forward axis in the query's frame
+    x, y, z = (points - centre[..., None, :]).unbind(-1)
+
+    # |azimuth - yaw| < half: in the frame turned by the yaw, ahead and within the tangent.
+    level = torch.hypot(forward[..., 0, :], forward[..., 2, :]).clamp_min(1e-12)
+    sine, cosine = forward[..., 0, :] / level, forward[..., 2, :] / level
+    ahead = x * sine + z * cosine
+    aside = (x * cosine - z * sine).abs()
+    inside = aside < ahead * math.tan(math.radians(hfov_deg) / 2)
+    # |elevation - pitch| < half: sines compare as angles do between -90 and 90 degrees.
+    pitch = torch.atan2(forward[..., 1, :], level)
+    half = math.radians(vfov_deg) / 2
+    distance = (x * x + y * y + z * z).sqrt()
+    inside &= y > distance * (pitch - half).clamp_min(-math.pi / 2).sin()
+    inside &= y < distance * (pitch + half).clamp_max(math.pi / 2).sin()
+    inside &= distance < radius
     return inside.double().mean(-1)
 
 
@@ -141,13 +157,3 @@ def _sector(hfov_deg: float, vfov_deg: float, radius: float) -> Tensor:
 
 def _middles(cells: int) -> Tensor:
     return (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
-
-
-def _angles(direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Azimuth and elevation, degrees; elevation grows along +y, which points down."""
-    x, y, z = direction.unbind(-1)
-    return torch.rad2deg(torch.atan2(x, z)), torch.rad2deg(torch.atan2(y, torch.hypot(x, z)))
-
-
-def _wrap(degrees: Tensor) -> Tensor:
-    return torch.remainder(degrees + 180, 360) - 180

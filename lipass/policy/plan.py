@@ -1,0 +1,212 @@
+"""Take all decisions of one chunk at once, as plain data that can be stored and replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lipass.config import Config, ContextOptions, StepOptions
+from lipass.policy import reference_worldplay as worldplay
+from lipass.policy.blocks import dense_chunk
+from lipass.policy.context import ContextPlan, FrameDecision, keep, plan_context
+from lipass.policy.revisit import Revisit, decide_revisit
+from lipass.policy.steps import StepPlan
+from lipass.policy.views import check_poses, score_points
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The decisions of one chunk; needs neither a GPU nor the model to be made or replayed.
+
+    Attributes:
+        stream: name of the stream (one request) that the chunk belongs to.
+        index: chunks of the stream before this one.
+        context: which history latents the model reads.
+        revisit: whether denoising steps may be reused.
+        steps: which steps compute; None until `Chunk.steps` has told how many there are.
+        dense_reason: why attention stays dense in this chunk; None where the budgets decide.
+    """
+
+    stream: str
+    index: int
+    context: ContextPlan
+    revisit: Revisit
+    steps: StepPlan | None
+    dense_reason: str | None
+
+    @property
+    def history_latents(self) -> int:
+        """Latents to choose from."""
+        return len(self.context.frames)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain data; `from_dict` takes it back."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "stream": self.stream,
+            "index": self.index,
+            "context": self.context.to_dict(),
+            "revisit": self.revisit.to_dict(),
+            "steps": None if self.steps is None else self.steps.to_dict(),
+            "dense_reason": self.dense_reason,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ChunkPlan:
+        """Rebuild a plan from `to_dict`.
+
+        Raises:
+            ValueError: written by another version of the format.
+        """
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"a chunk plan must have schema_version {SCHEMA_VERSION}, got "
+                f"{data.get('schema_version')}; record it again with this version of lipass"
+            )
+        return cls(
+            data["stream"],
+            data["index"],
+            ContextPlan.from_dict(data["context"]),
+            Revisit(**data["revisit"]),
+            None if data["steps"] is None else StepPlan.from_dict(data["steps"]),
+            data["dense_reason"],
+        )
+
+    def to_json(self) -> str:
+        """Give the plan as one JSON document."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> ChunkPlan:
+        """Rebuild a plan from `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def plan_chunk(
+    config: Config,
+    *,
+    poses: Tensor | None,
+    query: Tensor,
+    latents: Tensor | None,
+    own_context: Sequence[int] | None,
+    stream: str,
+    index: int,
+) -> ChunkPlan:
+    """Decide everything about one chunk.
+
+    Args:
+        config: options of the policies.
+        poses: `[M, 4, 4]` cameras of the history; None is no history.
+        query: `[q, 4, 4]` cameras of the latents to generate.
+        latents: `[M, ...]` history, for the latent dynamics; or None.
+        own_context: what the loop reads without a context policy; None is all of the history.
+        stream: name of the stream.
+        index: chunks of the stream before this one.
+
+    Raises:
+        TypeError: cameras or latents of the wrong kind.
+        ValueError: cameras, latents or `own_context` that do not fit together.
+    """
+    poses, query = check_poses(poses, query)
+    history = len(poses)
+    context_options, step_options = config.context, config.steps
+    context: ContextPlan | None = None
+    revisit: Revisit | None = None
+
+    adaptive = [o for o in (context_options, step_options) if o and o.mode == "adaptive"]
+    if adaptive and history:
+        visibility = score_points(poses, query, adaptive[0])
+        if context_options in adaptive:
+            context = plan_context(visibility, latents, context_options)
+        if step_options in adaptive:
+            revisit = decide_revisit(visibility.mean(-1), step_options)
+    if any(o and o.mode == "reference" for o in (context_options, step_options)):
+        gate = _reference_gate(poses, query, context_options, step_options)
+        if context_options and context_options.mode == "reference":
+            context = _reference_context(gate, history, context_options)
+        if step_options and step_options.mode == "reference":
+            revisit = _reference_revisit(gate, step_options)
+
+    if step_options is None:
+        revisit = Revisit(False, None, None, "step policy is off")
+    return ChunkPlan(
+        stream=stream,
+        index=index,
+        context=keep(history, own_context) if context is None else context,
+        revisit=revisit or Revisit(False, None, None, "no history"),
+        steps=None,
+        dense_reason=dense_chunk(config.sparse, index),
+    )
+
+
+def _reference_gate(
+    poses: Tensor, query: Tensor, context: ContextOptions | None, steps: StepOptions | None
+) -> worldplay.WorldPlayGate:
+    view = context or steps
+    assert view is not None
+    if context is not None and context.mode == "reference":
+        temporal = context.window_chunks_max * context.chunk_latents
+        total = context.sink_latents + context.memory_latents + temporal
+        sink, threshold = context.sink_latents, context.overlap_min
+    else:
+        # The release's preset `cache`: upstream's context, nothing filtered.
+        temporal, total = worldplay.CACHE_TEMPORAL_LATENTS, worldplay.CACHE_CONTEXT_LATENTS
+        sink, threshold = worldplay.SINK_LATENTS, 0.0
+    return worldplay.gate_chunk(
+        poses,
+        query,
+        context_latents=total,
+        temporal_latents=temporal,
+        sink_latents=sink,
+        clip_latents=view.chunk_latents,
+        context_threshold=threshold,
+        reuse_threshold=steps.overlap_min if steps is not None else worldplay.THRESHOLD,
+        hfov_deg=view.hfov_deg,
+        vfov_deg=view.vfov_deg,
+        radius=view.far,
+    )
+
+
+def _reference_context(
+    gate: worldplay.WorldPlayGate, history: int, options: ContextOptions
+) -> ContextPlan:
+    kept = set(gate.indices)
+    window_from = history - options.window_chunks_max * options.chunk_latents
+    frames = []
+    for index in range(history):
+        score = gate.scores.get(index - index % options.chunk_latents)
+        if index < options.sink_latents:
+            reason, score = "sink", None
+        elif index >= window_from:
+            reason, score = "window", None
+        elif not gate.scores:
+            reason = "kept: the context is not full yet"
+        elif index in kept:
+            reason = f"memory {score:.2f}"
+        elif not gate.retrieved:
+            reason = f"dropped: overlap {gate.best:.2f} < {options.overlap_min:.2f}"
+        else:
+            reason = f"dropped: clip {gate.retrieved[0]} shows more"
+        frames.append(FrameDecision(index, index in kept, reason, score))
+    return ContextPlan(tuple(frames), options.window_chunks_max, None)
+
+
+def _reference_revisit(gate: worldplay.WorldPlayGate, options: StepOptions) -> Revisit:
+    if gate.best is None:
+        return Revisit(False, None, None, "the release has no candidates yet")
+    latent = max(gate.scores, key=lambda start: gate.scores[start])
+    sign = ">=" if gate.reuse else "<"
+    reason = f"similarity {gate.best:.2f} {sign} {options.overlap_min:.2f}, clip {latent}"
+    return Revisit(gate.reuse, round(gate.best, 4), latent, reason)
+
+
+def with_steps(plan: ChunkPlan, steps: StepPlan) -> ChunkPlan:
+    """Complete a plan once the number of denoising steps is known."""
+    return dataclasses.replace(plan, steps=steps)
