@@ -39,7 +39,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
 }
 """Pass name to a thunk that imports and returns its class."""
 
-_FACTS = "canonicalize,find-attention"
+_FACTS = "canonicalize,find-attention,find-poses,find-steps"
 
 PIPELINES: dict[str, str] = {
     "off": "",
@@ -47,7 +47,7 @@ PIPELINES: dict[str, str] = {
     "context": f"{_FACTS},prune-context",
     "sparse": f"{_FACTS},sparse-attention",
     "cache": f"{_FACTS},guard-steps",
-    "all": f"{_FACTS},sparse-attention",
-    "reference": f"{_FACTS},sparse-attention",
+    "all": f"{_FACTS},prune-context,sparse-attention,guard-steps",
+    "reference": f"{_FACTS},prune-context,sparse-attention,guard-steps",
 }
 """Preset name to pipeline text."""

@@ -95,10 +95,12 @@ class FindAttention(Pass):
             return site("text" if all(own) and not self.token_grid else "other", grid.reason)
         if not any(own):
             return site("cross", "no key is made from the tokens of q", grid)
+        named = self._named(len(operands.keys))
+        if isinstance(named, Refusal):
+            return site("other", named.reason)
         segments: list[Segment] = []
         for i, key in enumerate(operands.keys):
-            role = self.segments[i] if i < len(self.segments) else None
-            found = _segment(key, own[i], grid, owners, role)
+            found = _segment(key, own[i], grid, owners, named[i])
             if isinstance(found, Refusal):
                 return site("other", f"key piece {i} of {value(key).shape[2]}: {found.reason}")
             segments.append(found)
@@ -110,6 +112,14 @@ class FindAttention(Pass):
         if why := _returned(operands.keys[-1], node):
             return site("prefill", why, grid, tuple(segments))
         return site("other", "it has no history keys and its own keys are used nowhere else")
+
+    def _named(self, pieces: int) -> tuple[str | None, ...] | Refusal:
+        """Return what `segments` calls each piece; history may be absent, as it is in prefill."""
+        without = tuple(role for role in self.segments if role != "history")
+        for named in ((None,) * pieces if not self.segments else self.segments, without):
+            if len(named) == pieces:
+                return named
+        return Refusal(f"segments names {len(self.segments)} pieces, the keys have {pieces}")
 
     def _grid(self, q: Node, tokens: Size) -> Grid | Refusal:
         if self.token_grid is None:

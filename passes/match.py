@@ -15,6 +15,11 @@ from lipass.passes.compat import Size, guard, known_true, value
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
+_WRITES = {
+    operator.setitem,
+    *(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv")),
+    *(getattr(operator, f"i{name}") for name in ("mod", "pow", "matmul", "and", "or", "xor")),
+}
 _SAME_VALUES = {"contiguous", "detach", "clone", "to"}
 
 
@@ -111,29 +116,42 @@ def upstream(node: Node) -> Iterator[Node]:
 
 
 def shares_tokens(a: Node, b: Node, tokens: Size) -> bool:
-    """Whether two tensors are computed from one tensor that holds that many tokens."""
+    """Whether two tensors are computed from one computed tensor of that many tokens.
+
+    Tokens are one axis `L` or neighbouring axes whose product is `L`, as in `[B, F, YX, C]`.
+    """
     theirs = {n for n in upstream(b) if n.op not in ("placeholder", "get_attr")}
-    return any(n in theirs and _has_axis(n, tokens) for n in upstream(a))
+    return any(n in theirs and _has_tokens(n, tokens) for n in upstream(a))
 
 
-def _has_axis(node: Node, tokens: Size) -> bool:
+def _has_tokens(node: Node, tokens: Size) -> bool:
     tensor = value(node)
-    return isinstance(tensor, torch.Tensor) and any(known_true(s == tokens) for s in tensor.shape)
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    for start in range(tensor.dim()):
+        product: Size = 1
+        for size in tensor.shape[start : start + 3]:
+            product = product * size
+            if known_true(product == tokens):
+                return True
+    return False
 
 
 def mutates(node: Node) -> bool:
     """Whether a node writes to one of its inputs."""
     if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
+        return _named_in_place(str(node.target))
     if node.op != "call_function":
         return False
-    if node.target in (operator.setitem, operator.iadd, operator.isub, operator.imul):
-        return isinstance(value(node.args[0]), torch.Tensor)
+    if getattr(node.target, "__module__", "") == "_operator":
+        return node.target in _WRITES and isinstance(value(node.args[0]), torch.Tensor)
     if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
-    name = getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    return _named_in_place(getattr(node.target, "__name__", ""))
+
+
+def _named_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.startswith("_")

@@ -15,7 +15,7 @@ from lipass.passes.compat import Size
 
 Grid = tuple[Size, Size, Size]
 
-_SITE, _POSES, _STEP = "lipass_site", "lipass_poses", "lipass_step"
+_SITE, _POSES, _STEP, _REGION = "lipass_site", "lipass_poses", "lipass_step", "lipass_region"
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,21 @@ def set_step(node: torch.fx.Node, step: Step) -> None:
     node.meta[_STEP] = step
 
 
+def region_name(node: torch.fx.Node) -> str | None:
+    """Return the name of the guarded region that a node stands for, if any.
+
+    A call of an outlined step is `step 0`, `step 1`, ...; the output node is `call` if the whole graph
+    is the region.
+    """
+    name: str | None = node.meta.get(_REGION)
+    return name
+
+
+def set_region(node: torch.fx.Node, name: str) -> None:
+    """Mark a node as standing for a guarded region."""
+    node.meta[_REGION] = name
+
+
 def module_path(node: torch.fx.Node) -> str:
     """Return the path of the innermost module whose call made the node, such as `blocks.0.attn`.
 
@@ -115,7 +130,7 @@ def module_path(node: torch.fx.Node) -> str:
         return ""
     repeat = re.search(r"@\d+$", next(iter(stack)))
     path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
     path = re.sub(r"\._?modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", path)
     return path.strip(".") + (repeat.group() if repeat else "")
 

@@ -62,20 +62,24 @@ def _check_ops(graph: Graph) -> None:
 
 def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
     dirty: set[Node] = set()
+    bodies: set[object] = set()
+    """Modules that ran already; the calls of one have equal inputs."""
     with ctx.fake_mode, unguarded(ctx.fake_mode), torch.no_grad():
         for node in graph.nodes:
             if node.op in ("placeholder", "output", "get_attr"):
                 continue
-            if "example_value" not in node.meta:
-                raise PassError(f"{node.name} has no example_value; insert nodes with emit()")
             same = before.calls.get(node)
+            if same is None and "example_value" not in node.meta:
+                raise PassError(f"{node.name} has no example_value; insert it with an Emitter")
             unchanged = same is not None and all(
                 a is b for a, b in zip(same, (node.target, node.args, node.kwargs), strict=True)
             )
             if unchanged and not any(above in dirty for above in node.all_input_nodes):
                 continue
-            if _is_region(node) or mutates(node):
+            if _is_region(node) or mutates(node) or node.target in bodies:
                 continue
+            if node.op == "call_module":
+                bodies.add(node.target)
             fresh = _run(graph, node)
             if _settle(node, fresh):
                 dirty.add(node)

@@ -1,0 +1,132 @@
+"""Compare and cut out regions of a graph, such as the repeats of one module call."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from lipass.passes.compat import known_true, value
+from lipass.passes.match import mutates
+
+_RANDOM = re.compile(r"^(rand|normal|bernoulli|multinomial|poisson|exponential|dropout|alpha_drop)")
+_REPEAT = re.compile(r"@\d+$")
+
+
+@dataclass(frozen=True)
+class Region:
+    """Hold the nodes of a region in order, with what goes in and out."""
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    """Nodes outside that the region reads, in the order of first use."""
+    outputs: tuple[Node, ...]
+    """Nodes of the region that are used outside."""
+    form: tuple[object, ...]
+    """What the nodes compute, without their names: equal for isomorphic regions."""
+
+
+def region_of(nodes: list[Node]) -> Region:
+    """Describe a region; arithmetic on sizes is left outside, because repeats share it."""
+    inside = {node: i for i, node in enumerate(n for n in nodes if not is_size_arithmetic(n))}
+    inputs: dict[Node, int] = {}
+
+    def form(arg: Any) -> object:
+        if isinstance(arg, Node):
+            if arg in inside:
+                return ("node", inside[arg])
+            return ("input", inputs.setdefault(arg, len(inputs)))
+        if isinstance(arg, (list, tuple)):
+            return (type(arg).__name__, *(form(item) for item in arg))
+        if isinstance(arg, dict):
+            return tuple((key, form(item)) for key, item in arg.items())
+        if isinstance(arg, slice):
+            return ("slice", form(arg.start), form(arg.stop), form(arg.step))
+        if isinstance(arg, str):
+            return _REPEAT.sub("", arg)
+        # 1 == 1.0 == True, but they are not the same argument
+        return (type(arg).__name__, arg)
+
+    forms = tuple((n.op, n.target, form(n.args), form(n.kwargs)) for n in inside)
+    outputs = tuple(n for n in inside if any(user not in inside for user in n.users))
+    return Region(tuple(inside), tuple(inputs), outputs, forms)
+
+
+def is_size_arithmetic(node: Node) -> bool:
+    """Whether a node computes a size from sizes alone."""
+    if node.op != "call_function" or not isinstance(value(node), (torch.SymInt, int)):
+        return False
+    return all(isinstance(value(above), (torch.SymInt, int)) for above in node.all_input_nodes)
+
+
+def difference(a: Region, b: Region) -> str | None:
+    """Say where two regions differ, or return None if one can stand for the other."""
+    if len(a.nodes) != len(b.nodes):
+        return f"they have {len(a.nodes)} and {len(b.nodes)} nodes"
+    for first, second, mine, other in zip(a.form, b.form, a.nodes, b.nodes, strict=True):
+        if first != second:
+            return f"%{mine.name} and %{other.name} differ"
+    for mine, other in zip(a.inputs, b.inputs, strict=True):
+        if not _same_kind(value(mine), value(other)):
+            return f"inputs %{mine.name} and %{other.name} differ in shape or dtype"
+    return None
+
+
+def _same_kind(a: object, b: object) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b) and known_true(a == b)
+    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
+        return False
+    return all(known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def impurity(region: Region) -> str | None:
+    """Say what keeps a region from being skipped or repeated at will, or return None.
+
+    Writing to memory that the region itself made is harmless.
+    """
+    given = {_storage(value(node)) for node in region.inputs} - {None}
+    for node in region.nodes:
+        if mutates(node) and _storage(value(node.args[0])) in given:
+            return f"%{node.name} writes to an input"
+        name = getattr(node.target, "__name__", str(node.target))
+        if _RANDOM.match(name) and _is_active(node):
+            return f"%{node.name} draws random numbers"
+    return None
+
+
+def _is_active(node: Node) -> bool:
+    """Whether a dropout does anything: its arguments are (x, p, training, inplace)."""
+    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+    return training is not False
+
+
+def alias(region: Region) -> str | None:
+    """Say which output shares memory with an input, or return None."""
+    memory = {_storage(value(node)): node.name for node in region.inputs}
+    for node in region.outputs:
+        storage = _storage(value(node))
+        if storage is not None and storage in memory:
+            return f"%{node.name} shares memory with %{memory[storage]}"
+    return None
+
+
+def _storage(tensor: object) -> int | None:
+    return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
+
+
+def to_module(region: Region, outputs: list[int]) -> torch.fx.GraphModule:
+    """Copy a region into a module of its own; `outputs` are positions in `region.nodes`."""
+    graph = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    for node in region.inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["example_value"] = value(node)
+    for node in region.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[region.nodes[i]] for i in outputs))
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
