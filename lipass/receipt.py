@@ -1,0 +1,200 @@
+"""Keep the receipt: what was rewritten, kept, reused and dropped, and why.
+
+The module is not called `report` because `lipass.report` is the function.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lipass.policy.plan import ChunkPlan
+
+SCHEMA_VERSION = 1
+
+# A chunk record holds a line a history latent; a session may run for hours.
+_CHUNKS_KEPT = 256
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What became of one attention site.
+
+    Attributes:
+        name: site name, as in the kernels' telemetry. source: module path or file:line in the
+        user's model. role: "prefill", "decode", "cross", "text" or "other". grid: token grid of
+        the queries (T, Y, X); entries may be symbolic ("4*n"); None if unknown. segments: roles
+        of the key segments in order. action: "rewritten" or "kept". reason: why. provider:
+        implementation that ran; "" before the first call. density: visited share of the key
+        blocks; None before the first call.
+    """
+
+    name: str
+    source: str
+    role: str
+    grid: tuple[int | str, ...] | None
+    segments: tuple[str, ...]
+    action: str
+    reason: str
+    provider: str = ""
+    density: float | None = None
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one graph.
+
+    Attributes:
+        name: pass name.
+        changed: whether the graph changed.
+        seconds: time it took, verification included.
+        notes: its refusals and remarks, in order.
+    """
+
+    name: str
+    changed: bool
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """What one chunk of a session did.
+
+    Attributes:
+        session: number of the session within the report.
+        plan: its decisions.
+        seconds: wall time between entering and leaving the chunk.
+        lookups: calls answered from stored outputs.
+        misses: calls that should have been, but had nothing stored and computed.
+    """
+
+    session: int
+    plan: ChunkPlan
+    seconds: float
+    lookups: int
+    misses: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain data."""
+        return {
+            "session": self.session,
+            "seconds": self.seconds,
+            "lookups": self.lookups,
+            "misses": self.misses,
+            "plan": self.plan.to_dict(),
+        }
+
+
+@dataclass
+class Report:
+    """What happened in this process since the last reset.
+
+    Attributes:
+        sites: attention sites by name.
+        passes: pass runs, in order.
+        chunks: the latest chunks of all sessions, oldest first.
+        chunks_forgotten: chunks before those.
+        sessions: sessions opened.
+        compile_s: seconds spent in passes and the inner compiler.
+        graphs: graphs compiled.
+        recompiles: graphs compiled again for a function that had one.
+    """
+
+    sites: dict[str, SiteRecord] = field(default_factory=dict)
+    passes: list[PassRecord] = field(default_factory=list)
+    chunks: deque[ChunkRecord] = field(default_factory=lambda: deque(maxlen=_CHUNKS_KEPT))
+    chunks_forgotten: int = 0
+    sessions: int = 0
+    compile_s: float = 0.0
+    graphs: int = 0
+    recompiles: int = 0
+
+    def add_site(self, site: SiteRecord) -> None:
+        """Record a site; a later record of the same name replaces it."""
+        self.sites[site.name] = site
+
+    def add_pass(self, record: PassRecord) -> None:
+        """Record a pass run."""
+        self.passes.append(record)
+
+    def add_graph(self, seconds: float, *, recompile: bool = False) -> None:
+        """Record one compiled graph and what it cost."""
+        self.graphs += 1
+        self.recompiles += recompile
+        self.compile_s += seconds
+
+    def add_chunk(self, record: ChunkRecord) -> None:
+        """Record a finished chunk; the oldest is forgotten when there are many."""
+        self.chunks_forgotten += len(self.chunks) == self.chunks.maxlen
+        self.chunks.append(record)
+
+    def open_session(self) -> int:
+        """Count a session and give its number."""
+        self.sessions += 1
+        return self.sessions
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain data."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "sites": [asdict(site) for site in self.sites.values()],
+            "passes": [asdict(record) for record in self.passes],
+            "chunks": [record.to_dict() for record in self.chunks],
+            "chunks_forgotten": self.chunks_forgotten,
+            "sessions": self.sessions,
+            "compile_s": self.compile_s,
+            "graphs": self.graphs,
+            "recompiles": self.recompiles,
+        }
+
+    def to_json(self) -> str:
+        """Give the report as one JSON document."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def table(self) -> str:
+        """Give the report as text of at most 80 columns."""
+        from lipass.receipt_table import render
+
+        return render(self)
+
+
+_report = Report()
+
+
+def current_report() -> Report:
+    """Give the live report of this process, for those who record into it."""
+    return _report
+
+
+def reset_report() -> None:
+    """Start an empty report; sessions that are open keep their numbers."""
+    global _report
+    _report = Report()
+
+
+def report() -> Report:
+    """Give the report with what the kernels counted filled in.
+
+    Reads the kernels' counters from the device, so not for the hot loop.
+    """
+    live = current_report()
+    sites = {name: _measured(site) for name, site in live.sites.items()}
+    return replace(
+        live, sites=sites, passes=list(live.passes), chunks=deque(live.chunks, _CHUNKS_KEPT)
+    )
+
+
+def _measured(site: SiteRecord) -> SiteRecord:
+    # Not imported here: a report must not be what loads the kernels.
+    registry = sys.modules.get("lipass.kernels.registry")
+    counts = registry.telemetry().get(site.name) if registry is not None else None
+    if counts is None or not counts.calls:
+        return site
+    reason = site.reason
+    if counts.dense_calls:
+        reason += f"; {counts.dense_calls} of {counts.calls} calls dense: {counts.reason}"
+    return replace(site, provider=counts.provider, density=counts.density, reason=reason)
