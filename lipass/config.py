@@ -113,7 +113,7 @@ class SparseOptions:
         sink_latents: first latents of the history whose blocks are always visited.
         token_grid: tokens of one latent frame (Y, X); None infers it from the graph.
         dense_layers: attention layers kept dense, counted from 0 in call order.
-        dense_chunks: first chunks of a session kept dense.
+        dense_chunks: attention stays dense while the history holds fewer chunks than this.
     """
 
     tile: tuple[int, int, int]

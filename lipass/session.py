@@ -381,6 +381,16 @@ def current() -> Session | None:
     return None
 
 
+def current_chunk() -> Chunk | None:
+    """Give the chunk of the innermost open step or chunk; None outside of chunks."""
+    for item in reversed(_scope.get()):
+        if isinstance(item, StepState):
+            return item.chunk
+        if isinstance(item, Chunk):
+            return item
+    return None
+
+
 def current_step() -> StepState | None:
     """Give the step that a model call belongs to; None outside of steps.
 

@@ -24,7 +24,7 @@ class BlockBudget:
 
 
 def block_budget(
-    options: SparseOptions | None, *, role: str, layer: int, chunk_index: int
+    options: SparseOptions | None, *, role: str, layer: int, history_chunks: int
 ) -> BlockBudget:
     """Give the budget of one attention call.
 
@@ -32,7 +32,7 @@ def block_budget(
         options: None keeps everything dense.
         role: "prefill" or "decode"; other roles are dense.
         layer: attention layer, counted from 0 in call order.
-        chunk_index: chunk of the stream, counted from 0.
+        history_chunks: chunks before the one that is generated.
     """
     if options is None:
         return BlockBudget(1.0, "sparse attention is off")
@@ -40,15 +40,15 @@ def block_budget(
         return BlockBudget(1.0, f"role {role} has no history to choose from")
     if layer in options.dense_layers:
         return BlockBudget(1.0, f"layer {layer} is in sparse.dense_layers")
-    early = dense_chunk(options, chunk_index)
+    early = dense_chunk(options, history_chunks)
     if early is not None:
         return BlockBudget(1.0, early)
     share = options.budget_prefill if role == "prefill" else options.budget_decode
     return BlockBudget(share, None)
 
 
-def dense_chunk(options: SparseOptions | None, chunk_index: int) -> str | None:
+def dense_chunk(options: SparseOptions | None, history_chunks: int) -> str | None:
     """Say why a whole chunk stays dense, or None."""
-    if options is not None and chunk_index < options.dense_chunks:
-        return f"chunk {chunk_index} < sparse.dense_chunks {options.dense_chunks}"
+    if options is not None and history_chunks < options.dense_chunks:
+        return f"history of {history_chunks} chunks < sparse.dense_chunks {options.dense_chunks}"
     return None

@@ -142,7 +142,7 @@ def plan_chunk(
         context=keep(history, own_context) if context is None else context,
         revisit=revisit or Revisit(False, None, None, "no history"),
         steps=None,
-        dense_reason=dense_chunk(config.sparse, index),
+        dense_reason=dense_chunk(config.sparse, history // len(query)),
     )
 
 

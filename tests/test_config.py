@@ -1,0 +1,130 @@
+import dataclasses
+
+import pytest
+
+from lipass.config import Config, ContextOptions, SparseOptions, StepOptions, ViewOptions
+from lipass.presets import ADAPTIVE, PRESETS, REFERENCE
+
+SECTIONS_ON = {
+    "off": "",
+    "exact": "",
+    "context": "context",
+    "sparse": "sparse",
+    "cache": "steps",
+    "all": "context sparse steps",
+    "reference": "context sparse steps",
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_turns_its_sections_on(preset):
+    config = Config.resolve(preset)
+    on = [name for name in ("context", "sparse", "steps") if getattr(config, name) is not None]
+    assert " ".join(on) == SECTIONS_ON[preset]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_options_of_a_config_resolve_to_an_equal_one(preset):
+    config = Config.resolve(preset, {"strict": True, "inner": "eager"})
+    assert Config.resolve(None, config.to_options()) == config
+    assert hash(Config.resolve(None, config.to_options())) == hash(config)
+
+
+def test_reference_holds_the_released_numbers():
+    config = Config.resolve("reference")
+    context, sparse, steps = config.context, config.sparse, config.steps
+    total = context.sink_latents + context.memory_latents
+    assert total + context.window_chunks_max * context.chunk_latents == 12
+    assert (context.overlap_min, steps.overlap_min) == (0.7, 0.7)
+    assert (sparse.budget_prefill, sparse.budget_decode, sparse.tile) == (0.3, 0.175, (4, 8, 4))
+    assert (sparse.dense_layers, sparse.dense_chunks) == ((0,), 3)
+    assert (steps.form, steps.reuse) == ("lookup", (1, 2))
+
+
+@pytest.mark.parametrize("kind", [ContextOptions, SparseOptions, StepOptions])
+def test_every_field_has_a_default_in_both_tables_and_a_line_in_the_docstring(kind):
+    name = {ContextOptions: "context", SparseOptions: "sparse", StepOptions: "steps"}[kind]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    assert set(ADAPTIVE[name]) == set(REFERENCE[name]) == fields
+    text = (kind.__doc__ or "") + (ViewOptions.__doc__ or "")
+    assert all(f"{field}:" in text for field in fields)
+
+
+def test_default_is_all():
+    assert Config.resolve() == Config.resolve("all") == Config.resolve(None, {"preset": "all"})
+
+
+def test_shorthand_sets_every_section_that_is_on():
+    config = Config.resolve("all", {"hfov_deg": 75, "near": 0.2, "sparse.budget": 0.5})
+    assert config.context.hfov_deg == config.steps.hfov_deg == 75.0
+    assert config.sparse.budget_prefill == config.sparse.budget_decode == 0.5
+    assert Config.resolve("cache", {"hfov_deg": 75}).steps.hfov_deg == 75.0
+
+
+def test_named_key_beats_shorthand_in_any_order():
+    one = {"sparse.budget": 0.5, "sparse.budget_decode": 0.2}
+    other = dict(reversed(one.items()))
+    assert Config.resolve("all", one) == Config.resolve("all", other)
+    assert Config.resolve("all", one).sparse.budget_decode == 0.2
+
+
+def test_section_can_be_switched():
+    assert Config.resolve("all", {"steps": False}).steps is None
+    assert Config.resolve("exact", {"sparse": True}).sparse == Config.resolve("all").sparse
+    off = {"sparse": False}
+    assert Config.resolve("reference", off).sparse is None
+    on = {"context": True, "context.memory_latents": 2}
+    assert Config.resolve("sparse", on).context.memory_latents == 2
+
+
+def test_lists_become_tuples_and_ints_floats():
+    config = Config.resolve("all", {"sparse.tile": [2, 4, 4], "near": 1})
+    assert config.sparse.tile == (2, 4, 4)
+    assert type(config.context.near) is float
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "error", "words"),
+    [
+        ("al", {}, ValueError, "preset must be one of off, .* did you mean 'all'"),
+        (None, {"preset": "xyzzy"}, ValueError, "got 'xyzzy'; use 'off'"),
+        ("all", {"preset": "off"}, ValueError, "one preset, got mode='all' and preset='off'"),
+        ("all", {"sparse.budgett": 0.3}, ValueError, "did you mean 'sparse.budget'"),
+        ("all", {"overlap": 1}, ValueError, "options must name fields of Config, got 'overlap'"),
+        ("all", {"inner": "inductr"}, ValueError, "did you mean 'inductor'"),
+        ("all", {"strict": 1}, TypeError, "option 'strict' must be bool, got 1"),
+        ("all", {"context.memory_latents": 2.0}, TypeError, "must be int, got 2.0"),
+        ("all", {"context.overlap_min": float("nan")}, TypeError, "must be float, got nan"),
+        ("all", {"context.overlap_min": True}, TypeError, "must be float, got True"),
+        ("all", {"context.overlap_min": 1.5}, ValueError, "share in \\[0, 1\\], got 1.5; use 0"),
+        ("all", {"context.memory_latents": -1}, ValueError, ">= 0, got -1; use 0"),
+        ("all", {"context.window_chunks_min": 4}, ValueError, "got \\(4, 3\\); use \\(1, 3\\)"),
+        ("all", {"context.dynamics_low": 2.0}, ValueError, "got \\(2.0, 1.0\\)"),
+        ("all", {"context.mode": "adaptve"}, ValueError, "did you mean 'adaptive'"),
+        ("all", {"context.hfov_deg": 90.0}, ValueError, "one camera.* set both with 'hfov_deg'"),
+        ("all", {"hfov_deg": 180}, ValueError, "\\(0, 180\\) degrees, got 180"),
+        ("all", {"near": 9.0}, ValueError, "near < far < inf, got \\(9.0, 8.0\\)"),
+        ("all", {"sparse.budget": 0}, ValueError, "\\(0, 1\\], got 0.0; use 0.3"),
+        ("all", {"sparse.tile": (2, 8, 3)}, ValueError, "got \\(2, 8, 3\\) = 48; use"),
+        ("all", {"sparse.tile": (4, 4)}, TypeError, "tuple\\[int, int, int\\], got \\(4, 4\\)"),
+        ("all", {"sparse.dense_layers": (-1,)}, ValueError, "layer numbers >= 0"),
+        ("all", {"steps.reuse": "all"}, ValueError, "steps.reuse must be one of middle"),
+        ("all", {"steps.reuse": (-1,)}, ValueError, "step indices >= 0, got \\(-1,\\)"),
+        ("all", {"steps.form": "merged"}, ValueError, "did you mean 'merge'"),
+        ("exact", {"sparse.budget": 0.3}, ValueError, "'sparse' is off in preset 'exact'; add"),
+        ("sparse", {"hfov_deg": 60}, ValueError, "'context' is off in preset 'sparse'"),
+    ],
+)
+def test_wrong_option_is_named_with_rule_value_and_remedy(mode, options, error, words):
+    with pytest.raises(error, match=words) as raised:
+        Config.resolve(mode, options)
+    assert "; " in str(raised.value)
+
+
+def test_options_of_the_caller_are_not_changed():
+    options = {"preset": "all", "steps": False, "sparse.tile": [4, 4, 4]}
+    before = dict(options)
+    Config.resolve(None, options)
+    assert options == before
+    Config.resolve("all", {"sparse.budget": 0.9})
+    assert Config.resolve("all").sparse.budget_decode != 0.9
