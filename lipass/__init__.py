@@ -6,9 +6,7 @@ and `lipass.kernels` can be imported alone.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lipass._version import VERSION as __version__
@@ -16,7 +14,7 @@ from lipass._version import VERSION as __version__
 if TYPE_CHECKING:
     from lipass.config import Config
     from lipass.errors import LipassError
-    from lipass.report import report
+    from lipass.receipt import report
     from lipass.session import Session
 
 __all__ = ["Config", "LipassError", "Session", "__version__", "report"]
@@ -25,7 +23,7 @@ _HOME = {
     "Config": "lipass.config",
     "LipassError": "lipass.errors",
     "Session": "lipass.session",
-    "report": "lipass.report",
+    "report": "lipass.receipt",
 }
 
 
@@ -39,19 +37,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keep `lipass.report` the function.
-
-    Importing the submodule of that name makes the import system rebind the attribute to the
-    module, and `lipass.report()` would work or not depending on what was imported before.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "report" and isinstance(value, ModuleType):
-            value = value.report
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

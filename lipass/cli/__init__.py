@@ -12,6 +12,10 @@ OK, FAILURE, USAGE, NOTHING_MATCHED = 0, 1, 2, 3
 COMMANDS = ("demo", "inspect", "doctor")
 
 
+class UsageError(ValueError):
+    """Report arguments that parse and still cannot be used, in the form rule, value, remedy."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse `argv`, run one command and return its exit code.
 
@@ -29,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     try:
         args = parser.parse_args(argv)
-    except SystemExit as exit_:  # argparse leaves by exception, for --help too
-        return exit_.code if isinstance(exit_.code, int) else USAGE
+    except SystemExit as leaving:  # argparse leaves by exception, for --help too
+        return leaving.code if isinstance(leaving.code, int) else USAGE
     try:
         return args.run(args)
     except UsageError as error:
@@ -39,7 +43,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"lipass {args.command}: interrupted", file=sys.stderr)
         return FAILURE
-
-
-class UsageError(ValueError):
-    """Report arguments that parse and still cannot be used, in the form rule, value, remedy."""

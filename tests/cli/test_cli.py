@@ -1,0 +1,54 @@
+"""The command line: exit codes, what goes to stdout, progress on stderr."""
+
+import json
+
+import pytest
+
+from lipass.cli import main
+from lipass.cli.progress import progress
+
+
+def test_no_command_is_usage():
+    assert main([]) == 2
+
+
+def test_unknown_command_is_usage():
+    assert main(["dance"]) == 2
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_are_ok(option):
+    assert main([option]) == 0
+
+
+@pytest.mark.parametrize("threads", ["0", "-2", "many"])
+def test_wrong_threads_are_usage(threads, capsys):
+    assert main(["demo", "--threads", threads]) == 2
+    assert "--threads" in capsys.readouterr().err
+
+
+def test_full_and_quick_exclude_each_other():
+    assert main(["demo", "--full", "--quick"]) == 2
+
+
+def test_doctor_prints_one_document(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"]
+    assert {line["operation"] for line in found["providers"]} == {"pool", "block_sparse"}
+
+
+def test_doctor_finds_the_reference_everywhere(capsys):
+    main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("reference   cpu     yes" in line for line in lines) == 2
+
+
+def test_progress_stays_off_stdout_and_reports_the_end(capsys):
+    with progress("work", total=3) as advance:
+        for step in ("a", "b", "c"):
+            advance(step)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("work 3/3")
+    assert len(said.err.splitlines()) == 1
