@@ -6,7 +6,7 @@ use, so nothing heavy is imported at the top.
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ import torch
 import torch.fx
 
 from lipass.config import Config
-from lipass.errors import LipassError
 
 if TYPE_CHECKING:
     from lipass.passes.core import PassPipeline
@@ -46,7 +45,8 @@ def light_interaction(
         return inner_compile(gm, example_inputs, config.inner)
     from lipass.unit import compile_unit
 
-    return compile_unit(gm, example_inputs, config, pipeline_of(config))
+    inner = functools.partial(inner_compile, inner=config.inner)
+    return compile_unit(gm, example_inputs, config, pipeline_of(config), inner)
 
 
 def inner_compile(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str) -> Compiled:

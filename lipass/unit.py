@@ -1,19 +1,145 @@
-"""Run a compiled graph behind its host guard."""
+"""Build what runs in place of one graph: passes, inner compiler, and a host guard around the steps."""
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 
-import lipass.kernels.ops  # noqa: F401
-from lipass.passes.core import PassContext, PassPipeline
-from lipass.passes.runner import run_pipeline
+# Importing them registers the operators that passes insert.
+import lipass.kernels.ops
+import lipass.kernels.view_overlap.api
+from lipass import session
+from lipass.config import Config
+from lipass.errors import LipassError
+from lipass.passes import runner
+from lipass.passes.core import Note, PassContext, PassError, PassPipeline
+from lipass.passes.site import AttentionSite, region_name, sites
+from lipass.receipt import PassRecord, SiteRecord, current_report
+from lipass.step_loop import compile_steps
+
+Compiled = Callable[..., Any]
+InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
+
+_REWRITERS = ("prune-context", "sparse-attention")
 
 
-def compile_unit(gm, example_inputs, config, pipeline: PassPipeline):
-    from lipass.backend import inner_compile
+class CompiledUnit:
+    """Call a compiled graph that is one denoising step, or hand back what an earlier step stored.
+
+    Attributes:
+        region: name under which the session stores the outputs of this graph.
+    """
+
+    def __init__(self, compiled: Compiled, region: str) -> None:
+        self.compiled = compiled
+        self.region = region
+
+    def __call__(self, *args: Any) -> Any:
+        step = session.current_step()
+        if step is None:
+            return self.compiled(*args)
+        if step.reused and (stored := step.lookup(self.region)) is not None:
+            return stored
+        outputs = self.compiled(*args)
+        step.store(self.region, outputs)
+        return outputs
+
+
+def compile_unit(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    config: Config,
+    pipeline: PassPipeline,
+    inner_compile: InnerCompile,
+) -> Compiled:
+    """Run the passes on a graph, compile it, and record both in the report.
+
+    Raises:
+        LipassError: when a pass fails, or when `strict` is set and a site stays dense.
+    """
+    begin = time.perf_counter()
     ctx = PassContext.of(gm.graph)
-    run_pipeline(pipeline, gm, ctx)
-    for n in ctx.notes: print(n)
-    return inner_compile(gm, example_inputs, config.inner)
+    try:
+        records = runner.run_pipeline(pipeline, gm, ctx)
+    except PassError as error:
+        raise LipassError(str(error)) from error
+    report = current_report()
+    for record in records:
+        notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
+        report.add_pass(PassRecord(record.name, record.changed, record.seconds, notes))
+    found = [site for graph in _graphs(gm) for _, site in sites(graph)]
+    for site in found:
+        report.add_site(_site_record(site, ctx.notes))
+    if config.strict:
+        _refuse_dense(found, pipeline, ctx.notes)
+    compiled = _compile(gm, example_inputs, inner_compile)
+    report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
+    return compiled
+
+
+def _compile(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], inner_compile: InnerCompile
+) -> Compiled:
+    if region_name(gm.graph.output_node()) == "call":
+        return CompiledUnit(inner_compile(gm, example_inputs), _unit_name())
+    if any(region_name(node) for node in gm.graph.find_nodes(op="call_module")):
+        return compile_steps(gm, example_inputs, inner_compile)
+    return inner_compile(gm, example_inputs)
+
+
+def _graphs(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:
+    """List the graph and those of the modules that passes outlined from it."""
+    return [m.graph for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
+
+
+def _site_record(site: AttentionSite, notes: list[Note]) -> SiteRecord:
+    action, reason = "kept", "no pass of the pipeline rewrites attention"
+    for note in notes:
+        if note.site == site.name and note.pass_name in _REWRITERS:
+            action, reason = note.action, note.reason
+    return SiteRecord(
+        name=site.name,
+        source=site.where,
+        role=site.role,
+        grid=site.q_grid and tuple(_plain(size) for size in site.q_grid),
+        segments=tuple(segment.role for segment in site.segments),
+        action=action,
+        reason=reason,
+    )
+
+
+def _plain(size: int | torch.SymInt) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def _refuse_dense(found: list[AttentionSite], pipeline: PassPipeline, notes: list[Note]) -> None:
+    """Raise if the pipeline makes attention sparse and could not where it should have."""
+    if not any(one.name == "sparse-attention" for one in pipeline):
+        return
+    records = [_site_record(site, notes) for site in found if site.role not in ("cross", "text")]
+    dense = [r for r in records if r.action == "kept" and "dense_layers" not in r.reason]
+    if dense:
+        lines = "\n".join(f"  {r.name} ({r.source or 'no source line'}): {r.reason}" for r in dense)
+        raise LipassError(
+            f"strict: every attention over latents must become sparse, got {len(dense)} that stay "
+            f"dense:\n{lines}\nfix the cause, name the layers in sparse.dense_layers, or set "
+            "strict to False"
+        )
+
+
+def _compile_id() -> Any:
+    return torch._guards.CompileContext.current_compile_id()
+
+
+def _is_recompile() -> bool:
+    return bool(getattr(_compile_id(), "frame_compile_id", 0))
+
+
+def _unit_name() -> str:
+    """Name this compilation, such as `3/0`, so that graphs do not share stored outputs."""
+    return re.sub(r"\s", "", str(_compile_id()))

@@ -83,7 +83,9 @@ class FindAttention(Pass):
             role: str, reason: str, grid: Grid | None = None, segments: tuple[Segment, ...] = ()
         ) -> AttentionSite:
             scale = operands.scale if isinstance(operands, Operands) else 1.0
-            return AttentionSite(name, call_line(node), role, grid, segments, scale, reason)
+            # one module makes a prefill site in one graph and a decode site in another
+            full = f"{name}:{role}" if role in ("prefill", "decode") else name
+            return AttentionSite(full, call_line(node), role, grid, segments, scale, reason)
 
         operands = match.attention(node)
         if isinstance(operands, Refusal):

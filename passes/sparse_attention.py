@@ -58,7 +58,7 @@ class SparseAttention(Pass):
             if site.role not in ("prefill", "decode"):
                 ctx.note(site.name, "kept", f"{site.role}: {site.reason}")
                 continue
-            call = site.name.partition("@")[2]
+            call = site.name.partition("@")[2] or site.role
             layer = layers[call] = layers.get(call, -1) + 1
             if layer in self.dense_layers:
                 ctx.note(site.name, "kept", f"layer {layer} is in dense_layers")
