@@ -1,0 +1,213 @@
+"""Compare presets on one scenario: compile each once, roll out in turn, measure all alike.
+
+Every contender runs the same model, noise and loop. Rollouts of one scenario alternate between the
+contenders, several times, and the median counts, so that a machine that drifts drifts for all.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lipass
+from lipass.kernels import registry
+
+from .camera import FOV_DEG
+from .codec import Codec
+from .metrics import affected_psnr_db, psnr_db, self_consistency_db
+from .model import CHUNK_LATENTS, KeyValue, TinyWorld
+from .rollout import Rollout, roll_out
+from .scenario import Scenario
+
+INDUCTOR = "inductor"
+_FIELD_OF_VIEW = {"hfov_deg": FOV_DEG, "vfov_deg": FOV_DEG}
+_STEPS = 4
+
+
+def options_of(preset: str, inner: str) -> dict[str, Any]:
+    """Flat options of a preset for this camera."""
+    options: dict[str, Any] = {"preset": preset, "inner": inner}
+    config = lipass.Config.resolve(None, options)
+    if preset != "reference":
+        for section in ("context", "steps"):
+            if getattr(config, section) is not None:
+                options |= {f"{section}.{key}": value for key, value in _FIELD_OF_VIEW.items()}
+    return options
+
+
+class Contender:
+    """The model compiled with one preset, or by plain `torch.compile` under the name inductor."""
+
+    def __init__(self, preset: str, model: TinyWorld, inner: str) -> None:
+        self.preset = preset
+        self.options = options_of("off" if preset == INDUCTOR else preset, inner)
+        own = copy.deepcopy(model)
+        if preset == INDUCTOR:
+            self.compiled = torch.compile(own, backend=inner)
+        else:
+            self.compiled = torch.compile(own, backend="light_interaction", options=self.options)
+        self.compile_s = 0.0
+        self.graphs_warm = 0
+        self.recompiles = 0
+
+    def __call__(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        w2c: Tensor,
+        text: list[KeyValue],
+        history: list[KeyValue] | None = None,
+    ) -> Any:
+        """Call the compiled model; the context length is the one dimension that varies."""
+        torch._dynamo.mark_dynamic(w2c, 1)
+        if history is None:
+            torch._dynamo.mark_dynamic(latents, 2)
+            torch._dynamo.mark_dynamic(sigma, 1)
+        else:
+            for pair in history:
+                for tensor in pair:
+                    torch._dynamo.mark_dynamic(tensor, 2)
+        return self.compiled(latents, sigma, w2c, text, history)
+
+    def session(self) -> "lipass.Session | None":
+        """A new session for one rollout; the exact presets need none."""
+        if self.preset in (INDUCTOR, "off", "exact"):
+            return None
+        return lipass.Session(**self.options)
+
+    def roll_out(self, scenario: Scenario, text: list[KeyValue]) -> "Run":
+        """Roll out once."""
+        registry.reset_telemetry()
+        graphs = _graphs_compiled()
+        session = self.session()
+        if session is None:
+            rollout = roll_out(self, text, scenario.given, scenario.w2c, seed=scenario.room.seed)
+            plans: list[dict] = []
+        else:
+            with session:
+                rollout = roll_out(
+                    self, text, scenario.given, scenario.w2c, seed=scenario.room.seed,
+                    session=session,
+                )  # fmt: skip
+            chunks = [c for c in lipass.report().chunks if c.session == session.number]
+            plans = [c.plan.to_dict() for c in chunks]
+        self.recompiles += _graphs_compiled() - graphs
+        counts = registry.telemetry().values()
+        total = sum(c.total_blocks for c in counts)
+        visited = sum(c.visited_blocks for c in counts)
+        return Run(rollout, plans, visited / total if total else 1.0)
+
+    def warm_up(self, scenario: Scenario, text: list[KeyValue]) -> None:
+        """Compile, then run until nothing new is compiled; what compiles later is counted."""
+        begin = time.perf_counter()
+        self.roll_out(scenario, text)
+        first = time.perf_counter() - begin
+        self.compile_s = max(0.0, first - self.roll_out(scenario, text).rollout.dit_core_s)
+        self.recompiles = 0
+
+
+def _graphs_compiled() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@dataclass
+class Run:
+    """One rollout, the plans of its chunks and the share of attention blocks visited."""
+
+    rollout: Rollout
+    plans: list[dict]
+    density: float
+    frames: Tensor | None = field(default=None, repr=False)
+
+
+def compare(
+    contenders: list[Contender],
+    scenario: Scenario,
+    text: list[KeyValue],
+    codec: Codec,
+    repeats: int,
+    progress: Callable[[str], None],
+) -> tuple[list[dict], dict[str, Run]]:
+    """Roll out every contender `repeats` times in turn.
+
+    Returns:
+        One row a contender, in their order, with times relative to the contender called off; and
+        the last run of each with its decoded frames.
+    """
+    seconds: dict[str, list[float]] = {c.preset: [] for c in contenders}
+    runs: dict[str, Run] = {}
+    for _ in range(repeats):
+        for contender in contenders:
+            run = contender.roll_out(scenario, text)
+            seconds[contender.preset].append(run.rollout.dit_core_s)
+            runs[contender.preset] = run
+            progress(contender.preset)
+    given = len(scenario.given)
+    for run in runs.values():
+        run.frames = codec.decode(run.rollout.latents)
+    off, off_frames = seconds["off"], runs["off"].frames
+    rows = []
+    for contender in contenders:
+        run, own = runs[contender.preset], seconds[contender.preset]
+        chunks = run.rollout.chunks
+        rows.append(
+            {
+                "preset": contender.preset,
+                "trajectory": scenario.path,
+                "regime": scenario.regime,
+                "room": scenario.room.seed,
+                "dit_core_s": statistics.median(own),
+                "speedup_vs_off": statistics.median(
+                    a / b for a, b in zip(off, own, strict=True)
+                ),
+                "psnr_vs_off_db": psnr_db(run.frames[given:], off_frames[given:]),
+                "psnr_vs_off_affected_db": affected_psnr_db(
+                    run.frames[given:], off_frames[given:], CHUNK_LATENTS
+                ),
+                "psnr_vs_truth_db": psnr_db(run.frames[given:], scenario.truth[given:]),
+                "self_consistency_db": self_consistency_db(run.frames, scenario.w2c, given),
+                "relative_error_vs_off": _relative(run, runs["off"], given),
+                "density": run.density,
+                "steps_computed": sum(c.steps_computed for c in chunks),
+                "steps_total": _STEPS * len(chunks),
+                "context_latents_mean": statistics.mean(len(c.context) for c in chunks),
+                "kv_bytes_peak": max(c.kv_bytes for c in chunks),
+                "recompiles_after_warmup": contender.recompiles,
+                "compile_s": contender.compile_s,
+            }
+        )
+    return rows, runs
+
+
+def _relative(run: Run, off: Run, given: int) -> float:
+    mine, theirs = run.rollout.latents[given:], off.rollout.latents[given:]
+    return float((mine - theirs).norm() / theirs.norm())
+
+
+def baselines(
+    scenario: Scenario, model: Callable, text: list[KeyValue], codec: Codec
+) -> list[dict]:
+    """Rows of what a viewer could have without spatial memory, or without any model."""
+    given = len(scenario.given)
+    truth = scenario.truth[given:]
+    blind = roll_out(
+        model, text, scenario.given, scenario.w2c, seed=scenario.room.seed,
+        retriever=lambda w2c, _: list(range(max(0, len(w2c) - 12), len(w2c))),
+    )  # fmt: skip
+    frames = codec.decode(blind.latents)[given:]
+    still = scenario.truth[given - 1 : given].expand_as(truth)
+    return [
+        {
+            "preset": name,
+            "trajectory": scenario.path,
+            "regime": scenario.regime,
+            "room": scenario.room.seed,
+            "psnr_vs_truth_db": psnr_db(shown, truth),
+        }
+        for name, shown in (("no-memory", frames), ("copy-last", still))
+    ]

@@ -1,0 +1,164 @@
+"""The main job: roll TinyWorld out under several presets and write down what it cost and saved."""
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+import lipass
+from lipass.cli.progress import progress
+
+from .camera import invert
+from .compare import INDUCTOR, Contender, Run, baselines, compare
+from .model import CHUNK_LATENTS, tokenize
+from .report import table, write_report
+from .scenario import PATHS, Scenario, make_scenario
+from .train_world import prompt_of
+from .weights import load
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a demo of one name covers."""
+
+    presets: tuple[str, ...]
+    scenarios: tuple[tuple[str, str], ...]
+    rooms: tuple[int, ...]
+    repeats: int
+    inner: str
+    with_baselines: bool
+
+
+_EXPLORED = tuple((path, "explored") for path in PATHS)
+_FREE = tuple((path, "free") for path in PATHS)
+SCOPES = {
+    "quick": Scope(("off", "all"), (("left/right", "explored"),), (9001,), 1, "eager", False),
+    "main": Scope(
+        ("off", "exact", "all", "reference"), (("left/right", "explored"),), (9001,), 3,
+        "inductor", True,
+    ),
+    "full": Scope(
+        (INDUCTOR, "off", "exact", "context", "sparse", "cache", "all", "reference"),
+        _EXPLORED + _FREE, (9001, 9002, 9004), 3, "inductor", True,
+    ),
+}  # fmt: skip
+
+
+def run(*, scope: str, out: Path, as_json: bool, threads: int | None) -> int:
+    """Run the demo of a scope; `lipass demo` calls this."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    job = SCOPES[scope]
+    # Every preset compiles the same forward; each is one entry a role in that function's cache.
+    torch._dynamo.config.recompile_limit = 4 * len(SCOPES["full"].presets)
+    begin = time.perf_counter()
+    model, codec = load()
+    scenes = [
+        make_scenario(path, regime, room, codec) for room in job.rooms
+        for path, regime in job.scenarios
+    ]  # fmt: skip
+    with torch.no_grad():
+        text = model.text(tokenize(prompt_of(scenes[0].attributes))[None])
+        result, frames = _measure(job, model, codec, scenes, text)
+    result["seconds"] = time.perf_counter() - begin
+    truth = {scene.key: _bytes(scene.truth[len(scene.given) :]) for scene in scenes}
+    written = write_report(result, frames, truth, out)
+    if as_json:
+        print(json.dumps({key: result[key] for key in _JSON_KEYS}))
+    else:
+        print(table(result))
+        print(f"\n{written[0]} shows all of it; {written[1]} is the receipt.")
+    return 0
+
+
+_JSON_KEYS = ("schema_version", "device", "versions", "seconds", "rows", "sites", "passes")
+
+
+def _measure(job: Scope, model, codec, scenes: list[Scenario], text) -> tuple[dict, dict]:
+    rows: list[dict] = []
+    rollouts: list[dict] = []
+    frames: dict[tuple, Any] = {}
+    contenders = []
+    total = len(job.presets) * (1 + len(scenes) * job.repeats)
+    with progress("demo", total) as advance:
+        for preset in job.presets:
+            contender = Contender(preset, model, job.inner)
+            contender.warm_up(scenes[0], text)
+            advance(f"compiled {preset}")
+            contenders.append(contender)
+        sites: dict[str, dict] = {}
+        for scene in scenes:
+            new, runs = compare(
+                contenders, scene, text, codec, job.repeats,
+                lambda preset, scene=scene: advance(f"{scene.path} {preset}"),
+            )  # fmt: skip
+            rows += new
+            if job.with_baselines and scene.regime == "explored":
+                rows += baselines(scene, contenders[0], text, codec)
+            for preset, run_ in runs.items():
+                key = (preset, *scene.key)
+                frames[key] = _bytes(run_.frames[len(scene.given) :])
+                rollouts.append(_rollout(key, scene, run_))
+            sites |= {site["name"]: site for site in lipass.report().to_dict()["sites"]}
+    receipt = lipass.report().to_dict()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "lipass": lipass.__version__, "torch": torch.__version__,
+            "triton": triton.__version__, "python": platform.python_version(),
+        },
+        "rows": rows,
+        "rollouts": rollouts,
+        "rooms": {str(scene.room.seed): _plan_of(scene) for scene in scenes},
+        "sites": list(sites.values()),
+        "passes": receipt["passes"],
+    }, frames  # fmt: skip
+
+
+_NO_PLAN: dict = {"frames": [], "window_chunks": None, "dynamics": None}
+
+
+def _bytes(frames: Tensor):
+    return (frames.clamp(0, 1) * 255 + 0.5).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _plan_of(scene: Scenario) -> dict:
+    width, _, depth = scene.room.size_m.tolist()
+    boxes = [[low[0], low[2], high[0], high[2]] for low, high in scene.room.boxes.tolist()]
+    return {"size": [width, depth], "boxes": boxes}
+
+
+def _rollout(key: tuple, scene: Scenario, run: Run) -> dict:
+    c2w = invert(scene.w2c)
+    yaw = torch.rad2deg(torch.atan2(c2w[:, 0, 2], c2w[:, 2, 2]))
+    camera = torch.stack([c2w[:, 0, 3], c2w[:, 2, 3], yaw], -1).tolist()
+    chunks = []
+    for i, record in enumerate(run.rollout.chunks):
+        plan = run.plans[i] if run.plans else None
+        context = plan["context"] if plan else _NO_PLAN
+        chunks.append(
+            {
+                "index": record.start // CHUNK_LATENTS,
+                "context": record.context,
+                "reasons": {str(f["index"]): f["reason"] for f in context["frames"]},
+                "window_chunks": context["window_chunks"],
+                "dynamics": context["dynamics"],
+                "overlap_max": max((f["overlap"] or 0 for f in context["frames"]), default=None),
+                "steps_computed": record.steps_computed,
+                "steps_total": 4,
+                "density": run.density,
+                "seconds": record.prefill_s + record.denoise_s,
+            }
+        )
+    preset, path, regime, room = key
+    return {"preset": preset, "trajectory": path, "regime": regime, "room": room,
+            "camera": camera, "chunks": chunks}  # fmt: skip

@@ -1,0 +1,179 @@
+"""The rollout: chunk by chunk, retrieve context, prefill once, take four Euler steps.
+
+This is the loop a user already has. Its own retrieval (`retrieve`) is what runs without lipass;
+with a `lipass.Session` the session says which history latents stay and which steps compute.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .camera import relative_to, view_similarity
+from .model import CHUNK_LATENTS, KeyValue, TinyWorld
+
+SIGMAS = (1.0, 0.9375, 0.83333333, 0.625, 0.0)
+CONTEXT_LATENTS = 20
+WINDOW_LATENTS = 12
+
+
+def retrieve(
+    w2c: Tensor, query: Tensor, context: int = CONTEXT_LATENTS, window: int = WINDOW_LATENTS
+) -> list[int]:
+    """Pick context latents as HY-WorldPlay does: sink, best earlier clips, temporal window.
+
+    Args:
+        w2c: cameras of all history latents `[M, 4, 4]`.
+        query: cameras of the next chunk `[4, 4, 4]`.
+        context: latents in all.
+        window: the most recent latents, always kept.
+    """
+    count = len(w2c)
+    if count <= context:
+        return list(range(count))
+    kept = set(range(CHUNK_LATENTS)) | set(range(count - window, count))
+    clips = range(CHUNK_LATENTS, count - window - CHUNK_LATENTS + 1, CHUNK_LATENTS)
+    similarity = view_similarity(query, w2c).mean(0)
+    score = {clip: float(similarity[clip : clip + CHUNK_LATENTS].mean()) for clip in clips}
+    for clip in sorted(score, key=score.__getitem__, reverse=True):
+        if len(kept) + CHUNK_LATENTS > context:
+            break
+        kept |= set(range(clip, clip + CHUNK_LATENTS))
+    return sorted(kept)
+
+
+def chunk_noise(seed: int, start: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise of the chunk that begins at latent `start`; equal for every preset."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + start)
+    return torch.randn(shape, generator=generator)
+
+
+def generate_chunk(
+    model: TinyWorld,
+    noise: Tensor,
+    sigmas: Tensor,
+    context: Tensor,
+    w2c: Tensor,
+    text: list[KeyValue],
+) -> Tensor:
+    """One whole chunk in one function: prefill, then the denoising loop.
+
+    Args:
+        model: the transformer.
+        noise: `[B, C, 4, Y, X]`.
+        sigmas: noise levels `[steps + 1]`.
+        context: clean latents `[B, C, n, Y, X]`.
+        w2c: cameras `[B, n + 4, 4, 4]`, context then chunk.
+        text: encoded prompt, one (k, v) a block.
+    """
+    b, _, n = context.shape[:3]
+    history = model(context, torch.zeros(b, n, device=noise.device), w2c, text)
+    x = noise
+    for i in range(sigmas.shape[0] - 1):
+        velocity = model(x, sigmas[i].expand(b, CHUNK_LATENTS), w2c, text, history)
+        x = x + (sigmas[i + 1] - sigmas[i]) * velocity
+    return x
+
+
+class Step(NamedTuple):
+    """A denoising step of the plain loop."""
+
+    sigma: float
+    sigma_next: float
+    reused: bool
+
+
+@dataclass
+class ChunkRecord:
+    """What one generated chunk used and cost."""
+
+    start: int
+    context: list[int]
+    steps_computed: int
+    prefill_s: float
+    denoise_s: float
+    kv_bytes: int
+
+
+@dataclass
+class Rollout:
+    """A finished rollout: latents `[F, C, Y, X]` and one record a generated chunk."""
+
+    latents: Tensor
+    chunks: list[ChunkRecord] = field(default_factory=list)
+
+    @property
+    def dit_core_s(self) -> float:
+        """Seconds in prefill and denoising."""
+        return sum(c.prefill_s + c.denoise_s for c in self.chunks)
+
+
+@torch.no_grad()
+def roll_out(
+    model: Callable,
+    text: list[KeyValue],
+    given: Tensor,
+    w2c: Tensor,
+    *,
+    seed: int,
+    session=None,
+    retriever: Callable[[Tensor, Tensor], list[int]] = retrieve,
+    progress: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Generate the latents after `given [M, C, Y, X]` along `w2c [F, 4, 4]`.
+
+    `session` is a `lipass.Session` or None; `retriever` is the loop's own choice of context, used
+    where no session or its context policy is on.
+    """
+    latents = list(given)
+    out = Rollout(given)
+    for start in range(len(given), len(w2c), CHUNK_LATENTS):
+        query = w2c[start : start + CHUNK_LATENTS]
+        noise = chunk_noise(seed, start, (1, given.shape[1], CHUNK_LATENTS, *given.shape[2:]))
+        own = retriever(w2c[:start], query)
+        if session is None:
+            steps = [Step(*pair, False) for pair in itertools.pairwise(SIGMAS)]
+            record, x = _chunk(model, text, latents, w2c, start, noise, own, steps)
+        else:
+            with session.chunk(
+                poses=w2c[:start], query=query, latents=torch.stack(latents), own_context=own
+            ) as chunk:
+                steps = chunk.steps(SIGMAS)
+                record, x = _chunk(model, text, latents, w2c, start, noise, chunk.context, steps)
+        out.chunks.append(record)
+        latents.extend(x[0].transpose(0, 1))
+        if progress is not None:
+            progress(start)
+    out.latents = torch.stack(latents)
+    return out
+
+
+def _chunk(
+    model: Callable,
+    text: list[KeyValue],
+    latents: list[Tensor],
+    w2c: Tensor,
+    start: int,
+    noise: Tensor,
+    context: list[int],
+    steps: Iterable,
+) -> tuple[ChunkRecord, Tensor]:
+    clean = torch.stack([latents[i] for i in context], 1)[None]
+    poses = torch.cat([w2c[context], w2c[start : start + CHUNK_LATENTS]])
+    poses = relative_to(poses, w2c[start])[None]
+    begin = time.perf_counter()
+    history = model(clean, torch.zeros(1, len(context)), poses, text)
+    middle = time.perf_counter()
+    x, computed = noise, 0
+    for step in steps:
+        level = torch.full((1, CHUNK_LATENTS), step.sigma)
+        x = x + (step.sigma_next - step.sigma) * model(x, level, poses, text, history)
+        computed += not step.reused
+    end = time.perf_counter()
+    kv_bytes = sum(t.numel() * t.element_size() for pair in history for t in pair)
+    record = ChunkRecord(start, context, computed, middle - begin, end - middle, kv_bytes)
+    return record, x

@@ -1,0 +1,145 @@
+"""Train TinyWorld from nothing: render rooms, train the codec, train the model.
+
+`python -m lipass.examples.tinyworld.train --seconds 6000` does all of it under `build/tinyworld`,
+resumes where it stopped and writes weights that `weights.load` reads. On a shared machine set
+`OMP_WAIT_POLICY=passive`: waiting threads that spin cost more than the training.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from .codec import Codec
+from .data import load_recordings, record_rooms
+from .model import BASE, SMALL, TinyWorld
+from .train_codec import measure, train_codec
+from .train_world import LatentWalks, Phase, Trainer, Walks, latent_walks
+from .world import HELD_OUT_SEED
+
+ROOMS = 900
+HELD_OUT_ROOMS = 20
+_CODEC_SHARE, _WORLD_SHARE = 0.06, 0.9
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _bar(label: str, done: float, text: str) -> None:
+    filled = int(30 * min(1.0, done))
+    _log(f"{label:8s} [{'#' * filled}{'.' * (30 - filled)}] {100 * done:5.1f} %  {text}")
+
+
+def _rooms(folder: Path, seeds: range) -> list:
+    count = len(seeds)
+
+    def progress(seed: int) -> None:
+        if (seed - seeds.start) % 50 == 0:
+            _bar("rooms", (seed - seeds.start + 1) / count, f"{seed - seeds.start + 1} of {count}")
+
+    record_rooms(seeds, folder, os.cpu_count() or 1, progress)
+    return load_recordings(folder, seeds)
+
+
+def _frames(recordings: list, every: int) -> Tensor:
+    stacked = np.concatenate([r.frames[:, ::every] for r in recordings], 1)
+    return torch.from_numpy(stacked.reshape(-1, *stacked.shape[2:]))
+
+
+@torch.no_grad()
+def encode_walks(codec: Codec, recordings: list, half: bool, cache: Path) -> LatentWalks:
+    """Encode all recordings, once for all runs; `half` shrinks the frames to 32x32 first."""
+    if cache.exists():
+        return latent_walks(recordings, torch.load(cache))
+    rows = []
+    for recording in recordings:
+        frames = torch.from_numpy(recording.frames).flatten(0, 1).float() / 255
+        frames = F.avg_pool2d(frames, 2) if half else frames
+        rows.append(codec.encode(frames).unflatten(0, (2, -1)).half())
+    latents = torch.stack(rows)
+    torch.save(latents, cache)
+    return latent_walks(recordings, latents)
+
+
+def phases(coarse: Walks, fine: Walks) -> list[Phase]:
+    """Return the curriculum: 32x32 frames, then 64x64, then on its own predictions."""
+    return [
+        Phase(0.2, coarse, batch=24, targets=3, context_latents=8, share_own=0.0),
+        Phase(0.6, fine, batch=6, targets=3, context_latents=8, share_own=0.0),
+        Phase(0.9, fine, batch=6, targets=3, context_latents=8, share_own=0.4),
+        Phase(2.0, fine, batch=5, targets=2, context_latents=12, share_own=0.5),
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run or resume the training."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=6000, help="training time in all")
+    parser.add_argument("--size", choices=("small", "base"), default="small")
+    parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    recordings = _rooms(args.out / "rooms", range(ROOMS))
+    held_out = _rooms(args.out / "rooms", range(HELD_OUT_SEED, HELD_OUT_SEED + HELD_OUT_ROOMS))
+    codec_path = args.out / "codec.safetensors"
+    if not codec_path.exists():
+        codec = train_codec(
+            _frames(recordings, 2), _frames(held_out, 6), _CODEC_SHARE * args.seconds,
+            lambda step, done, db: _bar("codec", done, f"step {step}, held out {db:.2f} dB"),
+        )  # fmt: skip
+        save_file(codec.state_dict(), codec_path)
+    codec = Codec()
+    codec.load_state_dict(load_file(codec_path))
+    codec_db = measure(codec, _frames(held_out, 6))
+    _log(f"codec: {codec_db:.2f} dB on held-out rooms")
+
+    model = TinyWorld(SMALL if args.size == "small" else BASE)
+    trainer = Trainer(model)
+    checkpoint = args.out / f"{args.size}.checkpoint"
+    if checkpoint.exists():
+        trainer.load(torch.load(checkpoint))
+        _log(f"resumed at step {trainer.step}, {trainer.elapsed_s:.0f} s")
+
+    def save(state: Trainer) -> None:
+        partial = checkpoint.with_suffix(".partial")
+        torch.save(state.state(), partial)
+        partial.rename(checkpoint)
+        save_file(state.average.state_dict(), args.out / f"{args.size}.safetensors")
+        recent = [loss for _, loss in state.losses[-100:]]
+        mean = sum(recent) / len(recent)
+        _bar("world", state.elapsed_s / seconds, f"step {state.step}, loss {mean:.4f}")
+        curve = state.losses[:: max(1, len(state.losses) // 200)]
+        card = {
+            "steps": state.step,
+            "seconds": round(state.elapsed_s),
+            "codec_db": codec_db,
+            "rooms": len(recordings),
+            "loss": curve,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        (args.out / f"{args.size}.json").write_text(json.dumps(card))
+
+    seconds = _WORLD_SHARE * args.seconds
+
+    def walks(half: bool) -> LatentWalks:
+        cache = args.out / f"latents-{'half' if half else 'full'}.pt"
+        return encode_walks(codec, recordings, half, cache)
+
+    curriculum = phases(lambda: walks(half=True), lambda: walks(half=False))
+    trainer.run(curriculum, seconds, save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Load the trained weights that ship beside this file, or those of an own training run."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from .codec import Codec
+from .model import BASE, SMALL, TinyWorld
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+def load(size: str = "small", folder: Path = SHIPPED) -> tuple[TinyWorld, Codec]:
+    """Load model and codec in evaluation mode.
+
+    Raises:
+        ValueError: a size without weights in `folder`.
+    """
+    path = folder / f"{size}.safetensors"
+    if size not in ("small", "base") or not path.exists():
+        have = sorted(p.stem for p in folder.glob("*.safetensors") if p.stem != "codec")
+        raise ValueError(
+            f"weights of a size must be in {folder.name}/, got {size!r}; have {', '.join(have)}, "
+            "or train them with python -m lipass.examples.tinyworld.train"
+        )
+    model, codec = TinyWorld(SMALL if size == "small" else BASE), Codec()
+    model.load_state_dict(load_file(path))
+    codec.load_state_dict(load_file(folder / "codec.safetensors"))
+    return model.eval().requires_grad_(False), codec.eval().requires_grad_(False)
