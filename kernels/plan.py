@@ -40,12 +40,20 @@ class BlockGrid:
                 f"tile must be three positive sizes (t, y, x), got {self.tile}; try (4, 4, 4)"
             )
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        # Every table is looked up by its grid; hashing nested tuples anew took 0.1 ms a call.
+        return hash((self.grid, self.tile))
+
+    @functools.cached_property
     def tokens(self) -> int:
         """Tokens that exist, `L`."""
         return math.prod(self.grid)
 
-    @property
+    @functools.cached_property
     def block_shape(self) -> Triple:
         """Tiles along each axis; all zero if the grid is empty."""
         if self.tokens == 0:
@@ -53,22 +61,22 @@ class BlockGrid:
         nt, ny, nx = (-(-size // step) for size, step in zip(self.grid, self.tile, strict=True))
         return (nt, ny, nx)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> int:
         """Number of blocks, `N`."""
         return math.prod(self.block_shape)
 
-    @property
+    @functools.cached_property
     def block_tokens(self) -> int:
         """Slots of one block, existing or not."""
         return math.prod(self.tile)
 
-    @property
+    @functools.cached_property
     def is_full(self) -> bool:
         """Whether every slot of every block holds a token."""
         return self.blocks * self.block_tokens == self.tokens
 
-    @property
+    @functools.cached_property
     def is_contiguous(self) -> bool:
         """Whether tile-major order is row-major order, so that tiling is a view."""
         (_, grid_y, grid_x), (tile_t, tile_y, tile_x) = self.grid, self.tile
@@ -98,13 +106,22 @@ class BlockGrid:
         """Position of each token in tile-major order, `[L]` int64: `block * block_tokens + slot`."""
         return _slot_of_token(self, torch.device(device))
 
-    def neighbours(self, device: torch.device | str = "cpu") -> Tensor:
-        """Whether two blocks are at most one tile apart (Manhattan), `[N, N]` bool."""
-        return _neighbours(self, torch.device(device))
+    def neighbours(self) -> Tensor:
+        """Whether two blocks are at most one tile apart (Manhattan), `[N, N]` bool on the host."""
+        return _neighbours(self)
 
-    def first_latents(self, latents: int, device: torch.device | str = "cpu") -> Tensor:
-        """Whether a block holds any of the first `latents` latent frames, `[N]` bool."""
-        return self._block_t(device) * self.tile[0] < latents
+    def covers(self, finer: BlockGrid) -> Tensor:
+        """Whether a block holds a block of a finer tiling of the same grid, `[N, N_finer]` bool.
+
+        Raises:
+            ValueError: if the tile is not a multiple of the finer tile.
+        """
+        return _covers(self, finer)
+
+    def first_latents(self, latents: int) -> Tensor:
+        """Whether a block holds any of the first `latents` frames, `[N]` bool on the host."""
+        per_layer = max(math.prod(self.block_shape[1:]), 1)
+        return torch.arange(self.blocks) // per_layer * self.tile[0] < latents
 
     def blocks_with(self, keep_frames: Tensor) -> Tensor:
         """Whether a block holds any kept frame, `[B, N]` bool from `keep_frames` `[B, T]`."""
@@ -112,10 +129,6 @@ class BlockGrid:
         pad = block_t * self.tile[0] - self.grid[0]
         frames = torch.nn.functional.pad(keep_frames, (0, pad), value=False)
         return frames.unflatten(1, (block_t, self.tile[0])).any(-1).repeat_interleave(per_layer, 1)
-
-    def _block_t(self, device: torch.device | str) -> Tensor:
-        per_layer = max(math.prod(self.block_shape[1:]), 1)
-        return torch.arange(self.blocks, device=device) // per_layer
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,9 @@ class KvLayout:
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
+        roles = [segment.role for segment in self.segments]
+        if len(set(roles)) != len(roles):
+            raise ValueError(f"each role may name one segment, got {roles}; join the others first")
         if len({segment.grid.block_tokens for segment in self.segments}) != 1:
             tiles = [segment.grid.tile for segment in self.segments]
             raise ValueError(
@@ -160,25 +176,44 @@ class KvLayout:
             )
         )
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.segments)
+
+    @functools.cached_property
     def tokens(self) -> int:
         """Keys over all segments, `Lk`."""
         return sum(segment.grid.tokens for segment in self.segments)
 
-    @property
+    @functools.cached_property
     def blocks(self) -> int:
         """Blocks over all segments, `Nk`."""
         return sum(segment.grid.blocks for segment in self.segments)
 
-    @property
+    @functools.cached_property
     def block_tokens(self) -> int:
         """Slots of one block, the same in every segment."""
         return self.segments[0].grid.block_tokens
 
-    @property
+    @functools.cached_property
     def is_full(self) -> bool:
         """Whether every slot of every block holds a token."""
         return all(segment.grid.is_full for segment in self.segments)
+
+    def replace_grid(self, segment: int, grid: BlockGrid) -> KvLayout:
+        """Give one segment another grid."""
+        parts = list(self.segments)
+        parts[segment] = Segment(parts[segment].role, grid)
+        return KvLayout(tuple(parts))
+
+    def candidate_segment(self, role: str) -> int | None:
+        """Segment whose blocks are chosen: the history in decode, the current in prefill."""
+        wanted = "history" if role == "decode" else "current"
+        found = [n for n, segment in enumerate(self.segments) if segment.role == wanted]
+        return found[0] if found else None
 
     def block_range(self, segment: int) -> range:
         """Block ids of a segment."""
@@ -266,10 +301,21 @@ def _block_of_token(grid: BlockGrid, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _neighbours(grid: BlockGrid, device: torch.device) -> Tensor:
-    axes = [torch.arange(size, device=device) for size in grid.block_shape]
-    position = torch.cartesian_prod(*axes) if grid.blocks else torch.zeros(0, 3, device=device)
+def _neighbours(grid: BlockGrid) -> Tensor:
+    axes = [torch.arange(size) for size in grid.block_shape]
+    position = torch.cartesian_prod(*axes) if grid.blocks else torch.zeros(0, 3)
     return (position[:, None] - position[None]).abs().sum(-1) <= 1
+
+
+@functools.lru_cache(maxsize=512)
+def _covers(grid: BlockGrid, finer: BlockGrid) -> Tensor:
+    if grid.grid != finer.grid or any(a % b for a, b in zip(grid.tile, finer.tile, strict=True)):
+        raise ValueError(
+            f"the query tile must be a multiple of the key tile on one grid, got {grid} and {finer}"
+        )
+    # Slot 0 of a block always holds a token.
+    owner = grid.block_of_token()[finer.token_index()[:, 0]]
+    return torch.arange(grid.blocks)[:, None] == owner
 
 
 @functools.lru_cache(maxsize=512)

@@ -10,10 +10,10 @@ import contextlib
 import contextvars
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ log = logging.getLogger(__name__)
 Route = Literal["sparse", "dense"]
 
 # Best first. Modules are imported when they are asked, so that Triton loads only where it can run.
-PROVIDERS = ("triton", "cpu", "reference")
-_DEVICES = {"triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
+_PROVIDERS = {
+    ("pool", "cpu"): ("vectorized", "reference"),
+    ("pool", "cuda"): ("vectorized", "reference"),
+    ("block_sparse", "cpu"): ("cpu", "reference"),
+    ("block_sparse", "cuda"): ("triton", "reference"),
+}
 
 _route: contextvars.ContextVar[Route | None] = contextvars.ContextVar("route", default=None)
 _sites: dict[str, SiteCounts] = {}
@@ -76,24 +80,40 @@ def forced_route() -> Route | None:
     return _route.get()
 
 
-def providers_for(operation: str, device: torch.device) -> list[tuple[str, ModuleType]]:
-    """List the providers of an operation that know the device, best first."""
-    return [
-        (name, load_provider(operation, name))
-        for name in PROVIDERS
-        if device.type in _DEVICES[name] and _installed(operation, name)
-    ]
+class Choice(NamedTuple):
+    """The provider of one call, and why better ones were passed over."""
+
+    name: str
+    module: ModuleType
+    refusals: list[tuple[str, str]]
+    """Provider and reason, best first."""
 
 
-def load_provider(operation: str, name: str) -> ModuleType:
-    """Import one implementation of an operation.
+def choose(
+    operation: str,
+    device: torch.device,
+    provider: str | None,
+    why_not: Callable[[ModuleType], str | None],
+) -> Choice:
+    """Pick the named provider, or the best one for the device that does not refuse.
 
     Raises:
-        ValueError: if there is no provider of that name.
+        ValueError: if the named provider does not exist or refuses, or if all refuse.
     """
-    if name not in PROVIDERS:
-        raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, got {name!r}")
-    return importlib.import_module(f"lipass.kernels.{operation}.{name}")
+    names = _PROVIDERS.get((operation, device.type), ("reference",))
+    refusals: list[tuple[str, str]] = []
+    for name in names if provider is None else (provider,):
+        try:
+            module = importlib.import_module(f"lipass.kernels.{operation}.{name}")
+        except ImportError as error:
+            refusals.append((name, f"not available: {error}"))
+            continue
+        reason = why_not(module)
+        if reason is None:
+            return Choice(name, module, refusals)
+        refusals.append((name, reason))
+    said = "; ".join(f"{name}: {reason}" for name, reason in refusals)
+    raise ValueError(f"a provider of {operation} must take the call, got {said}; try {names}")
 
 
 def record_refusal(site: str, provider: str, reason: str) -> None:
@@ -150,7 +170,3 @@ def reset_telemetry() -> None:
 
 def _counts(site: str) -> SiteCounts:
     return _sites.setdefault(site, SiteCounts(site))
-
-
-def _installed(operation: str, name: str) -> bool:
-    return importlib.util.find_spec(f"lipass.kernels.{operation}.{name}") is not None

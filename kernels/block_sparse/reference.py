@@ -10,8 +10,20 @@ from torch import Tensor
 from lipass.kernels.plan import BlockPlan
 
 
+def why_not(q: Tensor, plan: BlockPlan) -> str | None:
+    """Refuse nothing: the definition covers every call."""
+    return None
+
+
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float, key_bias: Tensor | None
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    plan: BlockPlan,
+    *,
+    scale: float,
+    key_bias: Tensor | None,
+    return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend each query block to the keys of the blocks it visits, in fp32.
 
@@ -25,16 +37,18 @@ def block_sparse_attention(
 
     Args:
         q: queries `[B, H, Lq, D]`.
-        k: keys `[B, H, Lk, D]`.
-        v: values `[B, H, Lk, D]`.
+        keys: keys `[B, H, Lk, D]`, whole or by segment.
+        values: values like `keys`.
         plan: which key blocks each query block visits.
         scale: factor on the scores.
         key_bias: added to the scores of a key, `[B or 1, Lk]`, or None.
+        return_lse: ignored, the log-sum-exp costs nothing here.
 
     Returns:
         Output `[B, H, Lq, D]` in `q.dtype` and log-sum-exp (base e) `[B, H, Lq]` fp32.
     """
     batch, heads, _, _ = q.shape
+    k, v = torch.cat(keys, 2), torch.cat(values, 2)
     out = torch.zeros_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
     q_index, k_index = plan.q_grid.token_index(q.device), plan.kv.token_index(q.device)
@@ -43,16 +57,16 @@ def block_sparse_attention(
             for n, rows in enumerate(q_index):
                 rows = rows[rows >= 0]
                 visited = plan.indices[b, h, n, : int(plan.counts[b, h, n])].long()
-                keys = k_index[visited].flatten()
-                keys = keys[keys >= 0]
+                seen = k_index[visited].flatten()
+                seen = seen[seen >= 0]
                 if plan.key_keep is not None:
-                    keys = keys[plan.key_keep[b, keys]]
-                if keys.numel() == 0:
+                    seen = seen[plan.key_keep[b, seen]]
+                if seen.numel() == 0:
                     continue
-                score = scale * (q[b, h, rows].float() @ k[b, h, keys].float().mT)
+                score = scale * (q[b, h, rows].float() @ k[b, h, seen].float().mT)
                 if key_bias is not None:
-                    score = score + key_bias[b % key_bias.shape[0], keys]
-                out[b, h, rows] = score.softmax(-1) @ v[b, h, keys].float()
+                    score = score + key_bias[b % key_bias.shape[0], seen]
+                out[b, h, rows] = score.softmax(-1) @ v[b, h, seen].float()
                 lse[b, h, rows] = score.logsumexp(-1)
     return out.to(q.dtype), lse
 

@@ -28,13 +28,5 @@ def pool_blocks(x: Tensor, grid: BlockGrid, *, provider: str | None = None) -> T
             f"x must be [B, H, {grid.tokens}, D] for grid {grid.grid}, got {tuple(x.shape)}; "
             "pass the tokens of one segment"
         )
-    if provider is not None:
-        chosen = registry.load_provider("pool", provider)
-        reason = getattr(chosen, "why_not", lambda *_: None)(x, grid)
-        if reason:
-            raise ValueError(f"provider {provider!r} cannot pool: {reason}; leave provider unset")
-        return chosen.pool_blocks(x, grid)
-    for _, candidate in registry.providers_for("pool", x.device):
-        if getattr(candidate, "why_not", lambda *_: None)(x, grid) is None:
-            return candidate.pool_blocks(x, grid)
-    raise AssertionError("the reference takes every call")
+    chosen = registry.choose("pool", x.device, provider, lambda module: module.why_not(x, grid))
+    return chosen.module.pool_blocks(x, grid)

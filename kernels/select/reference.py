@@ -32,14 +32,17 @@ def select_blocks(
     ```
 
     Blocks without a kept frame are no candidates. A query block without one visits itself.
+    `near` is one tile away or less, counted in key tiles from any key tile of the query block.
     """
     batch, heads, q_blocks, _ = q_mean.shape
-    candidate_role = "history" if role == "decode" else "current"
-    found = [n for n, segment in enumerate(layout.segments) if segment.role == candidate_role]
-    candidates = layout.block_range(found[0]) if found else range(0)
+    found = layout.candidate_segment(role)
+    candidates = range(0) if found is None else layout.block_range(found)
     always = [block for block in range(layout.blocks) if block not in candidates]
-    grid = layout.segments[found[0]].grid if found else BlockGrid((0, 0, 0), q_grid.tile)
-    near = grid.neighbours() if role == "prefill" else torch.zeros(q_blocks, grid.blocks).bool()
+    grid = BlockGrid((0, 0, 0), q_grid.tile) if found is None else layout.segments[found].grid
+    own, near = torch.zeros(2, q_blocks, grid.blocks, dtype=torch.bool)
+    if role == "prefill":
+        own = q_grid.covers(grid)
+        near = torch.stack([grid.neighbours()[mine].any(0) for mine in own])
     sink = grid.first_latents(sink_latents)
 
     chosen: list[list[int]] = []
@@ -47,7 +50,7 @@ def select_blocks(
         alive = torch.ones(grid.blocks, dtype=torch.bool)
         if keep_frames is not None:
             alive = grid.blocks_with(keep_frames.cpu())[b]
-        asks = [q for q in range(q_blocks) if role == "decode" or bool(alive[q])]
+        asks = [q for q in range(q_blocks) if role == "decode" or bool(alive[own[q]].any())]
         wanted = 0
         for q in asks:
             protected = (near[q] | sink) & alive
@@ -57,9 +60,10 @@ def select_blocks(
             score = (q_mean[b, h].float() @ k_mean[b, h].float().mT).cpu() * scale
             for q in range(q_blocks):
                 if q not in asks:
-                    chosen.append(sorted([*always, candidates[q]]))
+                    itself = [candidates[k] for k in own[q].nonzero()[:, 0].tolist()]
+                    chosen.append(sorted([*always, *itself]))
                     continue
-                rank = score[q].masked_fill((near[q] | sink), math.inf)
+                rank = score[q].masked_fill(near[q] | sink, math.inf)
                 rank = rank.masked_fill(~alive, -math.inf)
                 best = rank.argsort(descending=True, stable=True)[:wanted].tolist()
                 chosen.append(sorted([*always, *(candidates[k] for k in best)]))

@@ -76,9 +76,11 @@ def point_visibility(
     depth = near * (far / near) ** octave
     # [P, 3]: points in the query camera's frame.
     points = torch.stack(
-        torch.broadcast_tensors(
-            across[:, None, None] * depth, down[None, :, None] * depth, depth[None, None, :]
-        ),
+        [
+            (across[:, None, None] * depth).expand(COLUMNS, ROWS, DEPTHS),
+            (down[None, :, None] * depth).expand(COLUMNS, ROWS, DEPTHS),
+            depth.expand(COLUMNS, ROWS, DEPTHS),
+        ],
         -1,
     ).reshape(-1, 3)
 
@@ -89,14 +91,15 @@ def point_visibility(
     points = points.float()
     seen = turn.float() @ points.T + shift.float()[..., None]  # [..., Q, M, 3, P]
     x, y, z = seen.unbind(-2)
-    in_front = z > 0
-    z = torch.where(in_front, z, 1.0)
-    inside_x = COLUMNS / 2 * (1 - x.abs() / (z * edge_x)) + (0.5 + _ROUNDING)
-    inside_y = ROWS / 2 * (1 - y.abs() / (z * edge_y)) + (0.5 + _ROUNDING)
     distance = points.norm(dim=-1) * (1 + _ROUNDING)
-    detail = distance * (x * x + y * y + z * z).rsqrt()
-    score = inside_x.clamp(0, 1) * inside_y.clamp(0, 1) * detail.clamp(max=1)
-    return torch.where(in_front, score, 0.0)
+    # The clamp matters only behind the camera, where the last factor is 0.
+    per_depth = z.clamp_min(_ROUNDING * near).reciprocal()
+    inside_x = (
+        x.abs().mul_(per_depth).mul_(-COLUMNS / 2 / edge_x).add_((COLUMNS + 1) / 2 + _ROUNDING)
+    )
+    inside_y = y.abs().mul_(per_depth).mul_(-ROWS / 2 / edge_y).add_((ROWS + 1) / 2 + _ROUNDING)
+    detail = seen.square().sum(-2).rsqrt_().mul_(distance).clamp_(max=1)
+    return inside_x.clamp_(0, 1).mul_(inside_y.clamp_(0, 1)).mul_(detail).mul_(z > 0)
 
 
 def _cell_middles(cells: int, device: torch.device) -> Tensor:

@@ -5,10 +5,20 @@ Slow and obvious; `api.py` must agree with it. Imports nothing of what it checks
 
 import math
 
+Matrix = list[list[float]]
+Point = tuple[float, float, float]
+
 COLUMNS, ROWS, DEPTHS = 8, 6, 4
 
 
-def view_overlap_reference(query_w2c, memory_w2c, hfov_deg, vfov_deg, near, far) -> float:
+def view_overlap_reference(
+    query_w2c: Matrix,
+    memory_w2c: Matrix,
+    hfov_deg: float,
+    vfov_deg: float,
+    near: float,
+    far: float,
+) -> float:
     """Return the share of the query camera's view that the memory camera shows, in [0, 1].
 
     Args:
@@ -34,7 +44,7 @@ def view_overlap_reference(query_w2c, memory_w2c, hfov_deg, vfov_deg, near, far)
     return total / (COLUMNS * ROWS * DEPTHS)
 
 
-def _visibility(seen, query_distance, edge_x, edge_y):
+def _visibility(seen: Point, query_distance: float, edge_x: float, edge_y: float) -> float:
     """Share of one cell that is inside the picture, times the detail with which it is shown."""
     x, y, depth = seen
     if depth <= 0:
@@ -44,14 +54,16 @@ def _visibility(seen, query_distance, edge_x, edge_y):
     return inside_x * inside_y * _clamp(query_distance / math.hypot(*seen))
 
 
-def _clamp(value):
+def _clamp(value: float) -> float:
     return min(max(value, 0.0), 1.0)
 
 
-def _to_world(w2c, point):
+def _to_world(w2c: Matrix, point: Point) -> Point:
     shifted = [point[i] - w2c[i][3] for i in range(3)]
-    return [sum(w2c[i][j] * shifted[i] for i in range(3)) for j in range(3)]
+    x, y, z = (sum(w2c[i][j] * shifted[i] for i in range(3)) for j in range(3))
+    return x, y, z
 
 
-def _project(w2c, point):
-    return [sum(w2c[i][j] * point[j] for j in range(3)) + w2c[i][3] for i in range(3)]
+def _project(w2c: Matrix, point: Point) -> Point:
+    x, y, z = (sum(w2c[i][j] * point[j] for j in range(3)) + w2c[i][3] for i in range(3))
+    return x, y, z

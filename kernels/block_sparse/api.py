@@ -1,0 +1,101 @@
+"""Check the arguments of block-sparse attention and send the call to a provider."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lipass.kernels import registry
+from lipass.kernels.block_sparse.reference import merge_partials
+from lipass.kernels.plan import BlockPlan
+
+__all__ = ["block_sparse_attention", "merge_partials"]
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor | Sequence[Tensor],
+    v: Tensor | Sequence[Tensor],
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    return_lse: bool = False,
+    provider: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend each query block to the tokens of the key blocks that it visits.
+
+    Args:
+        q: queries `[B, H, Lq, D]`, row-major token order, any strides.
+        k: keys `[B, H, Lk, D]`, or one tensor per segment of the plan.
+        v: values like `k`.
+        plan: which key blocks each query block visits. Never read back to the host.
+        scale: factor on the scores; by default `D ** -0.5`.
+        key_bias: added to the scores of each key, `[B or 1, Lk]` fp32 (log m for m merged keys).
+        return_lse: also return the log-sum-exp of the scores, for `merge_partials`.
+        provider: implementation to use; by default the best that takes the call.
+
+    Returns:
+        Output `[B, H, Lq, D]` in `q.dtype`, contiguous; with `return_lse` also the log-sum-exp
+        `[B, H, Lq]` fp32, base e. A query that sees no key gives 0 and `-inf`.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit the plan, or the provider refuses.
+    """
+    keys = [k] if isinstance(k, Tensor) else list(k)
+    values = [v] if isinstance(v, Tensor) else list(v)
+    if not torch.compiler.is_compiling():
+        reason = _unfit(q, keys, values, plan, key_bias)
+        if reason:
+            raise ValueError(reason)
+    chosen = registry.choose(
+        "block_sparse", q.device, provider, lambda module: module.why_not(q, plan)
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = chosen.module.block_sparse_attention(
+        q, keys, values, plan, scale=scale, key_bias=key_bias, return_lse=return_lse
+    )
+    return (out, lse) if return_lse else out
+
+
+def _unfit(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], plan: BlockPlan, key_bias: Tensor | None
+) -> str | None:
+    """Name the first rule that a call breaks."""
+    if q.dim() != 4 or q.shape[2] != plan.q_grid.tokens:
+        return (
+            f"q must be [B, H, {plan.q_grid.tokens}, D] for grid {plan.q_grid.grid}, got "
+            f"{list(q.shape)}; build the plan for these queries"
+        )
+    expected = [segment.grid.tokens for segment in plan.kv.segments]
+    for name, parts in (("k", keys), ("v", values)):
+        tokens = [part.shape[2] for part in parts]
+        if tokens != expected and tokens != [sum(expected)]:
+            return (
+                f"{name} must have {expected} tokens by segment or {sum(expected)} in one tensor, "
+                f"got {tokens}; build the plan for these keys"
+            )
+        if {part.dtype for part in parts} != {q.dtype}:
+            return f"q, k and v must have one dtype, got {q.dtype} and {parts[0].dtype}; cast them"
+        shapes = {(part.shape[0], part.shape[1], part.shape[3]) for part in parts}
+        if shapes != {(q.shape[0], q.shape[1], q.shape[3])}:
+            return (
+                f"{name} must have the batch, heads and head dim of q {list(q.shape)}, got "
+                f"{list(parts[0].shape)}; expand grouped or shared heads first"
+            )
+    if plan.indices.shape[:3] != (q.shape[0], q.shape[1], plan.q_grid.blocks):
+        return (
+            f"the plan must be [B, H, Nq] = {[*q.shape[:2], plan.q_grid.blocks]}, got "
+            f"{list(plan.indices.shape[:3])}; build it from these queries"
+        )
+    if key_bias is not None and key_bias.shape not in (
+        (1, sum(expected)),
+        (q.shape[0], sum(expected)),
+    ):
+        return (
+            f"key_bias must be [B or 1, Lk] with Lk = {sum(expected)}, got "
+            f"{list(key_bias.shape)}; give every key a value, 0 for none"
+        )
+    return None

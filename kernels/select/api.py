@@ -1,0 +1,105 @@
+"""Check the arguments of block selection; the whole-tensor form serves every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipass.kernels.plan import BlockGrid, KvLayout
+from lipass.kernels.select import vectorized
+from lipass.kernels.select.vectorized import selected_blocks
+
+__all__ = ["select_blocks", "selected_blocks"]
+
+
+def select_blocks(
+    q_mean: Tensor,
+    k_mean: Tensor,
+    layout: KvLayout,
+    q_grid: BlockGrid,
+    *,
+    budget: float,
+    scale: float,
+    role: str,
+    sink_latents: int,
+    keep_frames: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the key blocks that each query block visits.
+
+    The candidates are the history blocks (`role="decode"`) or the current blocks (`"prefill"`);
+    all other segments are visited whole. Of the candidates, blocks with a sink frame and, in
+    prefill, blocks at most one tile away are protected; of the rest the best `ceil(budget *
+    rest)` by `q_mean . k_mean` join them. Every query block visits the same number of blocks, the
+    largest that any of them asks for, so that no row is padded. Candidates without a kept frame
+    are absent; in prefill a query block without one visits itself and the other segments.
+
+    Source: arXiv 2605.31158, section on AR-aware sparse attention. Differs in: the sink is
+    protected, neighbours come on top of the budget, means never count padding.
+
+    Args:
+        q_mean: query block means `[B, H, Nq, D]` fp32.
+        k_mean: means of the candidate blocks `[B, H, Nc, D]` fp32.
+        layout: the key segments.
+        q_grid: grid of the queries. In prefill that of the current segment; its tile may be a
+            multiple of the key tile, in decode it may be any.
+        budget: share of the unprotected candidates to visit, in `(0, 1]`.
+        scale: softmax scale; positive, so it does not change the ranking.
+        role: `"prefill"` or `"decode"`.
+        sink_latents: how many of the first candidate frames are always visited.
+        keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
+
+    Returns:
+        Block ids `[B, H, Nq, S]` int32, ascending, `-1` past the counts; counts `[B, H, Nq]` int32.
+
+    Raises:
+        ValueError: if an argument is out of range or does not fit the layout.
+    """
+    if not torch.compiler.is_compiling():
+        reason = _unfit(q_mean, k_mean, layout, q_grid, budget, scale, role, keep_frames)
+        if reason:
+            raise ValueError(reason)
+    return vectorized.select_blocks(
+        q_mean,
+        k_mean,
+        layout,
+        q_grid,
+        budget=budget,
+        role=role,
+        sink_latents=sink_latents,
+        keep_frames=keep_frames,
+    )
+
+
+def _unfit(
+    q_mean: Tensor,
+    k_mean: Tensor,
+    layout: KvLayout,
+    q_grid: BlockGrid,
+    budget: float,
+    scale: float,
+    role: str,
+    keep_frames: Tensor | None,
+) -> str | None:
+    """Name the first rule that a call breaks."""
+    if not 0.0 < budget <= 1.0:
+        return f"budget must be in (0, 1], got {budget}; 1.0 visits every block"
+    if scale <= 0.0:
+        return f"scale must be positive, got {scale}; the default is D ** -0.5"
+    if role not in ("prefill", "decode"):
+        return f"role must be 'prefill' or 'decode', got {role!r}; text attention stays dense"
+    segment = layout.candidate_segment(role)
+    frames = 0 if segment is None else layout.segments[segment].grid.grid[0]
+    blocks = 0 if segment is None else layout.segments[segment].grid.blocks
+    if role == "prefill" and (segment is None or layout.segments[segment].grid.grid != q_grid.grid):
+        return f"in prefill the current keys must have the grid of the queries, {q_grid.grid}"
+    if q_mean.shape[2] != q_grid.blocks or k_mean.shape[2] != blocks:
+        return (
+            f"means must cover {q_grid.blocks} query and {blocks} candidate blocks, got "
+            f"{q_mean.shape[2]} and {k_mean.shape[2]}; pool them with the same grids"
+        )
+    if keep_frames is not None and keep_frames.shape != (q_mean.shape[0], frames):
+        return (
+            f"keep_frames must be [B, T] = [{q_mean.shape[0]}, {frames}], got "
+            f"{list(keep_frames.shape)}; it covers the history in decode and the current in prefill"
+        )
+    return None
