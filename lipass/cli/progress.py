@@ -11,7 +11,7 @@ PLAIN_INTERVAL_S = 10.0  # a log file wants a line now and then, not one per ste
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
+def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """Yield a function that counts one step and names what comes next.
 
     stdout stays untouched, so that `--json` output can be piped.
@@ -34,7 +34,11 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
         console = rich.console.Console(stderr=True)  # honours NO_COLOR
         with rich.progress.Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=total, step="")
-            yield lambda step="": bar.update(task, advance=1, step=step)
+
+            def advance(step: str = "") -> None:
+                bar.update(task, advance=1, step=step)
+
+            yield advance
         return
     counter = _PlainCounter(title, total)
     yield counter.step

@@ -85,7 +85,8 @@ def _grid(speed: list[float], quality: list[float], at) -> list[str]:
 def _labels(means: dict[str, tuple[float, float]]) -> list[str]:
     """Dots with their names, each in the nearest free place; on a thin line if that is far."""
     dots = [(x - _DOT_PX, y - _DOT_PX, x + _DOT_PX, y + _DOT_PX) for x, y in means.values()]
-    taken, parts, leads = list(dots), [], []
+    taken: list[tuple[float, ...]] = list(dots)
+    parts, leads = [], []
     for preset, (x, y) in sorted(means.items(), key=lambda item: item[1]):
         width = _LETTER_PX * len(preset)
         box = min(_places(x, y, width), key=lambda place: (_overlaps(place, taken), place[4]))
