@@ -18,7 +18,7 @@ from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.passes import runner
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
-from lipass.passes.site import AttentionSite, region_name, sites
+from lipass.passes.site import AttentionSite, region_name, sites, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
 from lipass.step_loop import compile_steps
 
@@ -100,7 +100,7 @@ def _graphs(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:
 def _site_record(site: AttentionSite, notes: list[Note]) -> SiteRecord:
     action, reason = "kept", "no pass of the pipeline rewrites attention"
     for note in notes:
-        if note.site == site.name and note.pass_name in _REWRITERS:
+        if without_repeat(note.site) == without_repeat(site.name) and note.pass_name in _REWRITERS:
             action, reason = note.action, note.reason
     return SiteRecord(
         name=site.name,

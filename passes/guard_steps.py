@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from lipass.passes.compat import known_true, value
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.region import Region, alias, difference, impurity, region_of, to_module
-from lipass.passes.site import set_region, sites, step_of
+from lipass.passes.site import set_region, set_site, sites, step_of, without_repeat
 
 STEP_MODULE = "denoise_step"
 
@@ -99,11 +99,21 @@ def _outline(graph: Graph, regions: list[Region], ctx: PassContext) -> None:
     body = to_module(regions[0], positions)
     for node, column in zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.meta["example_value"] = value(column[0])
+    _drop_repeats(body.graph)
+    body.recompile()
     graph.owning_module.add_module(STEP_MODULE, body)
     replaced: dict[Node, Node] = {}
     for i, region in enumerate(regions):
         args = tuple(replaced.get(column[i], column[i]) for column in inputs)
         replaced |= _call(graph, region, positions, args, i)
+
+
+def _drop_repeats(body: Graph) -> None:
+    """Name the sites of the body without the number of the call, because all calls share them."""
+    for node, site in sites(body):
+        name = without_repeat(site.name)
+        node.args = tuple(name if arg == site.name else arg for arg in node.args)
+        set_site(node, replace(site, name=name))
 
 
 def _call(

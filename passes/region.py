@@ -12,9 +12,9 @@ from torch.fx import Node
 
 from lipass.passes.compat import known_true, value
 from lipass.passes.match import mutates
+from lipass.passes.site import without_repeat
 
 _RANDOM = re.compile(r"^(rand|normal|bernoulli|multinomial|poisson|exponential|dropout|alpha_drop)")
-_REPEAT = re.compile(r"@\d+$")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def region_of(nodes: list[Node]) -> Region:
         if isinstance(arg, slice):
             return ("slice", form(arg.start), form(arg.stop), form(arg.step))
         if isinstance(arg, str):
-            return _REPEAT.sub("", arg)
+            return without_repeat(arg)
         # 1 == 1.0 == True, but they are not the same argument
         return (type(arg).__name__, arg)
 

@@ -135,6 +135,11 @@ def module_path(node: torch.fx.Node) -> str:
     return path.strip(".") + (repeat.group() if repeat else "")
 
 
+def without_repeat(name: str) -> str:
+    """Return the name of a site without the `@i` of its call."""
+    return re.sub(r"@\d+(?=:|$)", "", name)
+
+
 def call_line(node: torch.fx.Node) -> str:
     """Return `file.py:line` of the user's code that made the node, or nothing."""
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
