@@ -47,7 +47,7 @@ accept: $(READY) ## rewrite the golden graphs; review the diff like code
 	EXPECTTEST_ACCEPT=1 $(PYTEST) -m 'not needs_gpu' tests/passes tests/examples $(ARGS)
 
 bench: $(READY) ## kernels against dense attention, after their tests (OP=block_sparse)
-	$(BIN)/python -m benchmarks.run $(or $(OP),block_sparse) $(ARGS)
+	$(BIN)/python benchmarks/run.py $(or $(OP),block_sparse) $(ARGS)
 
 dump: $(READY) ## numbered graphs and diffs of a script in build/dump (EX=examples/x.py)
 	@test -n "$(EX)" || { echo "make dump needs a script, got none; run make dump EX=examples/x.py"; exit 2; }
@@ -61,5 +61,5 @@ gpu-day: $(READY) ## everything worth running on a machine with a GPU
 sizes: ## lines per file, longest first
 	@git ls-files '*.py' | xargs wc -l | sort -rn | head -n 30
 
-clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist demo *.egg-info
+clean: ## remove .venv, demo and what packaging built
+	rm -rf $(VENV) build/tree dist demo *.egg-info
