@@ -28,7 +28,9 @@ def check_poses(poses: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_kind("query", query, "the cameras of the latents to generate")
     if poses is None:
-        return query.new_empty((0, 4, 4), dtype=torch.float64, device="cpu"), _to_host(query)
+        host = _to_host(query)
+        _refuse("query", host, _rigid_error(host))
+        return host[:0], host
     _check_kind("poses", poses, "the cameras of the history; None for a first chunk without one")
     if poses.device != query.device:
         raise ValueError(
@@ -36,9 +38,12 @@ def check_poses(poses: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor]:
             "move one of them (the CPU is best: decisions are taken there)"
         )
     host = _to_host(torch.cat([poses.double(), query.double()]))
-    _check_values("poses", host[: len(poses)])
-    _check_values("query", host[len(poses) :])
-    return host[: len(poses)], host[len(poses) :]
+    history = len(poses)
+    error = _rigid_error(host)
+    if not bool(error.max() <= _RIGID_TOLERANCE):  # also where it is NaN
+        _refuse("poses", host[:history], error[:history])
+        _refuse("query", host[history:], error[history:])
+    return host[:history], host[history:]
 
 
 def score_points(poses: Tensor, query: Tensor, view: ViewOptions) -> Tensor:
@@ -74,21 +79,27 @@ def _check_kind(name: str, cameras: Tensor, meaning: str) -> None:
         raise ValueError(f"{name} must hold values, got a tensor on device meta; pass {meaning}")
 
 
-def _check_values(name: str, cameras: Tensor) -> None:
+def _rigid_error(cameras: Tensor) -> Tensor:
+    """Largest deviation of each matrix from a rigid transform, `[M]`; NaN if not finite."""
+    left = cameras[:, :, :3]  # rotation above (0 0 0), so left @ left^T is diag(1, 1, 1, 0)
+    expected = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=cameras.dtype))
+    skew = (left @ left.transpose(1, 2) - expected).abs().amax((1, 2))
+    mirrored = (torch.linalg.det(left[:, :3]) - 1).abs()
+    corner = (cameras[:, 3, 3] - 1).abs() + cameras[:, :3, 3].sum(1) * 0
+    return torch.maximum(torch.maximum(skew, mirrored), corner)
+
+
+def _refuse(name: str, cameras: Tensor, error: Tensor) -> None:
     bad = (~cameras.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
             f"{name} must be finite, got NaN or infinity in latent {bad[0]} ({len(bad)} in all); "
             "check the inversion that made the matrix"
         )
-    rotation = cameras[:, :3, :3]
-    error = (rotation @ rotation.transpose(1, 2) - torch.eye(3, dtype=cameras.dtype)).abs()
-    bottom = (cameras[:, 3] - torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=cameras.dtype)).abs()
-    worst = torch.maximum(error.flatten(1).amax(1), bottom.amax(1))
-    if worst.max() > _RIGID_TOLERANCE:
-        index = int(worst.argmax())
+    index = int(error.argmax())
+    if error[index] > _RIGID_TOLERANCE:
         raise ValueError(
             f"{name} must be rigid world-to-camera matrices (rotation, translation, last row "
-            f"0 0 0 1), got one that is off by {float(worst[index]):.3g} at latent {index}; "
+            f"0 0 0 1), got one that is off by {float(error[index]):.3g} at latent {index}; "
             "remove scale and intrinsics from it"
         )
