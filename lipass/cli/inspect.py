@@ -78,9 +78,11 @@ def inspect(
 
     Raises:
         UsageError: for a preset or option that does not exist.
+        PassError: when a pass fails.
     """
     import torch
 
+    import lipass.unit  # noqa: F401 (registers the ops that passes insert)
     from lipass.backend import pipeline_of
     from lipass.config import Config
 
@@ -95,12 +97,15 @@ def inspect(
         return gm.forward
 
     compiled = torch.compile(model, backend=record, dynamic=dynamic)
-    with torch.no_grad():
-        for call in calls:
-            if isinstance(call, dict):
-                compiled(**call)
-            else:
-                compiled(*call)
+    try:
+        with torch.no_grad():
+            for call in calls:
+                if isinstance(call, dict):
+                    compiled(**call)
+                else:
+                    compiled(*call)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from error
     return graphs
 
 
@@ -238,3 +243,13 @@ def _lines(graphs: list[dict], show_diff: bool) -> Iterator[str]:
                 yield from (f"    {line}" for line in one["diff"].splitlines())
     if not graphs:
         yield "no graph: Dynamo compiled nothing of the target"
+
+
+def _notes(notes: list[dict]) -> Iterator[str]:
+    """Print notes that say the same of many sites, as equal layers have, once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for note in notes:
+        groups.setdefault((note["action"], note["reason"]), []).append(note["site"])
+    for (action, reason), sites in groups.items():
+        where = sites[0] if len(sites) == 1 else f"{sites[0]} .. {sites[-1]} ({len(sites)})"
+        yield f"    {action:<9} {where}: {reason}"

@@ -127,6 +127,25 @@ def test_wrong_callable_is_usage(model, name, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_failing_pass_exits_with_1_and_names_itself(model, capsys, monkeypatch):
+    from lipass.passes import runner
+    from lipass.passes.core import PassError
+
+    def fail(*args, **options):
+        raise PassError("pass 'canonicalize' failed on %q")
+
+    monkeypatch.setattr(runner, "run_pipeline", fail)
+    assert main(["inspect", f"{model}:attention"]) == 1
+    assert "pass 'canonicalize' failed on %q" in capsys.readouterr().err
+
+
+def test_equal_notes_of_many_sites_are_one_line(capsys):
+    from lipass.cli.inspect import _notes
+
+    notes = [{"site": f"blocks.{i}", "action": "kept", "reason": "small"} for i in range(6)]
+    assert list(_notes(notes)) == ["    kept      blocks.0 .. blocks.5 (6): small"]
+
+
 def test_unknown_preset_is_usage(model, capsys):
     assert main(["inspect", f"{model}:attention", "--preset", "fast"]) == 2
     assert "preset must be one of off, exact" in capsys.readouterr().err
