@@ -235,10 +235,7 @@ def _lines(graphs: list[dict], show_diff: bool) -> Iterator[str]:
         for one in graph["passes"]:
             verdict = "changed" if one["changed"] else "unchanged"
             yield f"  {one['name']} ({one['numerics']}): {verdict}, {one['seconds'] * 1e3:.0f} ms"
-            yield from (
-                f"    {note['action']:<9} {note['site']}: {note['reason']}"
-                for note in one["notes"]
-            )
+            yield from _notes(one["notes"])
             if show_diff:
                 yield from (f"    {line}" for line in one["diff"].splitlines())
     if not graphs:
