@@ -79,10 +79,33 @@ def compile_steps(
         part[node] = current
         current += is_step
     pieces = split_module(gm, None, part.__getitem__, keep_original_order=True)
-    mode = detect_fake_mode(example_inputs)
-    with mode, torch.no_grad():
-        _PieceCompiler(pieces, inner_compile).run(*example_inputs)
-    return pieces.forward
+    inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    mode = detect_fake_mode(inputs)
+    with mode:
+        fakes = [_fake(given, shaped) for given, shaped in zip(example_inputs, inputs, strict=True)]
+        _PieceCompiler(pieces, inner_compile).run(*fakes)
+    compiled: Compiled = pieces.forward
+    return compiled
+
+
+def _fake(given: Any, shaped: Any) -> Any:
+    """Return an input for the inner compiler: fake in the mode that is current, sizes symbolic.
+
+    Dynamo's fake tensors are in the mode it traced in, and the example inputs have no symbols.
+    """
+    if not isinstance(shaped, torch.Tensor):
+        return shaped
+    fake = torch.empty_strided(
+        shaped.shape,
+        shaped.stride(),
+        dtype=shaped.dtype,
+        device=shaped.device,
+        requires_grad=shaped.requires_grad,
+    )
+    # how Dynamo marks parameters, which keep their address between calls
+    if hasattr(given, "_dynamo_static_input_type"):
+        fake._dynamo_static_input_type = given._dynamo_static_input_type
+    return fake
 
 
 class _PieceCompiler(torch.fx.Interpreter):
