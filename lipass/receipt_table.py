@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -35,12 +36,29 @@ def _summary(report: Report) -> str:
 
 
 def _sites(sites: Iterable[SiteRecord]) -> str:
-    rows = []
+    """One row for all layers of which the same is true, its reason on the line below."""
+    groups: dict[tuple[str, ...], list[SiteRecord]] = {}
     for site in sites:
         grid = "x".join(map(str, site.grid)) if site.grid else "?"
-        density = "" if site.density is None else f"{site.density:.2f}"
-        rows.append((site.name, site.role, grid, site.action, density, site.provider, site.reason))
-    return _grid(("site", "role", "grid", "action", "dens", "provider", "reason"), rows)
+        layer = re.sub(r"\d+", "*", site.name)
+        key = (layer, site.role, grid, site.action, site.provider, site.reason)
+        groups.setdefault(key, []).append(site)
+    rows, reasons = [], []
+    for (layer, role, grid, action, provider, reason), members in groups.items():
+        name = members[0].name if len(members) == 1 else layer
+        density = _range([site.density for site in members if site.density is not None])
+        rows.append((name, str(len(members)), role, grid, action, density, provider))
+        reasons.append(textwrap.shorten(reason, _WIDTH - 4, placeholder=" .."))
+    head, *lines = _grid(("site", "n", "role", "grid", "action", "density", "by"), rows) or [""]
+    body = [f"{line}\n    {reason}" for line, reason in zip(lines, reasons, strict=True)]
+    return "\n".join([head, *body])
+
+
+def _range(densities: Sequence[float]) -> str:
+    if not densities:
+        return ""
+    low, high = f"{min(densities):.2f}", f"{max(densities):.2f}"
+    return low if low == high else f"{low}-{high}"
 
 
 def _passes(passes: Iterable[PassRecord]) -> str:
@@ -49,7 +67,7 @@ def _passes(passes: Iterable[PassRecord]) -> str:
         notes = f"{len(record.notes)}: {record.notes[0]}" if record.notes else ""
         changed = "yes" if record.changed else "no"
         rows.append((record.name, changed, f"{record.seconds:.2f}", notes))
-    return _grid(("pass", "changed", "s", "notes"), rows)
+    return "\n".join(_grid(("pass", "changed", "s", "notes"), rows))
 
 
 def _chunks(chunks: Sequence[ChunkRecord], forgotten: int) -> str:
@@ -61,31 +79,33 @@ def _chunks(chunks: Sequence[ChunkRecord], forgotten: int) -> str:
         steps = "" if plan.steps is None else f"{len(plan.steps.computed)}/{plan.steps.total}"
         where = f"{record.session}.{plan.stream}"
         rows.append((where, str(plan.index), kept, window, steps, plan.revisit.reason))
-    text = _grid(("session", "chunk", "context", "window", "steps", "revisit"), rows)
-    return text + (f"\n({forgotten} earlier chunks not shown)" if forgotten else "")
+    lines = _grid(("session", "chunk", "context", "window", "steps", "revisit"), rows)
+    if forgotten:
+        lines.append(f"({forgotten} earlier chunks not shown)")
+    return "\n".join(lines)
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align columns; the last one takes what is left of the line and is cut there."""
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns; the first gives way to the others, the last takes what is left."""
     if not rows:
-        return ""
+        return []
     table = [head, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(head) - 1)]
-    # Names are the only long cells: the first column gives way so that the reason stays readable.
-    spare = _WIDTH - 24 - sum(width + 2 for width in widths[1:]) - 2
-    widths[0] = min(widths[0], max(spare, 12))
+    last = min(max(len(row[-1]) for row in table), 24)
+    others = sum(width + 2 for width in widths[1:]) + 2 + last
+    widths[0] = min(widths[0], max(_WIDTH - others, 12))
     lines = []
     for row in table:
         cells = [_cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=False)]
         line = "  ".join(cells)
         lines.append(f"{line}  {_cut(row[-1], _WIDTH - len(line) - 2)}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _cut(text: str, width: int) -> str:
-    """Shorten from the front where a dotted name, from the back otherwise."""
+    """Shorten a name from the front, a sentence from the back."""
     if len(text) <= width:
         return text
-    if " " not in text and width > 2:
-        return ".." + text[-(width - 2) :]
+    if " " not in text:
+        return ".." + text[len(text) - max(width - 2, 0) :]
     return textwrap.shorten(text, max(width, 5), placeholder=" ..")
