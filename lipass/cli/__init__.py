@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from lipass._version import VERSION
+from lipass.errors import LipassError
 
 OK, FAILURE, USAGE, NOTHING_MATCHED = 0, 1, 2, 3
 COMMANDS = ("demo", "inspect", "doctor")
@@ -40,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"lipass {args.command}: {error}", file=sys.stderr)
         return USAGE
+    except LipassError as error:
+        print(f"lipass {args.command}: {error}", file=sys.stderr)
+        return FAILURE
     except KeyboardInterrupt:
         print(f"lipass {args.command}: interrupted", file=sys.stderr)
         return FAILURE

@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile the target's calls with the passes only and print what they noted."""
-    from lipass.errors import LipassError
     from lipass.passes.core import PassError
 
     options = {"preset": args.preset, **dict(map(_option, args.option))}
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         # What the model prints must not end up in the JSON document.
         with contextlib.redirect_stdout(sys.stderr):
             graphs = inspect(model, calls, options, dynamic=args.dynamic or None)
-    except (LipassError, PassError) as error:
+    except PassError as error:
         print(f"lipass inspect: {error}", file=sys.stderr)
         return FAILURE
     if args.json:

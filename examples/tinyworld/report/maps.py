@@ -4,7 +4,7 @@ import math
 
 from .palette import KINDS, kind_of
 
-_PAD_M = 0.25
+_PAD_M, _MARGIN_M, _SPAN_M = 0.25, 1.0, 4.0
 _VIEW_M = 0.55  # length of the drawn view wedge
 _HALF_FOV_DEG = 25.0  # narrower than the camera's, so that neighbours stay apart
 
@@ -17,8 +17,8 @@ def room_map(room: dict, rollout: dict, first_frame: int, chunk_frames: int) -> 
     width_m, depth_m = room["size"]
     camera = rollout["camera"]
     parts = [
-        f'<svg class="map" viewBox="{-_PAD_M} {-_PAD_M} {width_m + 2 * _PAD_M:.2f} '
-        f'{depth_m + 2 * _PAD_M:.2f}" role="img" aria-label="room from above">',
+        f'<svg class="map" viewBox="{_view_box(room["size"], camera)}" role="img" '
+        'aria-label="room from above">',
         # z points away from the viewer and up on paper
         f'<g transform="matrix(1 0 0 -1 0 {depth_m:.3f})">',
         f'<rect class="room" width="{width_m:.3f}" height="{depth_m:.3f}"/>',
@@ -38,6 +38,19 @@ def room_map(room: dict, rollout: dict, first_frame: int, chunk_frames: int) -> 
         current = camera[first_frame + low : first_frame + low + chunk_frames]
         parts.append(f'<path class="view" d="{"".join(_wedge(pose) for pose in current)}"/></g>')
     return "".join([*parts, "</g></svg>"])
+
+
+def _view_box(size_m: list[float], camera: list) -> str:
+    """Show the part of the room around the walk: most walks use little of it."""
+    spans = []
+    for axis, room_m in enumerate(size_m):
+        places = [pose[axis] for pose in camera]
+        middle = (min(places) + max(places)) / 2
+        half = max((max(places) - min(places)) / 2 + _MARGIN_M, _SPAN_M / 2)
+        low, high = max(middle - half, -_PAD_M), min(middle + half, room_m + _PAD_M)
+        spans.append((low, high))
+    (left, right), (near, far) = spans
+    return f"{left:.2f} {size_m[1] - far:.2f} {right - left:.2f} {far - near:.2f}"
 
 
 def _memory(camera: list, chunk: dict) -> list[str]:
