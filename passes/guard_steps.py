@@ -124,8 +124,7 @@ def _call(
     Returns the outputs that took the place of nodes of the region.
     """
     replaced = {}
-    after = list(graph.nodes)[max(list(graph.nodes).index(node) for node in region.nodes) + 1]
-    with graph.inserting_before(after):
+    with graph.inserting_before(region.nodes[-1].next):
         call = graph.call_module(STEP_MODULE, args)
         call.meta["example_value"] = tuple(value(region.nodes[p]) for p in positions)
         set_region(call, f"step {index}")

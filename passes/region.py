@@ -71,7 +71,7 @@ def difference(a: Region, b: Region) -> str | None:
         if first != second:
             return f"%{mine.name} and %{other.name} differ"
     for mine, other in zip(a.inputs, b.inputs, strict=True):
-        if not _same_kind(value(mine), value(other)):
+        if mine is not other and not _same_kind(value(mine), value(other)):
             return f"inputs %{mine.name} and %{other.name} differ in shape or dtype"
     return None
 

@@ -42,7 +42,7 @@ def verify(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
     Raises:
         PassError: naming the node and the invariant.
     """
-    graph.lint()
+    _lint(graph)
     _check_ops(graph)
     _check_values(graph, before, ctx)
     if new := {n.name for n in graph.nodes if mutates(n)} - before.writes:
@@ -50,6 +50,14 @@ def verify(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
     if extra := _aliases(graph) - before.aliases:
         output, name = min(extra)
         raise PassError(f"a pass adds no aliasing, got output {output} in the memory of {name}")
+
+
+def _lint(graph: Graph) -> None:
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        # the rest of the message is the whole graph
+        raise PassError(str(error).partition("!")[0]) from error
 
 
 def _check_ops(graph: Graph) -> None:
