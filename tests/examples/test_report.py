@@ -16,7 +16,7 @@ from lipass.examples.tinyworld.report.page import page
 from lipass.examples.tinyworld.report.pictures import strip_uri
 
 PRESETS = ("inductor", "off", "exact", "all", "no-memory", "copy-last")
-SCENES = (("back", "explored", 9000), ("loop", "free", 9001))
+SCENES = (("left/right", "explored", 9000), ("loop", "free", 9001))
 CHUNKS, CHUNK_FRAMES, RECORDED = 4, 4, 8
 VOID = {"meta", "input", "br"}
 
@@ -169,7 +169,7 @@ def test_all_files_are_written_and_readable(report):
     out, written = report
     names = {path.name for path in written}
     assert {"report.html", "receipt.json", "speed-quality.png", "chunks.png"} <= names
-    assert {"frames-back-explored-9000.png", "film-loop-free-9001.gif"} <= names
+    assert {"frames-left-right-explored-9000.png", "film-loop-free-9001.gif"} <= names
     assert all(path.stat().st_size > 0 for path in written)
     assert json.loads((out / "receipt.json").read_text())["schema_version"] == 1
 

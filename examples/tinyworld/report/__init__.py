@@ -16,6 +16,7 @@ The input is plain data, so that the report needs neither the model nor the sess
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def write_report(
     written[1].write_text(json.dumps(_without_nan(result), indent=1), encoding="utf-8")
     for scene in scenes(frames):
         films = films_of(scene, frames, truth)
-        stem = "-".join(str(part) for part in scene).replace(" ", "_")
+        stem = re.sub(r"[^\w-]+", "-", "-".join(map(str, scene)))
         written.append(contact_sheet(films, out / f"frames-{stem}.png"))
         written.append(side_by_side(films, out / f"film-{stem}.gif"))
     written.append(plot_rows(result["rows"], out / "speed-quality.png"))
