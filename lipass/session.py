@@ -28,7 +28,7 @@ from torch import Tensor
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
-from lipass.policy.steps import plan_steps
+from lipass.policy.steps import PlannedStep, StepPlan, plan_steps
 from lipass.receipt import ChunkRecord, current_report
 
 _scope: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("scope", default=())
@@ -220,21 +220,30 @@ class Chunk:
         Raises:
             ValueError: fewer than two levels, or one that is not finite.
         """
-        levels = _check_sigmas(sigmas)
+        plan = self.step_plan(_check_sigmas(sigmas) - 1)
+        return self._iterate(plan.sequence(), sigmas)
+
+    def step_plan(self, total: int) -> StepPlan:
+        """Decide which of `total` steps compute, for a loop that is inside the compiled graph.
+
+        Raises:
+            ValueError: another number than the chunk was asked for before.
+        """
         if self.plan.steps is None:
             options, revisit = self.session.config.steps, self.plan.revisit
-            steps = plan_steps(levels - 1, options, allowed=revisit.allowed, reason=revisit.reason)
+            steps = plan_steps(total, options, allowed=revisit.allowed, reason=revisit.reason)
             self.plan = with_steps(self.plan, steps)
-        elif self.plan.steps.total != levels - 1:
-            raise ValueError(
-                f"a chunk has one number of steps, got {levels - 1} after "
-                f"{self.plan.steps.total}; pass sigmas of the same length"
-            )
-        return self._iterate(sigmas)
-
-    def _iterate(self, sigmas: Sequence[float] | Tensor) -> Iterator[Step]:
         assert self.plan.steps is not None
-        sequence = self.plan.steps.sequence()
+        if self.plan.steps.total != total:
+            raise ValueError(
+                f"a chunk has one number of steps, got {total} after {self.plan.steps.total}; "
+                "pass sigmas of the same length"
+            )
+        return self.plan.steps
+
+    def _iterate(
+        self, sequence: tuple[PlannedStep, ...], sigmas: Sequence[float] | Tensor
+    ) -> Iterator[Step]:
         self._stored.clear()
         try:
             for place, planned in enumerate(sequence):

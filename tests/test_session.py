@@ -397,6 +397,14 @@ def test_wrong_sigmas_are_refused_and_the_chunk_goes_on(sigmas, words):
             chunk.steps((1.0, 0.5, 0.0))
 
 
+def test_step_plan_is_the_one_that_the_loop_follows():
+    with session_of("cache") as session, chunk_of(session, 6) as chunk:
+        plan = chunk.step_plan(4)
+        assert plan.reused == (1, 2)
+        assert [step.index for step in chunk.steps(SIGMAS)] == list(plan.computed)
+        assert chunk.plan.steps is plan
+
+
 def test_stream_has_one_open_chunk():
     with session_of("all") as session, chunk_of(session, 6):
         with pytest.raises(LipassError, match="one chunk at a time, got a second for 'main'"):

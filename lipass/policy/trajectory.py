@@ -1,7 +1,8 @@
 """Pose strings: the little language in which people write camera paths (`w-31, s-32`).
 
 Source: HY-WorldPlay's action grammar; the `w*8` form is minWM's. Ours also accepts both in one
-string and refuses what either would silently misread.
+string and refuses what either would silently misread. Differs in: moves stay level while the
+camera looks up or down.
 """
 
 import math
