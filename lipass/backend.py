@@ -41,7 +41,8 @@ def light_interaction(
         LipassError: when a pass fails, or when `strict` is set and a site stays dense.
     """
     config = Config.resolve(mode, options)
-    if config.preset == "off" and config.pipeline is None:
+    plain = config.preset == "off" and config.pipeline is None
+    if plain and not any(_sections(config).values()):
         return inner_compile(gm, example_inputs, config.inner)
     from lipass.unit import compile_unit
 
@@ -58,17 +59,39 @@ def inner_compile(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: st
 
 
 def pipeline_of(config: Config) -> PassPipeline:
-    """Build the passes of a config: the text of its pipeline or preset, with its options filled in."""
+    """Build the passes of a config: its own pipeline, or those that its sections ask for."""
     from lipass.passes import PIPELINES
     from lipass.passes.core import PassPipeline
 
-    text = config.pipeline if config.pipeline is not None else PIPELINES[config.preset]
+    text = config.pipeline
+    if text is None:
+        off = {name for name, section in _sections(config).items() if section is None}
+        text = ",".join(name for name in PIPELINES["all"].split(",") if name not in off)
     return PassPipeline.parse(text, _pass_options(config))
+
+
+def _sections(config: Config) -> dict[str, object]:
+    """Map the passes that approximate to the section of the config that switches them on."""
+    return {
+        "prune-context": config.context,
+        "sparse-attention": config.sparse,
+        "guard-steps": config.steps,
+    }
 
 
 def _pass_options(config: Config) -> dict[str, dict[str, object]]:
     """Map the sections of a config to options of passes."""
     options: dict[str, dict[str, object]] = {}
+    if context := config.context:
+        options["prune-context"] = {
+            "overlap_min": context.overlap_min,
+            "sink_latents": context.sink_latents,
+            "window_latents": context.window_chunks_max * context.chunk_latents,
+            "hfov_deg": context.hfov_deg,
+            "vfov_deg": context.vfov_deg,
+            "near": context.near,
+            "far": context.far,
+        }
     if sparse := config.sparse:
         options["find-attention"] = {"token_grid": sparse.token_grid}
         options["sparse-attention"] = {

@@ -31,7 +31,7 @@ class StepLoop:
 
     def begin(self) -> None:
         """Ask the session which steps of the chunk that is open are reused."""
-        chunk = _open_chunk()
+        chunk = open_chunk()
         self._local.reused = frozenset() if chunk is None else _reused(chunk, self.steps)
         self._local.chunk = chunk
 
@@ -48,7 +48,7 @@ class StepLoop:
         return outputs
 
 
-def _open_chunk() -> session.Chunk | None:
+def open_chunk() -> session.Chunk | None:
     """Return the innermost chunk that is open where the model is called."""
     opened = (item for item in reversed(session._scope.get()) if isinstance(item, session.Chunk))
     return next(opened, None)

@@ -16,11 +16,12 @@ import lipass.kernels.view_overlap.api
 from lipass import session
 from lipass.config import Config
 from lipass.errors import LipassError
+from lipass.kernels import registry
 from lipass.passes import runner
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
 from lipass.passes.site import AttentionSite, region_name, sites, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
-from lipass.step_loop import compile_steps
+from lipass.step_loop import compile_steps, open_chunk
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
@@ -29,25 +30,33 @@ _REWRITERS = ("prune-context", "sparse-attention")
 
 
 class CompiledUnit:
-    """Call a compiled graph that is one denoising step, or hand back what an earlier step stored.
+    """Call a compiled graph as the session that is open wants it.
 
     Attributes:
-        region: name under which the session stores the outputs of this graph.
+        region: name under which the session stores the outputs of a graph that is one denoising step;
+            None for other graphs, which always compute.
     """
 
-    def __init__(self, compiled: Compiled, region: str) -> None:
+    def __init__(self, compiled: Compiled, region: str | None = None) -> None:
         self.compiled = compiled
         self.region = region
 
     def __call__(self, *args: Any) -> Any:
-        step = session.current_step()
-        if step is None:
-            return self.compiled(*args)
+        step = session.current_step() if self.region else None
+        if self.region is None or step is None:
+            return self._compute(args)
         if step.reused and (stored := step.lookup(self.region)) is not None:
             return stored
-        outputs = self.compiled(*args)
+        outputs = self._compute(args)
         step.store(self.region, outputs)
         return outputs
+
+    def _compute(self, args: tuple[Any, ...]) -> Any:
+        chunk = open_chunk()
+        if chunk is None or chunk.plan.dense_reason is None:
+            return self.compiled(*args)
+        with registry.force("dense"):
+            return self.compiled(*args)
 
 
 def compile_unit(
@@ -88,7 +97,9 @@ def _compile(
     if region_name(gm.graph.output_node()) == "call":
         return CompiledUnit(inner_compile(gm, example_inputs), _unit_name())
     if any(region_name(node) for node in gm.graph.find_nodes(op="call_module")):
-        return compile_steps(gm, example_inputs, inner_compile)
+        return CompiledUnit(compile_steps(gm, example_inputs, inner_compile))
+    if any(site.role in ("prefill", "decode") for _, site in sites(gm.graph)):
+        return CompiledUnit(inner_compile(gm, example_inputs))
     return inner_compile(gm, example_inputs)
 
 

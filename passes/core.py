@@ -92,6 +92,8 @@ class Pass(ABC):
     numerics: ClassVar[Numerics]
     requires: ClassVar[tuple[str, ...]] = ()
     """Passes that must run earlier in the pipeline."""
+    precedes: ClassVar[tuple[str, ...]] = ()
+    """Passes that must not run earlier in the pipeline."""
 
     @abstractmethod
     def run(self, graph: torch.fx.Graph, ctx: PassContext) -> bool:
@@ -112,6 +114,17 @@ class PassPipeline:
 
     passes: tuple[Pass, ...] = ()
 
+    def __post_init__(self) -> None:
+        earlier: set[str] = set()
+        for one in self.passes:
+            if missing := set(one.requires) - earlier:
+                names = ", ".join(sorted(missing))
+                raise ValueError(f"{one.name} needs {names} in front of it, got {str(self)!r}")
+            if late := set(one.precedes) & earlier:
+                names = ", ".join(sorted(late))
+                raise ValueError(f"{one.name} must come before {names}, got {str(self)!r}")
+            earlier.add(one.name)
+
     @classmethod
     def parse(
         cls, text: str, defaults: Mapping[str, Mapping[str, object]] | None = None
@@ -126,15 +139,7 @@ class PassPipeline:
             ValueError: for an unknown pass, an unknown option, a value that does not parse, or an
                 order that a pass does not allow.
         """
-        passes = tuple(_parse_pass(item, defaults or {}) for item in _split(text))
-        for i, one in enumerate(passes):
-            missing = set(one.requires) - {earlier.name for earlier in passes[:i]}
-            if missing:
-                raise ValueError(
-                    f"{one.name} needs {', '.join(sorted(missing))} earlier in the pipeline, "
-                    f"got {text!r}; add it in front"
-                )
-        return cls(passes)
+        return cls(tuple(_parse_pass(item, defaults or {}) for item in _split(text)))
 
     def __str__(self) -> str:
         return ",".join(str(one) for one in self.passes)

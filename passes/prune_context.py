@@ -40,6 +40,7 @@ class PruneContext(Pass):
     name: ClassVar[str] = "prune-context"
     numerics: ClassVar[Numerics] = Numerics.APPROX
     requires: ClassVar[tuple[str, ...]] = ("find-attention", "find-poses")
+    precedes: ClassVar[tuple[str, ...]] = ("sparse-attention", "guard-steps")
 
     overlap_min: float = 0.3
     """Latents that show less than this share of the new view are left out."""
