@@ -1,8 +1,8 @@
 """Carry what no graph can show from the user's loop to the compiled model: chunks, poses, steps.
 
 `Session` is the only stateful object of the project. Its state is keyed by stream, chunk and
-region, lives in the chunk and dies with it. One context variable says which sessions, chunks and
-steps are open where the model is being called, so threads and tasks do not see each other's.
+region, lives in the chunk and dies with it. `lipass.scope` knows what is open where the model is
+being called.
 
     with lipass.Session(preset="all") as session:
         with session.chunk(poses=history_w2c, query=new_w2c, latents=history) as chunk:
@@ -14,12 +14,10 @@ steps are open where the model is being called, so threads and tasks do not see 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -30,8 +28,9 @@ from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
 from lipass.policy.steps import PlannedStep, StepPlan, plan_steps
 from lipass.receipt import ChunkRecord, current_report
-
-_scope: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("scope", default=())
+from lipass.scope import Branch, enter, leave, open_items
+from lipass.scope import _open as _scope  # noqa: F401  # read by step_loop.py
+from lipass.step import Step, StepState
 
 
 class Session:
@@ -136,12 +135,12 @@ class Session:
         Branches share the chunk and its plan. Without this, calls are told apart by their order
         within a step.
         """
-        branch = _Branch(self, name)
-        _enter(branch)
+        branch = Branch(self, name)
+        enter(branch)
         try:
             yield
         finally:
-            _leave(branch)
+            leave(branch)
 
     def close(self) -> None:
         """Forget everything but the receipt; calling it twice is fine."""
@@ -171,11 +170,11 @@ class Session:
         if self._closed:
             raise LipassError("a session is entered while open, got a closed one; make a new one")
         self._entered += 1
-        _enter(self)
+        enter(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        _leave(self)
+        leave(self)
         self._entered -= 1
         if self._entered == 0:
             self.close()
@@ -271,7 +270,7 @@ class Chunk:
             )
         streams[self.plan.stream] = self
         self._began = time.perf_counter()
-        _enter(self)
+        enter(self)
         return self
 
     def __exit__(
@@ -280,7 +279,7 @@ class Chunk:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _leave(self)
+        leave(self)
         self._forget()
         session = self.session
         if session._open.pop(self.plan.stream, None) is None or kind is not None:
@@ -298,89 +297,9 @@ class Chunk:
         self._stored.clear()
 
 
-@dataclass(frozen=True)
-class Step:
-    """One denoising step, as the sampler sees it.
-
-    Use it as `with step:` where the steps of several chunks are open at once, to say which of them
-    the model is called for.
-
-    Attributes:
-        index: number in the full list of steps.
-        sigma: noise level it starts from, an entry of the list that was passed.
-        sigma_next: noise level it ends at.
-        reused: the compiled model will answer with a stored output.
-        state: what the compiled model reads.
-    """
-
-    index: int
-    sigma: Any
-    sigma_next: Any
-    reused: bool
-    state: StepState = field(repr=False, compare=False)
-
-    def __enter__(self) -> Step:
-        _enter(self.state)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _leave(self.state)
-
-
-class StepState:
-    """What the compiled model asks about the step it is called in.
-
-    Calls are keyed by stream, region and their order within the step, so that two calls of one
-    region (the branches of classifier-free guidance) never answer for each other.
-
-    Attributes:
-        chunk: the chunk it belongs to.
-        index: number of the step.
-        reused: answer with `lookup` instead of computing.
-    """
-
-    def __init__(self, chunk: Chunk, index: int, reused: bool, *, keeps: bool) -> None:
-        self.chunk = chunk
-        self.index = index
-        self.reused = reused
-        self._keeps = keeps
-        self._calls: dict[tuple[str, str], int] = {}
-
-    def lookup(self, region: str) -> Any | None:
-        """Give the stored outputs of a region, or None where it has to compute.
-
-        Each call stands for one call of the region. The outputs are copies.
-        """
-        if not self.reused:
-            return None
-        branch = _branch(self.chunk)
-        order = self._calls.get((branch, region), 0)
-        outputs = self.chunk._stored.get((branch, region, order))
-        if outputs is None:
-            self.chunk.misses += 1
-            return None
-        self._calls[branch, region] = order + 1
-        self.chunk.lookups += 1
-        return _copy(outputs)
-
-    def store(self, region: str, outputs: Any) -> None:
-        """Keep a copy of the outputs of one call, where a later step will ask for them."""
-        branch = _branch(self.chunk)
-        order = self._calls.get((branch, region), 0)
-        self._calls[branch, region] = order + 1
-        if self._keeps:
-            self.chunk._stored[branch, region, order] = _copy(outputs)
-
-
-@dataclass(frozen=True)
-class _Branch:
-    session: Session
-    name: str
-
-
 def current() -> Session | None:
     """Give the session of the innermost open step, chunk or session; None outside of all."""
-    for item in reversed(_scope.get()):
+    for item in reversed(open_items()):
         if isinstance(item, Session):
             return item
         if isinstance(item, StepState):
@@ -392,7 +311,7 @@ def current() -> Session | None:
 
 def current_chunk() -> Chunk | None:
     """Give the chunk of the innermost open step or chunk; None outside of chunks."""
-    for item in reversed(_scope.get()):
+    for item in reversed(open_items()):
         if isinstance(item, StepState):
             return item.chunk
         if isinstance(item, Chunk):
@@ -407,7 +326,7 @@ def current_step() -> StepState | None:
         LipassError: steps of several chunks are open and none is entered with `with step:`.
     """
     states = []
-    for item in reversed(_scope.get()):
+    for item in reversed(open_items()):
         if isinstance(item, StepState):
             return item
         if isinstance(item, Chunk) and item.active is not None:
@@ -419,40 +338,6 @@ def current_step() -> StepState | None:
             "call the model inside `with step:`"
         )
     return states[0] if states else None
-
-
-def _branch(chunk: Chunk) -> str:
-    for item in reversed(_scope.get()):
-        if isinstance(item, _Branch) and item.session is chunk.session:
-            return item.name
-    return ""
-
-
-def _enter(item: object) -> None:
-    _scope.set((*_scope.get(), item))
-
-
-def _leave(item: object) -> None:
-    """Take out the latest entry of an item; blocks of interleaved generators end in any order."""
-    items = list(_scope.get())
-    for place in reversed(range(len(items))):
-        if items[place] is item:
-            del items[place]
-            break
-    _scope.set(tuple(items))
-
-
-def _copy(outputs: Any) -> Any:
-    """Copy tensors inside tuples, lists and dicts: a caller may write into what it was given."""
-    if isinstance(outputs, Tensor):
-        return outputs.detach().clone()
-    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
-        return type(outputs)(*map(_copy, outputs))
-    if isinstance(outputs, tuple | list):
-        return type(outputs)(map(_copy, outputs))
-    if isinstance(outputs, dict):
-        return {key: _copy(value) for key, value in outputs.items()}
-    return outputs
 
 
 def _check_sigmas(sigmas: Sequence[float] | Tensor) -> int:
