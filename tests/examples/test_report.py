@@ -159,6 +159,11 @@ def test_page_refers_to_nothing_outside_of_itself(html):
     assert not re.findall(r"""(?:src|href)\s*=|url\((?!data:)""", html)
 
 
+def test_frames_with_the_same_reason_share_a_line(html):
+    assert "dropped: overlap \u2026 &lt; 0.30: 1, 3</li>" in html
+    assert "window: 4-7</li>" in html
+
+
 def test_names_are_escaped():
     result, frames, truth = fabricate()
     result["sites"][0]["reason"] = "<script>alert(1)</script>"

@@ -17,9 +17,9 @@ class Column(NamedTuple):
     text: Callable[[float], str]
 
 
-def decibel(value: float) -> str:
+def decibel(value: float, unit: str = "") -> str:
     """Print decibels; pictures equal to rounding are `same`."""
-    return "same" if value > SAME_DB else f"{value:.1f}"
+    return "same" if value > SAME_DB else f"{value:.1f}{unit}"
 
 
 def fixed(digits: int, suffix: str = "") -> Callable[[float], str]:

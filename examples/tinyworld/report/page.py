@@ -1,5 +1,6 @@
 """Lay out the report as one HTML file that needs nothing but itself."""
 
+import re
 from html import escape
 from importlib.resources import files
 
@@ -65,7 +66,7 @@ def _headline(rows: list[dict]) -> list[tuple[str, str]]:
         if speed := _mean(here, "speedup_vs_off"):
             tiles.append((f"{speed:.1f}x", f"faster than off, {regime}"))
         if distance := _mean(here, "psnr_vs_off_db"):
-            tiles.append((f"{decibel(distance)} dB", f"from the pictures of off, {regime}"))
+            tiles.append((decibel(distance, " dB"), f"from the pictures of off, {regime}"))
     dense = {scene_of(row): row for row in rows if row["preset"] == "off"}
     lost = [
         row["psnr_vs_truth_db"] - dense[scene_of(row)]["psnr_vs_truth_db"]
@@ -74,7 +75,12 @@ def _headline(rows: list[dict]) -> list[tuple[str, str]]:
         and (dense.get(scene_of(row)) or {}).get("psnr_vs_truth_db") is not None
     ]
     if lost:
-        tiles.append((f"{sum(lost) / len(lost):+.2f} dB", "against the renderer's truth, vs off"))
+        tiles.append(
+            (
+                f"{round(sum(lost) / len(lost), 2) + 0.0:+.2f} dB",
+                "against the renderer's truth, vs off",
+            )
+        )
     counts = [row.get("recompiles_after_warmup") for row in rows]
     recompiles = [count for count in counts if count is not None]
     if recompiles:
@@ -171,13 +177,19 @@ def _legend() -> str:
 
 
 def _reasons(rollout: dict) -> str:
-    """List what each chunk kept and dropped, frames with the same reason on one line."""
+    """List what each chunk kept and dropped, frames with the same reason on one line.
+
+    The first figure of a reason is each frame's own; the receipt has them all.
+    """
+    if not any(chunk["reasons"] for chunk in rollout["chunks"]):
+        return ""
     parts = ['<details class="why"><summary>kept and dropped</summary>']
     for chunk in rollout["chunks"]:
         kept = set(chunk["context"])
         groups: dict[tuple, list[int]] = {}
         for frame, reason in chunk["reasons"].items():
-            groups.setdefault((int(frame) not in kept, reason), []).append(int(frame))
+            alike = re.sub(r"\d+(\.\d+)?", "\u2026", reason, count=1)
+            groups.setdefault((int(frame) not in kept, alike), []).append(int(frame))
         overlap = chunk.get("overlap_max")
         seen = "" if overlap is None else f", best overlap {overlap:.2f}"
         parts.append(f"<h4>chunk {chunk['index']}{seen}</h4><ul>")
