@@ -98,7 +98,7 @@ def point_visibility(
         x.abs().mul_(per_depth).mul_(-COLUMNS / 2 / edge_x).add_((COLUMNS + 1) / 2 + _ROUNDING)
     )
     inside_y = y.abs().mul_(per_depth).mul_(-ROWS / 2 / edge_y).add_((ROWS + 1) / 2 + _ROUNDING)
-    detail = seen.square().sum(-2).rsqrt_().mul_(distance).clamp_(max=1)
+    detail = (x * x).addcmul_(y, y).addcmul_(z, z).rsqrt_().mul_(distance).clamp_(max=1)
     return inside_x.clamp_(0, 1).mul_(inside_y.clamp_(0, 1)).mul_(detail).mul_(z > 0)
 
 
