@@ -84,9 +84,7 @@ def _sparse_attention(
         ValueError: if the segments do not fit their grids or an option is out of range.
     """
     layout, grid = _layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
-    call = _Call(
-        q, k, v, grid, layout, budget, scale, sink_latents, role, keep_frames, site
-    )
+    call = _Call(q, k, v, grid, layout, budget, scale, sink_latents, role, keep_frames, site)
     _check(call)
     total = q.shape[0] * q.shape[1] * grid.blocks * layout.blocks
     if keep_frames is None or layout.candidate_segment(role) is None:
@@ -244,7 +242,9 @@ def _layout(
         )
     triples = tuple(zip(kv_grids[::3], kv_grids[1::3], kv_grids[2::3], strict=True))
     if len(tile) not in (3, 6):
-        raise ValueError(f"tile must be 3 sizes, or 6 with a query tile, got {tile}; try (4, 4, 4)")
+        raise ValueError(
+            f"tile must be 3 sizes, or 6 with a query tile, got {tile}; try (4, 4, 4)"
+        )
     return KvLayout.build(names, triples, tile[:3]), BlockGrid(q_grid, tile[-3:])
 
 

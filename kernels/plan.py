@@ -290,9 +290,9 @@ def _slot_of_token(grid: BlockGrid, device: torch.device) -> Tensor:
     slot = torch.arange(index.numel(), device=device)
     # Slots without a token write to one place past the end, which is cut off.
     target = torch.where(index < 0, grid.tokens, index)
-    return torch.empty(grid.tokens + 1, dtype=torch.int64, device=device).scatter(
-        0, target, slot
-    )[: grid.tokens]
+    return torch.empty(grid.tokens + 1, dtype=torch.int64, device=device).scatter(0, target, slot)[
+        : grid.tokens
+    ]
 
 
 @functools.lru_cache(maxsize=512)

@@ -18,7 +18,5 @@ def pool_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
 
     Slots outside the grid are not tokens: they count neither in the sum nor in the divisor.
     """
-    means = [
-        x[:, :, index[index >= 0]].float().mean(2) for index in grid.token_index(x.device)
-    ]
+    means = [x[:, :, index[index >= 0]].float().mean(2) for index in grid.token_index(x.device)]
     return torch.stack(means, 2) if means else x.new_zeros(*x.shape[:2], 0, x.shape[3]).float()

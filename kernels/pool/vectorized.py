@@ -28,7 +28,14 @@ def pool_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
         return total / grid.lengths(x.device)[:, None]
     (_, size_y, size_x), (tile_t, tile_y, tile_x) = grid.grid, grid.tile
     block_t, block_y, block_x = grid.block_shape
-    total = x.unflatten(2, (block_t, tile_t, size_y * size_x)).sum(3, dtype=torch.float32)
-    total = total.unflatten(3, (block_y, tile_y, size_x)).sum(4)
-    total = total.unflatten(4, (block_x, tile_x)).sum(5)
-    return total.flatten(2, 4) / grid.block_tokens
+    # Axes that a tile spans whole are summed with the axis in front of them.
+    steps = [(block_t, tile_t, size_y * size_x), (block_y, tile_y, size_x), (block_x, tile_x, 1)]
+    if tile_x == size_x:
+        steps[1:] = [(block_y, tile_y * tile_x, 1)]
+        if tile_y == size_y:
+            steps = [(block_t, tile_t * tile_y * tile_x, 1)]
+    total = x
+    for axis, (blocks, slots, inner) in enumerate(steps, start=2):
+        split = total.unflatten(axis, (blocks, slots, inner))
+        total = split.sum(axis + 1, dtype=torch.float32) if slots > 1 else split.squeeze(axis + 1)
+    return total.reshape(*x.shape[:2], grid.blocks, x.shape[3]).float() / grid.block_tokens

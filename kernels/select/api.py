@@ -90,7 +90,9 @@ def _unfit(
     segment = layout.candidate_segment(role)
     frames = 0 if segment is None else layout.segments[segment].grid.grid[0]
     blocks = 0 if segment is None else layout.segments[segment].grid.blocks
-    if role == "prefill" and (segment is None or layout.segments[segment].grid.grid != q_grid.grid):
+    if role == "prefill" and (
+        segment is None or layout.segments[segment].grid.grid != q_grid.grid
+    ):
         return f"in prefill the current keys must have the grid of the queries, {q_grid.grid}"
     if q_mean.shape[2] != q_grid.blocks or k_mean.shape[2] != blocks:
         return (

@@ -46,9 +46,7 @@ def select_blocks(
     fixed = _fixed(layout, q_grid, budget, role, sink_latents, q_mean.device)
     candidates, wanted = len(fixed.candidates), fixed.wanted
     width = fixed.before.numel() + wanted + fixed.after.numel()
-    counts = torch.full(
-        (batch, heads, q_blocks), width, dtype=torch.int32, device=q_mean.device
-    )
+    counts = torch.full((batch, heads, q_blocks), width, dtype=torch.int32, device=q_mean.device)
     if wanted == candidates and keep_frames is None:
         every = torch.arange(layout.blocks, dtype=torch.int32, device=q_mean.device)
         return every.expand(batch, heads, q_blocks, -1), counts

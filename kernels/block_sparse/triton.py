@@ -1,0 +1,342 @@
+"""Attend over key blocks on a GPU, addressed in place, with an online softmax.
+
+One program takes up to 128 queries of one query block and walks the plan. A key block id is turned
+into tokens by arithmetic on the grids of the segments, not by a table: a second load in front of K and
+V would cost one level of the software pipeline. Differs from the kernel of arXiv 2605.31158 in: tails
+are masked, any tile volume from 32 to 256, 64-bit addresses, per-key bias, log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lipass.kernels.plan import BlockPlan, KvLayout
+
+HEAD_DIMS = (64, 80, 96, 112, 128)
+TILE_VOLUMES = (32, 64, 128, 256)
+# Rows, columns, warps and stages per major compute capability: the largest shares of a block that
+# compile without spills at head dim 128 (ptxas of triton 3.7.1). 128 x 128 spills on sm_80, where
+# 64 x 128 takes 195 registers, and on sm_100, where 128 x 64 takes 220; shared memory 96, 160 and
+# 128 KiB of 163, 227 and 227.
+_LAUNCH = {8: (64, 128, 8, 2), 9: (128, 128, 8, 2), 10: (128, 64, 8, 3)}
+# The kernel holds the description of so many segments: text, history, current.
+_SEGMENTS = 3
+
+# What the interpreter differs in: it multiplies bf16 matrices wrongly (triton 3.7), and takes any D.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Launch(NamedTuple):
+    """Compile-time choices of one call."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def why_not(q: Tensor, plan: BlockPlan) -> str | None:
+    """Give the reason why the kernel cannot take a call, or None."""
+    volumes = (plan.q_grid.block_tokens, plan.kv.block_tokens)
+    if not (q.is_cuda or _INTERPRETED):
+        return f"runs on CUDA tensors, got {q.device.type}"
+    if q.dtype not in (torch.bfloat16, torch.float16) and not _INTERPRETED:
+        return f"takes bf16 and fp16, got {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS and not _INTERPRETED:
+        return f"takes head dims {HEAD_DIMS}, got {q.shape[-1]}"
+    if any(volume not in TILE_VOLUMES for volume in volumes):
+        return f"takes tile volumes {TILE_VOLUMES}, got {volumes[0]} queries, {volumes[1]} keys"
+    if torch.is_grad_enabled() and q.requires_grad:
+        return "has no backward, and q requires one"
+    return None
+
+
+def block_sparse_attention(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    plan: BlockPlan,
+    *,
+    scale: float,
+    key_bias: Tensor | None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend; see `lipass.kernels.block_sparse.api`."""
+    batch, heads, tokens, dim = q.shape
+    q = _dense_rows(q)
+    k = _dense_rows(keys[0] if len(keys) == 1 else torch.cat(keys, 2))
+    v = _dense_rows(values[0] if len(values) == 1 else torch.cat(values, 2))
+    out = torch.empty((batch, heads, tokens, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    bias = _bias(plan, key_bias)
+    indices, counts = plan.indices.contiguous(), plan.counts.contiguous()
+    launch = launch_options(plan.q_grid.block_tokens, plan.kv.block_tokens, _capability(q.device))
+    parts = plan.q_grid.block_tokens // launch.rows
+    grid = (plan.q_grid.blocks * parts, batch * heads)
+    block_sparse_kernel[grid](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        indices,
+        counts,
+        bias if bias is not None else counts,
+        scale * math.log2(math.e),
+        heads,
+        plan.q_grid.blocks,
+        indices.shape[-1],
+        tokens,
+        plan.kv.tokens,
+        bias.stride(0) if bias is not None and bias.shape[0] > 1 else 0,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *plan.q_grid.grid,
+        *segment_fields(plan.kv),
+        D=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        ROWS=launch.rows,
+        COLUMNS=launch.columns,
+        Q_TILE=plan.q_grid.tile,
+        K_TILE=_key_tile(plan.kv),
+        TAILS=not (plan.kv.is_full and plan.q_grid.is_full),
+        BIAS=bias is not None,
+        UPCAST=_INTERPRETED,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return out, lse if return_lse else None
+
+
+def launch_options(q_volume: int, k_volume: int, capability: int) -> Launch:
+    """Choose rows, columns, warps and stages; no autotuning, so the first frame is no slower.
+
+    Args:
+        q_volume: slots of a query tile.
+        k_volume: slots of a key tile.
+        capability: major compute capability; unknown ones are treated like the latest known.
+    """
+    rows, columns, warps, stages = _LAUNCH.get(capability, _LAUNCH[max(_LAUNCH)])
+    rows, columns = min(rows, q_volume), min(columns, k_volume)
+    return Launch(rows, columns, warps if rows * columns >= 64 * 128 else 4, stages)
+
+
+@functools.lru_cache(maxsize=16)
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@functools.lru_cache(maxsize=512)
+def segment_fields(layout: KvLayout) -> tuple[int, ...]:
+    """Describe three segments to the kernel, 8 numbers each; those past the last match no block."""
+    fields: list[int] = []
+    for number, segment in enumerate(layout.segments):
+        grid = segment.grid
+        first = (layout.block_range(number).start, layout.token_range(number).start)
+        _, block_y, block_x = grid.block_shape
+        # At least one, because the kernel divides by them; an empty segment has no block anyway.
+        shape = (max(block_y, 1), max(block_x, 1))
+        fields += [*first, *grid.grid, *shape, int(segment.role == "text")]
+    none = [torch.iinfo(torch.int32).max, 0, 0, 0, 0, 1, 1, 0]
+    return (*fields, *none * (_SEGMENTS - len(layout.segments)))
+
+
+def _key_tile(layout: KvLayout) -> tuple[int, int, int]:
+    tiles = [segment.grid.tile for segment in layout.segments if segment.role != "text"]
+    return tiles[0] if tiles else layout.segments[0].grid.tile
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _bias(plan: BlockPlan, key_bias: Tensor | None) -> Tensor | None:
+    """Fold masked keys into the bias, `[B or 1, Lk]` fp32."""
+    if plan.key_keep is None:
+        return None if key_bias is None else key_bias.float().contiguous()
+    open_keys = torch.zeros((), device=plan.key_keep.device) if key_bias is None else key_bias
+    return torch.where(plan.key_keep, open_keys.float(), -math.inf)
+
+
+# Sizes that change from chunk to chunk must not compile anew when one happens to be 1 or 16.
+_PLAIN = [
+    "q_blocks",
+    "width",
+    "q_tokens",
+    "k_tokens",
+    "size_t",
+    *(
+        f"{segment}{field}"
+        for segment in "abc"
+        for field in ("0", "_first", "_t", "_y", "_x", "_ny", "_nx", "_text")
+    ),
+]
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def block_sparse_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    index_ptr,
+    count_ptr,
+    bias_ptr,
+    scale_log2,
+    heads,
+    q_blocks,
+    width,
+    q_tokens,
+    k_tokens,
+    bias_stride_b,
+    q_stride_b,
+    q_stride_h,
+    q_stride_l,
+    k_stride_b,
+    k_stride_h,
+    k_stride_l,
+    v_stride_b,
+    v_stride_h,
+    v_stride_l,
+    size_t,
+    size_y,
+    size_x,
+    a0,
+    a_first,
+    a_t,
+    a_y,
+    a_x,
+    a_ny,
+    a_nx,
+    a_text,
+    b0,
+    b_first,
+    b_t,
+    b_y,
+    b_x,
+    b_ny,
+    b_nx,
+    b_text,
+    c0,
+    c_first,
+    c_t,
+    c_y,
+    c_x,
+    c_ny,
+    c_nx,
+    c_text,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    TAILS: tl.constexpr,
+    BIAS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attend from `ROWS` queries of one query block to the key blocks of its plan.
+
+    `a`, `b` and `c` are the segments: first block and token, grid, blocks along y and x, whether
+    it is text. As arguments they stay in constant memory; loaded they would fill registers.
+    """
+    Q_PARTS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2] // ROWS
+    K_PARTS: tl.constexpr = K_TILE[0] * K_TILE[1] * K_TILE[2] // COLUMNS
+    q_block = tl.program_id(0) // Q_PARTS
+    head = tl.program_id(1) % heads
+    batch = tl.program_id(1) // heads
+    dims = tl.arange(0, BLOCK_D)
+
+    # Queries of this program.
+    blocks_y = tl.cdiv(size_y, Q_TILE[1])
+    blocks_x = tl.cdiv(size_x, Q_TILE[2])
+    slot = (tl.program_id(0) % Q_PARTS) * ROWS + tl.arange(0, ROWS)
+    at_t = q_block // (blocks_x * blocks_y) * Q_TILE[0] + slot // (Q_TILE[1] * Q_TILE[2])
+    at_y = q_block // blocks_x % blocks_y * Q_TILE[1] + slot // Q_TILE[2] % Q_TILE[1]
+    at_x = q_block % blocks_x * Q_TILE[2] + slot % Q_TILE[2]
+    row = ((at_t * size_y + at_y) * size_x + at_x).to(tl.int64)
+    row_exists = (at_t < size_t) & (at_y < size_y) & (at_x < size_x)
+    q_base = q_ptr + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+    q_mask = row_exists[:, None] & (dims < D)[None, :]
+    q = tl.load(q_base + row[:, None] * q_stride_l + dims[None, :], mask=q_mask, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+
+    k_base = k_ptr + batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
+    v_base = v_ptr + batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
+    plan = tl.program_id(1).to(tl.int64) * q_blocks + q_block
+    visits = tl.load(count_ptr + plan)
+    ids = index_ptr + plan * width
+    k_slot = tl.arange(0, COLUMNS)
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in range(0, visits * K_PARTS):
+        block = tl.load(ids + step // K_PARTS)
+        # Which segment: scalars only, so that the vectors below are computed once.
+        a1 = block >= b0
+        a2 = block >= c0
+        local = block - tl.where(a2, c0, tl.where(a1, b0, a0))
+        first_token = tl.where(a2, c_first, tl.where(a1, b_first, a_first))
+        k_t = tl.where(a2, c_t, tl.where(a1, b_t, a_t))
+        k_y = tl.where(a2, c_y, tl.where(a1, b_y, a_y))
+        k_x = tl.where(a2, c_x, tl.where(a1, b_x, a_x))
+        n_y = tl.where(a2, c_ny, tl.where(a1, b_ny, a_ny))
+        n_x = tl.where(a2, c_nx, tl.where(a1, b_nx, a_nx))
+        text = tl.where(a2, c_text, tl.where(a1, b_text, a_text)) == 1
+        from_t = local // (n_x * n_y) * K_TILE[0]
+        from_y = local // n_x % n_y * K_TILE[1]
+        from_x = local % n_x * tl.where(text, K_PARTS * COLUMNS, K_TILE[2])
+        if K_PARTS == 1:
+            place = k_slot
+        else:
+            place = step % K_PARTS * COLUMNS + k_slot
+        in_t = tl.where(text, 0, place // (K_TILE[1] * K_TILE[2]))
+        in_y = tl.where(text, 0, place // K_TILE[2] % K_TILE[1])
+        in_x = tl.where(text, place, place % K_TILE[2])
+        exists = (in_t < k_t - from_t) & (in_y < k_y - from_y) & (in_x < k_x - from_x)
+        token = first_token + (from_t * k_y + from_y) * k_x + from_x
+        token += (in_t * k_y + in_y) * k_x + in_x
+        at = token.to(tl.int64)
+        if TAILS:
+            kv_mask = exists[:, None] & (dims < D)[None, :]
+        else:
+            kv_mask = (dims < D)[None, :]
+        k = tl.load(k_base + at[:, None] * k_stride_l + dims[None, :], mask=kv_mask, other=0.0)
+        v = tl.load(v_base + at[:, None] * v_stride_l + dims[None, :], mask=kv_mask, other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if BIAS:
+            bias_at = bias_ptr + batch.to(tl.int64) * bias_stride_b + at
+            bias = tl.load(bias_at, mask=exists, other=float("-inf"))
+            score += bias[None, :] * 1.4426950408889634
+        elif TAILS:
+            score = tl.where(exists[None, :], score, float("-inf"))
+        peak_new = tl.maximum(peak, tl.max(score, 1))
+        # A row that has seen no key yet keeps -inf; 0 stands in, so that no -inf - -inf arises.
+        base = tl.where(peak_new == float("-inf"), 0.0, peak_new)
+        shrink = tl.exp2(peak - base)
+        weight = tl.exp2(score - base[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+        peak = peak_new
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    flat = tl.program_id(1).to(tl.int64) * q_tokens + row
+    tl.store(out_ptr + flat[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), q_mask)
+    lse = (peak + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + flat, tl.where(total == 0.0, float("-inf"), lse), row_exists)
