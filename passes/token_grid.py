@@ -28,6 +28,8 @@ def infer(tokens_of: Node, tokens: Size) -> Grid | Refusal:
         if node.op != "call_method" or node.target not in _MERGES:
             continue
         above, below = value(node.args[0]).shape, value(node).shape
+        if sum(known_true(size == tokens) for size in below) > 1:
+            continue  # features or batch may be what was merged
         for axes in _merged(above, below, 3):
             if known_true(axes[0] * axes[1] * axes[2] == tokens) and len(above) >= 5:
                 return axes[0], axes[1], axes[2]

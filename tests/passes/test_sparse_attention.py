@@ -1,0 +1,118 @@
+# ruff: noqa: E501  (goldens: one line is one node)
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch.nn import functional as F
+
+TEXT = "canonicalize,find-attention,sparse-attention"
+OPTIONS = "{tile=2x4x4 budget_prefill=0.5 budget_decode=0.25 sink_latents=1}"
+
+
+def test_decode(trace, apply, mini, inputs):
+    records, _ = apply(trace(mini, inputs(4).decode, inputs(8).decode), TEXT + OPTIONS)
+    assert_expected_inline(records[-1].diff, """\
+-%n2: n2 = input  # blocks.0
+-%history_0_1: f32[1, 2, n2, 16] = input  # blocks.0
++%n1: n1 = input  # blocks.0
++%history_0_1: f32[1, 2, n1, 16] = input  # blocks.0
+-%n3: n3 = input  # blocks.1
+-%history_1_0: f32[1, 2, n3, 16] = input  # blocks.1
++%n2: n2 = input  # blocks.1
++%history_1_0: f32[1, 2, n2, 16] = input  # blocks.1
+-%n4: n4 = input  # blocks.1
+-%history_1_1: f32[1, 2, n4, 16] = input  # blocks.1
++%n2: n2 = input  # blocks.1
++%history_1_1: f32[1, 2, n2, 16] = input  # blocks.1
+-%key: f32[1, 2, n1 + 70, 16] = cat([%text_0_0, %history_0_0, %k], 2)  # blocks.0
+-%value: f32[1, 2, n2 + 70, 16] = cat([%text_0_1, %history_0_1, %v], 2)  # blocks.0
+-%out: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
+-%transpose: f32[1, 64, 2, 16] = %out.transpose(1, 2)  # blocks.0
++%sym_size_int: n1 = aten.sym_size(%history_0_0, 2)  # blocks.0
++%floordiv: (n1//16) = floordiv(%sym_size_int, 16)  # blocks.0
++%sparse_attention_default: f32[1, 2, 64, 16] = lipass.sparse_attention(%q, [%text_0_0, %history_0_0, %k], [%text_0_1, %history_0_1, %v], [4, 4, 4], [1, 1, 6, %floordiv, 4, 4, 4, 4, 4], 'text,history,current', [2, 4, 4], 0.25, 0.25, 1, 'decode', None, 'blocks.0:decode')  # blocks.0
++%transpose: f32[1, 64, 2, 16] = %sparse_attention_default.transpose(1, 2)  # blocks.0
+-%key_1: f32[1, 2, n3 + 70, 16] = cat([%text_1_0, %history_1_0, %k_1], 2)  # blocks.1
+-%value_1: f32[1, 2, n4 + 70, 16] = cat([%text_1_1, %history_1_1, %v_1], 2)  # blocks.1
+-%out_1: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q_1, %key_1, %value_1)  # blocks.1
+-%transpose_1: f32[1, 64, 2, 16] = %out_1.transpose(1, 2)  # blocks.1
++%sym_size_int_1: n2 = aten.sym_size(%history_1_0, 2)  # blocks.1
++%floordiv_1: (n2//16) = floordiv(%sym_size_int_1, 16)  # blocks.1
++%sparse_attention_default_1: f32[1, 2, 64, 16] = lipass.sparse_attention(%q_1, [%text_1_0, %history_1_0, %k_1], [%text_1_1, %history_1_1, %v_1], [4, 4, 4], [1, 1, 6, %floordiv_1, 4, 4, 4, 4, 4], 'text,history,current', [2, 4, 4], 0.25, 0.25, 1, 'decode', None, 'blocks.1:decode')  # blocks.1
++%transpose_1: f32[1, 64, 2, 16] = %sparse_attention_default_1.transpose(1, 2)  # blocks.1
+""")
+
+
+def test_prefill(trace, apply, mini, inputs):
+    records, _ = apply(trace(mini, inputs(4).prefill, inputs(8).prefill), TEXT + OPTIONS)
+    assert_expected_inline(records[-1].diff, """\
+-%key: f32[1, 2, 16*n0 + 6, 16] = cat([%text_0_0, %k], 2)  # blocks.0
+-%value: f32[1, 2, 16*n0 + 6, 16] = cat([%text_0_1, %v], 2)  # blocks.0
+-%out: f32[1, 2, 16*n0, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
+-%transpose: f32[1, 16*n0, 2, 16] = %out.transpose(1, 2)  # blocks.0
++%sparse_attention_default: f32[1, 2, 16*n0, 16] = lipass.sparse_attention(%q, [%text_0_0, %k], [%text_0_1, %v], [%n0, 4, 4], [1, 1, 6, %n0, 4, 4], 'text,current', [2, 4, 4], 0.5, 0.25, 1, 'prefill', None, 'blocks.0:prefill')  # blocks.0
++%transpose: f32[1, 16*n0, 2, 16] = %sparse_attention_default.transpose(1, 2)  # blocks.0
+""")
+
+
+def test_fixed_sizes_are_constants(trace, apply, mini, inputs):
+    gm = trace(mini, inputs(4).decode)
+    apply(gm, TEXT)
+    (call, _) = gm.graph.find_nodes(op="call_function", target=torch.ops.lipass.sparse_attention.default)
+    assert call.args[3:5] == ([4, 4, 4], [1, 1, 6, 4, 4, 4, 4, 4, 4])
+
+
+def test_dense_layers_stay(trace, apply, mini, inputs):
+    _, ctx = apply(trace(mini, inputs(4).decode), TEXT + "{dense_layers=0}")
+    kept = [(note.site, note.action, note.reason) for note in ctx.notes[-2:]]
+    assert kept == [
+        ("blocks.0:decode", "kept", "layer 0 is in dense_layers"),
+        ("blocks.1:decode", "rewritten", "decode, budget 1"),
+    ]
+
+
+def test_layers_are_counted_in_each_call_of_the_model(trace, apply, mini, inputs):
+    _, ctx = apply(trace(mini.chunk, inputs(4).chunk), TEXT + "{dense_layers=1}")
+    kept = [note.site for note in ctx.notes if note.action == "kept"]
+    assert kept == ["blocks.1@1:decode", "blocks.1@2:decode", "blocks.1@3:decode"]
+
+
+def test_concatenation_with_another_user_stays(trace, apply):
+    def fn(x, history):
+        q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+        key = torch.cat([history, q], 2)
+        return F.scaled_dot_product_attention(q, key, key), key.sum(), q
+
+    args = [(torch.randn(1, 16, 4, 4, 4), torch.randn(1, 2, 16 * n, 8)) for n in (8, 12)]
+    gm = trace(fn, *args)
+    records, _ = apply(gm, TEXT)
+    assert records[-1].changed
+    assert gm.graph.find_nodes(op="call_function", target=torch.cat)
+
+
+@pytest.mark.parametrize("role", ["cross", "other"])
+def test_attention_over_no_latents_stays(notes, role):
+    def fn(x, text):
+        q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+        key = text if role == "cross" else torch.cat([text, q], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    args = (torch.randn(1, 16, 4, 4, 4), torch.randn(1, 2, 6, 8))
+    ((site, action, reason),) = notes(fn, args, TEXT)
+    assert (site, action) == ("attention", "kept")
+    assert reason.startswith(f"{role}: ")
+
+
+def test_graph_without_attention_stays(trace, apply):
+    records, ctx = apply(trace(lambda x: x + 1, (torch.randn(3),)), TEXT)
+    assert not any(record.changed for record in records)
+    assert ctx.notes == []
+
+
+def test_budget_one_equals_dense(trace, apply, mini, inputs):
+    args = inputs(4).decode
+    with torch.no_grad():
+        expected = mini(*args)
+        gm = trace(mini, args)
+        compiled = torch.compile(mini, backend=lambda _, __: gm.forward, dynamic=False)
+        apply(gm, TEXT)
+        torch.testing.assert_close(compiled(*args), expected, atol=1e-5, rtol=1e-5)
