@@ -1,1 +1,1 @@
-"""Runnable examples; each folder is one, reachable from the installed package as `lipass.examples`."""
+"""Runnable examples: each folder is one, installed under `lipass.examples`."""

@@ -84,9 +84,13 @@ def inspect(
     import lipass.unit  # noqa: F401 (registers the ops that passes insert)
     from lipass.backend import pipeline_of
     from lipass.config import Config
+    from lipass.passes.core import PassPipeline
 
     try:
-        pipeline = pipeline_of(Config.resolve(None, options))
+        config = Config.resolve(None, options)
+        # `off` goes to the inner compiler without any pass, not even those that only look.
+        looks = config.preset != "off" or config.pipeline is not None
+        pipeline = pipeline_of(config) if looks else PassPipeline()
     except ValueError as error:
         raise UsageError(str(error)) from error
     graphs: list[dict] = []
