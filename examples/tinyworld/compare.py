@@ -25,7 +25,6 @@ from .rollout import Rollout, roll_out
 from .scenario import Scenario
 
 INDUCTOR = "inductor"
-_FIELD_OF_VIEW = {"hfov_deg": FOV_DEG, "vfov_deg": FOV_DEG}
 _STEPS = 4
 
 
@@ -33,10 +32,8 @@ def options_of(preset: str, inner: str) -> dict[str, Any]:
     """Flat options of a preset for this camera."""
     options: dict[str, Any] = {"preset": preset, "inner": inner}
     config = lipass.Config.resolve(None, options)
-    if preset != "reference":
-        for section in ("context", "steps"):
-            if getattr(config, section) is not None:
-                options |= {f"{section}.{key}": value for key, value in _FIELD_OF_VIEW.items()}
+    if preset != "reference" and (config.context or config.steps):
+        options |= {"hfov_deg": FOV_DEG, "vfov_deg": FOV_DEG}
     return options
 
 
@@ -162,9 +159,7 @@ def compare(
                 "regime": scenario.regime,
                 "room": scenario.room.seed,
                 "dit_core_s": statistics.median(own),
-                "speedup_vs_off": statistics.median(
-                    a / b for a, b in zip(off, own, strict=True)
-                ),
+                "speedup_vs_off": statistics.median(a / b for a, b in zip(off, own, strict=True)),
                 "psnr_vs_off_db": psnr_db(run.frames[given:], off_frames[given:]),
                 "psnr_vs_off_affected_db": affected_psnr_db(
                     run.frames[given:], off_frames[given:], CHUNK_LATENTS

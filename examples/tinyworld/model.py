@@ -116,9 +116,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Run on tokens `x [B, F, YX, width]` with modulation rows `[B, F, 6, width]`."""
         b, f, yx, width = x.shape
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
-            (rows + self.modulation)[:, :, None].unbind(3)
-        )
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (rows + self.modulation)[
+            :, :, None
+        ].unbind(3)
         h = F.layer_norm(x, (width,)) * (1 + scale) + shift
         qkv = self.qkv(h).view(b, f, yx, 3, self.heads, -1).permute(3, 0, 4, 1, 2, 5)
         q, k, v = qkv.unbind(0)

@@ -69,9 +69,7 @@ def make_scenario(
 ) -> Scenario:  # fmt: skip
     """Render and encode the scenario of a room seed."""
     if path not in PATHS or regime not in REGIMES:
-        raise ValueError(
-            f"a scenario is one of {PATHS} in {REGIMES}, got {path!r}, {regime!r}"
-        )
+        raise ValueError(f"a scenario is one of {PATHS} in {REGIMES}, got {path!r}, {regime!r}")
     room = make_room(seed)
     attributes = attributes or Attributes()
     w2c, given = camera_path(path, regime, room)

@@ -1,11 +1,11 @@
 """Train TinyWorld from nothing: render rooms, train the codec, train the model.
 
 `python -m lipass.examples.tinyworld.train --seconds 6000` does all of it under `build/tinyworld`,
-resumes where it stopped and writes weights that `weights.load` reads. On a shared machine set
-`OMP_WAIT_POLICY=passive`: waiting threads that spin cost more than the training.
+resumes where it stopped and writes weights that `weights.load` reads.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
+import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,18 +58,16 @@ def _frames(recordings: list, every: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_walks(codec: Codec, recordings: list, half: bool, cache: Path) -> LatentWalks:
-    """Encode all recordings, once for all runs; `half` shrinks the frames to 32x32 first."""
-    if cache.exists():
-        return latent_walks(recordings, torch.load(cache))
+def encode_walks(codec: Codec, recordings: list, half: bool, path: Path) -> None:
+    """Encode all recordings into `path`, once for all runs; `half` shrinks to 32x32 first."""
+    if path.exists():
+        return
     rows = []
     for recording in recordings:
         frames = torch.from_numpy(recording.frames).flatten(0, 1).float() / 255
         frames = F.avg_pool2d(frames, 2) if half else frames
         rows.append(codec.encode(frames).unflatten(0, (2, -1)).half())
-    latents = torch.stack(rows)
-    torch.save(latents, cache)
-    return latent_walks(recordings, latents)
+    torch.save(torch.stack(rows), path)
 
 
 def phases(coarse: Walks, fine: Walks) -> list[Phase]:
@@ -86,9 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=6000, help="training time in all")
     parser.add_argument("--size", choices=("small", "base"), default="small")
     parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
 
     recordings = _rooms(args.out / "rooms", range(ROOMS))
@@ -105,14 +104,38 @@ def main(argv: list[str] | None = None) -> None:
     codec_db = measure(codec, _frames(held_out, 6))
     _log(f"codec: {codec_db:.2f} dB on held-out rooms")
 
-    model = TinyWorld(SMALL if args.size == "small" else BASE)
-    trainer = Trainer(model)
+    for half in (True, False):
+        encode_walks(codec, recordings, half, _latents(args.out, half))
+    recordings = [dataclasses.replace(r, frames=r.frames[:0]) for r in recordings]
+    if args.processes == 1:
+        _train(0, args, recordings, codec_db)
+    else:
+        mp.spawn(_train, (args, recordings, codec_db), nprocs=args.processes)
+
+
+def _latents(out: Path, half: bool) -> Path:
+    return out / f"latents-{'half' if half else 'full'}.pt"
+
+
+def _train(rank: int, args: argparse.Namespace, recordings: list, codec_db: float) -> None:
+    """Train as one of several processes with a thread each, which beats one with several."""
+    if args.processes > 1:
+        torch.set_num_threads(1)
+        store = torch.distributed.FileStore(str(args.out / f"store-{os.getppid()}"))
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=args.processes
+        )
+    torch.manual_seed(0)
+    trainer = Trainer(TinyWorld(SMALL if args.size == "small" else BASE))
     checkpoint = args.out / f"{args.size}.checkpoint"
     if checkpoint.exists():
         trainer.load(torch.load(checkpoint))
         _log(f"resumed at step {trainer.step}, {trainer.elapsed_s:.0f} s")
+    seconds = _WORLD_SHARE * args.seconds
 
     def save(state: Trainer) -> None:
+        if rank:
+            return
         partial = checkpoint.with_suffix(".partial")
         torch.save(state.state(), partial)
         partial.rename(checkpoint)
@@ -131,11 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         (args.out / f"{args.size}.json").write_text(json.dumps(card))
 
-    seconds = _WORLD_SHARE * args.seconds
-
     def walks(half: bool) -> LatentWalks:
-        cache = args.out / f"latents-{'half' if half else 'full'}.pt"
-        return encode_walks(codec, recordings, half, cache)
+        return latent_walks(recordings, torch.load(_latents(args.out, half)))
 
     curriculum = phases(lambda: walks(half=True), lambda: walks(half=False))
     trainer.run(curriculum, seconds, save)

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .camera import relative_to, view_similarity
 from .model import CHUNK_LATENTS, Rotary, TinyWorld, tokenize
+from .muon import Muon
 from .world import Attributes
 
 SIGMA_SHIFT = 5.0
@@ -40,9 +42,7 @@ class LatentWalks:
 
 def prompt_of(attributes: Attributes) -> str:
     """Write the prompt of a room's attributes."""
-    return (
-        f"a room at {attributes.time} in {attributes.air} air in {attributes.palette} light"
-    )
+    return f"a room at {attributes.time} in {attributes.air} air in {attributes.palette} light"
 
 
 def latent_walks(recordings: list, latents: Tensor) -> LatentWalks:
@@ -188,9 +188,31 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=1.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=1.0),
         torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+
+
+def rank_of() -> tuple[int, int]:
+    """Rank of this process and number of processes that train together."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average_over_ranks(model: nn.Module, *numbers: float) -> list[float]:
+    """Average gradients and a few numbers over all processes, in one exchange."""
+    _, ranks = rank_of()
+    if ranks == 1:
+        return list(numbers)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor(numbers)])
+    dist.all_reduce(flat)
+    flat /= ranks
+    means = flat.split([g.numel() for g in gradients] + [len(numbers)])
+    for gradient, mean in zip(gradients, means, strict=False):
+        gradient.copy_(mean.view_as(gradient))
+    return flat[-len(numbers) :].tolist()
 
 
 Walks = Callable[[], LatentWalks]
@@ -246,6 +268,8 @@ class Trainer:
         self, phases: list[Phase], seconds: float, progress, checkpoint_s: float = 120
     ) -> None:
         """Train until `seconds` of training time have passed over all runs."""
+        rank, ranks = rank_of()
+        self.generator.manual_seed(ranks * self.step + rank)
         begin = self.elapsed_s
         clock, saved = time.perf_counter(), time.perf_counter()
         phase, sampler = None, None
@@ -261,8 +285,8 @@ class Trainer:
                 )
                 clock, begin = time.perf_counter(), self.elapsed_s
                 sampler = Sampler(
-                    walks, batch=phase.batch, targets=phase.targets,
-                    context_latents=phase.context_latents, seed=self.step,
+                    walks, batch=max(1, phase.batch // ranks), targets=phase.targets,
+                    context_latents=phase.context_latents, seed=2 * self.step + rank,
                 )  # fmt: skip
             rate = self.peak_rate * min(1.0, (self.step + 1) / 150) * max(0.02, 1 - done)
             for optimizer in self.optimizers:
@@ -272,6 +296,9 @@ class Trainer:
             batch = sampler.draw(phase.share_own)
             loss, clean = loss_and_prediction(self.model, batch, self.generator)
             loss.backward()
+            self.elapsed_s, mean_loss = average_over_ranks(
+                self.model, begin + time.perf_counter() - clock, float(loss.detach())
+            )
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -284,8 +311,7 @@ class Trainer:
                     self.average.parameters(), self.model.parameters(), strict=True
                 ):
                     mean.lerp_(now, 1 - decay)
-            self.elapsed_s = begin + time.perf_counter() - clock
-            self.losses.append((self.elapsed_s, float(loss.detach())))
+            self.losses.append((self.elapsed_s, mean_loss))
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
                 progress(self)

@@ -227,9 +227,9 @@ def place(room: Room, poses: Tensor, generator: torch.Generator, tries: int = 40
     best, best_free = None, -1
     for _ in range(tries):
         draw = torch.rand(3, generator=generator)
-        start = torch.tensor([
-            float(draw[0] * room.size_m[0]), -EYE_HEIGHT_M, float(draw[1] * room.size_m[2])
-        ])
+        start = torch.tensor(
+            [float(draw[0] * room.size_m[0]), -EYE_HEIGHT_M, float(draw[1] * room.size_m[2])]
+        )
         yaw = draw[2] * 360
         placed = camera_to_world(start, yaw, torch.zeros(())) @ invert(poses)
         free = sum(is_free(room, float(p[0, 3]), float(p[2, 3])) for p in placed)
