@@ -24,7 +24,9 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def print_graph(graph: Graph) -> str:
-    """Return the graph as text; inputs that are parameters appear only where they are used.
+    """Return the graph as text: `$name` is an input, `%name` a node.
+
+    Inputs that are parameters appear only where they are used.
 
     Symbols of sizes are renamed `n0, n1, ...` in the order of the inputs, because torch draws their
     names from a hash of the source.
@@ -48,15 +50,15 @@ class _Printer:
             return f"return {self._arg(node.args[0])}"
         path = module_path(node)
         where = f"  # {path}" if path else ""
-        return f"%{self.names[node]}{self._type(value(node))} = {self._call(node)}{where}"
+        return f"{self.names[node]}{self._type(value(node))} = {self._call(node)}{where}"
 
     def _name(self, node: Node) -> str:
         if node.op != "placeholder":
-            return node.name
+            return f"%{node.name}"
         if isinstance(value(node), torch.SymInt):
-            return self._rename(str(value(node)))
+            return f"${self._rename(str(value(node)))}"
         name = re.sub(r"^l_(self_|model_)?|_$", "", node.name)
-        return re.sub(r"_?(modules|parameters|buffers)_", ".", name).strip(".")
+        return "$" + re.sub(r"_?(modules|parameters|buffers)_", ".", name).strip(".")
 
     def _rename(self, text: str) -> str:
         return _SYMBOL.sub(
@@ -82,7 +84,7 @@ class _Printer:
 
     def _arg(self, arg: Any) -> str:
         if isinstance(arg, Node):
-            return f"%{self.names[arg]}"
+            return self.names[arg]
         if isinstance(arg, (list, tuple)):
             inner = ", ".join(self._arg(item) for item in arg)
             return f"[{inner}]" if isinstance(arg, list) else f"({inner})"

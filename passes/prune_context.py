@@ -97,10 +97,15 @@ class PruneContext(Pass):
         lens = (self.hfov_deg, self.vfov_deg, self.near, self.far)
         overlap = emit(torch.ops.lipass.view_overlap.default, query, memory, *lens)
         frame = emit(torch.arange, latents, device=value(w2c).device)
-        recent = emit(operator.ge, frame, emit(operator.sub, latents, self.window_latents))
+        recent = emit(operator.ge, frame, self._first_recent(latents, emit))
         sink = emit(operator.lt, frame, self.sink_latents)
         seen = emit(operator.ge, overlap, self.overlap_min)
         return emit(operator.or_, seen, emit(operator.or_, recent, sink))
+
+    def _first_recent(self, latents: int | Node, emit: Emitter) -> int | Node:
+        if isinstance(latents, int):
+            return latents - self.window_latents
+        return emit(operator.sub, latents, self.window_latents)
 
 
 def _history_latents(w2c: Node, fact: PoseInput, emit: Emitter) -> int | Node:

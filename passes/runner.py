@@ -52,6 +52,9 @@ def run_pipeline(
     dump.write("dynamo", text)
     records = []
     for one in pipeline:
+        if keep_text:
+            # again, because a guard of the last pass may have made symbols equal
+            text = print_graph(gm.graph)
         start, first_note = time.perf_counter(), len(ctx.notes)
         changed = _run_one(one, gm.graph, ctx)
         seconds = time.perf_counter() - start

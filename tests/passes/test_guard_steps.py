@@ -35,18 +35,18 @@ def test_unrolled_loop(trace, apply):
     gm = trace(euler(Net()), (X, S))
     records, _ = apply(gm, TEXT)
     assert_expected_inline(records[-1].diff, """\
--%linear: f32[2, 4] = linear(%x, %net.lin.weight, %net.lin.bias)  # lin
+-%linear: f32[2, 4] = linear($x, $net.lin.weight, $net.lin.bias)  # lin
 -%tanh: f32[2, 4] = tanh(%linear)
 -%mul: f32[2, 4] = mul(%tanh, %getitem_2)
 -%mul_1: f32[2, 4] = mul(%sub, %mul)
-+%denoise_step = denoise_step(%x, %net.lin.weight, %net.lin.bias, %getitem_2)
++%denoise_step = denoise_step($x, $net.lin.weight, $net.lin.bias, %getitem_2)
 +%getitem_6: f32[2, 4] = getitem(%denoise_step, 0)
 +%mul_1: f32[2, 4] = mul(%sub, %getitem_6)
--%linear_1: f32[2, 4] = linear(%x, %net.lin.weight, %net.lin.bias)  # lin@1
+-%linear_1: f32[2, 4] = linear(%x, $net.lin.weight, $net.lin.bias)  # lin@1
 -%tanh_1: f32[2, 4] = tanh(%linear_1)  # @1
 -%mul_2: f32[2, 4] = mul(%tanh_1, %getitem_5)  # @1
 -%mul_3: f32[2, 4] = mul(%sub_1, %mul_2)
-+%denoise_step_1 = denoise_step(%x, %net.lin.weight, %net.lin.bias, %getitem_5)
++%denoise_step_1 = denoise_step(%x, $net.lin.weight, $net.lin.bias, %getitem_5)
 +%getitem_7: f32[2, 4] = getitem(%denoise_step_1, 0)
 +%mul_3: f32[2, 4] = mul(%sub_1, %getitem_7)
 """)
@@ -58,11 +58,11 @@ def test_body_of_an_unrolled_loop(trace, apply):
     gm = trace(euler(Net()), (X, S))
     apply(gm, TEXT)
     assert_expected_inline(print_graph(gm.denoise_step.graph), """\
-%x: f32[2, 4] = input
-%getitem_2: f32[] = input
-%linear: f32[2, 4] = linear(%x, %net.lin.weight, %net.lin.bias)  # lin
+$x: f32[2, 4] = input
+$getitem_2: f32[] = input
+%linear: f32[2, 4] = linear($x, $net.lin.weight, $net.lin.bias)  # lin
 %tanh: f32[2, 4] = tanh(%linear)
-%mul: f32[2, 4] = mul(%tanh, %getitem_2)
+%mul: f32[2, 4] = mul(%tanh, $getitem_2)
 return (%mul)
 """)
 

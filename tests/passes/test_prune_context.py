@@ -10,21 +10,9 @@ TEXT = f"{FACTS},prune-context{{overlap_min=0.3 sink_latents=1 window_latents=2 
 def test_decode(trace, apply, mini, inputs):
     records, _ = apply(trace(mini, inputs(4).decode, inputs(8).decode), TEXT)
     assert_expected_inline(records[-1].diff, """\
--%n2: n2 = input  # blocks.0
--%history_0_1: f32[1, 2, n2, 16] = input  # blocks.0
-+%n1: n1 = input  # blocks.0
-+%history_0_1: f32[1, 2, n1, 16] = input  # blocks.0
--%n3: n3 = input  # blocks.1
--%history_1_0: f32[1, 2, n3, 16] = input  # blocks.1
-+%n2: n2 = input  # blocks.1
-+%history_1_0: f32[1, 2, n2, 16] = input  # blocks.1
--%n4: n4 = input  # blocks.1
--%history_1_1: f32[1, 2, n4, 16] = input  # blocks.1
-+%n2: n2 = input  # blocks.1
-+%history_1_1: f32[1, 2, n2, 16] = input  # blocks.1
-+%sub_1: n0 - 4 = sub(%n0, 4)
-+%getitem_14: f32[1, n0 - 4, 4, 4] = getitem(%w2c, (:, :%sub_1))
-+%getitem_15: f32[1, 4, 4, 4] = getitem(%w2c, (:, %sub_1:))
++%sub_1: n0 - 4 = sub($n0, 4)
++%getitem_14: f32[1, n0 - 4, 4, 4] = getitem($w2c, (:, :%sub_1))
++%getitem_15: f32[1, 4, 4, 4] = getitem($w2c, (:, %sub_1:))
 +%view_overlap_default: f32[1, n0 - 4] = lipass.view_overlap(%getitem_15, %getitem_14, 60.0, 35.0, 0.5, 8.0)
 +%arange: i64[n0 - 4] = arange(%sub_1, device=device(type='cpu'))
 +%sub_2: n0 - 6 = sub(%sub_1, 2)
@@ -33,21 +21,21 @@ def test_decode(trace, apply, mini, inputs):
 +%ge_1: b8[1, n0 - 4] = ge(%view_overlap_default, 0.3)
 +%or_: b8[n0 - 4] = or_(%ge, %lt)
 +%or__1: b8[1, n0 - 4] = or_(%ge_1, %or_)
--%key: f32[1, 2, n1 + 70, 16] = cat([%text_0_0, %history_0_0, %k], 2)  # blocks.0
--%value: f32[1, 2, n2 + 70, 16] = cat([%text_0_1, %history_0_1, %v], 2)  # blocks.0
+-%key: f32[1, 2, n1 + 70, 16] = cat([$text_0_0, $history_0_0, %k], 2)  # blocks.0
+-%value: f32[1, 2, n1 + 70, 16] = cat([$text_0_1, $history_0_1, %v], 2)  # blocks.0
 -%out: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
 -%transpose: f32[1, 64, 2, 16] = %out.transpose(1, 2)  # blocks.0
-+%sym_size_int: n1 = aten.sym_size(%history_0_0, 2)  # blocks.0
++%sym_size_int: n1 = aten.sym_size($history_0_0, 2)  # blocks.0
 +%floordiv: (n1//16) = floordiv(%sym_size_int, 16)  # blocks.0
-+%sparse_attention_default: f32[1, 2, 64, 16] = lipass.sparse_attention(%q, [%text_0_0, %history_0_0, %k], [%text_0_1, %history_0_1, %v], [4, 4, 4], [1, 1, 6, %floordiv, 4, 4, 4, 4, 4], 'text,history,current', [1, 4, 4], 1.0, 0.25, 1, 'decode', %or__1, 'blocks.0:decode')  # blocks.0
++%sparse_attention_default: f32[1, 2, 64, 16] = lipass.sparse_attention(%q, [$text_0_0, $history_0_0, %k], [$text_0_1, $history_0_1, %v], [4, 4, 4], [1, 1, 6, %floordiv, 4, 4, 4, 4, 4], 'text,history,current', [1, 4, 4], 1.0, 0.25, 1, 'decode', %or__1, 'blocks.0:decode')  # blocks.0
 +%transpose: f32[1, 64, 2, 16] = %sparse_attention_default.transpose(1, 2)  # blocks.0
--%key_1: f32[1, 2, n3 + 70, 16] = cat([%text_1_0, %history_1_0, %k_1], 2)  # blocks.1
--%value_1: f32[1, 2, n4 + 70, 16] = cat([%text_1_1, %history_1_1, %v_1], 2)  # blocks.1
+-%key_1: f32[1, 2, n2 + 70, 16] = cat([$text_1_0, $history_1_0, %k_1], 2)  # blocks.1
+-%value_1: f32[1, 2, n2 + 70, 16] = cat([$text_1_1, $history_1_1, %v_1], 2)  # blocks.1
 -%out_1: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q_1, %key_1, %value_1)  # blocks.1
 -%transpose_1: f32[1, 64, 2, 16] = %out_1.transpose(1, 2)  # blocks.1
-+%sym_size_int_1: n2 = aten.sym_size(%history_1_0, 2)  # blocks.1
++%sym_size_int_1: n2 = aten.sym_size($history_1_0, 2)  # blocks.1
 +%floordiv_1: (n2//16) = floordiv(%sym_size_int_1, 16)  # blocks.1
-+%sparse_attention_default_1: f32[1, 2, 64, 16] = lipass.sparse_attention(%q_1, [%text_1_0, %history_1_0, %k_1], [%text_1_1, %history_1_1, %v_1], [4, 4, 4], [1, 1, 6, %floordiv_1, 4, 4, 4, 4, 4], 'text,history,current', [1, 4, 4], 1.0, 0.25, 1, 'decode', %or__1, 'blocks.1:decode')  # blocks.1
++%sparse_attention_default_1: f32[1, 2, 64, 16] = lipass.sparse_attention(%q_1, [$text_1_0, $history_1_0, %k_1], [$text_1_1, $history_1_1, %v_1], [4, 4, 4], [1, 1, 6, %floordiv_1, 4, 4, 4, 4, 4], 'text,history,current', [1, 4, 4], 1.0, 0.25, 1, 'decode', %or__1, 'blocks.1:decode')  # blocks.1
 +%transpose_1: f32[1, 64, 2, 16] = %sparse_attention_default_1.transpose(1, 2)  # blocks.1
 """)
 
@@ -55,21 +43,20 @@ def test_decode(trace, apply, mini, inputs):
 def test_prefill(trace, apply, mini, inputs):
     records, _ = apply(trace(mini, inputs(4).prefill), TEXT)
     assert_expected_inline(records[-1].diff, """\
-+%getitem_10: f32[1, 4, 4, 4] = getitem(%w2c, (:, :4))
-+%getitem_11: f32[1, 4, 4, 4] = getitem(%w2c, (:, 4:))
++%getitem_10: f32[1, 4, 4, 4] = getitem($w2c, (:, :4))
++%getitem_11: f32[1, 4, 4, 4] = getitem($w2c, (:, 4:))
 +%view_overlap_default: f32[1, 4] = lipass.view_overlap(%getitem_11, %getitem_10, 60.0, 35.0, 0.5, 8.0)
 +%arange: i64[4] = arange(4, device=device(type='cpu'))
-+%sub = sub(4, 2)
-+%ge: b8[4] = ge(%arange, %sub)
++%ge: b8[4] = ge(%arange, 2)
 +%lt: b8[4] = lt(%arange, 1)
 +%ge_1: b8[1, 4] = ge(%view_overlap_default, 0.3)
 +%or_: b8[4] = or_(%ge, %lt)
 +%or__1: b8[1, 4] = or_(%ge_1, %or_)
--%key: f32[1, 2, 70, 16] = cat([%text_0_0, %k], 2)  # blocks.0
--%value: f32[1, 2, 70, 16] = cat([%text_0_1, %v], 2)  # blocks.0
+-%key: f32[1, 2, 70, 16] = cat([$text_0_0, %k], 2)  # blocks.0
+-%value: f32[1, 2, 70, 16] = cat([$text_0_1, %v], 2)  # blocks.0
 -%out: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
 -%transpose: f32[1, 64, 2, 16] = %out.transpose(1, 2)  # blocks.0
-+%sparse_attention_default: f32[1, 2, 64, 16] = lipass.sparse_attention(%q, [%text_0_0, %k], [%text_0_1, %v], [4, 4, 4], [1, 1, 6, 4, 4, 4], 'text,current', [1, 4, 4], 1.0, 0.25, 1, 'prefill', %or__1, 'blocks.0:prefill')  # blocks.0
++%sparse_attention_default: f32[1, 2, 64, 16] = lipass.sparse_attention(%q, [$text_0_0, %k], [$text_0_1, %v], [4, 4, 4], [1, 1, 6, 4, 4, 4], 'text,current', [1, 4, 4], 1.0, 0.25, 1, 'prefill', %or__1, 'blocks.0:prefill')  # blocks.0
 +%transpose: f32[1, 64, 2, 16] = %sparse_attention_default.transpose(1, 2)  # blocks.0
 """)
 

@@ -11,33 +11,21 @@ OPTIONS = "{tile=2x4x4 budget_prefill=0.5 budget_decode=0.25 sink_latents=1}"
 def test_decode(trace, apply, mini, inputs):
     records, _ = apply(trace(mini, inputs(4).decode, inputs(8).decode), TEXT + OPTIONS)
     assert_expected_inline(records[-1].diff, """\
--%n2: n2 = input  # blocks.0
--%history_0_1: f32[1, 2, n2, 16] = input  # blocks.0
-+%n1: n1 = input  # blocks.0
-+%history_0_1: f32[1, 2, n1, 16] = input  # blocks.0
--%n3: n3 = input  # blocks.1
--%history_1_0: f32[1, 2, n3, 16] = input  # blocks.1
-+%n2: n2 = input  # blocks.1
-+%history_1_0: f32[1, 2, n2, 16] = input  # blocks.1
--%n4: n4 = input  # blocks.1
--%history_1_1: f32[1, 2, n4, 16] = input  # blocks.1
-+%n2: n2 = input  # blocks.1
-+%history_1_1: f32[1, 2, n2, 16] = input  # blocks.1
--%key: f32[1, 2, n1 + 70, 16] = cat([%text_0_0, %history_0_0, %k], 2)  # blocks.0
--%value: f32[1, 2, n2 + 70, 16] = cat([%text_0_1, %history_0_1, %v], 2)  # blocks.0
+-%key: f32[1, 2, n1 + 70, 16] = cat([$text_0_0, $history_0_0, %k], 2)  # blocks.0
+-%value: f32[1, 2, n1 + 70, 16] = cat([$text_0_1, $history_0_1, %v], 2)  # blocks.0
 -%out: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
 -%transpose: f32[1, 64, 2, 16] = %out.transpose(1, 2)  # blocks.0
-+%sym_size_int: n1 = aten.sym_size(%history_0_0, 2)  # blocks.0
++%sym_size_int: n1 = aten.sym_size($history_0_0, 2)  # blocks.0
 +%floordiv: (n1//16) = floordiv(%sym_size_int, 16)  # blocks.0
-+%sparse_attention_default: f32[1, 2, 64, 16] = lipass.sparse_attention(%q, [%text_0_0, %history_0_0, %k], [%text_0_1, %history_0_1, %v], [4, 4, 4], [1, 1, 6, %floordiv, 4, 4, 4, 4, 4], 'text,history,current', [2, 4, 4], 0.25, 0.25, 1, 'decode', None, 'blocks.0:decode')  # blocks.0
++%sparse_attention_default: f32[1, 2, 64, 16] = lipass.sparse_attention(%q, [$text_0_0, $history_0_0, %k], [$text_0_1, $history_0_1, %v], [4, 4, 4], [1, 1, 6, %floordiv, 4, 4, 4, 4, 4], 'text,history,current', [2, 4, 4], 0.25, 0.25, 1, 'decode', None, 'blocks.0:decode')  # blocks.0
 +%transpose: f32[1, 64, 2, 16] = %sparse_attention_default.transpose(1, 2)  # blocks.0
--%key_1: f32[1, 2, n3 + 70, 16] = cat([%text_1_0, %history_1_0, %k_1], 2)  # blocks.1
--%value_1: f32[1, 2, n4 + 70, 16] = cat([%text_1_1, %history_1_1, %v_1], 2)  # blocks.1
+-%key_1: f32[1, 2, n2 + 70, 16] = cat([$text_1_0, $history_1_0, %k_1], 2)  # blocks.1
+-%value_1: f32[1, 2, n2 + 70, 16] = cat([$text_1_1, $history_1_1, %v_1], 2)  # blocks.1
 -%out_1: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q_1, %key_1, %value_1)  # blocks.1
 -%transpose_1: f32[1, 64, 2, 16] = %out_1.transpose(1, 2)  # blocks.1
-+%sym_size_int_1: n2 = aten.sym_size(%history_1_0, 2)  # blocks.1
++%sym_size_int_1: n2 = aten.sym_size($history_1_0, 2)  # blocks.1
 +%floordiv_1: (n2//16) = floordiv(%sym_size_int_1, 16)  # blocks.1
-+%sparse_attention_default_1: f32[1, 2, 64, 16] = lipass.sparse_attention(%q_1, [%text_1_0, %history_1_0, %k_1], [%text_1_1, %history_1_1, %v_1], [4, 4, 4], [1, 1, 6, %floordiv_1, 4, 4, 4, 4, 4], 'text,history,current', [2, 4, 4], 0.25, 0.25, 1, 'decode', None, 'blocks.1:decode')  # blocks.1
++%sparse_attention_default_1: f32[1, 2, 64, 16] = lipass.sparse_attention(%q_1, [$text_1_0, $history_1_0, %k_1], [$text_1_1, $history_1_1, %v_1], [4, 4, 4], [1, 1, 6, %floordiv_1, 4, 4, 4, 4, 4], 'text,history,current', [2, 4, 4], 0.25, 0.25, 1, 'decode', None, 'blocks.1:decode')  # blocks.1
 +%transpose_1: f32[1, 64, 2, 16] = %sparse_attention_default_1.transpose(1, 2)  # blocks.1
 """)
 
@@ -45,11 +33,11 @@ def test_decode(trace, apply, mini, inputs):
 def test_prefill(trace, apply, mini, inputs):
     records, _ = apply(trace(mini, inputs(4).prefill, inputs(8).prefill), TEXT + OPTIONS)
     assert_expected_inline(records[-1].diff, """\
--%key: f32[1, 2, 16*n0 + 6, 16] = cat([%text_0_0, %k], 2)  # blocks.0
--%value: f32[1, 2, 16*n0 + 6, 16] = cat([%text_0_1, %v], 2)  # blocks.0
+-%key: f32[1, 2, 16*n0 + 6, 16] = cat([$text_0_0, %k], 2)  # blocks.0
+-%value: f32[1, 2, 16*n0 + 6, 16] = cat([$text_0_1, %v], 2)  # blocks.0
 -%out: f32[1, 2, 16*n0, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
 -%transpose: f32[1, 16*n0, 2, 16] = %out.transpose(1, 2)  # blocks.0
-+%sparse_attention_default: f32[1, 2, 16*n0, 16] = lipass.sparse_attention(%q, [%text_0_0, %k], [%text_0_1, %v], [%n0, 4, 4], [1, 1, 6, %n0, 4, 4], 'text,current', [2, 4, 4], 0.5, 0.25, 1, 'prefill', None, 'blocks.0:prefill')  # blocks.0
++%sparse_attention_default: f32[1, 2, 16*n0, 16] = lipass.sparse_attention(%q, [$text_0_0, %k], [$text_0_1, %v], [$n0, 4, 4], [1, 1, 6, $n0, 4, 4], 'text,current', [2, 4, 4], 0.5, 0.25, 1, 'prefill', None, 'blocks.0:prefill')  # blocks.0
 +%transpose: f32[1, 16*n0, 2, 16] = %sparse_attention_default.transpose(1, 2)  # blocks.0
 """)
 
