@@ -5,8 +5,8 @@ dense  = flops(all keys) / rate
 sparse = fixed + flops(visited keys) / (rate * efficiency) + (copied + pooled bytes) / bandwidth
 ```
 
-On the CPU rate and bandwidth are measured once per process and dtype (some 20 ms, at the first call
-that asks). What depends on the implementation only, `fixed` and `efficiency`, is a constant.
+On the CPU rate and bandwidth are measured once per process and dtype (some 20 ms, at the first
+call that asks). What depends on the implementation only, `fixed` and `efficiency`, is a constant.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Rates(NamedTuple):
 
 # 25 tensor operations and the operator itself, 2 Zen 3 cores, TinyWorld's smallest call.
 _CPU_FIXED_MS = 0.55
-# CPU attention cuts fewer than 192 queries into slices of 32 instead of 64 or 256. Zen 3, one core:
-# 61 GFLOP/s at 64 queries, 71 at 1280.
+# CPU attention cuts fewer than 192 queries into slices of 32 instead of 64 or 256. Zen 3, one
+# core: 61 GFLOP/s at 64 queries, 71 at 1280.
 _CPU_FEW_QUERIES, _CPU_FEW_EFFICIENCY = 192, 0.86
 # Assumed, not measured: about 25 launches, half of the dense bf16 peak of an H200 for dense calls
 # and 0.7 of that for the block-sparse kernel.

@@ -103,7 +103,7 @@ class BlockGrid:
         return _block_of_token(self, torch.device(device))
 
     def slot_of_token(self, device: torch.device | str = "cpu") -> Tensor:
-        """Position of each token in tile-major order, `[L]` int64: `block * block_tokens + slot`."""
+        """Position of each token among all slots, `[L]` int64: `block * block_tokens + slot`."""
         return _slot_of_token(self, torch.device(device))
 
     def neighbours(self) -> Tensor:
@@ -311,7 +311,8 @@ def _neighbours(grid: BlockGrid) -> Tensor:
 def _covers(grid: BlockGrid, finer: BlockGrid) -> Tensor:
     if grid.grid != finer.grid or any(a % b for a, b in zip(grid.tile, finer.tile, strict=True)):
         raise ValueError(
-            f"the query tile must be a multiple of the key tile on one grid, got {grid} and {finer}"
+            f"the query tile must be a multiple of the key tile on one grid, got {grid.tile} on "
+            f"{grid.grid} and {finer.tile} on {finer.grid}; use (4, 8, 8) over (1, 8, 8)"
         )
     # Slot 0 of a block always holds a token.
     owner = grid.block_of_token()[finer.token_index()[:, 0]]

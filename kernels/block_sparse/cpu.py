@@ -1,8 +1,8 @@
 """Gather key blocks and attend to them with dense kernels: the form that needs no compiler.
 
-Each query block gets its keys in one copy, in runs of tokens that lie together in memory; a chunk of
-query blocks then shares one call of `scaled_dot_product_attention`. Measured on Zen 3, fp32, one
-core, 60 query blocks of 64 x 544 keys x 64 (density 0.41, dense 18.3 ms): 9.9 ms, and 10.5 with
+Each query block gets its keys in one copy, in runs of tokens that lie together in memory; a chunk
+of query blocks then shares one call of `scaled_dot_product_attention`. Measured on Zen 3, fp32,
+one core, 60 query blocks of 64 x 544 keys x 64 (density 0.41, dense 18.3 ms): 9.9 ms, 10.5 with
 scores, softmax and values as three batched calls. Fresh memory costs more than copying into memory
 in use (7-25 ms for 2 x 8 MiB in page faults), hence chunks and a buffer that stays.
 """
@@ -138,7 +138,7 @@ def _plain_gather(plan: BlockPlan) -> _Gather:
     run = _run_tokens(plan.kv, columns.start, columns.stop)
     table = _run_table(plan.kv, run)
     chosen = plan.indices[..., columns]
-    batch, heads, blocks, count = chosen.shape
+    batch, heads, blocks, _ = chosen.shape
     index = table.index_select(0, chosen.reshape(-1)).view(batch * heads, blocks, -1)
     if whole:
         rest = _range_table(tuple(whole), run).expand(batch * heads, blocks, -1)
@@ -149,7 +149,7 @@ def _plain_gather(plan: BlockPlan) -> _Gather:
 
 def _masked_gather(plan: BlockPlan, key_bias: Tensor | None) -> _Gather:
     """Copy token by token; the bias hides slots that are no key."""
-    batch, heads, blocks, width = plan.indices.shape
+    batch, heads, _, width = plan.indices.shape
     token = plan.kv.token_index()[plan.indices.clamp(min=0).long()]  # [B, H, Nq, S, slots]
     counted = torch.arange(width) < plan.counts[..., None]
     seen = ((token >= 0) & counted[..., None]).flatten(3)
@@ -196,7 +196,7 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _to_tiles(x: Tensor, grid: BlockGrid) -> Tensor:
-    """Reorder tokens `[B, H, L, D]` into tiles `[B, H, N, slots, D]`; empty slots hold anything."""
+    """Reorder `[B, H, L, D]` into tiles `[B, H, N, slots, D]`; empty slots hold anything."""
     if not grid.is_full:
         index = grid.token_index().clamp(min=0).flatten()
         return x.index_select(2, index).unflatten(2, (grid.blocks, grid.block_tokens))

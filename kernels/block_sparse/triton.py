@@ -1,9 +1,9 @@
 """Attend over key blocks on a GPU, addressed in place, with an online softmax.
 
 One program takes up to 128 queries of one query block and walks the plan. A key block id is turned
-into tokens by arithmetic on the grids of the segments, not by a table: a second load in front of K and
-V would cost one level of the software pipeline. Differs from the kernel of arXiv 2605.31158 in: tails
-are masked, any tile volume from 32 to 256, 64-bit addresses, per-key bias, log-sum-exp.
+into tokens by arithmetic on the grids of the segments, not by a table: a second load in front of
+K and V would cost one level of the software pipeline. Differs from the kernel of arXiv 2605.31158
+in: tails are masked, any tile volume from 32 to 256, 64-bit addresses, per-key bias, log-sum-exp.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LAUNCH = {8: (64, 128, 8, 2), 9: (128, 128, 8, 2), 10: (128, 64, 8, 3)}
 # The kernel holds the description of so many segments: text, history, current.
 _SEGMENTS = 3
 
-# What the interpreter differs in: it multiplies bf16 matrices wrongly (triton 3.7), and takes any D.
+# The interpreter multiplies bf16 matrices wrongly (triton 3.7.1), and takes any head dim.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -137,7 +137,7 @@ def _capability(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=512)
 def segment_fields(layout: KvLayout) -> tuple[int, ...]:
-    """Describe three segments to the kernel, 8 numbers each; those past the last match no block."""
+    """Describe three segments to the kernel, 8 numbers each; unused ones match no block."""
     fields: list[int] = []
     for number, segment in enumerate(layout.segments):
         grid = segment.grid

@@ -49,7 +49,8 @@ def select_blocks(
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
 
     Returns:
-        Block ids `[B, H, Nq, S]` int32, ascending, `-1` past the counts; counts `[B, H, Nq]` int32.
+        Block ids `[B, H, Nq, S]` int32, ascending, `-1` past the counts, and the counts
+        `[B, H, Nq]` int32.
 
     Raises:
         ValueError: if an argument is out of range or does not fit the layout.
@@ -102,6 +103,6 @@ def _unfit(
     if keep_frames is not None and keep_frames.shape != (q_mean.shape[0], frames):
         return (
             f"keep_frames must be [B, T] = [{q_mean.shape[0]}, {frames}], got "
-            f"{list(keep_frames.shape)}; it covers the history in decode and the current in prefill"
+            f"{list(keep_frames.shape)}; it covers the history in decode, the current in prefill"
         )
     return None

@@ -1,0 +1,68 @@
+"""Compare the Triton kernels with the references under the interpreter; run by test_triton.py.
+
+A process of its own, because TRITON_INTERPRET must be set before Triton is first imported. The
+interpreter takes some 0.1 s per program, hence few and small grids.
+"""
+
+import dataclasses
+import os
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+
+import torch
+from kernel_cases import make_case, masked_dense
+from lipass.kernels.block_sparse.api import block_sparse_attention
+
+torch.manual_seed(0)
+
+
+def check(label, case, plan, *, bias=None, tolerance=1e-5):
+    """Compare output and log-sum-exp with masked dense attention."""
+    out, lse = block_sparse_attention(
+        case.q, case.keys, case.values, plan, scale=case.options["scale"], key_bias=bias,
+        return_lse=True, provider="triton",
+    )  # fmt: skip
+    expected, expected_lse = masked_dense(case, plan, bias)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance, rtol=tolerance)
+    assert out.dtype == case.q.dtype
+    print("ok", label)
+
+
+case = make_case("decode", 3, (4, 8), 5, (2, 4, 4), heads=1, dim=16)
+check("decode, text tail", case, case.plan())
+
+case = make_case("decode", 3, (3, 5), 33, (2, 4, 4), heads=1, dim=16, new_frames=1)
+check("tails on every axis, two blocks of text", case, case.plan())
+
+case = make_case("prefill", 3, (4, 8), 0, (1, 4, 8), heads=2, dim=24, budget=0.1)
+check("prefill without text, head dim padded, heads apart", case, case.plan())
+
+case = make_case("decode", 2, (4, 8), 3, (1, 4, 8), q_tile=(2, 4, 8), heads=1, dim=16)
+check("query tile of its own", case, case.plan())
+
+keep = torch.tensor([[True, False, True], [False, False, True]])
+case = make_case("decode", 3, (4, 4), 3, (2, 4, 4), keep_frames=keep, batch=2, heads=1, dim=16)
+bias = torch.randn(2, case.layout.tokens)
+check("dropped frames in mixed tiles, ragged counts, bias per item", case, case.plan(), bias=bias)
+check("one bias for all items", case, case.plan(), bias=bias[:1])
+
+case = make_case("decode", 2, (4, 4), 0, (2, 4, 4), heads=1, dim=16)
+none = dataclasses.replace(case.plan(), counts=torch.zeros_like(case.plan().counts))
+check("rows without a key", case, none)
+
+case = make_case("decode", 8, (8, 8), 9, (4, 8, 8), heads=1, dim=16, new_frames=4, sink_latents=0)
+check("tile of 256 in parts", case, case.plan())
+
+case = make_case("decode", 2, (4, 8), 3, (1, 4, 8), heads=1, dim=64)
+case.q, case.keys, case.values = (
+    case.q.transpose(1, 2).contiguous().transpose(1, 2),
+    [k.transpose(1, 2).contiguous().transpose(1, 2) for k in case.keys],
+    [v.mT.contiguous().mT for v in case.values],
+)
+check("strided", case, case.plan())
+
+# Rounding of the output, and of the weights before they meet the values.
+for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+    case = make_case("decode", 2, (4, 8), 3, (1, 4, 8), heads=1, dim=64, dtype=dtype)
+    check(str(dtype), case, case.plan(), tolerance=tolerance)

@@ -1,0 +1,315 @@
+"""The registered operator: exactness at full budget, dropped frames, the gate and its counts."""
+
+import inspect
+
+import lipass.kernels.ops
+import pytest
+import torch
+from kernel_cases import make_case, masked_dense
+from lipass.kernels import cost, planning, registry
+from lipass.kernels.block_sparse import cpu
+from lipass.kernels.select import vectorized
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sparse_attention = torch.ops.lipass.sparse_attention
+ROLES = {"prefill": "text,current", "decode": "text,history,current"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_counts():
+    registry.reset_telemetry()
+
+
+def arguments(case, site="site", **changes):
+    """Spell a case as the operator's arguments."""
+    options = case.options | changes
+    grids = [size for part in case.layout.segments for size in part.grid.grid]
+    return (
+        case.q,
+        case.keys,
+        case.values,
+        list(case.q_grid.grid),
+        grids,
+        ROLES[options["role"]],
+        list(case.layout.segments[-1].grid.tile),
+        options["budget"],
+        options["scale"],
+        options["sink_latents"],
+        options["role"],
+        options["keep_frames"],
+        site,
+    )
+
+
+def dense(case, rows=None):
+    k, v = torch.cat(case.keys, 2), torch.cat(case.values, 2)
+    if rows is not None:
+        k, v = k[:, :, rows], v[:, :, rows]
+    return F.scaled_dot_product_attention(case.q, k, v, scale=case.options["scale"])
+
+
+def frame_rows(case, keep):
+    """Keys that stay when the candidate frames in `keep` do."""
+    number = case.layout.candidate_segment(case.options["role"])
+    rows = torch.ones(case.layout.tokens, dtype=torch.bool)
+    span, grid = case.layout.token_range(number), case.layout.segments[number].grid.grid
+    rows[span.start : span.stop] = keep.repeat_interleave(grid[1] * grid[2])
+    return rows
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_full_budget_is_exactly_dense(role, size):
+    case = make_case(role, 5, size, 7, (4, 4, 4), budget=1.0)
+    assert torch.equal(sparse_attention(*arguments(case)), dense(case))
+    counts = registry.telemetry()["site"]
+    assert (counts.dense_calls, counts.provider, counts.density) == (1, "sdpa", 1.0)
+    assert counts.reason == "budget 1.0 visits every block"
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_forced_sparse_equals_masked_dense_of_its_plan(role, size):
+    case = make_case(role, 9, size, 7, (1, 4, 4), dim=16)
+    with registry.force("sparse"):
+        out = sparse_attention(*arguments(case))
+    plan = case.plan()
+    torch.testing.assert_close(out.double(), masked_dense(case, plan)[0], atol=1e-5, rtol=1e-5)
+    counts = registry.telemetry()["site"]
+    assert (counts.sparse_calls, counts.provider, counts.role) == (1, "cpu", role)
+    assert counts.density == pytest.approx(float(plan.density()))
+    assert counts.density < 1.0
+
+
+def test_query_tile_of_its_own():
+    case = make_case("decode", 8, (4, 4), 3, (1, 4, 4), q_tile=(2, 4, 4))
+    call = list(arguments(case))
+    call[6] = [1, 4, 4, 2, 4, 4]
+    with registry.force("sparse"):
+        out = sparse_attention(*call)
+    expected = masked_dense(case, case.plan())[0]
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("route", ["sparse", "dense", None])
+def test_dropped_history_is_not_seen(route):
+    keep = torch.tensor([[True, False, False, True, True, False]])
+    case = make_case("decode", 6, (4, 4), 3, (2, 4, 4), budget=0.999, keep_frames=keep)
+    with registry.force(route):
+        out = sparse_attention(*arguments(case))
+    torch.testing.assert_close(out, dense(case, frame_rows(case, keep[0])), atol=1e-5, rtol=1e-5)
+    counts = registry.telemetry()["site"]
+    assert counts.dropped_latents == 3
+    assert counts.visited_blocks < counts.total_blocks
+
+
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_dropped_context_is_not_seen_and_stays_finite(route):
+    keep = torch.tensor([[True, False, True, True, False]])
+    case = make_case("prefill", 5, (4, 4), 3, (1, 4, 4), budget=0.999, keep_frames=keep)
+    with registry.force(route):
+        out = sparse_attention(*arguments(case))
+    kept = keep[0].repeat_interleave(16)
+    expected = dense(case, frame_rows(case, keep[0]))
+    torch.testing.assert_close(out[:, :, kept], expected[:, :, kept], atol=1e-5, rtol=1e-5)
+    own = torch.arange(3 + 16, 3 + 32)  # text and the dropped frame itself
+    rows = torch.zeros(case.layout.tokens, dtype=torch.bool)
+    rows[:3], rows[own] = True, True
+    torch.testing.assert_close(out[:, :, 16:32], dense(case, rows)[:, :, 16:32], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_batch_items_drop_their_own_frames(role, route):
+    keep = torch.tensor([[True, False, True, True], [True, True, False, True]])
+    case = make_case(
+        role, 4, (4, 4), 3, (1, 4, 4), budget=0.999, keep_frames=keep, batch=2, sink_latents=0
+    )
+    with registry.force(route):
+        out = sparse_attention(*arguments(case))
+    for item in range(2):
+        expected = dense(case, frame_rows(case, keep[item]))[item]
+        rows = slice(None) if role == "decode" else keep[item].repeat_interleave(16)
+        torch.testing.assert_close(out[item][:, rows], expected[:, rows], atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(out).all()
+
+
+def test_all_frames_dropped_leaves_text_and_current():
+    keep = torch.zeros(1, 6, dtype=torch.bool)
+    case = make_case("decode", 6, (4, 4), 3, (2, 4, 4), keep_frames=keep)
+    with registry.force("sparse"):
+        out = sparse_attention(*arguments(case))
+    torch.testing.assert_close(out, dense(case, frame_rows(case, keep[0])), atol=1e-5, rtol=1e-5)
+    case = make_case("prefill", 6, (4, 4), 3, (2, 4, 4), keep_frames=keep)
+    assert torch.isfinite(sparse_attention(*arguments(case))).all()
+
+
+def test_kept_frames_leave_the_result_as_it_was():
+    case = make_case("decode", 6, (4, 4), 3, (2, 4, 4))
+    everything = torch.ones(1, 6, dtype=torch.bool)
+    with registry.force("sparse"):
+        expected = sparse_attention(*arguments(case))
+        assert torch.equal(sparse_attention(*arguments(case, keep_frames=everything)), expected)
+
+
+def test_dropped_frames_cost_no_work():
+    case = make_case("decode", 16, (8, 8), 32, (4, 4, 4), dim=64)
+    keep = torch.zeros(1, 16, dtype=torch.bool)
+    keep[:, ::4] = True
+    with registry.force("sparse"):
+        flops = [work(case, keep_frames=frames) for frames in (None, keep)]
+    assert flops[1] < 0.8 * flops[0]
+    with registry.force("dense"):
+        flops = [work(case, keep_frames=frames) for frames in (None, keep)]
+    assert flops[1] < 0.55 * flops[0]
+
+
+def work(case, **changes):
+    """Count products of the attention calls inside one operator call."""
+    products = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal products
+            if "scaled_dot_product" in str(func):
+                q, k = args[0], args[1]
+                products += q.shape[:-1].numel() * k.shape[2] * q.shape[3]
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        lipass.kernels.ops._sparse_attention(*arguments(case, **changes))
+    assert products
+    return products
+
+
+def test_hot_code_reads_nothing_back():
+    class NoSync(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func._opname not in ("_local_scalar_dense", "nonzero", "unique", "equal"), func
+            return func(*args, **(kwargs or {}))
+
+    keep = torch.tensor([[True, False, True, True]])
+    for frames in (None, keep):
+        case = make_case("decode", 4, (4, 4), 3, (1, 4, 4), keep_frames=frames)
+        case.plan()  # tables that follow from shapes alone are built on the first call
+        with NoSync():
+            plan = case.plan()
+            cpu.block_sparse_attention(
+                case.q, case.keys, case.values, plan, scale=1.0, key_bias=None
+            )
+    for module in (planning, cpu):
+        assert not any(read in inspect.getsource(module) for read in (".item(", ".cpu(", ".tolist("))
+    assert ".item(" not in inspect.getsource(vectorized)
+
+
+def test_gate_keeps_dense_what_would_be_slower():
+    case = make_case("decode", 4, (4, 4), 3, (1, 4, 4), budget=0.1)
+    out = sparse_attention(*arguments(case))
+    assert torch.equal(out, dense(case))
+    reason = registry.telemetry()["site"].reason
+    assert reason.startswith("predicted ")
+    assert "ms sparse vs" in reason
+
+
+def test_gate_takes_sparse_where_it_pays(monkeypatch):
+    fast = cost.Rates(flops_per_ms=1e6, bytes_per_ms=1e12, fixed_ms=0.0)
+    monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads: fast)
+    case = make_case("decode", 16, (4, 4), 3, (1, 4, 4), budget=0.1)
+    sparse_attention(*arguments(case))
+    assert registry.telemetry()["site"].sparse_calls == 1
+
+
+def test_plan_that_visits_everything_stays_dense():
+    case = make_case("decode", 2, (4, 4), 3, (2, 4, 4), budget=0.1)  # the sink is all history
+    assert torch.equal(sparse_attention(*arguments(case)), dense(case))
+    assert "visit every block" in registry.telemetry()["site"].reason
+
+
+def test_first_chunk_has_no_history():
+    case = make_case("decode", 0, (4, 4), 3, (2, 4, 4))
+    assert torch.equal(sparse_attention(*arguments(case)), dense(case))
+
+
+def test_route_is_restored_and_checked():
+    with registry.force("dense"), registry.force("sparse"):
+        assert registry.forced_route() == "sparse"
+    assert registry.forced_route() is None
+    with pytest.raises(ValueError, match="got 'fast'"), registry.force("fast"):
+        pass
+
+
+def test_sites_are_counted_apart(caplog):
+    case = make_case("decode", 2, (4, 4), 3, (1, 4, 4), budget=0.1)
+    with caplog.at_level("INFO"):
+        for site in ("first", "second", "second"):
+            sparse_attention(*arguments(case, site=site))
+    calls = {name: counts.calls for name, counts in registry.telemetry().items()}
+    assert calls == {"first": 1, "second": 2}
+    assert sum("kept dense" in record.message for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_operator_is_well_formed(role):
+    case = make_case(role, 8, (4, 4), 3, (1, 4, 4))
+    tests = ("test_schema", "test_faketensor")
+    with registry.force("sparse"):
+        torch.library.opcheck(sparse_attention.default, arguments(case), test_utils=tests)
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_output_is_contiguous_whatever_the_layout_of_q(layout):
+    case = make_case("decode", 8, (4, 4), 3, (1, 4, 4))
+    case.q = case.q.permute(layout).contiguous().permute(layout)
+    for route in ("sparse", "dense"):
+        with registry.force(route):
+            assert sparse_attention(*arguments(case)).is_contiguous()
+
+
+def test_compiles_once_for_all_history_lengths():
+    frames = []
+
+    def backend(module, inputs):
+        frames.append(module)
+        return module.forward
+
+    @torch.compile(backend=backend, dynamic=True)
+    def attend(q, k_text, k_history, k_current):
+        n = k_history.shape[2] // 16
+        keys = [k_text, k_history, k_current]
+        grids = [1, 1, k_text.shape[2], n, 4, 4, 2, 4, 4]
+        return sparse_attention(
+            q, keys, keys, [2, 4, 4], grids, "text,history,current", [1, 4, 4], 0.5, 0.3, 1,
+            "decode", None, "site",
+        )  # fmt: skip
+
+    with registry.force("sparse"):
+        for n in (4, 5, 8):
+            case = make_case("decode", n, (4, 4), 3, (1, 4, 4), budget=0.5)
+            case.options["scale"] = 0.3
+            case.values = case.keys
+            expected = masked_dense(case, case.plan())[0]
+            out = attend(case.q, *case.keys)
+            torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    assert len(frames) == 1
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(1, 2, 5, 8), "q must hold 32 tokens"),
+        (1, [], "k must hold"),
+        (3, [3, 4, 4], "as q_grid"),
+        (4, [1, 1, 3], "3 numbers per role"),
+        (5, "text,past,current", "role must be one of"),
+        (6, [1, 4], "tile must be 3 sizes, or 6"),
+        (7, 0.0, r"budget must be in \(0, 1\], got 0.0"),
+        (10, "cross", "got 'cross'"),
+        (11, torch.ones(1, 3, dtype=torch.bool), r"\[1, 4\], got \[1, 3\]"),
+    ],
+)
+def test_wrong_calls_are_refused(position, value, message):
+    call = list(arguments(make_case("decode", 4, (4, 4), 3, (1, 4, 4))))
+    call[position] = value
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*call)
