@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipass.kernels import cost, registry
-from lipass.kernels.plan import BlockGrid, KvLayout
+from lipass.kernels.plan import BlockGrid, KvLayout, Triple
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
 
@@ -145,8 +145,10 @@ def _attend(call: _Call, total_blocks: int, dropped_latents: int) -> Tensor:
     )
     for name, refusal in chosen.refusals:
         registry.record_refusal(call.site, name, refusal)
-    visited = plan.indices.numel() if plan.uniform else plan.counts.sum()
-    count(provider=chosen.name, visited=visited)
+    count(
+        provider=chosen.name,
+        visited=plan.indices.numel() if plan.uniform else plan.counts.sum(),
+    )
     out, _ = chosen.module.block_sparse_attention(
         call.q, call.k, call.v, plan, scale=call.scale, key_bias=None
     )
@@ -216,7 +218,8 @@ def _attend_own_frame(call: _Call, lost: Tensor) -> Tensor:
     frames, batch, heads = call.q_grid.grid[0], call.q.shape[0], call.q.shape[1]
     number = call.layout.candidate_segment(call.role)
     assert number is not None
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for n, (k, v) in enumerate(zip(call.k, call.v, strict=True)):
         for parts, x in ((keys, k), (values, v)):
             if n == number:
@@ -240,12 +243,18 @@ def _layout(
             f"kv_grids must hold 3 numbers per role, got {len(kv_grids)} for roles {roles!r}; "
             "write text of L tokens as 1, 1, L"
         )
-    triples = tuple(zip(kv_grids[::3], kv_grids[1::3], kv_grids[2::3], strict=True))
+    triples = tuple(_triple(kv_grids[n : n + 3]) for n in range(0, len(kv_grids), 3))
     if len(tile) not in (3, 6):
         raise ValueError(
             f"tile must be 3 sizes, or 6 with a query tile, got {tile}; try (4, 4, 4)"
         )
-    return KvLayout.build(names, triples, tile[:3]), BlockGrid(q_grid, tile[-3:])
+    layout = KvLayout.build(names, triples, _triple(tile[:3]))
+    return layout, BlockGrid(_triple(q_grid), _triple(tile[-3:]))
+
+
+def _triple(sizes: tuple[int, ...]) -> Triple:
+    t, y, x = sizes
+    return (t, y, x)
 
 
 def _check(call: _Call) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
+from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout, Segment
 
 # Gathered keys and values of one chunk: 4 MiB, the best of 1, 2, 4 and 8 on Zen 3 (32 MiB of L3).
 _CHUNK_BYTES = 4 << 20
@@ -32,7 +32,7 @@ class _Gather(NamedTuple):
     """Where the keys of each query block lie; an item is one query block of one head."""
 
     run: int  # tokens copied together
-    index: Tensor  # [items, keys / run] rows of the `[B * H * Lk / run, run * D]` view
+    rows: Tensor  # [items, keys / run] rows of the `[B * H * Lk / run, run * D]` view
     bias: Tensor | None  # [items, keys] fp32 added to the scores; None where it would be all 0
 
 
@@ -61,7 +61,7 @@ def block_sparse_attention(
     k_rows, v_rows = _rows(keys, gather.run, "keys"), _rows(values, gather.run, "values")
     q_items = _to_tiles(q, plan.q_grid).reshape(-1, plan.q_grid.block_tokens, dim)
     items, rows, _ = q_items.shape
-    columns = gather.index.shape[1] * gather.run
+    columns = gather.rows.shape[1] * gather.run
 
     out = torch.empty_like(q_items)
     lse = torch.empty(items, rows) if return_lse else None
@@ -69,7 +69,7 @@ def block_sparse_attention(
     step = max(-(-items // max(chunks, 1)), 1)
     for start in range(0, items, step):
         part = slice(start, min(start + step, items))
-        picked = gather.index[part].reshape(-1)
+        picked = gather.rows[part].reshape(-1)
         k_part = _take(k_rows, picked, "k").view(-1, columns, dim)
         v_part = _take(v_rows, picked, "v").view(-1, columns, dim)
         bias = None if gather.bias is None else gather.bias[part, None]
@@ -114,7 +114,7 @@ def _needs_mask(plan: BlockPlan, key_bias: Tensor | None) -> bool:
     return key_bias is not None or plan.key_keep is not None or not plan.uniform or not full
 
 
-def _columns(plan: BlockPlan) -> tuple[slice, list, list[range]]:
+def _columns(plan: BlockPlan) -> tuple[slice, list[Segment], list[range]]:
     """Split the columns of the plan: those to look up, and the segments every row visits whole.
 
     Returns the columns to look up, the segments they may name, and the token ranges of the rest.

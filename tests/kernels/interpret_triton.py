@@ -7,12 +7,12 @@ interpreter takes some 0.1 s per program, hence few and small grids.
 import dataclasses
 import os
 
-assert os.environ["TRITON_INTERPRET"] == "1"
-
 import torch
 from kernel_cases import make_case, masked_dense
+
 from lipass.kernels.block_sparse.api import block_sparse_attention
 
+assert os.environ["TRITON_INTERPRET"] == "1"
 torch.manual_seed(0)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+
 from lipass.kernels.plan import BlockGrid, KvLayout
 from lipass.kernels.planning import plan_attention
 

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import cases, make_case, masked_dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import cases, make_case, masked_dense
+from torch.nn import functional as F
+
 from lipass.kernels.block_sparse import cpu
 from lipass.kernels.block_sparse.api import block_sparse_attention, merge_partials
-from torch.nn import functional as F
 
 PROVIDERS = ["reference", "cpu"]
 # Output rounding plus products of inputs with as many mantissa bits: 8 (bf16) and 11 (fp16).
@@ -108,7 +109,12 @@ def test_padding_is_never_read(provider):
     whole = torch.cat(case.values, 2)
     whole[:, :, hidden] = 1e6
     out = block_sparse_attention(
-        case.q, torch.cat(case.keys, 2), whole, plan, scale=case.options["scale"], provider=provider
+        case.q,
+        torch.cat(case.keys, 2),
+        whole,
+        plan,
+        scale=case.options["scale"],
+        provider=provider,
     )
     assert_near(out, expected)
 

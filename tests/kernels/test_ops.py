@@ -2,15 +2,16 @@
 
 import inspect
 
-import lipass.kernels.ops
 import pytest
 import torch
 from kernel_cases import make_case, masked_dense
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lipass.kernels.ops
 from lipass.kernels import cost, planning, registry
 from lipass.kernels.block_sparse import cpu
 from lipass.kernels.select import vectorized
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sparse_attention = torch.ops.lipass.sparse_attention
 ROLES = {"prefill": "text,current", "decode": "text,history,current"}
@@ -116,7 +117,9 @@ def test_dropped_context_is_not_seen_and_stays_finite(route):
     own = torch.arange(3 + 16, 3 + 32)  # text and the dropped frame itself
     rows = torch.zeros(case.layout.tokens, dtype=torch.bool)
     rows[:3], rows[own] = True, True
-    torch.testing.assert_close(out[:, :, 16:32], dense(case, rows)[:, :, 16:32], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out[:, :, 16:32], dense(case, rows)[:, :, 16:32], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("route", ["sparse", "dense"])
@@ -199,7 +202,9 @@ def test_hot_code_reads_nothing_back():
                 case.q, case.keys, case.values, plan, scale=1.0, key_bias=None
             )
     for module in (planning, cpu):
-        assert not any(read in inspect.getsource(module) for read in (".item(", ".cpu(", ".tolist("))
+        assert not any(
+            read in inspect.getsource(module) for read in (".item(", ".cpu(", ".tolist(")
+        )
     assert ".item(" not in inspect.getsource(vectorized)
 
 

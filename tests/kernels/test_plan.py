@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout, Segment
 
 sizes = st.integers(1, 9)

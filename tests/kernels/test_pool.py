@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lipass.kernels.plan import BlockGrid
 from lipass.kernels.pool.api import pool_blocks
 
@@ -54,10 +55,12 @@ def test_empty_grid_gives_no_mean():
 
 
 def test_wrong_token_count_is_refused():
-    with pytest.raises(ValueError, match="got .*pass the tokens of one segment"):
+    with pytest.raises(ValueError, match="pass the tokens of one segment"):
         pool_blocks(torch.zeros(1, 1, 7, 4), BlockGrid((1, 2, 4), (1, 1, 1)))
 
 
 def test_unknown_provider_is_refused():
     with pytest.raises(ValueError, match="cuda_graph"):
-        pool_blocks(torch.zeros(1, 1, 1, 4), BlockGrid((1, 1, 1), (1, 1, 1)), provider="cuda_graph")
+        pool_blocks(
+            torch.zeros(1, 1, 1, 4), BlockGrid((1, 1, 1), (1, 1, 1)), provider="cuda_graph"
+        )

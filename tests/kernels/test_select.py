@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from kernel_cases import cases, make_case
 from hypothesis import given, settings
+from kernel_cases import cases, make_case
+
 from lipass.kernels.plan import BlockGrid
 from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select import reference
@@ -27,7 +28,9 @@ def visited(plan):
 @settings(max_examples=60)
 @given(cases())
 def test_vectorized_equals_reference(case):
-    expected, counts = reference.select_blocks(*means(case), case.layout, case.q_grid, **case.options)
+    expected, counts = reference.select_blocks(
+        *means(case), case.layout, case.q_grid, **case.options
+    )
     plan = case.plan()
     width = expected.shape[-1]
     assert torch.equal(plan.counts, counts)
