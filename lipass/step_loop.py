@@ -31,7 +31,7 @@ class StepLoop:
 
     def begin(self) -> None:
         """Ask the session which steps of the chunk that is open are reused."""
-        chunk = open_chunk()
+        chunk = session.current_chunk()
         self._local.reused = frozenset() if chunk is None else _reused(chunk, self.steps)
         self._local.chunk = chunk
 
@@ -46,12 +46,6 @@ class StepLoop:
         if index == self.steps - 1:
             self._local.outputs = None
         return outputs
-
-
-def open_chunk() -> session.Chunk | None:
-    """Return the innermost chunk that is open where the model is called."""
-    opened = (item for item in reversed(session._scope.get()) if isinstance(item, session.Chunk))
-    return next(opened, None)
 
 
 def _reused(chunk: session.Chunk, steps: int) -> frozenset[int]:

@@ -21,7 +21,7 @@ from lipass.passes import runner
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
 from lipass.passes.site import AttentionSite, region_name, sites, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
-from lipass.step_loop import compile_steps, open_chunk
+from lipass.step_loop import compile_steps
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
@@ -52,7 +52,7 @@ class CompiledUnit:
         return outputs
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
-        chunk = open_chunk()
+        chunk = session.current_chunk()
         if chunk is None or chunk.plan.dense_reason is None:
             return self.compiled(*args)
         with registry.force("dense"):

@@ -42,7 +42,7 @@ class Emitter:
 
     def size(self, size: Size, tensor: Node, dim: int) -> int | Node:
         """Return a size as a constant or a node; `tensor` has it as its axis `dim`."""
-        return size if isinstance(size, int) else self._input(size) or self._axis(tensor, dim)
+        return size if isinstance(size, int) else self.given(size) or self._axis(tensor, dim)
 
     def grid(self, grid: Grid, tensor: Node) -> list[int | Node]:
         """Return `(T, Y, X)` as constants or nodes; `tensor` `[B, H, T*Y*X, D]` has the tokens."""
@@ -50,11 +50,12 @@ class Emitter:
         t, y, x = grid[0], int(grid[1]), int(grid[2])
         if isinstance(t, int):
             return [t, y, x]
-        if node := self._input(t):
+        if node := self.given(t):
             return [node, y, x]
         return [self(operator.floordiv, self._axis(tensor, 2), y * x), y, x]
 
-    def _input(self, size: Size) -> Node | None:
+    def given(self, size: Size) -> Node | None:
+        """Return the input of the graph that is this size, if there is one."""
         for node in self.before.graph.find_nodes(op="placeholder"):
             if isinstance(value(node), torch.SymInt) and known_true(value(node) == size):
                 return node

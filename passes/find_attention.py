@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from lipass.passes import match, token_grid
-from lipass.passes.compat import Size, guard, holds_now, is_parameter, is_symbolic, known_true, value
+from lipass.passes.compat import Size, guard, holds_now, is_symbolic, known_true, value
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.match import SDPA, Operands, Refusal
 from lipass.passes.site import AttentionSite, Grid, Segment, call_line, module_path, set_site, site_of
@@ -183,10 +183,7 @@ def _segment(
 def _evidence(key: Node, tokens: Size, latents: Size, q_latents: Size) -> str:
     """Return why whole latents of keys are history, or nothing."""
     for camera in key.graph.find_nodes(op="placeholder"):
-        tensor = value(camera)
-        if not isinstance(tensor, torch.Tensor) or is_parameter(camera) or tensor.dim() != 4:
-            continue
-        if tensor.shape[2:] == (4, 4) and holds_now(tensor.shape[1] == latents + q_latents):
+        if match.is_matrices(camera) and holds_now(value(camera).shape[1] == latents + q_latents):
             return f"{camera.name} has a camera for each of its latents"
     return "its length varies between calls" if is_symbolic(tokens) else ""
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import Graph, Node
 
-from lipass.passes.compat import Size, guard, holds_now, is_parameter, value
+from lipass.passes.compat import Size, guard, holds_now, value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.match import Refusal
+from lipass.passes.match import Refusal, is_matrices
 from lipass.passes.site import AttentionSite, PoseInput, set_poses, sites
 
 
@@ -41,7 +40,7 @@ class FindPoses(Pass):
         candidates = [
             node
             for node in graph.find_nodes(op="placeholder")
-            if _is_matrices(node) and self.input in (None, node.name.removeprefix("l_").strip("_"))
+            if is_matrices(node) and self.input in (None, node.name.removeprefix("l_").strip("_"))
         ]
         if not candidates:
             ctx.note("cameras", "kept", "no input is [B, F, 4, 4]")
@@ -61,17 +60,6 @@ class FindPoses(Pass):
 
 def _refused(fact: PoseInput | Refusal) -> bool:
     return isinstance(fact, Refusal)
-
-
-def _is_matrices(node: Node) -> bool:
-    tensor = value(node)
-    return (
-        isinstance(tensor, torch.Tensor)
-        and tensor.dim() == 4
-        and tensor.shape[2:] == (4, 4)
-        and tensor.is_floating_point()
-        and not is_parameter(node)
-    )
 
 
 def _fit(node: Node, graph: Graph) -> PoseInput | Refusal:

@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from lipass.passes.compat import Size, guard, known_true, value
+from lipass.passes.compat import Size, guard, is_parameter, known_true, value
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -87,6 +87,20 @@ def _segments(tensor: Node) -> tuple[Node, ...]:
         if isinstance(pieces, (list, tuple)) and all(isinstance(p, Node) for p in pieces):
             return tuple(pieces)  # type: ignore[arg-type]
     return (tensor,)
+
+
+def is_matrices(node: Node) -> bool:
+    """Whether a node is an input `[B, F, 4, 4]` of floats and no parameter."""
+    tensor = value(node)
+    return (
+        node.op == "placeholder"
+        and isinstance(tensor, torch.Tensor)
+        and tensor.dim() == 4
+        and tensor.is_floating_point()
+        and known_true(tensor.shape[2] == 4)
+        and known_true(tensor.shape[3] == 4)
+        and not is_parameter(node)
+    )
 
 
 def same_values(node: Node) -> Node:

@@ -76,6 +76,10 @@ class _Printer:
             return "input"
         if node.op == "get_attr":
             return f"attribute {node.target}"
+        if node.op == "call_module":
+            inputs = [arg for arg in node.args if not (isinstance(arg, Node) and _is_hidden(arg))]
+            hidden = len(node.args) - len(inputs)
+            return f"{node.target}({', '.join(map(self._arg, inputs))}; {hidden} parameters)"
         args = [self._arg(arg) for arg in node.args]
         args += [f"{key}={self._arg(arg)}" for key, arg in node.kwargs.items()]
         if node.op == "call_method":

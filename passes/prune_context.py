@@ -111,6 +111,8 @@ class PruneContext(Pass):
 def _history_latents(w2c: Node, fact: PoseInput, emit: Emitter) -> int | Node:
     if isinstance(fact.history_latents, int):
         return fact.history_latents
+    if node := emit.given(fact.history_latents):
+        return node
     if isinstance(fact.current_latents, int):
         cameras = emit.size(value(w2c).shape[1], w2c, 1)
         return emit(operator.sub, cameras, fact.current_latents)

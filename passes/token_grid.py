@@ -30,34 +30,30 @@ def infer(tokens_of: Node, tokens: Size) -> Grid | Refusal:
         above, below = value(node.args[0]).shape, value(node).shape
         if sum(known_true(size == tokens) for size in below) > 1:
             continue  # features or batch may be what was merged
-        for axes in _merged(above, below, 3):
-            if known_true(axes[0] * axes[1] * axes[2] == tokens) and len(above) >= 5:
-                return axes[0], axes[1], axes[2]
-        for axes in _merged(above, below, 2):
-            if known_true(axes[0] * axes[1] == tokens):
-                pairs.append((axes[0], axes[1]))
+        for i in _merged(above, below, 3):
+            if known_true(above[i] * above[i + 1] * above[i + 2] == tokens) and len(above) >= 5:
+                return above[i], above[i + 1], above[i + 2]
+        for i in _merged(above, below, 2):
+            if known_true(above[i] * above[i + 1] == tokens):
+                pairs.append((above[i], above[i + 1]))
             for latents, per_latent in pairs:
-                if known_true(axes[0] * axes[1] == per_latent) and _before(above, axes, latents):
-                    return latents, axes[0], axes[1]
+                whole = known_true(above[i] * above[i + 1] == per_latent)
+                if whole and i > 0 and known_true(above[i - 1] == latents):
+                    return latents, above[i], above[i + 1]
     return Refusal("no reshape from [.., T, Y, X, ..] to its tokens is upstream of q")
 
 
-def _merged(above: torch.Size, below: torch.Size, count: int) -> list[tuple[Size, ...]]:
-    """List the runs of `count` axes of `above` that are one axis of `below`, all others equal."""
+def _merged(above: torch.Size, below: torch.Size, count: int) -> list[int]:
+    """List the axes `i` of `above` from which `count` axes are one axis of `below`, others equal."""
     if len(above) - len(below) != count - 1:
         return []
-    runs = []
-    for i in range(len(below)):
-        left = all(known_true(a == b) for a, b in zip(above[:i], below[:i], strict=True))
-        right = zip(above[i + count :], below[i + 1 :], strict=True)
-        if left and all(known_true(a == b) for a, b in right):
-            runs.append(tuple(above[i : i + count]))
-    return runs
+    return [
+        i
+        for i in range(len(below))
+        if _equal(above[:i], below[:i]) and _equal(above[i + count :], below[i + 1 :])
+    ]
 
 
-def _before(shape: torch.Size, axes: tuple[Size, ...], latents: Size) -> bool:
-    """Whether the axis in front of `axes` counts the latents."""
-    for i in range(1, len(shape) - 1):
-        if shape[i : i + 2] == axes and known_true(shape[i - 1] == latents):
-            return True
-    return False
+def _equal(a: torch.Size, b: torch.Size) -> bool:
+    # `==` of two shapes would guard on the sizes of this call
+    return all(known_true(x == y) for x, y in zip(a, b, strict=True))

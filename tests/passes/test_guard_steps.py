@@ -39,14 +39,14 @@ def test_unrolled_loop(trace, apply):
 -%tanh: f32[2, 4] = tanh(%linear)
 -%mul: f32[2, 4] = mul(%tanh, %getitem_2)
 -%mul_1: f32[2, 4] = mul(%sub, %mul)
-+%denoise_step = denoise_step($x, $net.lin.weight, $net.lin.bias, %getitem_2)
++%denoise_step = denoise_step($x, %getitem_2; 2 parameters)
 +%getitem_6: f32[2, 4] = getitem(%denoise_step, 0)
 +%mul_1: f32[2, 4] = mul(%sub, %getitem_6)
 -%linear_1: f32[2, 4] = linear(%x, $net.lin.weight, $net.lin.bias)  # lin@1
 -%tanh_1: f32[2, 4] = tanh(%linear_1)  # @1
 -%mul_2: f32[2, 4] = mul(%tanh_1, %getitem_5)  # @1
 -%mul_3: f32[2, 4] = mul(%sub_1, %mul_2)
-+%denoise_step_1 = denoise_step(%x, $net.lin.weight, $net.lin.bias, %getitem_5)
++%denoise_step_1 = denoise_step(%x, %getitem_5; 2 parameters)
 +%getitem_7: f32[2, 4] = getitem(%denoise_step_1, 0)
 +%mul_3: f32[2, 4] = mul(%sub_1, %getitem_7)
 """)

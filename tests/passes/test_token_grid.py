@@ -60,6 +60,18 @@ def test_frames_that_vary(grid):
     assert (y, x) == ("4", "5")
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: attend(x.flatten(2).mT),
+        lambda x: attend(x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(1, 2)),
+    ],
+)
+def test_frames_that_vary_and_are_now_as_many_as_rows(grid, fn):
+    t, *_ = grid(fn, (latents(3),), (latents(4),))
+    assert t.startswith("s")
+
+
 def test_nearest_reshape_wins(grid):
     def fn(x):
         tokens = x.flatten(2).mT
