@@ -135,12 +135,17 @@ class FindAttention(Pass):
 
 def _names(calls: list[Node]) -> dict[Node, str]:
     """Name each call by its module path; several calls in one module count `#1`, `#2`, ..."""
-    paths = {node: module_path(node) or "attention" for node in calls}
+    paths = {node: _path(node) for node in calls}
     total, seen, names = Counter(paths.values()), Counter[str](), {}
     for node, path in paths.items():
         seen[path] += 1
         names[node] = f"{path}#{seen[path]}" if total[path] > 1 else path
     return names
+
+
+def _path(node: Node) -> str:
+    path = module_path(node)
+    return path if path and not path.startswith("@") else f"attention{path}"
 
 
 def _is_current(q: Node, key: Node, q_tokens: Size) -> bool:

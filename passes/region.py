@@ -31,8 +31,11 @@ class Region:
 
 
 def region_of(nodes: list[Node]) -> Region:
-    """Describe a region; arithmetic on sizes is left outside, because repeats share it."""
-    inside = {node: i for i, node in enumerate(n for n in nodes if not is_size_arithmetic(n))}
+    """Describe a region; arithmetic on sizes from outside stays there, because repeats share it."""
+    inside: dict[Node, int] = {}
+    for node in nodes:
+        if not _is_size_arithmetic(node) or any(above in inside for above in node.all_input_nodes):
+            inside[node] = len(inside)
     inputs: dict[Node, int] = {}
 
     def form(arg: Any) -> object:
@@ -56,7 +59,7 @@ def region_of(nodes: list[Node]) -> Region:
     return Region(tuple(inside), tuple(inputs), outputs, forms)
 
 
-def is_size_arithmetic(node: Node) -> bool:
+def _is_size_arithmetic(node: Node) -> bool:
     """Whether a node computes a size from sizes alone."""
     if node.op != "call_function" or not isinstance(value(node), (torch.SymInt, int)):
         return False

@@ -211,3 +211,28 @@ def test_several_outputs(trace, apply):
     assert records[-1].changed
     with torch.no_grad():
         assert torch.equal(compiled(X, S), fn(X, S))
+
+
+def test_sizes_read_from_inputs_belong_to_their_step(trace, apply):
+    class Decode(nn.Module):
+        def forward(self, x, text, history):
+            q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+            key = torch.cat([text, history, q], 2)
+            out = F.scaled_dot_product_attention(q, key, key)
+            return out.transpose(1, 2).flatten(2).mT.unflatten(-1, (4, 4, 4)).contiguous()
+
+    model = Decode()
+
+    def fn(x, *cache):
+        for _ in range(2):
+            x = x + 0.1 * model(x, *cache)
+        return x
+
+    x, text = torch.randn(1, 16, 4, 4, 4), torch.randn(1, 2, 6, 8)
+    args = [(x, text, torch.randn(1, 2, n, 8)) for n in (64, 128)]
+    gm = trace(fn, *args)
+    records, _ = apply(gm, "canonicalize,find-attention,find-steps,sparse-attention,guard-steps")
+    assert records[-1].changed
+    assert gm.denoise_step.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.sym_size.int
+    )
