@@ -29,11 +29,13 @@ _buffers = threading.local()
 
 
 class _Gather(NamedTuple):
-    """Where the keys of each query block lie; an item is one query block of one head."""
+    """Where the keys of each query block lie."""
 
+    segment: int | None  # the one that is gathered from; None is all of them joined
+    shared: tuple[int, ...]  # segments that every query block takes whole
     run: int  # tokens copied together
-    rows: Tensor  # [items, keys / run] rows of the `[B * H * Lk / run, run * D]` view
-    bias: Tensor | None  # [items, keys] fp32 added to the scores; None where it would be all 0
+    rows: Tensor  # [B * H, Nq, keys / run] rows of the source, `run * D` numbers each
+    bias: Tensor | None  # [B * H, Nq, keys] fp32 added to the scores; None where it would be all 0
 
 
 def why_not(q: Tensor, plan: BlockPlan) -> str | None:
@@ -57,94 +59,106 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend; see `lipass.kernels.block_sparse.api`."""
     batch, heads, _, dim = q.shape
-    gather = _masked_gather(plan, key_bias) if _needs_mask(plan, key_bias) else _plain_gather(plan)
-    k_rows, v_rows = _rows(keys, gather.run, "keys"), _rows(values, gather.run, "values")
-    q_items = _to_tiles(q, plan.q_grid).reshape(-1, plan.q_grid.block_tokens, dim)
-    items, rows, _ = q_items.shape
-    columns = gather.rows.shape[1] * gather.run
+    masked = _needs_mask(plan, key_bias)
+    gather = _masked_gather(plan, key_bias) if masked else _plain_gather(plan, len(keys) > 1)
+    k_rows, v_rows = _source(keys, gather, "keys"), _source(values, gather, "values")
+    k_shared, v_shared = _shared(keys, gather, plan.kv), _shared(values, gather, plan.kv)
+    q_tiles = _to_tiles(q, plan.q_grid).flatten(0, 1)  # [B * H, Nq, slots, D]
+    pairs, blocks, slots, _ = q_tiles.shape
+    columns = gather.rows.shape[2] * gather.run + sum(part.shape[1] for part in k_shared)
 
-    out = torch.empty_like(q_items)
-    lse = torch.empty(items, rows) if return_lse else None
-    chunks = -(-items * columns * dim * 2 * q.element_size() // _CHUNK_BYTES)
-    step = max(-(-items // max(chunks, 1)), 1)
-    for start in range(0, items, step):
-        part = slice(start, min(start + step, items))
+    out = torch.empty_like(q_tiles, memory_format=torch.contiguous_format)
+    lse = torch.empty(pairs, blocks, slots) if return_lse else None
+    for head, block in _chunks(pairs, blocks, columns * dim * 2 * q.element_size()):
+        part = (head, block)
         picked = gather.rows[part].reshape(-1)
-        k_part = _take(k_rows, picked, "k").view(-1, columns, dim)
-        v_part = _take(v_rows, picked, "v").view(-1, columns, dim)
-        bias = None if gather.bias is None else gather.bias[part, None]
-        if lse is None:
-            _attend(q_items[part], k_part, v_part, bias, scale, out[part])
-        else:
-            _attend_lse(q_items[part], k_part, v_part, bias, scale, out[part], lse[part])
+        k_part = _collect(k_rows, picked, k_shared, part, dim, "k")
+        v_part = _collect(v_rows, picked, v_shared, part, dim, "v")
+        bias = None if gather.bias is None else gather.bias[part].flatten(0, 1)[:, None]
+        result = (out[part], None if lse is None else lse[part])
+        _attend(q_tiles[part].flatten(0, 1), k_part, v_part, bias, scale, *result)
     if gather.bias is not None:
         # Rows without a key: the softmax of nothing is nan, by contract the output is 0.
         blind = (gather.bias == -math.inf).all(-1)
-        out.masked_fill_(blind[:, None, None], 0.0)
+        out.masked_fill_(blind[..., None, None], 0.0)
 
-    merged = _to_tokens(out.view(batch, heads, -1, rows, dim), plan.q_grid)
+    merged = _to_tokens(out.unflatten(0, (batch, heads)), plan.q_grid)
     if lse is None:
         return merged, None
-    return merged, _to_tokens(lse.view(batch, heads, -1, rows, 1), plan.q_grid)[..., 0]
+    return merged, _to_tokens(lse.unflatten(0, (batch, heads))[..., None], plan.q_grid)[..., 0]
+
+
+def _chunks(pairs: int, blocks: int, bytes_per_block: int) -> list[tuple[slice, slice]]:
+    """Cut `[B * H, Nq]` into whole heads, or one head into runs of query blocks."""
+    fit = max(_CHUNK_BYTES // max(bytes_per_block, 1), 1)
+    heads = max(fit // max(blocks, 1), 1)
+    heads = -(-pairs // -(-pairs // heads))
+    step = blocks if fit >= blocks else -(-blocks // -(-blocks // fit))
+    return [
+        (slice(h, min(h + heads, pairs)), slice(n, min(n + step, blocks)))
+        for h in range(0, pairs, heads)
+        for n in range(0, blocks, max(step, 1))
+    ]
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> None:
-    """Attend item by item: `[c, rows, D]` to `[c, keys, D]`."""
-    mask = None if bias is None else bias.to(q.dtype).expand(-1, q.shape[1], -1)[None]
-    out.copy_(F.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale)[0])
-
-
-def _attend_lse(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, out: Tensor, lse: Tensor
-) -> None:
-    """Attend in three steps in fp32, because the fused call keeps its log-sum-exp to itself."""
+    """Attend block by block, `[c, slots, D]` to `[c, keys, D]`, into `out` and `lse`."""
+    if lse is None:
+        mask = None if bias is None else bias.to(q.dtype).expand(-1, q.shape[1], -1)[None]
+        found = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale)
+        out.copy_(found.view(out.shape))
+        return
+    # Three steps in fp32, because the fused call keeps its log-sum-exp to itself.
     score = (q.float() @ k.float().mT) * scale
     if bias is not None:
         score += bias
-    torch.logsumexp(score, -1, out=lse)
-    out.copy_(score.softmax(-1) @ v.float())
+    lse.copy_(score.logsumexp(-1).view(lse.shape))
+    out.copy_((score.softmax(-1) @ v.float()).view(out.shape))
 
 
 def _needs_mask(plan: BlockPlan, key_bias: Tensor | None) -> bool:
     """Whether some gathered slot is no key, or some key has a bias."""
-    _, chosen, _ = _columns(plan)
-    full = all(segment.grid.is_full for segment in chosen)
-    return key_bias is not None or plan.key_keep is not None or not plan.uniform or not full
-
-
-def _columns(plan: BlockPlan) -> tuple[slice, list[Segment], list[range]]:
-    """Split the columns of the plan: those to look up, and the segments every row visits whole.
-
-    Returns the columns to look up, the segments they may name, and the token ranges of the rest.
-    """
+    if key_bias is not None or plan.key_keep is not None or not plan.uniform:
+        return True
     segments = plan.kv.segments
-    width, before, after = plan.indices.shape[-1], 0, len(segments)
-    if plan.uniform:
-        while before < after and before in plan.shared_segments:
-            before += 1
-        while after > before and after - 1 in plan.shared_segments:
-            after -= 1
-    front = sum(segment.grid.blocks for segment in segments[:before])
-    back = sum(segment.grid.blocks for segment in segments[after:])
-    whole = [plan.kv.token_range(n) for n in (*range(before), *range(after, len(segments)))]
-    return slice(front, width - back), list(segments[before:after]), whole
+    return not all(
+        segments[n].grid.is_full for n in range(len(segments)) if n not in plan.shared_segments
+    )
 
 
-def _plain_gather(plan: BlockPlan) -> _Gather:
-    """Copy in the longest runs that all blocks consist of; every slot is a key."""
-    columns, _, whole = _columns(plan)
-    run = _run_tokens(plan.kv, columns.start, columns.stop)
-    table = _run_table(plan.kv, run)
-    chosen = plan.indices[..., columns]
-    batch, heads, blocks, _ = chosen.shape
-    index = table.index_select(0, chosen.reshape(-1)).view(batch * heads, blocks, -1)
-    if whole:
-        rest = _range_table(tuple(whole), run).expand(batch * heads, blocks, -1)
-        index = torch.cat([index, rest], -1)
-    first = torch.arange(batch * heads).mul_(plan.kv.tokens // run)
-    return _Gather(run, (index + first[:, None, None]).flatten(0, 1), None)
+def _plain_gather(plan: BlockPlan, by_segment: bool) -> _Gather:
+    """Copy in the longest runs that the blocks consist of; every slot is a key.
+
+    Either from one segment, and the shared ones are copied behind it; or from all segments joined,
+    which copies every key once and what is gathered once less.
+    """
+    layout, shared = plan.kv, plan.shared_segments
+    left = [n for n in range(len(layout.segments)) if n not in shared]
+    if len(left) != 1:
+        shared, left = (), list(range(len(layout.segments)))
+    spans = [layout.block_range(n) for n in left]
+    columns = slice(0, plan.indices.shape[-1])
+    if shared:
+        after = sum(layout.segments[n].grid.blocks for n in shared if n > left[0])
+        columns = slice(spans[0].start, plan.indices.shape[-1] - after)
+    chosen = plan.indices[..., columns].flatten(0, 1)  # [B * H, Nq, S]
+    pairs, blocks, count = chosen.shape
+    alone = by_segment and shared and blocks * count * layout.block_tokens < layout.tokens
+    segment = left[0] if alone else None
+    run, table, rest, tokens = _run_table(layout, spans[0], spans[-1], segment, shared)
+    rows = table.index_select(0, chosen.reshape(-1)).view(pairs, blocks, -1)
+    if not alone and shared:
+        rows = torch.cat([rows, rest.expand(pairs, blocks, -1)], 2)
+    rows += _first_rows(pairs, tokens // run)
+    return _Gather(segment, shared if alone else (), run, rows, None)
 
 
 def _masked_gather(plan: BlockPlan, key_bias: Tensor | None) -> _Gather:
@@ -162,18 +176,45 @@ def _masked_gather(plan: BlockPlan, key_bias: Tensor | None) -> _Gather:
         bias = key_bias.float().expand(batch, -1)[owner, token]
     bias = bias.masked_fill(~seen, -math.inf)
     first = torch.arange(batch * heads).view(batch, heads, 1, 1) * plan.kv.tokens
-    return _Gather(1, (token + first).flatten(0, 2), bias.flatten(0, 2))
+    return _Gather(None, (), 1, (token + first).flatten(0, 1), bias.flatten(0, 1))
 
 
-def _rows(parts: list[Tensor], run: int, name: str) -> Tensor:
-    """View keys or values as one row per run of tokens, `[B * H * Lk / run, run * D]`."""
-    parts = [part for part in parts if part.shape[2]]
-    whole = parts[0]
-    if len(parts) > 1:
+def _source(parts: list[Tensor], gather: _Gather, name: str) -> Tensor:
+    """View what is gathered from as one row per run of tokens, `[B * H * L / run, run * D]`."""
+    whole = parts[0] if gather.segment is None else parts[gather.segment]
+    if gather.segment is None and len(parts) > 1:
         batch, heads, _, dim = whole.shape
         shape = (batch, heads, sum(part.shape[2] for part in parts), dim)
         whole = torch.cat(parts, 2, out=_buffer(name, shape, whole.dtype))
-    return whole.reshape(-1, run * whole.shape[-1])
+    return whole.reshape(-1, gather.run * whole.shape[-1])
+
+
+def _shared(parts: list[Tensor], gather: _Gather, layout: KvLayout) -> list[Tensor]:
+    """Select the segments that every query block takes whole, `[B * H, L, D]` each."""
+    spans = [layout.token_range(n) for n in gather.shared]
+    if gather.segment is None:
+        found = [parts[0][:, :, span.start : span.stop] for span in spans]
+    else:
+        found = [parts[n] for n in gather.shared]
+    return [part.flatten(0, 1) for part in found if part.shape[2]]
+
+
+def _collect(
+    source: Tensor,
+    picked: Tensor,
+    shared: list[Tensor],
+    part: tuple[slice, slice],
+    dim: int,
+    name: str,
+) -> Tensor:
+    """Copy the keys of one chunk together, `[c, keys, D]`."""
+    heads, blocks = (span.stop - span.start for span in part)
+    found = _take(source, picked, f"{name}_found").view(heads, blocks, -1, dim)
+    if not shared:
+        return found.flatten(0, 1)
+    parts = [found, *(x[part[0], None].expand(-1, blocks, -1, -1) for x in shared)]
+    shape = (heads, blocks, sum(x.shape[2] for x in parts), dim)
+    return torch.cat(parts, 2, out=_buffer(name, shape, source.dtype)).flatten(0, 1)
 
 
 def _take(source: Tensor, rows: Tensor, name: str) -> Tensor:
@@ -215,13 +256,23 @@ def _to_tokens(x: Tensor, grid: BlockGrid) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _run_tokens(layout: KvLayout, first_block: int, last_block: int) -> int:
-    """Return the longest run that tiles segments and blocks alike, in tokens."""
-    run = math.gcd(*(segment.grid.tokens for segment in layout.segments))
-    for number, segment in enumerate(layout.segments):
-        (_, size_y, size_x), (tile_t, tile_y, tile_x) = segment.grid.grid, segment.grid.tile
-        blocks = layout.block_range(number)
-        if segment.grid.tokens == 0 or blocks.stop <= first_block or blocks.start >= last_block:
+def _run_table(
+    layout: KvLayout, first: range, last: range, segment: int | None, shared: tuple[int, ...]
+) -> tuple[int, Tensor, Tensor, int]:
+    """Tabulate runs of keys, counted from the start of a segment, or of all keys if it is None.
+
+    Returns the longest run, in tokens, that tiles the blocks between `first` and `last`, and the
+    shared segments too where all keys are joined; the runs of each block, `[Nk, slots / run]`;
+    those of the shared segments; and the tokens that one head has.
+    """
+    span = range(layout.tokens) if segment is None else layout.token_range(segment)
+    run = len(span)
+    for number, part in enumerate(layout.segments):
+        (_, size_y, size_x), (tile_t, tile_y, tile_x) = part.grid.grid, part.grid.tile
+        blocks, tokens = layout.block_range(number), layout.token_range(number)
+        if segment is None:
+            run = math.gcd(run, tokens.start, tokens.stop)
+        if not blocks or blocks.stop <= first.start or blocks.start >= last.stop:
             continue
         inside = tile_x
         if tile_x == size_x:
@@ -229,16 +280,16 @@ def _run_tokens(layout: KvLayout, first_block: int, last_block: int) -> int:
             if tile_y == size_y:
                 inside *= tile_t
         run = math.gcd(run, inside)
-    return run
+    run = max(run, 1)
+    whole = [
+        torch.arange(span_.start, span_.stop, run) for span_ in map(layout.token_range, shared)
+    ]
+    rest = torch.cat(whole) // run if whole else torch.zeros(0, dtype=torch.int64)
+    table = (layout.token_index() - span.start).clamp(min=0)[:, ::run] // run
+    return run, table, rest, len(span)
 
 
 @functools.lru_cache(maxsize=512)
-def _run_table(layout: KvLayout, run: int) -> Tensor:
-    """Runs of each block, `[Nk, block_tokens / run]` int64."""
-    return layout.token_index()[:, ::run].clamp(min=0) // run
-
-
-@functools.lru_cache(maxsize=512)
-def _range_table(ranges: tuple[range, ...], run: int) -> Tensor:
-    """Runs of whole segments."""
-    return torch.cat([torch.arange(r.start, r.stop, run) // run for r in ranges])
+def _first_rows(pairs: int, step: int) -> Tensor:
+    """Row at which each head starts, `[B * H, 1, 1]`."""
+    return (torch.arange(pairs) * step).view(pairs, 1, 1)
