@@ -21,7 +21,7 @@ from .camera import FOV_DEG
 from .codec import Codec
 from .metrics import affected_psnr_db, psnr_db, self_consistency_db
 from .model import CHUNK_LATENTS, KeyValue, TinyWorld
-from .rollout import Rollout, roll_out
+from .rollout import WINDOW_LATENTS, Rollout, roll_out
 from .scenario import Scenario
 
 INDUCTOR = "inductor"
@@ -186,23 +186,24 @@ def _relative(run: Run, off: Run, given: int) -> float:
 
 def baselines(
     scenario: Scenario, model: Callable, text: list[KeyValue], codec: Codec
-) -> list[dict]:
-    """Rows of what a viewer could have without spatial memory, or without any model."""
+) -> list[tuple[dict, Tensor]]:
+    """What a viewer could have without spatial memory, or without any model: rows and frames."""
     given = len(scenario.given)
     truth = scenario.truth[given:]
     blind = roll_out(
         model, text, scenario.given, scenario.w2c, seed=scenario.room.seed,
-        retriever=lambda w2c, _: list(range(max(0, len(w2c) - 12), len(w2c))),
+        retriever=lambda w2c, _: list(range(max(0, len(w2c) - WINDOW_LATENTS), len(w2c))),
     )  # fmt: skip
-    frames = codec.decode(blind.latents)[given:]
-    still = scenario.truth[given - 1 : given].expand_as(truth)
+    shown = {
+        "no-memory": codec.decode(blind.latents)[given:],
+        "copy-last": scenario.truth[given - 1 : given].expand_as(truth),
+    }
+    place = {
+        "trajectory": scenario.path,
+        "regime": scenario.regime,
+        "room": scenario.room.seed,
+    }
     return [
-        {
-            "preset": name,
-            "trajectory": scenario.path,
-            "regime": scenario.regime,
-            "room": scenario.room.seed,
-            "psnr_vs_truth_db": psnr_db(shown, truth),
-        }
-        for name, shown in (("no-memory", frames), ("copy-last", still))
+        ({"preset": name, **place, "psnr_vs_truth_db": psnr_db(frames, truth)}, frames)
+        for name, frames in shown.items()
     ]

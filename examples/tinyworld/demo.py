@@ -4,11 +4,11 @@ import json
 import platform
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 import lipass
@@ -102,7 +102,9 @@ def _measure(job: Scope, model, codec, scenes: list[Scenario], text) -> tuple[di
             )  # fmt: skip
             rows += new
             if job.with_baselines and scene.regime == "explored":
-                rows += baselines(scene, contenders[0], text, codec)
+                for row, shown in baselines(scene, contenders[0], text, codec):
+                    rows.append(row)
+                    frames[(row["preset"], *scene.key)] = _bytes(shown)
             for preset, run_ in runs.items():
                 key = (preset, *scene.key)
                 frames[key] = _bytes(run_.frames[len(scene.given) :])
@@ -113,8 +115,8 @@ def _measure(job: Scope, model, codec, scenes: list[Scenario], text) -> tuple[di
         "schema_version": SCHEMA_VERSION,
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {
-            "lipass": lipass.__version__, "torch": torch.__version__,
-            "triton": triton.__version__, "python": platform.python_version(),
+            "lipass": lipass.__version__, "torch": metadata.version("torch"),
+            "python": platform.python_version(),
         },
         "rows": rows,
         "rollouts": rollouts,

@@ -135,7 +135,8 @@ def _texture(surface: int, size: Tensor, uniform) -> Tensor:
 
 def _cast(room: Room, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest hit of rays `[R, 3]`: distance `[R]`, axis of the normal `[R]`, surface `[R]`."""
-    inverse = 1.0 / torch.where(direction.abs() < _RAY_EPS, _RAY_EPS, direction)
+    direction = torch.where(direction.abs() < _RAY_EPS, _RAY_EPS, direction)
+    inverse = 1.0 / direction
     width, height, depth = room.size_m.tolist()
     low = torch.tensor([0.0, -height, 0.0])
     high = torch.tensor([width, 0.0, depth])
