@@ -1,7 +1,7 @@
-"""Answer `torch.compile(backend="light_interaction")`: passes on Dynamo's graph, then an inner compiler.
+"""Answer `torch.compile(backend="light_interaction")`: run the passes, then an inner compiler.
 
-torch finds this module through the entry-point group `torch_dynamo_backends` and imports it on first
-use, so nothing heavy is imported at the top.
+torch finds this module through the entry-point group `torch_dynamo_backends` and imports it on
+first use, so nothing heavy is imported at the top.
 """
 
 from __future__ import annotations

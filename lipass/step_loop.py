@@ -17,8 +17,8 @@ from lipass.passes.site import region_name
 
 Compiled = Callable[..., Any]
 
-# Sampler arithmetic between steps: a handful of pointwise calls on one latent chunk. Compiling each
-# piece costs seconds and saves microseconds.
+# Sampler arithmetic between steps: a handful of pointwise calls on the latents of one chunk.
+# Compiling each piece costs seconds and saves microseconds.
 _GLUE_CALLS = 16
 
 
@@ -32,7 +32,7 @@ class StepLoop:
     def begin(self) -> None:
         """Ask the session which steps of the chunk that is open are reused."""
         chunk = session.current_chunk()
-        self._local.reused = frozenset() if chunk is None else _reused(chunk, self.steps)
+        self._local.reused = () if chunk is None else chunk.step_plan(self.steps).reused
         self._local.chunk = chunk
 
     def run(self, index: int, compiled: Compiled, args: tuple[Any, ...]) -> Any:
@@ -48,17 +48,12 @@ class StepLoop:
         return outputs
 
 
-def _reused(chunk: session.Chunk, steps: int) -> frozenset[int]:
-    computed = {step.index for step in chunk.steps(range(steps + 1)) if not step.reused}
-    return frozenset(range(1, steps)) - computed
-
-
 def compile_steps(
     gm: torch.fx.GraphModule,
     example_inputs: list[Any],
     inner_compile: Callable[[torch.fx.GraphModule, list[Any]], Compiled],
 ) -> Compiled:
-    """Cut a graph at its outlined steps and compile the pieces; all steps share one compilation."""
+    """Cut a graph at its outlined steps and compile the pieces, all steps as one."""
     part: dict[torch.fx.Node, int] = {}
     current = 0
     for node in gm.graph.nodes:
@@ -72,11 +67,13 @@ def compile_steps(
         current += is_step
         part[node] = current
         current += is_step
-    pieces = split_module(gm, None, part.__getitem__, keep_original_order=True)
+    pieces = split_module(gm, torch.nn.Module(), part.__getitem__, keep_original_order=True)
     inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
     mode = detect_fake_mode(inputs)
     with mode:
-        fakes = [_fake(given, shaped) for given, shaped in zip(example_inputs, inputs, strict=True)]
+        fakes = [
+            _fake(given, shaped) for given, shaped in zip(example_inputs, inputs, strict=True)
+        ]
         _PieceCompiler(pieces, inner_compile).run(*fakes)
     compiled: Compiled = pieces.forward
     return compiled
@@ -98,14 +95,17 @@ def _fake(given: Any, shaped: Any) -> Any:
     )
     # how Dynamo marks parameters, which keep their address between calls
     if hasattr(given, "_dynamo_static_input_type"):
-        fake._dynamo_static_input_type = given._dynamo_static_input_type
+        marked: Any = fake
+        marked._dynamo_static_input_type = given._dynamo_static_input_type
     return fake
 
 
 class _PieceCompiler(torch.fx.Interpreter):
     """Walk over the pieces with fake inputs and replace each by its compiled form."""
 
-    def __init__(self, pieces: torch.fx.GraphModule, inner_compile: Callable[..., Compiled]) -> None:
+    def __init__(
+        self, pieces: torch.fx.GraphModule, inner_compile: Callable[..., Compiled]
+    ) -> None:
         super().__init__(pieces)
         self.inner_compile = inner_compile
         self.loop = StepLoop(sum(_step_call(piece) is not None for piece in pieces.children()))
@@ -116,6 +116,7 @@ class _PieceCompiler(torch.fx.Interpreter):
         """Compile one piece for the inputs that reach it."""
         piece = self.fetch_attr(target)
         outputs = super().call_module(target, args, kwargs)
+        compiled: Compiled
         calls = sum(node.op.startswith("call") for node in piece.graph.nodes)
         if (step := _step_call(piece)) is not None:
             compiled = self._guarded(piece, step, args)
@@ -132,13 +133,13 @@ class _PieceCompiler(torch.fx.Interpreter):
     ) -> Compiled:
         """Return a piece that is one step: reorders its inputs for the body, picks its outputs."""
         names = [node.name for node in piece.graph.find_nodes(op="placeholder")]
-        order = [names.index(node.name) for node in step.all_input_nodes]
+        order = [names.index(node.name) for node in step.args]
         results = piece.graph.output_node().args[0]
         single = isinstance(results, torch.fx.Node)
         picks = [node.args[1] for node in ((results,) if single else results)]
         if self.body is None:
-            body = piece.get_submodule(str(step.target))
-            self.body = self.inner_compile(body, [args[i] for i in order])
+            module = piece.get_submodule(str(step.target))
+            self.body = self.inner_compile(module, [args[i] for i in order])
         loop, body, index = self.loop, self.body, self.steps
         self.steps += 1
 

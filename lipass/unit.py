@@ -1,4 +1,4 @@
-"""Build what runs in place of one graph: passes, inner compiler, and a host guard around the steps."""
+"""Build what runs in place of one graph: passes, inner compiler, host guard."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 import torch.fx
 
 # Importing them registers the operators that passes insert.
-import lipass.kernels.ops
-import lipass.kernels.view_overlap.api
 from lipass import session
 from lipass.config import Config
 from lipass.errors import LipassError
@@ -33,8 +31,8 @@ class CompiledUnit:
     """Call a compiled graph as the session that is open wants it.
 
     Attributes:
-        region: name under which the session stores the outputs of a graph that is one denoising step;
-            None for other graphs, which always compute.
+        region: name under which the session stores the outputs of a graph that is one denoising
+            step; None for other graphs, which always compute.
     """
 
     def __init__(self, compiled: Compiled, region: str | None = None) -> None:
@@ -42,6 +40,7 @@ class CompiledUnit:
         self.region = region
 
     def __call__(self, *args: Any) -> Any:
+        """Run the graph, or answer from what is stored."""
         step = session.current_step() if self.region else None
         if self.region is None or step is None:
             return self._compute(args)
@@ -135,7 +134,9 @@ def _refuse_dense(found: list[AttentionSite], pipeline: PassPipeline, notes: lis
     records = [_site_record(site, notes) for site in found if site.role not in ("cross", "text")]
     dense = [r for r in records if r.action == "kept" and "dense_layers" not in r.reason]
     if dense:
-        lines = "\n".join(f"  {r.name} ({r.source or 'no source line'}): {r.reason}" for r in dense)
+        lines = "\n".join(
+            f"  {r.name} ({r.source or 'no source line'}): {r.reason}" for r in dense
+        )
         raise LipassError(
             f"strict: every attention over latents must become sparse, got {len(dense)} that stay "
             f"dense:\n{lines}\nfix the cause, name the layers in sparse.dense_layers, or set "

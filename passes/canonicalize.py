@@ -1,9 +1,9 @@
-"""Give attention, concatenation and views one spelling each, so that later passes match one form."""
+"""Give attention, concatenation and views one spelling each, for later passes to match."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, Node
@@ -12,7 +12,16 @@ from lipass.passes.compat import known_true, value
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.match import SDPA, is_call
 
-_SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SDPA_NAMES = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+    "scale",
+    "enable_gqa",
+)
 _SDPA_DEFAULTS = {
     "attn_mask": None,
     "dropout_p": 0.0,
@@ -39,8 +48,8 @@ class Canonicalize(Pass):
         %kv = cat([%hist, %cur], dim=-2);  %k = cat([%text, %kv], dim=2)
         %k = cat([%text, %hist, %cur], 2)
 
-    `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten, contiguous,
-    to, expand, permute or transpose that returns its input is removed.
+    `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten,
+    contiguous, to, expand, permute or transpose that returns its input is removed.
 
     Keeps: `view(dtype)`; a no-op whose result is a graph output; an inner concatenation with other
     users.
@@ -74,11 +83,13 @@ def _spell_cat(node: Node) -> bool:
     if node.op != "call_function" or node.target not in _CAT_TARGETS:
         return False
     pieces = node.args[0] if node.args else node.kwargs["tensors"]
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    dim = (
+        node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    )
     if "out" in node.kwargs or not isinstance(pieces, (list, tuple)) or not isinstance(dim, int):
         return False
     dim %= value(node).dim()
-    flat: list[object] = []
+    flat: list[Any] = []
     for piece in pieces:
         inner = is_call(piece, torch.cat) and piece.args[1:] == (dim,) and len(piece.users) == 1
         flat.extend(piece.args[0] if inner else [piece])

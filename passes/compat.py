@@ -1,4 +1,4 @@
-"""Touch the private parts of torch that passes need, in one place, by feature and not by version."""
+"""Touch the private parts of torch that passes need in one place, by feature, not by version."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
 
 
 def known_true(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes holds for every value of its symbols, given the guards so far."""
+    """Whether a condition on sizes holds for all their values, given the guards so far."""
     return bool(statically_known_true(condition))
 
 
@@ -44,6 +44,13 @@ def holds_now(condition: bool | torch.SymBool) -> bool:
 def guard(condition: bool | torch.SymBool) -> bool:
     """Make a condition that holds now a guard of the graph, so that it holds whenever it runs."""
     return holds_now(condition) and bool(condition)
+
+
+def divides(part: Size, whole: Size) -> bool | torch.SymBool:
+    """Return the condition that `whole` is a multiple of `part`."""
+    size: Any = whole
+    remainder: bool | torch.SymBool = size % part == 0
+    return remainder
 
 
 def is_symbolic(size: Size) -> bool:
@@ -67,7 +74,7 @@ def unguarded(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     """Add a text to the structured trace (tlparse), if one is being written."""
     try:
-        from torch._logging import trace_structured
+        from torch._logging._internal import trace_structured
     except ImportError:
         return
     trace_structured(

@@ -84,8 +84,8 @@ class PassContext:
 class Pass(ABC):
     """Turn a valid graph into a valid graph; in between anything goes.
 
-    Fields of a subclass are its options and have defaults. Lint, dead code, metadata checks, timing
-    and dumps belong to the runner.
+    Fields of a subclass are its options and have defaults. Lint, dead code, metadata checks,
+    timing and dumps belong to the runner.
     """
 
     name: ClassVar[str]

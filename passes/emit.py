@@ -58,7 +58,8 @@ class Emitter:
         """Return the input of the graph that is this size, if there is one."""
         for node in self.before.graph.find_nodes(op="placeholder"):
             if isinstance(value(node), torch.SymInt) and known_true(value(node) == size):
-                return node
+                found: Node = node
+                return found
         return None
 
     def _axis(self, tensor: Node, dim: int) -> Node:

@@ -1,4 +1,4 @@
-"""Say what every attention call attends to: which keys are text, history and current, on what grid."""
+"""Say what every attention call attends to: which keys are text, history, current; what grid."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import torch
 from torch.fx import Graph, Node
 
 from lipass.passes import match, token_grid
-from lipass.passes.compat import Size, guard, holds_now, is_symbolic, known_true, value
+from lipass.passes.compat import Size, divides, guard, holds_now, is_symbolic, known_true, value
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.match import SDPA, Operands, Refusal
-from lipass.passes.site import AttentionSite, Grid, Segment, call_line, module_path, set_site, site_of
+from lipass.passes.site import (
+    AttentionSite,
+    Grid,
+    Segment,
+    call_line,
+    module_path,
+    set_site,
+    site_of,
+)
 
 ROLES = ("text", "history", "current")
 
@@ -30,11 +38,12 @@ class FindAttention(Pass):
 
     The rules, per piece of a concatenated key:
 
-    * current: as many tokens as q, and computed from a tensor of that many tokens that q is computed
-      from too, no attention in between.
-    * history: the current piece of an earlier attention call; or whole latents (its length divides by
-      `Y * X`, proven or made a guard) of which there is evidence that they are latents: a length that
-      varies between calls, or a camera input `[B, F, 4, 4]` with `F = T_history + T_current`.
+    * current: as many tokens as q, and computed from a tensor of that many tokens that q is
+      computed from too, no attention in between.
+    * history: the current piece of an earlier attention call; or whole latents (its length divides
+      by `Y * X`, proven or made a guard) of which there is evidence that they are latents: a
+      length that varies between calls, or a camera input `[B, F, 4, 4]` with
+      `F = T_history + T_current`.
     * text: any other piece whose length is no whole number of latents.
 
     The call is `decode` if it has history, `prefill` if not and its own keys are returned or are
@@ -170,17 +179,18 @@ def _segment(
     owner = owners.get(match.same_values(key))
     if owner is not None and (site := site_of(owner)) and site.q_grid:
         return Segment("history", tokens, site.q_grid, f"keys of {site.name}")
-    if not holds_now(tokens % per_latent == 0):
+    is_whole = divides(per_latent, tokens)
+    if not holds_now(is_whole):
         if named == "history":
             return Refusal(f"history must be whole latents of {per_latent} tokens")
         return Segment("text", tokens, text, f"no whole number of latents of {per_latent}")
-    why = named and "named in segments" or _evidence(key, tokens, latents, q_grid[0])
+    why = (named and "named in segments") or _evidence(key, tokens, latents, q_grid[0])
     if not why:
         return Refusal(
             f"it could be text or {latents} latents; name the pieces with "
             "find-attention{segments=text+history+current}"
         )
-    if not guard(tokens % per_latent == 0):
+    if not guard(is_whole):
         return Refusal(f"its length is not proven to be whole latents of {per_latent}")
     return Segment("history", tokens, (latents, q_grid[1], q_grid[2]), why)
 

@@ -21,12 +21,12 @@ class FindPoses(Pass):
 
         %w2c: f32[1, n + 4, 4, 4] = input       (history n latents, current 4)
 
-    An input `[B, F, 4, 4]` of floats holds the cameras if `F = T_history + T_current` (proven, or made
-    a guard) with the grids of the attention sites; where there is no history yet (prefill), if
-    `F > T`. The cameras of the history come first.
+    An input `[B, F, 4, 4]` of floats holds the cameras if `F = T_history + T_current` (proven, or
+    made a guard) with the grids of the attention sites; where there is no history yet (prefill),
+    if `F > T`. The cameras of the history come first.
 
-    Keeps: graphs without prefill and decode sites; sites that disagree on the number of latents; two
-    inputs that both fit: `input` names one then.
+    Keeps: graphs without prefill and decode sites; sites that disagree on the number of latents;
+    two inputs that both fit: `input` names one then.
     """
 
     name: ClassVar[str] = "find-poses"
@@ -49,7 +49,9 @@ class FindPoses(Pass):
         matches = [(node, fact) for node, fact in found if isinstance(fact, PoseInput)]
         if len(matches) != 1:
             reasons = [f"{node.name}: {fact.reason}" for node, fact in found if _refused(fact)]
-            several = f"{', '.join(n.name for n, _ in matches)} all fit; set find-poses{{input=..}}"
+            several = (
+                f"{', '.join(n.name for n, _ in matches)} all fit; set find-poses{{input=..}}"
+            )
             ctx.note("cameras", "kept", several if matches else "; ".join(reasons))
             return False
         node, fact = matches[0]
@@ -75,7 +77,9 @@ def _fit(node: Node, graph: Graph) -> PoseInput | Refusal:
             if not guard(_history(site) == history) or not guard(_current(site) == current):
                 return Refusal(f"{decode[0].name} and {site.name} differ in latents")
         if not guard(cameras == history + current):
-            return Refusal(f"{cameras} cameras for {history} history and {current} current latents")
+            return Refusal(
+                f"{cameras} cameras for {history} history and {current} current latents"
+            )
         return PoseInput(history, current, f"{cameras} = {history} history + {current} current")
     history = _current(found[0])
     if not holds_now(cameras > history) or not guard(cameras > history):

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.region import Region, difference, region_of
-from lipass.passes.site import Step, module_path, set_step
+from lipass.passes.site import Step, set_step
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class FindSteps(Pass):
         %v_1 = <model>(%x_1, %sigma_1, ..)      step 1 of 2
 
     Dynamo marks the calls of one module `@1, @2, ...`. Consecutive calls are steps if they are
-    isomorphic (same calls, same constants, inputs of the same shapes) and each continues from the one
-    before: an input of its is computed, outside the calls, from both the output of the call before and
-    the input in the same place there (`x + c * v`).
+    isomorphic (same operations, same constants, inputs of the same shapes) and each continues from
+    the one before: one of its inputs is computed, outside the calls, from both the output of the
+    call before and the input in the same place there (`x + c * v`).
 
-    Keeps: calls with other constants or other shapes, such as the prefill in front of the loop; calls
-    that do not continue from one another, such as the two branches of classifier-free guidance or a
-    block whose weights are shared.
+    Keeps: calls with other constants or shapes, such as the prefill in front of the loop; calls
+    that do not continue from one another, such as the two branches of classifier-free guidance or
+    a block whose weights are shared.
     """
 
     name: ClassVar[str] = "find-steps"
@@ -65,7 +65,11 @@ def _repeated_calls(graph: Graph) -> list[list[Region]]:
         if stack and node.op.startswith("call"):
             key = next(iter(stack))
             calls[key.partition("@")[0]][key].append(node)
-    return [[region_of(nodes) for nodes in group.values()] for group in calls.values() if len(group) > 1]
+    return [
+        [region_of(nodes) for nodes in group.values()]
+        for group in calls.values()
+        if len(group) > 1
+    ]
 
 
 def _isomorphic_runs(calls: list[Region]) -> list[list[Region]]:
@@ -91,9 +95,7 @@ def _broken_chain(run: list[Region]) -> str | None:
     return None
 
 
-def _computed_from(
-    node: Node, x: Node, outputs: tuple[Node, ...], inside: set[Node]
-) -> bool:
+def _computed_from(node: Node, x: Node, outputs: tuple[Node, ...], inside: set[Node]) -> bool:
     """Whether `node` is computed outside the calls from `x` and one of `outputs`."""
     seen, todo = {node}, [node]
     while todo:

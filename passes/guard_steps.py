@@ -30,14 +30,15 @@ class GuardSteps(Pass):
         %step_0 = denoise_step(%x, %sigma, ..);   %x_1 = add(%x, mul(-0.1, getitem(%step_0, 0)))
         %step_1 = denoise_step(%x_1, %sigma_1, ..)
 
-    Loop in Python: a graph with decode sites is one step; the whole call is marked as the region and
-    no node changes.
+    Loop in Python: a graph with decode sites is one step; the whole call is marked as the region
+    and no node changes.
 
-    The guard returns the outputs of the last computed step instead of computing; with the Euler rule
-    that is exactly the shorter list of sigmas.
+    The guard returns the outputs of the last computed step instead of computing; with the Euler
+    rule that is exactly the shorter list of sigmas.
 
-    Keeps: steps that write to their inputs or draw random numbers, steps whose outputs share memory
-    with an input, steps that are used before they are complete, graphs without decode sites.
+    Keeps: steps that write to their inputs or draw random numbers, steps whose outputs share
+    memory with an input, steps that are used before they are complete, graphs without decode
+    sites.
     """
 
     name: ClassVar[str] = "guard-steps"
@@ -140,12 +141,15 @@ def _call(
 
 
 def _equal_strides(column: list[Node], regions: list[Region], ctx: PassContext) -> list[Node]:
-    """Return one input of all steps with equal strides, as a body that is compiled once needs them."""
+    """Return one input of all steps with equal strides, as a body compiled once needs them."""
     tensors = [value(node) for node in column]
-    if not isinstance(tensors[0], torch.Tensor) or all(_same_strides(tensors[0], t) for t in tensors):
+    if not isinstance(tensors[0], torch.Tensor) or all(
+        _same_strides(tensors[0], t) for t in tensors
+    ):
         return column
     return [
-        _contiguous(node, region.nodes[0], ctx) for node, region in zip(column, regions, strict=True)
+        _contiguous(node, region.nodes[0], ctx)
+        for node, region in zip(column, regions, strict=True)
     ]
 
 

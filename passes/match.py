@@ -85,7 +85,7 @@ def _segments(tensor: Node) -> tuple[Node, ...]:
     if is_call(tensor, torch.cat) and tensor.args[1] == 2:
         pieces = tensor.args[0]
         if isinstance(pieces, (list, tuple)) and all(isinstance(p, Node) for p in pieces):
-            return tuple(pieces)  # type: ignore[arg-type]
+            return tuple(pieces)
     return (tensor,)
 
 

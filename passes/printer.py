@@ -1,4 +1,4 @@
-"""Print a graph for goldens: one line per node, no ids, no parameters, shapes with stable symbols."""
+"""Print a graph for goldens: one line per node, no ids, no parameters, stable symbols."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def print_graph(graph: Graph) -> str:
 
     Inputs that are parameters appear only where they are used.
 
-    Symbols of sizes are renamed `n0, n1, ...` in the order of the inputs, because torch draws their
-    names from a hash of the source.
+    Symbols of sizes are renamed `n0, n1, ...` in the order of the inputs, because torch draws
+    their names from a hash of the source.
     """
     printer = _Printer(graph)
     lines = (printer.line(node) for node in graph.nodes if not _is_hidden(node))

@@ -19,7 +19,7 @@ from lipass.passes.site import PoseInput, poses, sites
 
 @dataclass(frozen=True)
 class PruneContext(Pass):
-    """Compute which history latents to keep, once a graph, and give it to every attention over them.
+    """Compute which history latents to keep, once a graph, and tell every attention over them.
 
     ::
 
@@ -58,7 +58,9 @@ class PruneContext(Pass):
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         cameras = poses(graph)
         if len(cameras) != 1:
-            ctx.note("context", "kept", f"the graph has {len(cameras)} camera inputs, one is needed")
+            ctx.note(
+                "context", "kept", f"the graph has {len(cameras)} camera inputs, one is needed"
+            )
             return False
         w2c, fact = cameras[0]
         if known_true(fact.history_latents <= self.sink_latents + self.window_latents):

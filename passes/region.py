@@ -14,7 +14,9 @@ from lipass.passes.compat import known_true, value
 from lipass.passes.match import mutates
 from lipass.passes.site import without_repeat
 
-_RANDOM = re.compile(r"^(rand|normal|bernoulli|multinomial|poisson|exponential|dropout|alpha_drop)")
+_RANDOM = re.compile(
+    r"^(rand|normal|bernoulli|multinomial|poisson|exponential|dropout|alpha_drop)"
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Region:
 
 
 def region_of(nodes: list[Node]) -> Region:
-    """Describe a region; arithmetic on sizes from outside stays there, because repeats share it."""
+    """Describe a region; arithmetic on sizes from outside stays there, as repeats share it."""
     inside: dict[Node, int] = {}
     for node in nodes:
         if not _is_size_arithmetic(node) or any(above in inside for above in node.all_input_nodes):

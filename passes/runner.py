@@ -40,8 +40,8 @@ def run_pipeline(
 ) -> list[PassRecord]:
     """Run passes in order on `gm.graph`, in place.
 
-    With `LIPASS_DUMP=dir` the graph after every pass is written to `dir/graph_<i>/01_<pass>.txt`, with
-    a `.diff` beside it.
+    With `LIPASS_DUMP=dir` the graph after every pass is written to `dir/graph_<i>/01_<pass>.txt`,
+    with a `.diff` beside it.
 
     Raises:
         PassError: naming the pass and, where known, the node; the cause is chained.

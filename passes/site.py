@@ -36,7 +36,7 @@ class AttentionSite:
     """Describe one attention call."""
 
     name: str
-    """Module path, with `@i` for the i-th repeat of a call and `#i` for the i-th call in a module."""
+    """Module path, `@i` for the i-th repeat of the call, `#i` for the i-th in a module, role."""
     where: str
     """`file.py:line` of the call, or nothing."""
     role: str
@@ -108,8 +108,8 @@ def set_step(node: torch.fx.Node, step: Step) -> None:
 def region_name(node: torch.fx.Node) -> str | None:
     """Return the name of the guarded region that a node stands for, if any.
 
-    A call of an outlined step is `step 0`, `step 1`, ...; the output node is `call` if the whole graph
-    is the region.
+    A call of an outlined step is `step 0`, `step 1`, ...; the output node is `call` if the whole
+    graph is the region.
     """
     name: str | None = node.meta.get(_REGION)
     return name

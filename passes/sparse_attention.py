@@ -30,7 +30,7 @@ class SparseAttention(Pass):
                [4, 8, 8], [1, 1, 32, n, 8, 8, 4, 8, 8], 'text,history,current', [4, 4, 4],
                0.3, 0.125, 1, 'decode', None, 'blocks.0.attn')
 
-    A site that `prune-context` rewrote already gets tile, budget and sink here and keeps its frames.
+    A site that `prune-context` rewrote gets tile, budget and sink here and keeps its frames.
 
     Keeps: sites of role cross, text and other, whose keys are no latent grid; `dense_layers`.
     """

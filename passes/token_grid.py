@@ -16,8 +16,8 @@ def infer(tokens_of: Node, tokens: Size) -> Grid | Refusal:
     """Find `(T, Y, X)` with `T * Y * X == tokens`, proven for all sizes of the graph.
 
     Walks up, nearest first and without crossing an attention, to a reshape that merges three
-    neighbouring axes `(T, Y, X)` into the tokens, at once (`[B, C, T, Y, X] -> [B, C, L]`) or in two
-    steps (`(Y, X)` first). The order of the axes is the order of the tokens.
+    neighbouring axes `(T, Y, X)` into the tokens, at once (`[B, C, T, Y, X] -> [B, C, L]`) or
+    in two steps (`(Y, X)` first). The order of the axes is the order of the tokens.
 
     Args:
         tokens_of: a tensor made from the tokens, such as q.
@@ -44,7 +44,7 @@ def infer(tokens_of: Node, tokens: Size) -> Grid | Refusal:
 
 
 def _merged(above: torch.Size, below: torch.Size, count: int) -> list[int]:
-    """List the axes `i` of `above` from which `count` axes are one axis of `below`, others equal."""
+    """List the axes of `above` from which `count` axes are one of `below`, all others equal."""
     if len(above) - len(below) != count - 1:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Check after every pass what a correct pass keeps true: metadata, aliasing, mutation, known ops."""
+"""Check after every pass what it must keep true: metadata, aliasing, mutation, known ops."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import map_arg
 
 from lipass.passes.compat import known_true, unguarded, value
 from lipass.passes.core import PassContext, PassError
@@ -35,9 +35,9 @@ def snapshot(graph: Graph) -> Snapshot:
 def verify(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
     """Compare a graph with its snapshot.
 
-    Fake values of new and changed nodes and of all that is computed from them are propagated again;
-    shapes, dtypes and devices must be what the metadata says. Strides may change, and the metadata
-    then follows.
+    Fake values of new and changed nodes and of all that is computed from them are propagated
+    again; shapes, dtypes and devices must be what the metadata says. Strides may change, and the
+    metadata then follows.
 
     Raises:
         PassError: naming the node and the invariant.

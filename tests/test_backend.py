@@ -51,7 +51,9 @@ def test_torch_finds_the_backend_by_its_name_without_importing_lipass():
         "f = torch.compile(lambda x: x + 1, backend='light_interaction',"
         "options={'preset': 'off', 'inner': 'eager'}); print(f(torch.ones(1)).item())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == "2.0", done.stderr
 
 
@@ -89,13 +91,17 @@ def test_gradients_flow_through_exact_passes():
 def test_mode_names_a_preset():
     model = Decode().eval()
     fast = torch.compile(lambda x: x + 1, backend="light_interaction", mode="off")
-    assert pipeline_of(Config.resolve("exact")) == pipeline_of(Config.resolve(None, {"preset": "exact"}))
+    assert pipeline_of(Config.resolve("exact")) == pipeline_of(
+        Config.resolve(None, {"preset": "exact"})
+    )
     assert fast is not model
 
 
 def test_mode_and_options_exclude_each_other():
-    with pytest.raises(RuntimeError, match="[Ee]ither mode or options"):
-        torch.compile(Decode(), backend="light_interaction", mode="off", options={"inner": "eager"})
+    with pytest.raises(RuntimeError, match=r"[Ee]ither mode or options"):
+        torch.compile(
+            Decode(), backend="light_interaction", mode="off", options={"inner": "eager"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -175,9 +181,9 @@ def test_options_reach_the_passes():
     )
     assert str(pipeline_of(config)) == (
         "canonicalize,find-attention{token_grid=8x8},find-poses,find-steps,"
-        "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 vfov_deg=50.0 "
-        "near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 budget_decode=0.2 "
-        "sink_latents=2 dense_layers=0},guard-steps"
+        "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
+        "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
+        "budget_decode=0.2 sink_latents=2 dense_layers=0},guard-steps"
     )
 
 

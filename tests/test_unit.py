@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -79,7 +81,7 @@ def sample(model, steps):
 
 
 def pairs(sigmas):
-    return list(zip(sigmas, sigmas[1:], strict=False))
+    return list(itertools.pairwise(sigmas))
 
 
 def chunk(session):
@@ -261,9 +263,7 @@ def test_report_of_a_pipeline_without_rewrites(model):
 
 
 def test_strict_raises_where_a_site_stays_dense(model):
-    fast = torch.compile(
-        model, backend="light_interaction", options={**OPTIONS, "strict": True}
-    )
+    fast = torch.compile(model, backend="light_interaction", options={**OPTIONS, "strict": True})
     with torch.no_grad(), pytest.raises(Exception, match="1 that stay dense") as failure:
         fast(X, torch.tensor(1.0), *CACHE, dropout_p=0.1)
     assert "dropout is 0.1" in str(failure.value)

@@ -1,5 +1,7 @@
 """Hold a world model in miniature and the way from a function to the graph that passes see."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -58,7 +60,7 @@ class Mini(nn.Module):
     def chunk(self, context, x, w2c, text, sigmas):
         b, _, n = context.shape[:3]
         history = self(context, context.new_zeros(b, n), w2c, text)
-        for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+        for sigma, sigma_next in itertools.pairwise(sigmas):
             level = torch.full((b, x.shape[2]), sigma)
             x = x + (sigma_next - sigma) * self(x, level, w2c, text, history)
         return x
@@ -108,7 +110,7 @@ def inputs():
 
 @pytest.fixture
 def trace():
-    """Return the graph that Dynamo gives for `fn(*args)`; `grown` makes the sizes that differ dynamic."""
+    """Return Dynamo's graph of `fn(*args)`; sizes that differ in `grown` are dynamic."""
 
     def run(fn, args, grown=None):
         graphs = []

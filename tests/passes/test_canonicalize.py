@@ -21,41 +21,53 @@ def test_attention_operands_become_positional_and_defaults_fall_away(trace, appl
             query=q, key=k, value=v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=0.3
         )
 
-    assert_expected_inline(diff(trace, apply, fn, *qkv()), """\
+    assert_expected_inline(
+        diff(trace, apply, fn, *qkv()),
+        """\
 -%scaled_dot_product_attention: f32[1, 2, 8, 4] = scaled_dot_product_attention(query=$q, key=$k, value=$v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=0.3)
 +%scaled_dot_product_attention: f32[1, 2, 8, 4] = scaled_dot_product_attention($q, $k, $v, scale=0.3)
-""")
+""",
+    )
 
 
 def test_attention_keeps_what_differs_from_the_default(trace, apply):
     def fn(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.1)
 
-    assert_expected_inline(diff(trace, apply, fn, *qkv(), torch.zeros(8, 8)), """\
+    assert_expected_inline(
+        diff(trace, apply, fn, *qkv(), torch.zeros(8, 8)),
+        """\
 -%scaled_dot_product_attention: f32[1, 2, 8, 4] = scaled_dot_product_attention($q, $k, $v, $mask, dropout_p=0.1)
 +%scaled_dot_product_attention: f32[1, 2, 8, 4] = scaled_dot_product_attention($q, $k, $v, attn_mask=$mask, dropout_p=0.1)
-""")
+""",
+    )
 
 
 def test_cat_gets_a_positive_dim_by_position(trace, apply):
     def fn(a, b):
         return torch.concat([a, b], axis=-2)
 
-    assert_expected_inline(diff(trace, apply, fn, *qkv()[:2]), """\
+    assert_expected_inline(
+        diff(trace, apply, fn, *qkv()[:2]),
+        """\
 -%concat: f32[1, 2, 16, 4] = concat([$a, $b], axis=-2)
 +%concat: f32[1, 2, 16, 4] = cat([$a, $b], 2)
-""")
+""",
+    )
 
 
 def test_nested_cat_becomes_flat(trace, apply):
     def fn(a, b, c):
         return torch.cat([a, torch.cat([b, c], dim=2)], dim=-2)
 
-    assert_expected_inline(diff(trace, apply, fn, *qkv()), """\
+    assert_expected_inline(
+        diff(trace, apply, fn, *qkv()),
+        """\
 -%cat: f32[1, 2, 16, 4] = cat([$b, $c], dim=2)
 -%cat_1: f32[1, 2, 24, 4] = cat([$a, %cat], dim=-2)
 +%cat_1: f32[1, 2, 24, 4] = cat([$a, $b, $c], 2)
-""")
+""",
+    )
 
 
 def test_nested_cat_along_another_dim_stays(trace, apply):
@@ -77,10 +89,13 @@ def test_view_becomes_reshape(trace, apply):
     def fn(x):
         return x.view(2, -1) + 1
 
-    assert_expected_inline(diff(trace, apply, fn, torch.randn(4, 4)), """\
+    assert_expected_inline(
+        diff(trace, apply, fn, torch.randn(4, 4)),
+        """\
 -%view: f32[2, 8] = $x.view(2, -1)
 +%view: f32[2, 8] = $x.reshape(2, -1)
-""")
+""",
+    )
 
 
 def test_view_of_a_dtype_stays(trace, apply):
@@ -95,7 +110,9 @@ def test_calls_that_return_their_input_are_removed(trace, apply):
         x = x.contiguous().to(torch.float32).reshape(4, 4).expand(4, 4)
         return x.transpose(0, 0).permute(0, 1).flatten(0, 0) * 2
 
-    assert_expected_inline(diff(trace, apply, fn, torch.randn(4, 4)), """\
+    assert_expected_inline(
+        diff(trace, apply, fn, torch.randn(4, 4)),
+        """\
 -%contiguous: f32[4, 4] = $x.contiguous()
 -%to: f32[4, 4] = %contiguous.to(torch.float32)
 -%reshape: f32[4, 4] = %to.reshape(4, 4)
@@ -105,7 +122,8 @@ def test_calls_that_return_their_input_are_removed(trace, apply):
 -%flatten: f32[4, 4] = %permute.flatten(0, 0)
 -%mul: f32[4, 4] = mul(%flatten, 2)
 +%mul: f32[4, 4] = mul($x, 2)
-""")
+""",
+    )
 
 
 def test_calls_that_copy_or_cast_or_move_axes_stay(trace, apply):

@@ -48,7 +48,10 @@ def test_text_overrides_defaults():
         ("canonicalize,find-attention{token_grid}", "is written key=value, got 'token_grid'"),
         ("canonicalize,find-attention{token_grid=axb}", "find-attention.token_grid must be"),
         ("canonicalize,find-attention{token_grid=8}", r"must be \(Y, X\) or \(T, Y, X\), got"),
-        ("canonicalize,find-attention{segments=txt}", "segments must be of text, history, current"),
+        (
+            "canonicalize,find-attention{segments=txt}",
+            "segments must be of text, history, current",
+        ),
         ("canonicalize{", "is written name{option=value ...}, got 'canonicalize{'"),
         ("find-attention", "find-attention needs canonicalize in front of it"),
         (

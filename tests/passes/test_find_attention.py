@@ -59,7 +59,9 @@ def grown():
 def test_decode(trace, apply, mini, inputs):
     gm = trace(mini, inputs(4).decode, inputs(8).decode)
     apply(gm, TEXT)
-    assert_expected_inline(describe(gm), """\
+    assert_expected_inline(
+        describe(gm),
+        """\
 blocks.0:decode: decode, it has history keys; q (4, 4, 4)
   text (1, 1, 6): no whole number of latents of 16
   history ((n//16), 4, 4): l_w2c_ has a camera for each of its latents
@@ -68,23 +70,29 @@ blocks.1:decode: decode, it has history keys; q (4, 4, 4)
   text (1, 1, 6): no whole number of latents of 16
   history ((n//16), 4, 4): l_w2c_ has a camera for each of its latents
   current (4, 4, 4): made from the tokens of q
-""")
+""",
+    )
 
 
 def test_prefill(trace, apply, mini, inputs):
     gm = trace(mini, inputs(4).prefill)
     apply(gm, TEXT)
-    assert_expected_inline(describe(gm), """\
+    assert_expected_inline(
+        describe(gm),
+        """\
 blocks.0:prefill: prefill, its keys are returned; q (4, 4, 4)
   text (1, 1, 6): no whole number of latents of 16
   current (4, 4, 4): made from the tokens of q
-""")
+""",
+    )
 
 
 def test_unrolled_chunk(trace, apply, mini, inputs):
     gm = trace(mini.chunk, inputs(4).chunk)
     apply(gm, TEXT)
-    assert_expected_inline(describe(gm), """\
+    assert_expected_inline(
+        describe(gm),
+        """\
 blocks.0:prefill: prefill, its keys are history to later calls; q (4, 4, 4)
   text (1, 1, 6): no whole number of latents of 16
   current (4, 4, 4): made from the tokens of q
@@ -112,7 +120,8 @@ blocks.1@3:decode: decode, it has history keys; q (4, 4, 4)
   text (1, 1, 6): no whole number of latents of 16
   history (4, 4, 4): l_w2c_ has a camera for each of its latents
   current (4, 4, 4): made from the tokens of q
-""")
+""",
+    )
 
 
 def test_pass_annotates_and_changes_nothing(trace, apply, mini, inputs):
@@ -171,7 +180,9 @@ def test_grouped_heads(found):
         q = heads(x.flatten(2).mT)
         return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
 
-    assert found(fn, (latents(), kv(64, h=1))) == [("other", "heads of q and k differ (enable_gqa)")]
+    assert found(fn, (latents(), kv(64, h=1))) == [
+        ("other", "heads of q and k differ (enable_gqa)")
+    ]
 
 
 def test_three_dimensional_operands(found):
@@ -281,7 +292,8 @@ def test_segments_option_leaves_out_history_in_prefill(trace, apply, mini, input
         ),
         (
             "text+current+current",
-            "key piece 1 of 128: segments calls it current, but it is not made from the tokens of q",
+            "key piece 1 of 128: "
+            "segments calls it current, but it is not made from the tokens of q",
         ),
     ],
 )

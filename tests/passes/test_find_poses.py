@@ -11,7 +11,9 @@ def found(trace, apply):
     def run(fn, args, grown=None, text=TEXT):
         gm = trace(fn, args, grown)
         records, _ = apply(gm, text)
-        facts = [(n.name, str(f.history_latents), str(f.current_latents)) for n, f in poses(gm.graph)]
+        facts = [
+            (n.name, str(f.history_latents), str(f.current_latents)) for n, f in poses(gm.graph)
+        ]
         return facts, [note.reason for note in records[-1].notes]
 
     return run

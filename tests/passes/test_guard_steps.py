@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (goldens: one line is one node)
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -34,7 +33,9 @@ def euler(net, steps=2):
 def test_unrolled_loop(trace, apply):
     gm = trace(euler(Net()), (X, S))
     records, _ = apply(gm, TEXT)
-    assert_expected_inline(records[-1].diff, """\
+    assert_expected_inline(
+        records[-1].diff,
+        """\
 -%linear: f32[2, 4] = linear($x, $net.lin.weight, $net.lin.bias)  # lin
 -%tanh: f32[2, 4] = tanh(%linear)
 -%mul: f32[2, 4] = mul(%tanh, %getitem_2)
@@ -49,7 +50,8 @@ def test_unrolled_loop(trace, apply):
 +%denoise_step_1 = denoise_step(%x, %getitem_5; 2 parameters)
 +%getitem_7: f32[2, 4] = getitem(%denoise_step_1, 0)
 +%mul_3: f32[2, 4] = mul(%sub_1, %getitem_7)
-""")
+""",
+    )
 
 
 def test_body_of_an_unrolled_loop(trace, apply):
@@ -57,14 +59,17 @@ def test_body_of_an_unrolled_loop(trace, apply):
 
     gm = trace(euler(Net()), (X, S))
     apply(gm, TEXT)
-    assert_expected_inline(print_graph(gm.denoise_step.graph), """\
+    assert_expected_inline(
+        print_graph(gm.denoise_step.graph),
+        """\
 $x: f32[2, 4] = input
 $getitem_2: f32[] = input
 %linear: f32[2, 4] = linear($x, $net.lin.weight, $net.lin.bias)  # lin
 %tanh: f32[2, 4] = tanh(%linear)
 %mul: f32[2, 4] = mul(%tanh, $getitem_2)
 return (%mul)
-""")
+""",
+    )
 
 
 def test_outlined_loop_computes_the_same(trace, apply):
@@ -233,6 +238,4 @@ def test_sizes_read_from_inputs_belong_to_their_step(trace, apply):
     gm = trace(fn, *args)
     records, _ = apply(gm, "canonicalize,find-attention,find-steps,sparse-attention,guard-steps")
     assert records[-1].changed
-    assert gm.denoise_step.graph.find_nodes(
-        op="call_function", target=torch.ops.aten.sym_size.int
-    )
+    assert gm.denoise_step.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)

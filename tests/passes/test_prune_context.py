@@ -9,7 +9,9 @@ TEXT = f"{FACTS},prune-context{{overlap_min=0.3 sink_latents=1 window_latents=2 
 
 def test_decode(trace, apply, mini, inputs):
     records, _ = apply(trace(mini, inputs(4).decode, inputs(8).decode), TEXT)
-    assert_expected_inline(records[-1].diff, """\
+    assert_expected_inline(
+        records[-1].diff,
+        """\
 +%sub_1: n0 - 4 = sub($n0, 4)
 +%getitem_14: f32[1, n0 - 4, 4, 4] = getitem($w2c, (:, :%sub_1))
 +%getitem_15: f32[1, 4, 4, 4] = getitem($w2c, (:, %sub_1:))
@@ -37,12 +39,15 @@ def test_decode(trace, apply, mini, inputs):
 +%floordiv_1: (n2//16) = floordiv(%sym_size_int_1, 16)  # blocks.1
 +%sparse_attention_default_1: f32[1, 2, 64, 16] = lipass.sparse_attention(%q_1, [$text_1_0, $history_1_0, %k_1], [$text_1_1, $history_1_1, %v_1], [4, 4, 4], [1, 1, 6, %floordiv_1, 4, 4, 4, 4, 4], 'text,history,current', [1, 4, 4], 1.0, 0.25, 1, 'decode', %or__1, 'blocks.1:decode')  # blocks.1
 +%transpose_1: f32[1, 64, 2, 16] = %sparse_attention_default_1.transpose(1, 2)  # blocks.1
-""")
+""",
+    )
 
 
 def test_prefill(trace, apply, mini, inputs):
     records, _ = apply(trace(mini, inputs(4).prefill), TEXT)
-    assert_expected_inline(records[-1].diff, """\
+    assert_expected_inline(
+        records[-1].diff,
+        """\
 +%getitem_10: f32[1, 4, 4, 4] = getitem($w2c, (:, :4))
 +%getitem_11: f32[1, 4, 4, 4] = getitem($w2c, (:, 4:))
 +%view_overlap_default: f32[1, 4] = lipass.view_overlap(%getitem_11, %getitem_10, 60.0, 35.0, 0.5, 8.0)
@@ -58,14 +63,20 @@ def test_prefill(trace, apply, mini, inputs):
 -%transpose: f32[1, 64, 2, 16] = %out.transpose(1, 2)  # blocks.0
 +%sparse_attention_default: f32[1, 2, 64, 16] = lipass.sparse_attention(%q, [$text_0_0, %k], [$text_0_1, %v], [4, 4, 4], [1, 1, 6, 4, 4, 4], 'text,current', [1, 4, 4], 1.0, 0.25, 1, 'prefill', %or__1, 'blocks.0:prefill')  # blocks.0
 +%transpose: f32[1, 64, 2, 16] = %sparse_attention_default.transpose(1, 2)  # blocks.0
-""")
+""",
+    )
 
 
 def test_mask_is_computed_once_for_a_whole_chunk(trace, apply, mini, inputs):
     gm = trace(mini.chunk, inputs(4).chunk)
     apply(gm, TEXT)
-    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.lipass.view_overlap.default)) == 1
-    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.lipass.sparse_attention.default)
+    assert (
+        len(gm.graph.find_nodes(op="call_function", target=torch.ops.lipass.view_overlap.default))
+        == 1
+    )
+    calls = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.lipass.sparse_attention.default
+    )
     assert len({call.args[11] for call in calls}) == 1
     assert len(calls) == 7
 
@@ -73,7 +84,9 @@ def test_mask_is_computed_once_for_a_whole_chunk(trace, apply, mini, inputs):
 def test_sparse_attention_behind_it_sets_tile_budget_and_sink(trace, apply, mini, inputs):
     gm = trace(mini, inputs(4).decode)
     apply(gm, f"{TEXT},sparse-attention{{tile=2x2x2 budget_decode=0.5 sink_latents=2}}")
-    call, _ = gm.graph.find_nodes(op="call_function", target=torch.ops.lipass.sparse_attention.default)
+    call, _ = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.lipass.sparse_attention.default
+    )
     assert (call.args[6], call.args[7], call.args[9]) == ([2, 2, 2], 0.5, 2)
     assert call.args[11] is not None
 
@@ -81,7 +94,9 @@ def test_sparse_attention_behind_it_sets_tile_budget_and_sink(trace, apply, mini
 @pytest.mark.parametrize(
     ("window", "kept"), [(1, [1, 0, 0, 1]), (2, [1, 0, 1, 1])], ids=["window1", "window2"]
 )
-def test_mask_holds_sink_and_window_where_nothing_is_seen(trace, apply, mini, inputs, window, kept):
+def test_mask_holds_sink_and_window_where_nothing_is_seen(
+    trace, apply, mini, inputs, window, kept
+):
     item = inputs(4)
     half_turn = torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0]))
     item.w2c[:, :4] = half_turn
@@ -100,7 +115,9 @@ def mask(trace, apply, mini, item, window):
     """Run decode and return the mask that the attention was given."""
     gm = trace(mini, item.decode)
     apply(gm, f"{FACTS},prune-context{{sink_latents=1 window_latents={window}}}")
-    call = gm.graph.find_nodes(op="call_function", target=torch.ops.lipass.sparse_attention.default)[0]
+    call = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.lipass.sparse_attention.default
+    )[0]
     gm.graph.output_node().args = ((call.args[11],),)
     gm.graph.eliminate_dead_code()
     gm.recompile()

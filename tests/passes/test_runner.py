@@ -56,7 +56,12 @@ def run(trace):
 
 def test_record_says_what_happened(run):
     _, (record,) = run("nothing")
-    assert (record.name, record.numerics, record.changed, record.diff) == ("toy", "exact", False, "")
+    assert (record.name, record.numerics, record.changed, record.diff) == (
+        "toy",
+        "exact",
+        False,
+        "",
+    )
     assert [(n.pass_name, n.site, n.action, n.reason) for n in record.notes] == [
         ("toy", "somewhere", "kept", "because")
     ]
@@ -76,7 +81,7 @@ def test_failure_names_pass_node_and_module(run):
 
 
 def test_invalid_graph_names_the_pass(run):
-    with pytest.raises(PassError, match="pass 'toy' failed: relu is torch.float32") as failure:
+    with pytest.raises(PassError, match=r"pass 'toy' failed: relu is torch\.float32") as failure:
         run("break")
     assert isinstance(failure.value.__cause__, PassError)
 
@@ -117,6 +122,8 @@ def test_nothing_is_dumped_by_default(trace, apply, tmp_path, monkeypatch):
 
 def test_structured_trace_shows_the_graph(trace, apply, monkeypatch):
     seen = []
-    monkeypatch.setattr("lipass.passes.runner.trace_artifact", lambda name, text: seen.append(name))
+    monkeypatch.setattr(
+        "lipass.passes.runner.trace_artifact", lambda name, text: seen.append(name)
+    )
     apply(trace(lambda x: x.view(4) * 2, (torch.randn(2, 2),)), "canonicalize,find-attention")
     assert seen == ["lipass_canonicalize"]

@@ -10,7 +10,9 @@ OPTIONS = "{tile=2x4x4 budget_prefill=0.5 budget_decode=0.25 sink_latents=1}"
 
 def test_decode(trace, apply, mini, inputs):
     records, _ = apply(trace(mini, inputs(4).decode, inputs(8).decode), TEXT + OPTIONS)
-    assert_expected_inline(records[-1].diff, """\
+    assert_expected_inline(
+        records[-1].diff,
+        """\
 -%key: f32[1, 2, n1 + 70, 16] = cat([$text_0_0, $history_0_0, %k], 2)  # blocks.0
 -%value: f32[1, 2, n1 + 70, 16] = cat([$text_0_1, $history_0_1, %v], 2)  # blocks.0
 -%out: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
@@ -27,25 +29,31 @@ def test_decode(trace, apply, mini, inputs):
 +%floordiv_1: (n2//16) = floordiv(%sym_size_int_1, 16)  # blocks.1
 +%sparse_attention_default_1: f32[1, 2, 64, 16] = lipass.sparse_attention(%q_1, [$text_1_0, $history_1_0, %k_1], [$text_1_1, $history_1_1, %v_1], [4, 4, 4], [1, 1, 6, %floordiv_1, 4, 4, 4, 4, 4], 'text,history,current', [2, 4, 4], 0.25, 0.25, 1, 'decode', None, 'blocks.1:decode')  # blocks.1
 +%transpose_1: f32[1, 64, 2, 16] = %sparse_attention_default_1.transpose(1, 2)  # blocks.1
-""")
+""",
+    )
 
 
 def test_prefill(trace, apply, mini, inputs):
     records, _ = apply(trace(mini, inputs(4).prefill, inputs(8).prefill), TEXT + OPTIONS)
-    assert_expected_inline(records[-1].diff, """\
+    assert_expected_inline(
+        records[-1].diff,
+        """\
 -%key: f32[1, 2, 16*n0 + 6, 16] = cat([$text_0_0, %k], 2)  # blocks.0
 -%value: f32[1, 2, 16*n0 + 6, 16] = cat([$text_0_1, %v], 2)  # blocks.0
 -%out: f32[1, 2, 16*n0, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
 -%transpose: f32[1, 16*n0, 2, 16] = %out.transpose(1, 2)  # blocks.0
 +%sparse_attention_default: f32[1, 2, 16*n0, 16] = lipass.sparse_attention(%q, [$text_0_0, %k], [$text_0_1, %v], [$n0, 4, 4], [1, 1, 6, $n0, 4, 4], 'text,current', [2, 4, 4], 0.5, 0.25, 1, 'prefill', None, 'blocks.0:prefill')  # blocks.0
 +%transpose: f32[1, 16*n0, 2, 16] = %sparse_attention_default.transpose(1, 2)  # blocks.0
-""")
+""",
+    )
 
 
 def test_fixed_sizes_are_constants(trace, apply, mini, inputs):
     gm = trace(mini, inputs(4).decode)
     apply(gm, TEXT)
-    (call, _) = gm.graph.find_nodes(op="call_function", target=torch.ops.lipass.sparse_attention.default)
+    (call, _) = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.lipass.sparse_attention.default
+    )
     assert call.args[3:5] == ([4, 4, 4], [1, 1, 6, 4, 4, 4, 4, 4, 4])
 
 
