@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout, Segment
+from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 
 # Gathered keys and values of one chunk: 4 MiB, the best of 1, 2, 4 and 8 on Zen 3 (32 MiB of L3).
 _CHUNK_BYTES = 4 << 20
@@ -67,25 +67,31 @@ def block_sparse_attention(
     pairs, blocks, slots, _ = q_tiles.shape
     columns = gather.rows.shape[2] * gather.run + sum(part.shape[1] for part in k_shared)
 
-    out = torch.empty_like(q_tiles, memory_format=torch.contiguous_format)
-    lse = torch.empty(pairs, blocks, slots) if return_lse else None
-    for head, block in _chunks(pairs, blocks, columns * dim * 2 * q.element_size()):
-        part = (head, block)
+    outputs, lses = [], []
+    for part in _chunks(pairs, blocks, columns * dim * 2 * q.element_size()):
         picked = gather.rows[part].reshape(-1)
         k_part = _collect(k_rows, picked, k_shared, part, dim, "k")
         v_part = _collect(v_rows, picked, v_shared, part, dim, "v")
         bias = None if gather.bias is None else gather.bias[part].flatten(0, 1)[:, None]
-        result = (out[part], None if lse is None else lse[part])
-        _attend(q_tiles[part].flatten(0, 1), k_part, v_part, bias, scale, *result)
+        q_part = q_tiles[part].flatten(0, 1)
+        attend = _attend_lse if return_lse else _attend
+        found, lse = attend(q_part, k_part, v_part, bias, scale)
+        outputs.append(found)
+        lses.append(lse)
+    out = _joined(outputs).view(q_tiles.shape)
     if gather.bias is not None:
         # Rows without a key: the softmax of nothing is nan, by contract the output is 0.
         blind = (gather.bias == -math.inf).all(-1)
         out.masked_fill_(blind[..., None, None], 0.0)
-
     merged = _to_tokens(out.unflatten(0, (batch, heads)), plan.q_grid)
-    if lse is None:
+    if not return_lse:
         return merged, None
-    return merged, _to_tokens(lse.unflatten(0, (batch, heads))[..., None], plan.q_grid)[..., 0]
+    rows = _joined(lses).view(batch, heads, blocks, slots, 1)
+    return merged, _to_tokens(rows, plan.q_grid)[..., 0]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _chunks(pairs: int, blocks: int, bytes_per_block: int) -> list[tuple[slice, slice]]:
@@ -102,26 +108,22 @@ def _chunks(pairs: int, blocks: int, bytes_per_block: int) -> list[tuple[slice, 
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Attend block by block, `[c, slots, D]` to `[c, keys, D]`, into `out` and `lse`."""
-    if lse is None:
-        mask = None if bias is None else bias.to(q.dtype).expand(-1, q.shape[1], -1)[None]
-        found = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale)
-        out.copy_(found.view(out.shape))
-        return
-    # Three steps in fp32, because the fused call keeps its log-sum-exp to itself.
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend block by block, `[c, slots, D]` to `[c, keys, D]`; the second result is empty."""
+    mask = None if bias is None else bias.to(q.dtype).expand(-1, q.shape[1], -1)[None]
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale)
+    return out[0], out.new_empty(0)
+
+
+def _attend_lse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend in three steps in fp32, because the fused call keeps its log-sum-exp to itself."""
     score = (q.float() @ k.float().mT) * scale
     if bias is not None:
         score += bias
-    lse.copy_(score.logsumexp(-1).view(lse.shape))
-    out.copy_((score.softmax(-1) @ v.float()).view(out.shape))
+    return (score.softmax(-1) @ v.float()).to(q.dtype), score.logsumexp(-1)
 
 
 def _needs_mask(plan: BlockPlan, key_bias: Tensor | None) -> bool:
