@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.fx
 
-# Importing them registers the operators that passes insert.
+# Importing these two registers the operators that passes insert.
+import lipass.kernels.ops  # noqa: F401
+import lipass.kernels.view_overlap.api  # noqa: F401
 from lipass import session
 from lipass.config import Config
 from lipass.errors import LipassError
