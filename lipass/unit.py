@@ -11,7 +11,7 @@ import torch
 import torch.fx
 
 # Importing these two registers the operators that passes insert.
-import lipass.kernels.ops  # noqa: F401
+import lipass.kernels.ops
 import lipass.kernels.view_overlap.api  # noqa: F401
 from lipass import session
 from lipass.config import Config
