@@ -128,18 +128,8 @@ class BlockGrid:
         block_t, per_layer = self.block_shape[0], math.prod(self.block_shape[1:])
         pad = block_t * self.tile[0] - self.grid[0]
         frames = torch.nn.functional.pad(keep_frames, (0, pad), value=False)
-        return frames.unflatten(1, (block_t, self.tile[0])).any(-1).repeat_interleave(per_layer, 1)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Name a run of keys that shares one grid."""
-
-    role: str
-    """`"text"`, `"history"` or `"current"`."""
-    grid: BlockGrid
-
-    def __post_init__(self) -> None:
+        layers = frames.reshape(frames.shape[0], block_t, self.tile[0]).any(-1)
+        return layers.repeat_interleave(per_layer, 1)    def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {self.role!r}")
 
@@ -267,7 +257,10 @@ class BlockPlan:
         return self.counts.float().mean() / max(self.kv.blocks, 1)
 
 
+# Tables outlive the call that asks first, so they must not be inference tensors: those could not
+# be used where a gradient is recorded.
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _token_index(grid: BlockGrid, device: torch.device) -> Tensor:
     (size_t, size_y, size_x), (tile_t, tile_y, tile_x) = grid.grid, grid.tile
     block_t, block_y, block_x = grid.block_shape
@@ -280,11 +273,13 @@ def _token_index(grid: BlockGrid, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _valid(grid: BlockGrid, device: torch.device) -> Tensor:
     return _token_index(grid, device) >= 0
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _slot_of_token(grid: BlockGrid, device: torch.device) -> Tensor:
     index = _token_index(grid, device).flatten()
     slot = torch.arange(index.numel(), device=device)
@@ -296,11 +291,13 @@ def _slot_of_token(grid: BlockGrid, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _block_of_token(grid: BlockGrid, device: torch.device) -> Tensor:
     return _slot_of_token(grid, device) // grid.block_tokens
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _neighbours(grid: BlockGrid) -> Tensor:
     axes = [torch.arange(size) for size in grid.block_shape]
     position = torch.cartesian_prod(*axes) if grid.blocks else torch.zeros(0, 3)
@@ -308,6 +305,7 @@ def _neighbours(grid: BlockGrid) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _covers(grid: BlockGrid, finer: BlockGrid) -> Tensor:
     if grid.grid != finer.grid or any(a % b for a, b in zip(grid.tile, finer.tile, strict=True)):
         raise ValueError(
@@ -320,6 +318,7 @@ def _covers(grid: BlockGrid, finer: BlockGrid) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _layout_token_index(layout: KvLayout, device: torch.device) -> Tensor:
     parts = []
     for number, segment in enumerate(layout.segments):
@@ -329,6 +328,7 @@ def _layout_token_index(layout: KvLayout, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _layout_block_of_token(layout: KvLayout, device: torch.device) -> Tensor:
     return torch.cat(
         [

@@ -258,6 +258,7 @@ def _to_tokens(x: Tensor, grid: BlockGrid) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _run_table(
     layout: KvLayout, first: range, last: range, segment: int | None, shared: tuple[int, ...]
 ) -> tuple[int, Tensor, Tensor, int]:
@@ -292,6 +293,7 @@ def _run_table(
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _first_rows(pairs: int, step: int) -> Tensor:
     """Row at which each head starts, `[B * H, 1, 1]`."""
     return (torch.arange(pairs) * step).view(pairs, 1, 1)

@@ -106,6 +106,7 @@ def _among_kept(
 
 
 @functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
 def _fixed(
     layout: KvLayout,
     q_grid: BlockGrid,

@@ -220,6 +220,16 @@ def test_buffers_survive_inference_mode():
     assert torch.equal(attend(case, case.plan(), "cpu"), first)
 
 
+def test_tables_made_in_inference_mode_serve_gradients():
+    case = make_case("decode", 3, (4, 5), 2, (1, 4, 4), dim=12)
+    with torch.inference_mode():
+        case.plan()
+        attend(case, case.plan(), "reference")
+    case.q.requires_grad_()
+    attend(case, case.plan(), "reference").sum().backward()
+    assert case.q.grad.abs().sum() > 0
+
+
 def test_cpu_refuses_what_needs_a_gradient():
     case = make_case("decode", 3, (4, 4), 2, (1, 4, 4))
     plan = case.plan()
