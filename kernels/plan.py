@@ -129,7 +129,18 @@ class BlockGrid:
         pad = block_t * self.tile[0] - self.grid[0]
         frames = torch.nn.functional.pad(keep_frames, (0, pad), value=False)
         layers = frames.reshape(frames.shape[0], block_t, self.tile[0]).any(-1)
-        return layers.repeat_interleave(per_layer, 1)    def __post_init__(self) -> None:
+        return layers.repeat_interleave(per_layer, 1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Name a run of keys that shares one grid."""
+
+    role: str
+    """`"text"`, `"history"` or `"current"`."""
+    grid: BlockGrid
+
+    def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {self.role!r}")
 
