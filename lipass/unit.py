@@ -18,6 +18,7 @@ from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.passes import runner
+from lipass.passes.compat import is_symbolic
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
 from lipass.passes.site import AttentionSite, region_name, sites, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
@@ -126,7 +127,7 @@ def _site_record(site: AttentionSite, notes: list[Note]) -> SiteRecord:
 
 
 def _plain(size: int | torch.SymInt) -> int | str:
-    return size if isinstance(size, int) else str(size)
+    return str(size) if is_symbolic(size) else int(size)
 
 
 def _refuse_dense(found: list[AttentionSite], pipeline: PassPipeline, notes: list[Note]) -> None:

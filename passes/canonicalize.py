@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes.compat import known_true, value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.match import SDPA, is_call
+from lipass.passes.match import SDPA, is_call, storage, writes_between
 
 _SDPA_NAMES = (
     "query",
@@ -52,7 +52,7 @@ class Canonicalize(Pass):
     contiguous, to, expand, permute or transpose that returns its input is removed.
 
     Keeps: `view(dtype)`; a no-op whose result is a graph output; an inner concatenation with other
-    users.
+    users or with a write between it and the outer one.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -91,12 +91,20 @@ def _spell_cat(node: Node) -> bool:
     dim %= value(node).dim()
     flat: list[Any] = []
     for piece in pieces:
-        inner = is_call(piece, torch.cat) and piece.args[1:] == (dim,) and len(piece.users) == 1
-        flat.extend(piece.args[0] if inner else [piece])
+        flat.extend(piece.args[0] if _is_inner_cat(piece, node, dim) else [piece])
     if node.target is torch.cat and node.args == (flat, dim) and not node.kwargs:
         return False
     node.target, node.args, node.kwargs = torch.cat, (flat, dim), {}
     return True
+
+
+def _is_inner_cat(piece: object, outer: Node, dim: int) -> bool:
+    """Whether a concatenation can be part of the outer one, which reads the pieces later."""
+    if not isinstance(piece, Node) or not is_call(piece, torch.cat):
+        return False
+    if piece.args[1:] != (dim,) or len(piece.users) > 1:
+        return False
+    return next(writes_between(piece, outer), None) is None
 
 
 def _spell_view(node: Node) -> bool:
@@ -129,7 +137,7 @@ def _same_tensor(a: object, b: object) -> bool:
         return False
     if a.dim() != b.dim() or a.dtype != b.dtype or a.device != b.device:
         return False
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+    if storage(a) != storage(b):
         return False
     pairs = [*zip(a.shape, b.shape, strict=True), *zip(a.stride(), b.stride(), strict=True)]
     return all(known_true(x == y) for x, y in [*pairs, (a.storage_offset(), b.storage_offset())])

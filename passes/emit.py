@@ -66,6 +66,13 @@ class Emitter:
         return self(torch.ops.aten.sym_size.int, tensor, dim)
 
 
+def refuse_training(node: Node) -> str | None:
+    """Say that a call is differentiated, which `lipass::sparse_attention` cannot be, or None."""
+    if value(node).requires_grad:
+        return "its gradient is recorded; call the model under torch.no_grad()"
+    return None
+
+
 def replace_attention(
     node: Node,
     site: AttentionSite,

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes.compat import known_true, value
 from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.match import writes_between
 from lipass.passes.region import Region, alias, difference, impurity, region_of, to_module
 from lipass.passes.site import set_region, set_site, sites, step_of, without_repeat
 
@@ -88,6 +89,10 @@ def _refusal(graph: Graph, regions: list[Region]) -> str | None:
         last = max(order[node] for node in region.nodes)
         inside = set(region.nodes)
         users = [user for node in region.outputs for user in node.users if user not in inside]
+        if late := [
+            n for n in writes_between(region.nodes[0], region.nodes[-1]) if n not in inside
+        ]:
+            return f"step {i} is interrupted by %{late[0].name}, which writes to its input"
         if early := [user for user in users if order[user] < last]:
             return f"step {i} is used by %{early[0].name} before it is complete"
     return None

@@ -64,6 +64,8 @@ def attention(node: Node) -> Operands | Refusal:
         return Refusal(f"q, k, v must be [B, H, L, D], got ranks {ranks}")
     if not known_true(value(q).shape[3] == value(v).shape[3]):
         return Refusal("head dims of q and v differ")
+    if not all(known_true(value(q).shape[axis] == value(k).shape[axis]) for axis in (0, 1)):
+        return Refusal("q and k differ in batch or heads")
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = value(q).shape[3] ** -0.5
@@ -76,7 +78,36 @@ def attention(node: Node) -> Operands | Refusal:
         # torch does not tie the two sizes to each other when both come from inputs
         if not guard(value(key).shape[2] == value(val).shape[2]):
             return Refusal(f"pieces {i} of k and v differ in length")
+    dtypes = {value(x).dtype for x in (node, q, *keys, *values)}
+    if len(dtypes) > 1:
+        return Refusal(f"its dtypes differ: {', '.join(sorted(map(str, dtypes)))}")
+    if why := _written_late(node, (k, *keys)) or _written_late(node, (v, *values)):
+        return Refusal(why)
     return Operands(q, keys, values, scale)
+
+
+def _written_late(call: Node, tensors: tuple[Node, ...]) -> str | None:
+    """Say what writes to keys between their concatenation and the call, which reads the pieces."""
+    memory = {storage(value(tensor)) for tensor in tensors}
+    since = same_values(tensors[0])
+    for node in writes_between(since, call):
+        if storage(value(node.args[0])) in memory:
+            return f"%{node.name} writes to its keys or values in place"
+    return None
+
+
+def writes_between(first: Node, last: Node) -> Iterator[Node]:
+    """Iterate over the nodes behind `first` and in front of `last` that write to an input."""
+    node = first.next
+    while node is not last and node.op != "output":
+        if mutates(node):
+            yield node
+        node = node.next
+
+
+def storage(tensor: object) -> int | None:
+    """Return an identity of the memory of a fake tensor; None for what is no tensor."""
+    return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
 
 
 def _segments(tensor: Node) -> tuple[Node, ...]:

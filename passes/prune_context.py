@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from lipass.passes import match
 from lipass.passes.compat import known_true, value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.emit import Emitter, replace_attention
+from lipass.passes.emit import Emitter, refuse_training, replace_attention
 from lipass.passes.match import Operands
 from lipass.passes.site import PoseInput, poses, sites
 
@@ -70,6 +70,9 @@ class PruneContext(Pass):
         calls = [(n, s) for n, s in sites(graph) if s.role in ("prefill", "decode")]
         if not calls:
             ctx.note("context", "kept", "the graph has no prefill or decode site")
+            return False
+        if why := next(filter(None, (refuse_training(node) for node, _ in calls)), None):
+            ctx.note("context", "kept", why)
             return False
         keep = self._keep(w2c, fact, ctx)
         for node, site in calls:

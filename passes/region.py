@@ -11,7 +11,7 @@ import torch.fx
 from torch.fx import Node
 
 from lipass.passes.compat import known_true, value
-from lipass.passes.match import mutates
+from lipass.passes.match import mutates, storage
 from lipass.passes.site import without_repeat
 
 _RANDOM = re.compile(
@@ -94,9 +94,9 @@ def impurity(region: Region) -> str | None:
 
     Writing to memory that the region itself made is harmless.
     """
-    given = {_storage(value(node)) for node in region.inputs} - {None}
+    given = {storage(value(node)) for node in region.inputs} - {None}
     for node in region.nodes:
-        if mutates(node) and _storage(value(node.args[0])) in given:
+        if mutates(node) and storage(value(node.args[0])) in given:
             return f"%{node.name} writes to an input"
         name = getattr(node.target, "__name__", str(node.target))
         if _RANDOM.match(name) and _is_active(node):
@@ -112,16 +112,12 @@ def _is_active(node: Node) -> bool:
 
 def alias(region: Region) -> str | None:
     """Say which output shares memory with an input, or return None."""
-    memory = {_storage(value(node)): node.name for node in region.inputs}
+    memory = {storage(value(node)): node.name for node in region.inputs}
     for node in region.outputs:
-        storage = _storage(value(node))
-        if storage is not None and storage in memory:
-            return f"%{node.name} shares memory with %{memory[storage]}"
+        at = storage(value(node))
+        if at is not None and at in memory:
+            return f"%{node.name} shares memory with %{memory[at]}"
     return None
-
-
-def _storage(tensor: object) -> int | None:
-    return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
 
 
 def to_module(region: Region, outputs: list[int]) -> torch.fx.GraphModule:

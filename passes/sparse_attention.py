@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes import match
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.emit import replace_attention
+from lipass.passes.emit import refuse_training, replace_attention
 from lipass.passes.match import Operands
 from lipass.passes.site import AttentionSite, sites
 
@@ -32,7 +32,8 @@ class SparseAttention(Pass):
 
     A site that `prune-context` rewrote gets tile, budget and sink here and keeps its frames.
 
-    Keeps: sites of role cross, text and other, whose keys are no latent grid; `dense_layers`.
+    Keeps: sites of role cross, text and other, whose keys are no latent grid; `dense_layers`;
+    calls whose gradient is recorded.
     """
 
     name: ClassVar[str] = "sparse-attention"
@@ -63,6 +64,9 @@ class SparseAttention(Pass):
             layer = layers[call] = layers.get(call, -1) + 1
             if layer in self.dense_layers:
                 ctx.note(site.name, "kept", f"layer {layer} is in dense_layers")
+                continue
+            if why := refuse_training(node):
+                ctx.note(site.name, "kept", why)
                 continue
             self._rewrite(node, site, ctx)
             changed = True

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from lipass.passes.compat import known_true, unguarded, value
 from lipass.passes.core import PassContext, PassError
-from lipass.passes.match import mutates
+from lipass.passes.match import mutates, storage
 
 
 @dataclass(frozen=True)
@@ -112,33 +114,30 @@ def _run(graph: Graph, node: Node) -> Any:
 
 def _settle(node: Node, fresh: Any) -> bool:
     """Compare a propagated value with the metadata; return whether its strides differ."""
-    old = value(node)
-    if type(old) is not type(fresh) and not isinstance(fresh, torch.Tensor):
-        if isinstance(old, (list, tuple)) and isinstance(fresh, (list, tuple)):
-            node.meta["example_value"] = fresh
-            return True
-        if known_true(old == fresh):
-            return False
-    if isinstance(fresh, (list, tuple)):
-        node.meta["example_value"] = fresh
-        return True
-    if not isinstance(fresh, torch.Tensor):
-        return False
-    if free_unbacked_symbols(fresh) or free_unbacked_symbols(old):
-        return False
-    equal = (
-        isinstance(old, torch.Tensor)
-        and old.dtype == fresh.dtype
-        and old.device == fresh.device
-        and old.dim() == fresh.dim()
-        and all(known_true(a == b) for a, b in zip(old.shape, fresh.shape, strict=True))
-    )
-    if not equal:
-        raise PassError(f"{node.name} is {_brief(fresh)}, but its metadata says {_brief(old)}")
-    if all(known_true(a == b) for a, b in zip(old.stride(), fresh.stride(), strict=True)):
+    old, new = pytree.tree_leaves(value(node)), pytree.tree_leaves(fresh)
+    if len(old) != len(new) or not all(map(_same_kind, old, new)):
+        raise PassError(
+            f"{node.name} is {_brief(fresh)}, but its metadata says {_brief(value(node))}"
+        )
+    if all(map(_same_strides, old, new)):
         return False
     node.meta["example_value"] = fresh
     return True
+
+
+def _same_kind(old: Any, new: Any) -> bool:
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return not isinstance(old, torch.Tensor) and known_true(old == new)
+    if free_unbacked_symbols(old) or free_unbacked_symbols(new):
+        return True  # sizes that depend on data have new names each time
+    same_type = old.dtype == new.dtype and old.device == new.device and old.dim() == new.dim()
+    return same_type and all(map(known_true, map(operator.eq, old.shape, new.shape)))
+
+
+def _same_strides(old: Any, new: Any) -> bool:
+    if not isinstance(old, torch.Tensor) or free_unbacked_symbols(old):
+        return True
+    return all(map(known_true, map(operator.eq, old.stride(), new.stride())))
 
 
 def _brief(tensor: Any) -> str:
@@ -150,13 +149,9 @@ def _brief(tensor: Any) -> str:
 def _aliases(graph: Graph) -> set[tuple[int, str]]:
     memory: dict[int, str] = {}
     for node in graph.find_nodes(op="placeholder"):
-        if isinstance(value(node), torch.Tensor):
-            memory[value(node).untyped_storage()._cdata] = node.name
+        if (at := storage(value(node))) is not None:
+            memory[at] = node.name
     outputs: list[Node] = []
     map_arg(graph.output_node().args, outputs.append)
-    tensors = [(i, value(node)) for i, node in enumerate(outputs)]
-    return {
-        (i, memory[t.untyped_storage()._cdata])
-        for i, t in tensors
-        if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata in memory
-    }
+    places = enumerate(storage(value(node)) for node in outputs)
+    return {(i, memory[at]) for i, at in places if at is not None and at in memory}
