@@ -50,8 +50,8 @@ class FindAttention(Pass):
     history to a later call, `cross` if no key is current, `text` if q has no grid and all keys are
     its own.
 
-    Keeps (role `other`): masks, dropout, causal and grouped attention; k and v cut differently; q
-    without a token grid; a piece that could be text or history: `segments` names the pieces then.
+    Keeps (role `other`): masks, dropout, causal and grouped attention; operands of mixed dtypes or
+    broadcast; k and v cut differently, or written to once they are joined; q without a token grid; a piece that could be text or history: `segments` names the pieces then.
     """
 
     name: ClassVar[str] = "find-attention"

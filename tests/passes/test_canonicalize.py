@@ -85,6 +85,16 @@ def test_nested_cat_with_other_users_stays(trace, apply):
     assert diff(trace, apply, fn, *qkv()) == ""
 
 
+def test_nested_cat_with_a_write_in_between_stays(trace, apply):
+    def fn(a, b, c):
+        b = b + 1
+        inner = torch.cat([b, c], 2)
+        b.mul_(2)
+        return torch.cat([a, inner], 2), b
+
+    assert diff(trace, apply, fn, *qkv()) == ""
+
+
 def test_view_becomes_reshape(trace, apply):
     def fn(x):
         return x.view(2, -1) + 1

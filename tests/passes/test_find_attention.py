@@ -202,6 +202,60 @@ def test_values_of_another_width(found):
     assert found(fn, (latents(), kv(64))) == [("other", "head dims of q and v differ")]
 
 
+def test_keys_written_after_they_were_joined(found, grown):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        own = q * 2
+        key = torch.cat([text, history, own], 2)
+        own.mul_(2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    reason = "%mul_ writes to its keys or values in place"
+    assert found(fn, *grown) == [("other", reason)]
+
+
+def test_joined_keys_that_are_written(found, grown):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([text, history, q * 2], 2)
+        key[:, :, 0] = 0
+        return F.scaled_dot_product_attention(q, key, key)
+
+    ((role, reason),) = found(fn, *grown)
+    assert role == "other"
+    assert reason.endswith("writes to its keys or values in place")
+
+
+def test_keys_written_before_they_are_joined(found, grown):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        own = q * 2
+        own.mul_(2)
+        key = torch.cat([text, history, own], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    assert found(fn, *grown) == [("decode", "it has history keys")]
+
+
+def test_history_of_another_dtype(found):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([text, history, q], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    args = [(latents(), kv(6), kv(16 * n).half()) for n in (HISTORY, HISTORY + 4)]
+    reason = "its dtypes differ: torch.float16, torch.float32"
+    assert found(fn, *args) == [("other", reason)]
+
+
+def test_keys_that_are_broadcast(found):
+    def fn(x, k):
+        q = heads(x.flatten(2).mT).expand(3, -1, -1, -1)
+        return F.scaled_dot_product_attention(q, k, k)
+
+    assert found(fn, (latents(), kv(64))) == [("other", "q and k differ in batch or heads")]
+
+
 def test_cat_along_heads_is_no_segment(found):
     def fn(x, history):
         q = heads(x.flatten(2).mT)

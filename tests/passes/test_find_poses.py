@@ -110,3 +110,11 @@ def test_prefill_without_frames_to_come(found):
 
     args = (torch.randn(1, 16, 8, 4, 4), torch.randn(1, 8, 4, 4))
     assert found(fn, args) == ([], ["l_w2c_: 8 cameras for 8 latents; none for frames to come"])
+
+
+def test_matrices_that_are_written_to(found, mini, inputs):
+    def fn(latents, sigma, w2c, *args):
+        w2c.mul_(2)
+        return mini(latents, sigma, w2c, *args)
+
+    assert found(fn, inputs(4).decode) == ([], ["l_w2c_: it is written to"])

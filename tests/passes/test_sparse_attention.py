@@ -98,6 +98,21 @@ def test_attention_over_no_latents_stays(notes, role):
     assert reason.startswith(f"{role}: ")
 
 
+def test_attention_that_is_differentiated_stays(apply, mini, inputs):
+    graphs = []
+
+    def keep(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(mini, backend=keep)(*inputs(4).decode)
+    records, ctx = apply(graphs[0], TEXT)
+    assert not records[-1].changed
+    reason = "its gradient is recorded; call the model under torch.no_grad()"
+    assert {note.reason for note in ctx.notes if note.pass_name == "sparse-attention"} == {reason}
+
+
 def test_graph_without_attention_stays(trace, apply):
     records, ctx = apply(trace(lambda x: x + 1, (torch.randn(3),)), TEXT)
     assert not any(record.changed for record in records)
