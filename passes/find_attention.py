@@ -51,7 +51,8 @@ class FindAttention(Pass):
     its own.
 
     Keeps (role `other`): masks, dropout, causal and grouped attention; operands of mixed dtypes or
-    broadcast; k and v cut differently, or written to once they are joined; q without a token grid; a piece that could be text or history: `segments` names the pieces then.
+    broadcast; k and v cut differently, or written to once they are joined; q without a token grid;
+    a piece that could be text or history: `segments` names the pieces then.
     """
 
     name: ClassVar[str] = "find-attention"
