@@ -35,8 +35,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Take one step."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step; there is no closure."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:

@@ -20,6 +20,11 @@ AIRS = {"clear": 0.02, "haze": 0.07, "fog": 0.16}
 PALETTES = {"plain": (1.0, 1.0, 1.0), "warm": (1.08, 0.97, 0.78), "cool": (0.80, 0.98, 1.10)}
 LAYOUTS = ("boxes", "pillars", "partition", "mixed")
 
+# Ahead, aside, turn. Turns on the spot come twice, so that a walk looks around.
+_MOVES = (
+    *((1, 0, 0), (1, 0, 1), (1, 0, -1), (-1, 0, 0), (0, 1, 0), (0, -1, 0)),
+    *((0, 0, 1), (0, 0, -1), (0, 0, 1), (0, 0, -1)),
+)
 _NORMAL_LIGHT = torch.tensor([0.86, 1.0, 0.97])
 _RAY_EPS = 1e-9
 
@@ -267,13 +272,12 @@ def random_walk(
         yaw = rand(0, 360)
     else:
         x, z, yaw = start
-    pitch, moves = 0.0, ((1, 0, 0), (1, 0, 1), (1, 0, -1), (-1, 0, 0), (0, 1, 0), (0, -1, 0))
-    moves += ((0, 0, 1), (0, 0, -1), (0, 0, 1), (0, 0, -1))
+    pitch = 0.0
     left, move, tilt, poses = 0, (0, 0, 0), 0.0, []
     for _ in range(frames):
         poses.append((x, z, yaw, pitch))
         if left == 0:
-            move = moves[int(rand(0, len(moves) - 1e-6))]
+            move = _MOVES[int(rand(0, len(_MOVES) - 1e-6))]
             tilt = rand(-2.0, 2.0) if rand(0, 1) < 0.12 else -0.5 * pitch / max(1, 4)
             left = int(rand(3, 12))
         left -= 1
