@@ -25,6 +25,8 @@ from lipass.passes.site import (
 
 ROLES = ("text", "history", "current")
 
+_NAME_THEM = "name the pieces with find-attention{segments=text+history+current}"
+
 
 @dataclass(frozen=True)
 class FindAttention(Pass):
@@ -43,8 +45,10 @@ class FindAttention(Pass):
     * history: the current piece of an earlier attention call; or whole latents (its length divides
       by `Y * X`, proven or made a guard) of which there is evidence that they are latents: a
       length that varies between calls, or a camera input `[B, F, 4, 4]` with
-      `F = T_history + T_current`.
-    * text: any other piece whose length is no whole number of latents.
+      `F = T_history + T_current`. Where cameras belong to one piece, a length that varies is no
+      evidence for another.
+    * text: any other piece whose length is no whole number of latents, or whose latents have no
+      cameras where another piece's have.
 
     The call is `decode` if it has history, `prefill` if not and its own keys are returned or are
     history to a later call, `cross` if no key is current, `text` if q has no grid and all keys are
@@ -110,13 +114,18 @@ class FindAttention(Pass):
         named = self._named(len(operands.keys))
         if isinstance(named, Refusal):
             return site("other", named.reason)
+        filmed = [_camera(key, grid) for key in operands.keys]
         segments: list[Segment] = []
         for i, key in enumerate(operands.keys):
-            found = _segment(key, own[i], grid, owners, named[i])
+            camera = filmed[i] if not own[i] else ""
+            elsewhere = any(filmed[:i] + filmed[i + 1 :]) and not camera
+            found = _segment(key, own[i], grid, owners, named[i], camera, elsewhere)
             if isinstance(found, Refusal):
                 return site("other", f"key piece {i} of {value(key).shape[2]}: {found.reason}")
             segments.append(found)
         roles = [segment.role for segment in segments]
+        if roles.count("history") > 1:
+            return site("other", f"keys are {' | '.join(roles)}; {_NAME_THEM}")
         if roles.count("current") != 1 or roles[-1] != "current":
             return site("other", f"keys are {' | '.join(roles)}; the last must be current, once")
         if "history" in roles:
@@ -163,9 +172,19 @@ def _is_current(q: Node, key: Node, q_tokens: Size) -> bool:
 
 
 def _segment(
-    key: Node, is_current: bool, q_grid: Grid, owners: dict[Node, Node], named: str | None
+    key: Node,
+    is_current: bool,
+    q_grid: Grid,
+    owners: dict[Node, Node],
+    named: str | None,
+    camera: str,
+    camera_elsewhere: bool,
 ) -> Segment | Refusal:
-    """Decide the role of one piece of the keys; `named` is what the options say."""
+    """Decide the role of one piece of the keys.
+
+    `named` is what the options say, `camera` the evidence that cameras give for this piece, and
+    `camera_elsewhere` that they belong to another one.
+    """
     tokens: Size = value(key).shape[2]
     latents, per_latent = tokens // (q_grid[1] * q_grid[2]), q_grid[1] * q_grid[2]
     text = (1, 1, tokens)
@@ -185,23 +204,28 @@ def _segment(
         if named == "history":
             return Refusal(f"history must be whole latents of {per_latent} tokens")
         return Segment("text", tokens, text, f"no whole number of latents of {per_latent}")
-    why = (named and "named in segments") or _evidence(key, tokens, latents, q_grid[0])
+    varies = "its length varies between calls" if is_symbolic(tokens) else ""
+    why = (named and "named in segments") or camera or varies
+    if camera_elsewhere and not named:
+        return Segment("text", tokens, text, "the cameras belong to another piece")
     if not why:
-        return Refusal(
-            f"it could be text or {latents} latents; name the pieces with "
-            "find-attention{segments=text+history+current}"
-        )
+        return Refusal(f"it could be text or {latents} latents; {_NAME_THEM}")
     if not guard(is_whole):
         return Refusal(f"its length is not proven to be whole latents of {per_latent}")
     return Segment("history", tokens, (latents, q_grid[1], q_grid[2]), why)
 
 
-def _evidence(key: Node, tokens: Size, latents: Size, q_latents: Size) -> str:
-    """Return why whole latents of keys are history, or nothing."""
-    for camera in key.graph.find_nodes(op="placeholder"):
-        if match.is_matrices(camera) and holds_now(value(camera).shape[1] == latents + q_latents):
-            return f"{camera.name} has a camera for each of its latents"
-    return "its length varies between calls" if is_symbolic(tokens) else ""
+def _camera(key: Node, q_grid: Grid) -> str:
+    """Name the input that has a camera for each latent of a piece and of q, or nothing."""
+    tokens: Size = value(key).shape[2]
+    per_latent = q_grid[1] * q_grid[2]
+    if not holds_now(divides(per_latent, tokens)):
+        return ""
+    cameras = tokens // per_latent + q_grid[0]
+    for node in key.graph.find_nodes(op="placeholder"):
+        if match.is_matrices(node) and holds_now(value(node).shape[1] == cameras):
+            return f"{node.name} has a camera for each of its latents"
+    return ""
 
 
 def _returned(key: Node, call: Node) -> str:

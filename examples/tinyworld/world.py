@@ -278,7 +278,7 @@ def random_walk(
         poses.append((x, z, yaw, pitch))
         if left == 0:
             move = _MOVES[int(rand(0, len(_MOVES) - 1e-6))]
-            tilt = rand(-2.0, 2.0) if rand(0, 1) < 0.12 else -0.5 * pitch / max(1, 4)
+            tilt = rand(-2.0, 2.0) if rand(0, 1) < 0.12 else -0.125 * pitch
             left = int(rand(3, 12))
         left -= 1
         yaw += move[2] * step_deg

@@ -323,6 +323,23 @@ def test_text_of_whole_latents_and_fixed_length_is_not_guessed(found):
     assert reason.startswith("key piece 0 of 32: it could be text or 2 latents; name the pieces")
 
 
+def test_two_pieces_of_whole_latents_that_vary_are_not_guessed(found):
+    args, grown = ((latents(), kv(16 * n), kv(32 * n)) for n in (2, 4))
+    ((role, reason),) = found(attend, args, grown)
+    assert role == "other"
+    assert reason.startswith("keys are history | history | current; name the pieces")
+
+
+def test_cameras_tell_history_from_text_of_whole_latents(found):
+    def fn(x, text, history, w2c):
+        return attend(x, text, history) * w2c.sum()
+
+    args, grown = (
+        (latents(), kv(16 * n), kv(32 * n), torch.randn(1, 2 * n + 4, 4, 4)) for n in (2, 4)
+    )
+    assert found(fn, args, grown) == [("decode", "it has history keys")]
+
+
 def test_segments_option_names_the_pieces(found):
     args = (latents(), kv(32), kv(16 * HISTORY))
     text = "canonicalize,find-attention{segments=text+history+current}"
