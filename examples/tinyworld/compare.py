@@ -25,15 +25,21 @@ from .rollout import WINDOW_LATENTS, Rollout, roll_out
 from .scenario import Scenario
 
 INDUCTOR = "inductor"
+# A latent of the small model is one tile: whole latents are read or not, and none is split.
+_TILE = (1, 8, 8)
 _STEPS = 4
 
 
 def options_of(preset: str, inner: str) -> dict[str, Any]:
-    """Flat options of a preset for this camera."""
+    """Flat options of a preset for this camera and grid; reference keeps the released ones."""
     options: dict[str, Any] = {"preset": preset, "inner": inner}
     config = lipass.Config.resolve(None, options)
-    if preset != "reference" and (config.context or config.steps):
+    if preset == "reference":
+        return options
+    if config.context or config.steps:
         options |= {"hfov_deg": FOV_DEG, "vfov_deg": FOV_DEG}
+    if config.sparse:
+        options["sparse.tile"] = _TILE
     return options
 
 

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 from .codec import Codec
 from .data import load_recordings, record_rooms
 from .model import BASE, SMALL, TinyWorld
-from .train_codec import measure, train_codec
+from .train_codec import measure, refine_decoder, train_codec
 from .train_world import LatentWalks, Phase, Trainer, Walks, latent_walks
 from .world import HELD_OUT_SEED
 
 ROOMS = 900
 HELD_OUT_ROOMS = 20
-_CODEC_SHARE, _WORLD_SHARE = 0.06, 0.9
+_CODEC_SHARE, _WORLD_SHARE = 0.05, 0.9
 
 
 def _log(text: str) -> None:
@@ -111,6 +111,19 @@ def main(argv: list[str] | None = None) -> None:
         _train(0, args, recordings, codec_db)
     else:
         mp.spawn(_train, (args, recordings, codec_db), nprocs=args.processes)
+    refine(codec, args.out, _CODEC_SHARE * args.seconds)
+
+
+def refine(codec: Codec, out: Path, seconds: float) -> None:
+    """Train the decoder on latents as wrong as the model's; writes `codec-refined`."""
+    frames = _frames(load_recordings(out / "rooms", range(ROOMS)), 2)
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + HELD_OUT_ROOMS)
+    held_out = _frames(load_recordings(out / "rooms", seeds), 6)
+    refine_decoder(
+        codec, frames, held_out, seconds,
+        lambda step, done, db: _bar("decoder", done, f"step {step}, held out {db:.2f} dB"),
+    )  # fmt: skip
+    save_file(codec.state_dict(), out / "codec-refined.safetensors")
 
 
 def _latents(out: Path, half: bool) -> Path:
