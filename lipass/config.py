@@ -67,7 +67,9 @@ class ContextOptions(ViewOptions):
         dynamics_high: at or above it the window is shortest.
         overlap_min: latents that show less than this share of the new view are not retrieved.
         gain_min: a retrieved latent must add at least this share of the new view to what the kept
-            ones show; adaptive mode only.
+            ones show, unless it is of an earlier visit; adaptive mode only.
+        departure_min: a latent is of an earlier visit if a later one shows the new view by this
+            share less; adaptive mode only.
     """
 
     mode: str
@@ -79,6 +81,7 @@ class ContextOptions(ViewOptions):
     dynamics_high: float
     overlap_min: float
     gain_min: float
+    departure_min: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,10 +99,11 @@ class ContextOptions(ViewOptions):
             0 <= self.dynamics_low < self.dynamics_high < math.inf,
             "context dynamics must satisfy 0 <= dynamics_low < dynamics_high < inf",
             (self.dynamics_low, self.dynamics_high),
-            "use (0.25, 1.0) for latents of unit variance",
+            "use (0.05, 0.3) for latents of unit variance",
         )
         _check_share("context.overlap_min", self.overlap_min)
         _check_share("context.gain_min", self.gain_min)
+        _check_share("context.departure_min", self.departure_min)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ from .scenario import Scenario
 INDUCTOR = "inductor"
 # A latent of the small model is one tile: whole latents are read or not, and none is split.
 _TILE = (1, 8, 8)
+# Reusing steps costs this model nothing against the renderer, so looser than the default 0.8.
+_REVISIT_OVERLAP = 0.65
 _STEPS = 4
 
 
@@ -38,6 +40,8 @@ def options_of(preset: str, inner: str) -> dict[str, Any]:
         return options
     if config.context or config.steps:
         options |= {"hfov_deg": FOV_DEG, "vfov_deg": FOV_DEG}
+    if config.steps:
+        options["steps.overlap_min"] = _REVISIT_OVERLAP
     if config.sparse:
         options["sparse.tile"] = _TILE
     return options

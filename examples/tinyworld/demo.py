@@ -47,7 +47,7 @@ SCOPES = {
     ),
     "full": Scope(
         (INDUCTOR, "off", "exact", "context", "sparse", "cache", "all", "reference"),
-        _EXPLORED + _FREE, (9001, 9002, 9004), 3, "inductor", True,
+        _EXPLORED + _FREE, (9001, 9002), 3, "inductor", True,
     ),
 }  # fmt: skip
 

@@ -53,6 +53,20 @@ class Revisit:
         return asdict(self)
 
 
+def left_since(overlap: Tensor, departure_min: float) -> Tensor:
+    """Tell for which new views the camera has been away since each history latent but the last.
+
+    Args:
+        overlap: `[q, M]` of the new views with the history, in temporal order.
+        departure_min: how much less a later latent must show.
+
+    Returns:
+        `[q, M - 1]` bool.
+    """
+    lowest_later = overlap[:, 1:].flip(1).cummin(1).values.flip(1)
+    return lowest_later <= overlap[:, :-1] - departure_min
+
+
 def decide_revisit(overlap: Tensor, options: StepOptions) -> Revisit:
     """Decide from the overlaps of the new views with the history.
 
@@ -64,8 +78,7 @@ def decide_revisit(overlap: Tensor, options: StepOptions) -> Revisit:
         return Revisit(False, None, None, "no history")
     if options.overlap_min == 0:
         return Revisit(True, None, None, "steps.overlap_min is 0")
-    later = overlap[:, 1:].flip(1).cummin(1).values.flip(1)  # lowest o(k, j) over j > h
-    left = later <= overlap[:, :-1] - options.departure_min
+    left = left_since(overlap, options.departure_min)
     returned = torch.where(left, overlap[:, :-1], 0.0)
     if not bool(left.any()):
         return Revisit(False, 0.0, None, "exploring: no earlier view was left and reached again")

@@ -100,10 +100,22 @@ def test_equal_views_are_retrieved_once():
 
 
 def test_the_sink_counts_as_memory_of_the_first_view():
-    """Back at the start nothing equal to the sink is retrieved beside it."""
-    made = plan(WAY_BACK, 60, window_chunks_max=1)
+    """Back at the start once more, a latent that shows what the sink shows is not retrieved."""
+    made = plan("left-10, right-10, left-10, right-10", 36, window_chunks_max=1)
     assert reasons(made)[0] == "sink"
-    assert reasons(made)[1].startswith("dropped")
+    assert reasons(made)[20].startswith("dropped")
+
+
+def test_latents_of_an_earlier_visit_are_no_duplicates_of_the_window():
+    """The window is generated on the way back; what was recorded there has drifted less."""
+    back = plan(WAY_BACK, 40, window_chunks_max=1)
+    assert sum(reason.startswith("memory") for reason in reasons(back)) == 3
+
+
+def test_walking_on_needs_no_memory():
+    """The window shows all that older latents show, and nothing was left."""
+    on = plan("w-63", 40, window_chunks_max=1, sink_latents=0)
+    assert on.indices == list(range(36, 40))
 
 
 def best_cover(visibility, size, fixed):
