@@ -99,7 +99,7 @@ class ContextOptions(ViewOptions):
             0 <= self.dynamics_low < self.dynamics_high < math.inf,
             "context dynamics must satisfy 0 <= dynamics_low < dynamics_high < inf",
             (self.dynamics_low, self.dynamics_high),
-            "use (0.05, 0.3) for latents of unit variance",
+            "use (0.02, 0.1) for latents of unit variance",
         )
         _check_share("context.overlap_min", self.overlap_min)
         _check_share("context.gain_min", self.gain_min)

@@ -21,8 +21,8 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "window_chunks_max": 3,
         # Unrelated latents of unit variance differ by an MSE of 2, a standing camera's by ~0. On
         # TinyWorld a window beyond one chunk gains 0.1 dB at most once the camera moves.
-        "dynamics_low": 0.05,
-        "dynamics_high": 0.3,
+        "dynamics_low": 0.02,
+        "dynamics_high": 0.1,
         "overlap_min": 0.3,
         "gain_min": 0.02,
         "departure_min": 0.1,

@@ -99,7 +99,7 @@ def test_lists_become_tuples_and_ints_floats():
         ("all", {"context.overlap_min": 1.5}, ValueError, "share in \\[0, 1\\], got 1.5; use 0"),
         ("all", {"context.memory_latents": -1}, ValueError, ">= 0, got -1; use 0"),
         ("all", {"context.window_chunks_min": 4}, ValueError, "got \\(4, 3\\); use \\(1, 3\\)"),
-        ("all", {"context.dynamics_low": 2.0}, ValueError, "got \\(2.0, 0.3\\)"),
+        ("all", {"context.dynamics_low": 2.0}, ValueError, "got \\(2.0, 0.1\\)"),
         ("all", {"context.mode": "adaptve"}, ValueError, "did you mean 'adaptive'"),
         ("all", {"context.hfov_deg": 90.0}, ValueError, "one camera.* set both with 'hfov_deg'"),
         ("all", {"hfov_deg": 180}, ValueError, "\\(0, 180\\) degrees, got 180"),
