@@ -33,10 +33,10 @@ class Rates(NamedTuple):
     """Planning and launching, whatever the size."""
 
 
-# 25 tensor operations and the operator itself, 2 Zen 3 cores, TinyWorld's smallest call.
+# 25 tensor operations and the operator itself, 2 Zen 3 cores, 256 queries, 800 keys.
 _CPU_FIXED_MS = 0.55
 # Share of the rate of dense attention that gathered blocks reach. The CPU kernel cuts fewer than
-# 192 queries into slices of 32. Zen 3, one and two cores, 36 shapes of TinyWorld.
+# 192 queries into slices of 32. Zen 3, one and two cores, 36 shapes of 256 to 1,280 queries.
 _CPU_FEW_QUERIES, _CPU_FEW_EFFICIENCY, _CPU_EFFICIENCY = 192, 0.78, 0.9
 # Assumed, not measured: about 25 launches, half of the dense bf16 peak of an H200 for dense calls
 # and 0.7 of that for the block-sparse kernel.

@@ -20,7 +20,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         # Upstream HY-WorldPlay reads 12 recent latents, hence L_m = 3.
         "window_chunks_max": 3,
         # Unrelated latents of unit variance differ by an MSE of 2, a standing camera's by ~0. On
-        # TinyWorld a window beyond one chunk gains 0.1 dB at most once the camera moves.
+        # the example model a window beyond one chunk gains 0.1 dB at most once the camera moves.
         "dynamics_low": 0.02,
         "dynamics_high": 0.1,
         "overlap_min": 0.3,
