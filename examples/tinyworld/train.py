@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=6000, help="training time in all")
     parser.add_argument("--size", choices=("small", "base"), default="small")
     parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
+    parser.add_argument(
+        "--init", type=Path, help="weights to start from, such as the shipped ones"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +144,9 @@ def _train(rank: int, args: argparse.Namespace, recordings: list, codec_db: floa
     torch.manual_seed(0)
     trainer = Trainer(TinyWorld(SMALL if args.size == "small" else BASE))
     checkpoint = args.out / f"{args.size}.checkpoint"
+    if args.init:
+        trainer.model.load_state_dict(load_file(args.init))
+        trainer.average.load_state_dict(load_file(args.init))
     if checkpoint.exists():
         trainer.load(torch.load(checkpoint))
         _log(f"resumed at step {trainer.step}, {trainer.elapsed_s:.0f} s")
