@@ -1,7 +1,7 @@
 """Muon in single precision: momentum whose matrix is replaced by its nearest orthogonal one.
 
-torch.optim.Muon iterates in bfloat16, which a CPU without bf16 units runs a hundred times slower
-than fp32; matrices of one shape are iterated together here.
+torch.optim.Muon iterates in bfloat16, which a CPU without bf16 units runs
+slower than fp32; matrices of one shape are iterated together here.
 Source: K. Jordan et al., Muon (2024), quintic Newton-Schulz; scale 0.2 sqrt(max(rows, columns)) as
 in Moonlight (2025), which makes AdamW's learning rates fit.
 """

@@ -123,7 +123,7 @@ def _fixed(
     own = q_grid.covers(grid) if role == "prefill" else None
     if own is not None:
         protected = protected | ((own.float() @ grid.neighbours().float()) > 0)
-    spared = protected.sum(-1).tolist()
+    spared = protected.sum(-1).tolist()  # sync-ok: a host table, built once a grid
     wanted = max(
         (n + math.ceil(budget * (grid.blocks - n) - _ROUNDING) for n in spared), default=0
     )

@@ -14,8 +14,7 @@ than `gain_min`. Top-k by overlap would pick neighbours that all show the same. 
 shows does not count as covered, because its latents are the model's own newest output and memory
 is what keeps that from drifting; but a latent that adds nothing to a single window latent is a
 duplicate. Latents of an earlier visit, which the camera has left since, are neither duplicates nor
-subject to `gain_min`: they have drifted less than what repeats them. On the way back through a
-recorded walk of the example model that is worth 1 dB against the renderer.
+subject to `gain_min`: they have drifted less than what repeats them.
 """
 
 from __future__ import annotations
