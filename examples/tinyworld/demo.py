@@ -19,7 +19,7 @@ from .compare import INDUCTOR, Contender, Run, baselines, compare
 from .model import CHUNK_LATENTS, tokenize
 from .report import table, write_report
 from .scenario import PATHS, Scenario, make_scenario
-from .train_world import prompt_of
+from .train_batches import prompt_of
 from .weights import load
 
 SCHEMA_VERSION = 1

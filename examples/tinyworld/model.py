@@ -200,7 +200,7 @@ class TinyWorld(nn.Module):
         angles = (sigma[..., None] * self.frequencies).float()
         rows = self.sigma_mlp(torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype))
         rows = self.to_rows(F.silu(rows)).unflatten(-1, (6, -1))
-        cameras = camera_transforms(own)
+        cameras = tuple(matrices.to(x.dtype) for matrices in camera_transforms(own))
         cache = []
         for i, block in enumerate(self.blocks):
             past = None if history is None else history[i]

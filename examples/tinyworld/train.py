@@ -23,13 +23,15 @@ from torch.nn import functional as F
 from .codec import Codec
 from .data import load_recordings, record_rooms
 from .model import BASE, SMALL, TinyWorld
+from .train_batches import LatentWalks, latent_walks
 from .train_codec import measure, refine_decoder, train_codec
-from .train_world import LatentWalks, Phase, Trainer, Walks, latent_walks
+from .train_world import Phase, Trainer, Walks
 from .world import HELD_OUT_SEED
 
-ROOMS = 900
+ROOMS = 2000
 HELD_OUT_ROOMS = 20
 _CODEC_SHARE, _WORLD_SHARE = 0.05, 0.9
+_RATE, _FINISHING_RATE = 2e-3, 1.2e-3
 
 
 def _log(text: str) -> None:
@@ -71,12 +73,20 @@ def encode_walks(codec: Codec, recordings: list, half: bool, path: Path) -> None
 
 
 def phases(coarse: Walks, fine: Walks) -> list[Phase]:
-    """Return the curriculum: 32x32 frames, then 64x64, then on its own predictions."""
+    """Return the curriculum: 32x32 frames, then 64x64, then on its own rollouts."""
     return [
-        Phase(0.2, coarse, batch=24, targets=3, context_latents=8, share_own=0.0),
-        Phase(0.6, fine, batch=6, targets=3, context_latents=8, share_own=0.0),
-        Phase(0.9, fine, batch=6, targets=3, context_latents=8, share_own=0.4),
-        Phase(2.0, fine, batch=5, targets=2, context_latents=12, share_own=0.5),
+        Phase(0.15, coarse, batch=24, targets=3, context_latents=(8,), share_own=0.0),
+        Phase(0.5, fine, batch=6, targets=3, context_latents=(8,), share_own=0.0),
+        *finishing_phases(fine, 0.5),
+    ]
+
+
+def finishing_phases(fine: Walks, start: float = 0.0) -> list[Phase]:
+    """Return the curriculum of weights that can already see; it begins at share `start`."""
+    middle = start + 0.3 * (1 - start)
+    return [
+        Phase(middle, fine, batch=6, targets=3, context_latents=(8, 8, 12), share_own=0.0),
+        Phase(2.0, fine, batch=6, targets=2, context_latents=(4, 8, 8, 12, 20), share_own=0.5),
     ]
 
 
@@ -107,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     codec_db = measure(codec, _frames(held_out, 6))
     _log(f"codec: {codec_db:.2f} dB on held-out rooms")
 
-    for half in (True, False):
+    for half in (False,) if args.init else (True, False):
         encode_walks(codec, recordings, half, _latents(args.out, half))
     recordings = [dataclasses.replace(r, frames=r.frames[:0]) for r in recordings]
     if args.processes == 1:
@@ -142,7 +152,8 @@ def _train(rank: int, args: argparse.Namespace, recordings: list, codec_db: floa
             "gloo", store=store, rank=rank, world_size=args.processes
         )
     torch.manual_seed(0)
-    trainer = Trainer(TinyWorld(SMALL if args.size == "small" else BASE))
+    size = SMALL if args.size == "small" else BASE
+    trainer = Trainer(TinyWorld(size), peak_rate=_FINISHING_RATE if args.init else _RATE)
     checkpoint = args.out / f"{args.size}.checkpoint"
     if args.init:
         trainer.model.load_state_dict(load_file(args.init))
@@ -176,7 +187,10 @@ def _train(rank: int, args: argparse.Namespace, recordings: list, codec_db: floa
     def walks(half: bool) -> LatentWalks:
         return latent_walks(recordings, torch.load(_latents(args.out, half)))
 
-    curriculum = phases(lambda: walks(half=True), lambda: walks(half=False))
+    def fine() -> LatentWalks:
+        return walks(half=False)
+
+    curriculum = finishing_phases(fine) if args.init else phases(lambda: walks(half=True), fine)
     trainer.run(curriculum, seconds, save)
 
 

@@ -132,7 +132,7 @@ def test_unrolled_chunk(model, trace, apply):
 +%denoise_step = denoise_step($w2c, $n0, $noise, %expand, $frequencies, $rotary.cos, $rotary.sin, $text_0_0, %k_3, $text_0_1, %v_4, %or__1, $text_1_0, %k_7, $text_1_1, %v_7; 32 parameters)
 +%getitem_226: f32[1, 16, 4, 8, 8] = getitem(%denoise_step, 0)
 +%mul_56: f32[1, 16, 4, 8, 8] = mul(%sub_15, %getitem_226)
-+%denoise_step_1 = denoise_step($w2c, $n0, %x_10, %expand_1, $frequencies, $rotary.cos, $rotary.sin, $text_0_0, %k_3, $text_0_1, %v_4, %or__1, $text_1_0, %k_7, $text_1_1, %v_7; 32 parameters)
++%denoise_step_1 = denoise_step($w2c, $n0, %x_4, %expand_1, $frequencies, $rotary.cos, $rotary.sin, $text_0_0, %k_3, $text_0_1, %v_4, %or__1, $text_1_0, %k_7, $text_1_1, %v_7; 32 parameters)
 +%getitem_227: f32[1, 16, 4, 8, 8] = getitem(%denoise_step_1, 0)
 +%mul_85: f32[1, 16, 4, 8, 8] = mul(%sub_24, %getitem_227)
 500 lines went

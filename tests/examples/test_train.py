@@ -1,0 +1,89 @@
+"""Training: what a batch holds, how own rollouts go on, and that a few steps run and resume."""
+
+import pytest
+import torch
+
+from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld
+from lipass.examples.tinyworld.own_rollouts import IMAGINED_SIGMA_MAX, OwnRollouts
+from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
+from lipass.examples.tinyworld.train_world import (
+    Phase,
+    Trainer,
+    faster_dtype,
+    prefill,
+    velocity_loss,
+    working_copy,
+)
+
+FRAMES = 20
+TINY = ModelConfig(rows=2, columns=2, width=32, heads=1, blocks=1, mlp_ratio=1, text_width=8)
+
+
+@pytest.fixture
+def walks() -> LatentWalks:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 2, FRAMES, 16, 2, 2, generator=generator).half()
+    w2c = torch.eye(4).expand(3, FRAMES, 4, 4).contiguous()
+    w2c[..., 0, 3] = torch.arange(FRAMES) * 0.1
+    tokens = torch.zeros(3, 2, 32, dtype=torch.long)
+    return LatentWalks(latents, w2c, tokens, torch.eye(FRAMES).expand(3, -1, -1).contiguous())
+
+
+def test_a_recorded_batch_has_its_context_outside_its_targets(walks):
+    batch = Sampler(walks, batch=4, targets=1, seed=0).draw(8)
+    assert batch.context.shape == (4, 8, 16, 2, 2)
+    assert batch.targets.shape == (4, 1, CHUNK_LATENTS, 16, 2, 2)
+    for context, target in zip(batch.context, batch.targets[:, 0], strict=True):
+        assert not any(torch.equal(x, y) for x in context for y in target)
+
+
+def test_a_rollout_keeps_what_was_generated_and_starts_anew_at_the_end_of_its_walk(walks):
+    rollouts = OwnRollouts(walks, lanes=1, batch=1, targets=2, seed=0)
+    while True:
+        lane = rollouts.lanes[0]
+        before = lane.latents
+        batch = rollouts.draw(CHUNK_LATENTS)
+        start = len(before)
+        truth = walks.latents[lane.walk, lane.variant, start : start + CHUNK_LATENTS].float()
+        assert torch.equal(batch.targets[0, 0], truth)
+        assert torch.equal(batch.targets[0, 0], batch.targets[0, 1])
+        assert torch.equal(batch.context[0], before[-CHUNK_LATENTS:])
+        rollouts.advance(lambda x, sigma: torch.zeros_like(x))
+        if rollouts.lanes[0] is not lane:
+            break
+        assert torch.equal(lane.latents[:start], before)
+        assert len(lane.latents) == start + CHUNK_LATENTS
+    assert start + CHUNK_LATENTS > FRAMES - CHUNK_LATENTS
+
+
+def test_what_the_recorded_part_does_not_show_is_never_trained_from_pure_noise(walks):
+    rollouts = OwnRollouts(walks, lanes=4, batch=4, targets=1, seed=0)
+    batch = rollouts.draw(CHUNK_LATENTS)
+    assert batch.sigma_max.tolist() == pytest.approx([IMAGINED_SIGMA_MAX] * 4)
+    assert batch.context_noise.tolist() == [0.0] * 4
+
+
+def test_bf16_training_gives_nearly_the_loss_of_fp32(walks):
+    torch.manual_seed(0)
+    model = TinyWorld(TINY)
+    batch = Sampler(walks, batch=4, targets=2, seed=0).draw(8)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(1)
+        working = working_copy(model, dtype)
+        losses.append(velocity_loss(prefill(working, batch, generator), batch, generator).item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert faster_dtype(model, batch) in (torch.float32, torch.bfloat16)
+
+
+def test_training_runs_on_own_rollouts_and_resumes(walks):
+    torch.manual_seed(0)
+    phases = [Phase(2.0, lambda: walks, 2, 2, (CHUNK_LATENTS, 8), share_own=0.5)]
+    trainer = Trainer(TinyWorld(TINY))
+    trainer.run(phases, 2.0, lambda state: None)
+    assert trainer.step > 3
+    again = Trainer(TinyWorld(TINY))
+    again.load(trainer.state())
+    again.run(phases, trainer.elapsed_s + 0.5, lambda state: None)
+    assert again.step > trainer.step
+    assert all(torch.isfinite(p).all() for p in again.model.parameters())
