@@ -19,6 +19,7 @@ _HOME = {
     "block_sparse_attention": "block_sparse.api",
     "merge_partials": "block_sparse.api",
     "pool_blocks": "pool.api",
+    "prepare": "block_sparse.native",
     "select_blocks": "select.api",
 }
 

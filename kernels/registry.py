@@ -26,7 +26,7 @@ Route = Literal["sparse", "dense"]
 _PROVIDERS = {
     ("pool", "cpu"): ("vectorized", "reference"),
     ("pool", "cuda"): ("vectorized", "reference"),
-    ("block_sparse", "cpu"): ("cpu", "reference"),
+    ("block_sparse", "cpu"): ("native", "gather", "reference"),
     ("block_sparse", "cuda"): ("triton", "reference"),
 }
 

@@ -2,11 +2,20 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
+from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockGrid, KvLayout
 from lipass.kernels.planning import plan_attention
+
+# Built here, where no test's clock runs; some 10 s once per machine.
+NO_NATIVE = native.build()
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(NO_NATIVE is not None, reason=f"{NO_NATIVE}")
+)
+PROVIDERS = ["reference", "gather", NATIVE]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Block-sparse attention: both CPU providers against dense attention, masked and whole."""
+"""Block-sparse attention: the CPU providers against dense attention, masked and whole."""
 
 import dataclasses
 
@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import cases, make_case, masked_dense
+from kernel_cases import NATIVE, PROVIDERS, cases, make_case, masked_dense
 from torch.nn import functional as F
 
-from lipass.kernels.block_sparse import cpu
+from lipass.kernels.block_sparse import gather
 from lipass.kernels.block_sparse.api import block_sparse_attention, merge_partials
 
-PROVIDERS = ["reference", "cpu"]
 # Output rounding plus products of inputs with as many mantissa bits: 8 (bf16) and 11 (fp16).
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -29,46 +28,47 @@ def assert_near(actual, expected, dtype=torch.float32):
     torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @settings(max_examples=50)
-@given(cases(), st.booleans())
-def test_any_budget_equals_masked_dense(case, biased):
+@given(case=cases(), biased=st.booleans())
+def test_any_budget_equals_masked_dense(provider, case, biased):
     plan = case.plan()
     bias = torch.randn(1, case.layout.tokens) if biased else None
     expected, expected_lse = masked_dense(case, plan, bias)
-    for provider in PROVIDERS:
-        out, lse = attend(case, plan, provider, key_bias=bias, return_lse=True)
-        assert_near(out, expected)
-        assert_near(lse, expected_lse)
-        assert_near(attend(case, plan, provider, key_bias=bias), expected)
+    out, lse = attend(case, plan, provider, key_bias=bias, return_lse=True)
+    assert_near(out, expected)
+    assert_near(lse, expected_lse)
+    assert_near(attend(case, plan, provider, key_bias=bias), expected)
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
 @settings(max_examples=20)
 @given(
-    st.integers(1, 20),
-    st.sampled_from([(3, 5), (8, 8), (7, 9)]),
-    st.sampled_from([0, 1, 127, 128]),
-    st.sampled_from(["prefill", "decode"]),
+    frames=st.integers(1, 20),
+    size=st.sampled_from([(3, 5), (8, 8), (7, 9)]),
+    text=st.sampled_from([0, 1, 127, 128, 929]),
+    role=st.sampled_from(["prefill", "decode"]),
 )
-def test_full_budget_equals_dense(frames, size, text, role):
+def test_full_budget_equals_dense(provider, frames, size, text, role):
     case = make_case(role, frames, size, text, (4, 8, 4), budget=1.0, heads=1)
     plan = case.plan()
     k, v = torch.cat(case.keys, 2), torch.cat(case.values, 2)
     expected = F.scaled_dot_product_attention(case.q, k, v)
-    for provider in PROVIDERS:
-        assert_near(attend(case, plan, provider), expected)
+    assert_near(attend(case, plan, provider), expected)
 
 
+@pytest.mark.parametrize("provider", ["gather", NATIVE])
 @pytest.mark.parametrize(
     ("size", "text"),
     [((22, 40), n) for n in (0, 1, 127, 128, 929)]
     + [((30, 52), n) for n in (0, 127, 929)]
     + [((45, 80), n) for n in (1, 929)],
 )
-def test_production_grids_equal_dense(size, text):
+def test_production_grids_equal_dense(provider, size, text):
     case = make_case("decode", 1, size, text, (4, 8, 4), budget=1.0, heads=1, new_frames=1)
     k, v = torch.cat(case.keys, 2), torch.cat(case.values, 2)
     expected = F.scaled_dot_product_attention(case.q, k, v)
-    assert_near(attend(case, case.plan(), "cpu"), expected)
+    assert_near(attend(case, case.plan(), provider), expected)
 
 
 @pytest.mark.parametrize("size", [(22, 40), (30, 52)])
@@ -165,7 +165,8 @@ def test_merging_with_nothing_changes_nothing():
     assert (total == -torch.inf).all()
 
 
-def test_merged_key_with_log_bias_equals_its_copies():
+@pytest.mark.parametrize("provider", ["gather", NATIVE])
+def test_merged_key_with_log_bias_equals_its_copies(provider):
     case = make_case("decode", 4, (4, 4), 1, (1, 4, 4), budget=0.4)
     plan = case.plan()
     bias = torch.zeros(1, case.layout.tokens)
@@ -175,7 +176,7 @@ def test_merged_key_with_log_bias_equals_its_copies():
     copies.keys[0] = case.keys[0].expand(-1, -1, 7, -1)
     copies.values[0] = case.values[0].expand(-1, -1, 7, -1)
     assert_near(
-        attend(case, plan, "cpu", key_bias=bias), attend(copies, copies.plan(), "reference")
+        attend(case, plan, provider, key_bias=bias), attend(copies, copies.plan(), "reference")
     )
 
 
@@ -190,34 +191,35 @@ def test_segments_equal_their_concatenation(provider):
     assert torch.equal(whole, attend(case, plan, provider))
 
 
+@pytest.mark.parametrize("provider", ["gather", NATIVE])
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
-def test_strided_tensors_are_taken_as_they_are(size):
+def test_strided_tensors_are_taken_as_they_are(provider, size):
     case = make_case("decode", 8, size, 32, (4, 4, 4))
-    expected = attend(case, case.plan(), "cpu")
+    expected = attend(case, case.plan(), provider)
 
     def strided(x):
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
     case.q = strided(case.q)
     case.keys, case.values = (list(map(strided, parts)) for parts in (case.keys, case.values))
-    out = attend(case, case.plan(), "cpu")
+    out = attend(case, case.plan(), provider)
     assert out.is_contiguous()
     assert torch.equal(out, expected)
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     case = make_case("prefill", 8, (8, 8), 32, (4, 4, 4))
-    expected = attend(case, case.plan(), "cpu")
-    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1 << 14)
-    monkeypatch.setattr(cpu, "_BUFFER_BYTES", 1 << 13)
-    assert_near(attend(case, case.plan(), "cpu"), expected)
+    expected = attend(case, case.plan(), "gather")
+    monkeypatch.setattr(gather, "_CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(gather, "_BUFFER_BYTES", 1 << 13)
+    assert_near(attend(case, case.plan(), "gather"), expected)
 
 
 def test_buffers_survive_inference_mode():
     case = make_case("decode", 3, (4, 4), 2, (1, 4, 4), dim=48)
     with torch.inference_mode():
-        first = attend(case, case.plan(), "cpu").clone()
-    assert torch.equal(attend(case, case.plan(), "cpu"), first)
+        first = attend(case, case.plan(), "gather").clone()
+    assert torch.equal(attend(case, case.plan(), "gather"), first)
 
 
 def test_tables_made_in_inference_mode_serve_gradients():
@@ -230,12 +232,13 @@ def test_tables_made_in_inference_mode_serve_gradients():
     assert case.q.grad.abs().sum() > 0
 
 
-def test_cpu_refuses_what_needs_a_gradient():
+@pytest.mark.parametrize("provider", ["gather", "native"])
+def test_what_needs_a_gradient_is_refused(provider):
     case = make_case("decode", 3, (4, 4), 2, (1, 4, 4))
     plan = case.plan()
     case.q.requires_grad_()
     with pytest.raises(ValueError, match="no backward"):
-        attend(case, plan, "cpu")
+        attend(case, plan, provider)
     attend(case, plan, None).sum().backward()
     assert case.q.grad is not None
 

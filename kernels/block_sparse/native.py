@@ -1,0 +1,195 @@
+"""Attend with a C++ kernel (`native.cpp`), built by `build()` and cached; never on a first frame.
+
+The compiler is called as such: `torch.utils.cpp_extension.load` needs ninja, which neither torch
+nor this project depends on, and waits for ever on the lock of a process that was killed. Building
+takes 10 s on an idle core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_loaded = False
+# Why the kernel cannot be had in this process; asked for once, then remembered.
+_failure: str | None = None
+
+
+def why_not(q: Tensor, plan: BlockPlan) -> str | None:
+    """Refuse what is not on the CPU, and everything while the kernel is not built."""
+    if q.device.type != "cpu":
+        return f"runs on CPU tensors, got {q.device.type}"
+    if q.dtype not in _DTYPES:
+        return f"computes in fp32, bf16 and fp16, got {q.dtype}"
+    if torch.is_grad_enabled() and q.requires_grad:
+        return "has no backward, and q requires one"
+    return why_not_loaded()
+
+
+def why_not_loaded() -> str | None:
+    """Return why the kernel cannot be called; loads it if an earlier process has built it."""
+    if _loaded:
+        return None
+    if _failure is not None:
+        return _failure
+    if not _library().exists():
+        return "not built yet; call lipass.kernels.prepare()"
+    return _load()
+
+
+def build() -> str | None:
+    """Build the kernel unless it is cached, and load it; return why not if that fails.
+
+    A failure is logged once and remembered for the process.
+    """
+    global _failure
+    reason = why_not_loaded()
+    if reason is None or _failure is not None:
+        return reason
+    try:
+        _compile(_library())
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        _failure = f"could not be built: {error}"
+        log.warning("native block-sparse attention %s; gathering instead", _failure)
+        return _failure
+    return _load()
+
+
+def prepare() -> str:
+    """Build or load what runs compiled, before the first frame; return why not, or nothing.
+
+    Building takes 10 s on an idle core, once per machine; later processes load it in 1 ms.
+    """
+    return build() or ""
+
+
+def block_sparse_attention(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    plan: BlockPlan,
+    *,
+    scale: float,
+    key_bias: Tensor | None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend; see `lipass.kernels.block_sparse.api`."""
+    out, lse = torch.ops.lipass_native.attend(
+        q,
+        keys,
+        values,
+        plan.indices,
+        plan.counts,
+        _numbers(plan.q_grid, plan.kv),
+        scale,
+        plan.key_keep,
+        key_bias,
+        return_lse,
+    )
+    return out, lse if return_lse else None
+
+
+@functools.lru_cache(maxsize=512)
+def _numbers(q_grid: BlockGrid, layout: KvLayout) -> list[int]:
+    """Flatten grid and tile of the queries and of each segment."""
+    grids = [q_grid, *(segment.grid for segment in layout.segments)]
+    return [number for grid in grids for number in (*grid.grid, *grid.tile)]
+
+
+def _load() -> str | None:
+    global _loaded, _failure
+    try:
+        torch.ops.load_library(_library())
+    except OSError as error:
+        _failure = f"could not be loaded: {error}"
+        log.warning("native block-sparse attention %s; gathering instead", _failure)
+        return _failure
+    _loaded = True
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> Path:
+    """Name the built library by all that it depends on."""
+    parts = [torch.__version__, _processor(), *_flags()]
+    key = hashlib.sha256("\n".join(parts).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "lipass" / f"block_sparse_{key}.so"
+
+
+def _processor() -> str:
+    """Describe what `-march=native` stands for."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return " ".join(sorted(line.split()))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _flags() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+    flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    return [*flags, f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+
+
+def _compile(library: Path) -> None:
+    """Compile into a file of its own and rename it, so that nobody loads half a library.
+
+    Raises:
+        RuntimeError: if there is no compiler, or with what it said.
+    """
+    if platform.system() != "Linux":
+        raise RuntimeError(f"needs Linux, got {platform.system()}")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not compiler:
+        raise RuntimeError("needs a C++ compiler, found none; install g++ or set CXX")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(library.with_suffix(".lock")):
+        if library.exists():
+            return
+        libraries = Path(torch.__file__).parent / "lib"
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            command = [*compiler.split(), *_flags(), str(_SOURCE), "-o", str(made)]
+            command += [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode != 0:
+                said = [line for line in done.stderr.splitlines() if "error" in line]
+                raise RuntimeError(f"{command[0]} failed: {' | '.join(said[:3]) or done.stderr}")
+            os.replace(made, library)
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Let processes build one after another; the lock goes with the process that holds it."""
+    if importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
