@@ -6,7 +6,9 @@ of a pass follow its name in braces, `sparse-attention{tile=4x4x4 budget_decode=
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,27 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "guard-steps": _load("guard_steps", "GuardSteps"),
 }
 """Pass name to a thunk that imports and returns its class."""
+
+GROUP = "lipass.passes"
+"""Entry-point group in which other packages register passes, `pass-name = "module:Class"`."""
+
+
+@functools.cache
+def registered() -> dict[str, Callable[[], type[Pass]]]:
+    """Return the passes that other packages register; they run where a pipeline names them.
+
+    Raises:
+        ValueError: for a name that a pass of this package has.
+    """
+    points = importlib.metadata.entry_points(group=GROUP)
+    for point in points:
+        if point.name in PASSES:
+            raise ValueError(
+                f"a pass must have a name of its own, got {point.name!r} registered by "
+                f"{point.value}; rename it there"
+            )
+    return {point.name: point.load for point in points}
+
 
 _FACTS = "canonicalize,find-attention,find-poses,find-steps"
 

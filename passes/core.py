@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch.fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lipass.passes import PASSES
+from lipass.passes import GROUP, PASSES, registered
 from lipass.passes.compat import fake_mode_of
 
 
@@ -163,9 +163,7 @@ def _parse_pass(item: str, defaults: Mapping[str, Mapping[str, object]]) -> Pass
     if not match:
         raise ValueError(f"a pass is written name{{option=value ...}}, got {item!r}")
     name, options_text = match.groups()
-    if name not in PASSES:
-        raise ValueError(f"unknown pass {name!r}{closest(name, list(PASSES))}")
-    cls = PASSES[name]()
+    cls = _pass_class(name)
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     options = dict(defaults.get(name, {}))
@@ -177,6 +175,21 @@ def _parse_pass(item: str, defaults: Mapping[str, Mapping[str, object]]) -> Pass
             raise ValueError(f"{name} has no option {key!r}{closest(key, known)}")
         options[key] = _parse_value(value, hints[key], f"{name}.{key}")
     return cls(**options)
+
+
+def _pass_class(name: str) -> type[Pass]:
+    if name in PASSES:
+        return PASSES[name]()
+    if name not in registered():
+        known = [*PASSES, *registered()]
+        raise ValueError(f"unknown pass {name!r}{closest(name, known)}")
+    cls = registered()[name]()
+    if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name == name):
+        raise ValueError(
+            f"an entry point of {GROUP} must be a subclass of Pass with the same name, got "
+            f"{cls!r} for {name!r}; set its `name`"
+        )
+    return cls
 
 
 def _print_value(value: object) -> str:

@@ -33,6 +33,10 @@ class PassRecord:
     notes: tuple[Note, ...]
     diff: str
     """Removed and added lines of the printed graph; empty unless dumps are on."""
+    before: str = ""
+    """The printed graph in front of the pass; empty unless dumps are on."""
+    after: str = ""
+    """The printed graph behind the pass; empty unless dumps are on."""
 
 
 def run_pipeline(
@@ -58,15 +62,17 @@ def run_pipeline(
         start, first_note = time.perf_counter(), len(ctx.notes)
         changed = _run_one(one, gm.graph, ctx)
         seconds = time.perf_counter() - start
-        lines = ""
+        lines, before = "", text
         if keep_text:
-            after = print_graph(gm.graph) if changed else text
-            lines, text = diff_text(text, after), after
+            text = print_graph(gm.graph) if changed else before
+            lines = diff_text(before, text)
             dump.write(one.name, text, lines)
         if changed:
             trace_artifact(f"lipass_{one.name}", lambda: print_graph(gm.graph))
         notes = tuple(ctx.notes[first_note:])
-        records.append(PassRecord(one.name, one.numerics.value, changed, seconds, notes, lines))
+        records.append(
+            PassRecord(one.name, one.numerics.value, changed, seconds, notes, lines, before, text)
+        )
     gm.recompile()
     return records
 
