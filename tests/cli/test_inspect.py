@@ -30,6 +30,29 @@ MODEL = """
     def two_calls():
         return Attention(), [tuple(torch.zeros(1, 2, n, 16) for _ in range(3)) for n in (64, 65)]
 
+    class Broken(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x + 1
+
+    def broken():
+        return Broken(), (torch.zeros(4),)
+
+    def reads():
+        scale = torch.rand(1).item()
+        return nn.Linear(4, 4), (torch.ones(1, 4) * scale,)
+
+    def huge():
+        return nn.Linear(1_000_000, 1_000_000), (torch.zeros(1, 1_000_000),)
+
+    class Failing(nn.Module):
+        def forward(self, x):
+            assert x.shape[0] == 5, "wants five"
+            return x @ x
+
+    def failing():
+        return Failing(), (torch.zeros(4),)
+
     def only_model():
         return Attention()
 
@@ -65,21 +88,23 @@ def test_table_names_the_site_and_the_reason(model, capsys):
 
 def test_json_is_the_only_thing_on_stdout(model, capsys):
     assert main(["inspect", f"{model}:plain", "--json"]) == 0
-    assert document(capsys)["schema_version"] == 1
+    assert document(capsys)["schema_version"] == 2
 
 
 def test_json_lists_passes_in_order_with_notes(model, capsys):
     main(["inspect", f"{model}:attention", "--preset", "sparse", "--json"])
-    (graph,) = document(capsys)["graphs"]
-    names = [one["name"] for one in graph["passes"]]
+    passes = document(capsys)["passes"]
+    names = [one["name"] for one in passes]
     assert names[:2] == ["canonicalize", "find-attention"]
     assert names[-1] == "sparse-attention"
-    assert all(note["reason"] for one in graph["passes"] for note in one["notes"])
+    assert all(note["reason"] for one in passes for note in one["notes"])
 
 
 def test_preset_off_runs_no_pass(model, capsys):
     main(["inspect", f"{model}:attention", "--preset", "off", "--json"])
-    assert document(capsys)["graphs"][0]["passes"] == []
+    shown = document(capsys)
+    assert shown["passes"] == []
+    assert [site["action"] for site in shown["sites"]] == ["kept"]
 
 
 def test_every_call_is_inspected(model, capsys):
@@ -139,11 +164,118 @@ def test_failing_pass_exits_with_1_and_names_itself(model, capsys, monkeypatch):
     assert "pass 'canonicalize' failed on %q" in capsys.readouterr().err
 
 
-def test_equal_notes_of_many_sites_are_one_line(capsys):
-    from lipass.cli.inspect import _notes
+def test_equal_notes_of_many_sites_are_one_line():
+    from lipass.cli.inspect_table import _notes
 
     notes = [{"site": f"blocks.{i}", "action": "kept", "reason": "small"} for i in range(6)]
     assert list(_notes(notes)) == ["    kept      blocks.0 .. blocks.5 (6): small"]
+
+
+SITE_FIELDS = [
+    "name",
+    "source",
+    "role",
+    "grid",
+    "segments",
+    "action",
+    "reason",
+    "provider",
+    "density",
+]
+
+
+def test_each_site_has_the_documented_fields(model, capsys):
+    main(["inspect", f"{model}:attention", "--json"])
+    (site,) = document(capsys)["sites"]
+    assert [key for key in SITE_FIELDS if key not in site] == []
+    assert site["source"] == "user_model.py:8"
+    assert site["provider"] is None
+
+
+def test_graph_break_has_its_line_and_a_remedy(model, capsys):
+    main(["inspect", f"{model}:broken", "--json"])
+    (found,) = document(capsys)["graph_breaks"]
+    assert found["source"] == "user_model.py:26"
+    assert "graph_break" in found["reason"]
+    assert found["remedy"].startswith("Remove")
+
+
+def test_graph_breaks_are_in_the_table(model, capsys):
+    main(["inspect", f"{model}:broken"])
+    shown = capsys.readouterr().out
+    assert "1 graph breaks" in shown
+    assert "remedy: Remove" in shown
+
+
+def test_tensors_are_fake_unless_asked_for(model, capsys):
+    main(["inspect", f"{model}:attention", "--json"])
+    assert document(capsys)["fake"] is True
+    main(["inspect", f"{model}:attention", "--json", "--real"])
+    shown = document(capsys)
+    assert (shown["fake"], shown["why_real"]) == (False, "asked for")
+
+
+def test_a_callable_that_reads_values_gets_real_tensors(model, capsys):
+    assert main(["inspect", f"{model}:reads", "--json"]) == 0
+    said = capsys.readouterr()
+    shown = json.loads(said.out)
+    assert shown["fake"] is False
+    assert "DataDependentOutputException at user_model.py" in shown["why_real"]
+    assert "fake tensors do not do here" in said.err
+
+
+def test_fake_is_kept_to_where_it_is_asked_for(model, capsys):
+    assert main(["inspect", f"{model}:reads", "--fake"]) == 1
+    assert "must return (model, inputs), and raised" in capsys.readouterr().err
+
+
+def test_fake_and_real_exclude_each_other(model):
+    assert main(["inspect", f"{model}:attention", "--fake", "--real"]) == 2
+
+
+def test_a_model_that_fails_is_named_with_its_line(model, capsys):
+    assert main(["inspect", f"{model}:failing"]) == 1
+    assert "user_model.py:41" in capsys.readouterr().err
+
+
+def test_no_line_is_longer_than_80_columns(model, capsys):
+    main(["inspect", f"{model}:attention"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()[1:])) <= 80
+
+
+def test_piped_output_has_no_colour(model, capsys):
+    main(["inspect", f"{model}:attention"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("variable", "coloured"), [(None, True), ("1", False)])
+def test_colour_is_for_terminals_without_no_color(variable, coloured, monkeypatch):
+    import sys
+
+    from lipass.cli.terminal import paint
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if variable:
+        monkeypatch.setenv("NO_COLOR", variable)
+    assert paint("kept", "yellow").startswith("\x1b[") is coloured
+
+
+def test_a_long_name_gives_way_at_its_front():
+    from lipass.cli.terminal import columns
+
+    rows = [("site", "reason"), ("a" * 90 + ".attn", "short")]
+    shown = columns(rows)[1]
+    assert len(shown) <= 80
+    assert ".attn" in shown
+
+
+def test_a_model_without_memory_is_inspected(model, capsys):
+    """A layer of 4 TB: fake tensors have shapes and no storage."""
+    assert main(["inspect", f"{model}:huge", "--fake", "--json"]) == 0
+    assert document(capsys)["graphs"][0]["flops"] == 2 * 1_000_000 * 1_000_000
 
 
 def test_unknown_preset_is_usage(model, capsys):

@@ -1,0 +1,132 @@
+"""Count the work of a graph and predict what is left of it at rewritten attention sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.fx
+
+# Calls whose work grows with a product of sizes; what is left out is linear in its inputs.
+_PRODUCTS = frozenset(
+    [
+        "linear",
+        "matmul",
+        "__matmul__",
+        "bmm",
+        "mm",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "tensordot",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+    ]
+)
+_ATTENTION = "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class SitePrediction:
+    """Say what one call of a rewritten site would do on the device of its tensors.
+
+    Attributes:
+        provider: implementation that would run; `sdpa` where the cost gate keeps it dense.
+        density: share of the key blocks that each query block would visit.
+        kept_dense: why the gate keeps it dense, or nothing.
+    """
+
+    provider: str
+    density: float
+    kept_dense: str
+
+
+def flops(node: torch.fx.Node) -> int:
+    """Count the FLOPs of the matrix products of one call; 0 for what is linear in its inputs."""
+    from torch.fx.node import map_arg
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lipass.passes.compat import fake_mode_of, unguarded, value
+
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == _ATTENTION:
+        return _attention_flops(node)
+    if name not in _PRODUCTS or node.op == "call_module":
+        return 0
+    args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+    mode = fake_mode_of(node.graph)
+    with mode, unguarded(mode), FlopCounterMode(display=False) as counter:
+        if node.op == "call_method":
+            getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            node.target(*args, **kwargs)
+    return hint(counter.get_total_flops())
+
+
+def predictions(gm: torch.fx.GraphModule) -> Iterator[tuple[str, SitePrediction]]:
+    """Predict every `lipass::sparse_attention` call of a rewritten graph, by site name."""
+    import torch.fx
+
+    call = torch.ops.lipass.sparse_attention.default
+    for module in gm.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=call):
+                yield str(node.args[12]), _predict(node)
+
+
+def hint(size: Any) -> int:
+    """Return a size as a number: a symbolic one as it was in the call that was traced."""
+    from lipass.passes.compat import value
+
+    size = value(size)
+    return int(size if isinstance(size, int) else size.node.hint)
+
+
+def _attention_flops(node: torch.fx.Node) -> int:
+    from lipass.passes.compat import value
+
+    given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
+    q, k, v = (value(given[name]).shape for name in ("query", "key", "value"))
+    heads = 1
+    for size in q[:-2]:
+        heads *= hint(size)
+    return 2 * heads * hint(q[-2]) * hint(k[-2]) * (hint(q[-1]) + hint(v[-1]))
+
+
+def _predict(node: torch.fx.Node) -> SitePrediction:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+    from lipass.kernels import cost, registry
+    from lipass.kernels.plan import BlockGrid, KvLayout
+    from lipass.kernels.select.api import selected_blocks
+    from lipass.passes.compat import value
+
+    q, _, _, q_sizes, kv_sizes, roles, tile, budget, _, sink, role, keep, _ = node.args
+    query, volume = value(q), tuple(tile)
+    sizes = [hint(size) for size in kv_sizes]
+    triples = tuple(tuple(sizes[i : i + 3]) for i in range(0, len(sizes), 3))
+    layout = KvLayout.build(tuple(roles.split(",")), triples, volume[:3])
+    grid = BlockGrid(tuple(map(hint, q_sizes)), volume[-3:])
+    width = selected_blocks(layout, grid, budget, role, sink)
+    dense = ""
+    if budget >= 1.0:
+        dense = "budget 1.0 visits every block"
+    elif width == layout.blocks and keep is None:
+        dense = "protected blocks and budget together visit every block"
+    else:
+        shape = tuple(map(hint, query.shape))
+        with FakeTensorMode():
+            like = torch.empty(shape, dtype=query.dtype, device=query.device)
+        with unset_fake_temporarily():  # the gate measures this machine
+            dense = cost.why_dense(like, layout, grid, width)
+    if dense:
+        return SitePrediction("sdpa", 1.0, dense)
+    provider = registry.choose("block_sparse", query.device, None, lambda module: None).name
+    return SitePrediction(provider, width / layout.blocks, "")

@@ -1,0 +1,227 @@
+"""Run passes on every graph that Dynamo makes of a target, and keep why it made several."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lipass.cli import UsageError
+from lipass.cli.target import Target, load, raised
+from lipass.errors import LipassError
+
+if TYPE_CHECKING:
+    import torch.fx
+
+    from lipass.passes.core import PassPipeline
+    from lipass.passes.runner import PassRecord
+
+_FACTS = ("canonicalize", "find-attention", "find-poses", "find-steps")
+_REMEDY = "move what breaks the graph out of forward, or compile the part without it"
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Say where Dynamo cut a function into graphs, why, and what to do about it."""
+
+    source: str
+    """`file.py:line`."""
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """Hold one graph of Dynamo in three states.
+
+    Attributes:
+        original: as Dynamo made it.
+        facts: annotated by the passes that find things; every repeat is still in place.
+        rewritten: after the whole pipeline.
+        records: one per pass of the pipeline, with diffs.
+    """
+
+    original: torch.fx.GraphModule
+    facts: torch.fx.GraphModule
+    rewritten: torch.fx.GraphModule
+    records: list[PassRecord]
+
+
+@dataclass
+class Trace:
+    """Hold the graphs and graph breaks of a target.
+
+    Attributes:
+        graphs: in the order in which Dynamo made them.
+        breaks: each place once.
+        seconds: wall time of everything, the making of the model included.
+        fake: whether the tensors were fake.
+        why_real: why they were not, or nothing.
+    """
+
+    graphs: list[TracedGraph] = field(default_factory=list)
+    breaks: list[GraphBreak] = field(default_factory=list)
+    seconds: float = 0.0
+    fake: bool = True
+    why_real: str = ""
+
+
+def trace_target(
+    text: str,
+    pipeline: PassPipeline,
+    *,
+    fake: bool | None = None,
+    dynamic: bool | None = None,
+    start: Callable[[], None] | None = None,
+    each: Callable[[TracedGraph], None] | None = None,
+) -> Trace:
+    """Load a target and trace it.
+
+    Args:
+        text: `module:callable` or `file.py:callable`.
+        pipeline: passes to run on each graph.
+        fake: fake tensors, real ones, or (None) fake ones where the callable can do with them.
+        dynamic: as `torch.compile` takes it.
+        start: called in front of the first graph, and again where real tensors are tried.
+        each: called with each graph while Dynamo still has its symbols.
+
+    Raises:
+        UsageError: for a target that cannot be loaded.
+        LipassError: if the callable, the model or a pass fails.
+    """
+    begin = time.perf_counter()
+    start = start or (lambda: None)
+    why_real = "" if fake is not False else "asked for"
+    if fake is not False:
+        try:
+            start()
+            trace = trace_calls(load(text, fake=True), pipeline, dynamic=dynamic, each=each)
+        except LipassError as error:
+            if fake or _is_of_a_pass(error):
+                raise
+            why_real = str((error.__cause__ and raised(error.__cause__)) or error)
+            print(f"lipass: fake tensors do not do here, it {why_real}", file=sys.stderr)
+        else:
+            trace.seconds = time.perf_counter() - begin
+            return trace
+    start()
+    trace = trace_calls(load(text), pipeline, dynamic=dynamic, each=each)
+    trace.fake, trace.why_real = False, why_real
+    trace.seconds = time.perf_counter() - begin
+    return trace
+
+
+def trace_calls(
+    target: Target,
+    pipeline: PassPipeline,
+    *,
+    dynamic: bool | None = None,
+    each: Callable[[TracedGraph], None] | None = None,
+) -> Trace:
+    """Trace the calls of a target that is loaded; see `trace_target`."""
+    import torch
+    from torch._dynamo.utils import graph_break_reasons
+
+    import lipass.unit  # noqa: F401 (registers the ops that passes insert)
+
+    trace = Trace()
+
+    def record(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        traced = _run_passes(gm, pipeline)
+        if each is not None:
+            each(traced)
+        trace.graphs.append(traced)
+
+        def run(*args: Any) -> Any:
+            with target.active():
+                return gm.forward(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    known = len(graph_break_reasons)
+    compiled = torch.compile(target.model, backend=record, dynamic=dynamic)
+    try:
+        # What the model prints must not end up in a JSON document.
+        with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
+            for index in range(len(target.calls)):
+                target.call(compiled, index)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise LipassError(str(error.inner_exception)) from error.inner_exception
+    except Exception as error:
+        raise LipassError(f"{target.text} must run, and {raised(error)}") from error
+    trace.breaks = list(dict.fromkeys(map(_graph_break, graph_break_reasons[known:])))
+    return trace
+
+
+def pipeline_for(options: dict[str, Any], added: list[str] | None = None) -> PassPipeline:
+    """Build the passes that the backend would run, and those of `added` behind them.
+
+    Raises:
+        UsageError: for a preset, option or pass that does not exist, or an order that a pass does
+            not allow.
+    """
+    from lipass.backend import pipeline_of
+    from lipass.config import Config
+    from lipass.passes.core import PassPipeline
+
+    try:
+        config = Config.resolve(None, options)
+        # `off` goes to the inner compiler without any pass, not even those that only look.
+        looks = config.preset != "off" or config.pipeline is not None
+        pipeline = pipeline_of(config) if looks else PassPipeline()
+        more = PassPipeline.parse(",".join(added or ()))
+        return PassPipeline((*pipeline, *more))
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _is_of_a_pass(error: LipassError) -> bool:
+    from lipass.passes.core import PassError
+
+    return isinstance(error.__cause__, PassError)
+
+
+def _run_passes(gm: torch.fx.GraphModule, pipeline: PassPipeline) -> TracedGraph:
+    from lipass.passes.core import PassContext, PassPipeline
+    from lipass.passes.runner import run_pipeline
+
+    finders = PassPipeline(tuple(one for one in pipeline if one.name in _FACTS))
+    if len(finders.passes) < len(_FACTS):
+        finders = PassPipeline.parse(",".join(_FACTS))
+    facts = _copy(gm)
+    run_pipeline(finders, facts, PassContext.of(facts.graph))
+    rewritten = _copy(gm)
+    records = run_pipeline(pipeline, rewritten, PassContext.of(rewritten.graph), diff=True)
+    return TracedGraph(gm, facts, rewritten, records)
+
+
+def _copy(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Copy the graph and share the weights; copying them would double a large model."""
+    import torch.fx
+
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return torch.fx.GraphModule(gm, graph)
+
+
+def _graph_break(found: Any) -> GraphBreak:
+    """Read Dynamo's reason, a paragraph with an explanation and hints."""
+    frame = found.user_stack[-1] if found.user_stack else None
+    source = f"{Path(frame.filename).name}:{frame.lineno}" if frame else ""
+    lines = [line.strip() for line in str(found.reason).splitlines()]
+    parts: dict[str, list[str]] = {"Explanation": [], "Hint": []}
+    for line in lines:
+        key, colon, rest = line.partition(":")
+        if colon and key in parts:
+            parts[key].append(rest.strip())
+    reason = lines[0] if lines else "unknown"
+    if parts["Explanation"]:
+        reason += f": {parts['Explanation'][0]}"
+    remedy = " ".join(parts["Hint"]) or _REMEDY
+    return GraphBreak(source, re.sub(r"\s+", " ", reason), re.sub(r"\s+", " ", remedy))
