@@ -28,7 +28,7 @@ from .train_codec import measure, refine_decoder, train_codec
 from .train_world import Phase, Trainer, Walks
 from .world import HELD_OUT_SEED
 
-ROOMS = 2000
+ROOMS = 1000
 HELD_OUT_ROOMS = 20
 _CODEC_SHARE, _WORLD_SHARE = 0.05, 0.9
 _RATE, _FINISHING_RATE = 2e-3, 1.2e-3

@@ -52,7 +52,7 @@ class Batch:
     `context [B, n, C, Y, X]`, `targets [B, J, 4, C, Y, X]`, `w2c_context [B, n, 4, 4]` and
     `w2c_targets [B, J, 4, 4, 4]` relative to the first target view, `tokens [B, TEXT_TOKENS]` of
     the context and `target_tokens` of the targets. `context_noise [B]` is the highest noise level
-    of the context, `sigma_max [B]` that of the targets.
+    of the context.
     """
 
     context: Tensor
@@ -62,7 +62,6 @@ class Batch:
     tokens: Tensor
     target_tokens: Tensor
     context_noise: Tensor
-    sigma_max: Tensor
 
 
 class Sampler:
@@ -115,5 +114,4 @@ class Sampler:
             walks.tokens[walk, variant],
             walks.tokens[walk, target_variant],
             torch.tensor(CONTEXT_NOISE),
-            torch.tensor(1.0),
         )

@@ -6,6 +6,7 @@ AdamW; weights are kept in fp32 and used in whichever of fp32 and bf16 this mach
 """
 
 import copy
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -63,10 +64,7 @@ def velocity_loss(prefilled: Prefilled, batch: Batch, generator: torch.Generator
     """Mean squared error of the velocity of all targets at random noise levels."""
     b, j = batch.targets.shape[:2]
     targets = batch.targets.flatten(0, 1).transpose(1, 2)
-    level = torch.rand(b, j, generator=generator)
-    # The unshifted level whose sigma is `sigma_max`.
-    highest = batch.sigma_max / (SIGMA_SHIFT - (SIGMA_SHIFT - 1) * batch.sigma_max)
-    level = (level * highest[:, None]).flatten()
+    level = torch.rand(b * j, generator=generator)
     sigma = SIGMA_SHIFT * level / (1 + (SIGMA_SHIFT - 1) * level)
     sigma = sigma.clamp_min(SIGMA_MIN)
     noise = torch.randn(targets.shape, generator=generator)
@@ -79,17 +77,15 @@ def velocity_loss(prefilled: Prefilled, batch: Batch, generator: torch.Generator
     return (velocity - (noise - targets)).square().mean()
 
 
+@torch.no_grad()
 def continue_rollouts(prefilled: Prefilled, batch: Batch, rollouts: OwnRollouts) -> None:
     """Let the model generate the first target of a batch drawn from `rollouts`."""
-    kept = [(k.detach(), v.detach()) for k, v in prefilled.history]
-    sampling = Prefilled(prefilled.model, kept, prefilled.text, batch.w2c_context)
-    w2c = batch.w2c_targets[:, :1]
-
-    def velocity(x: Tensor, sigma: float) -> Tensor:
+    x = rollouts.noise()
+    for sigma, sigma_next in itertools.pairwise(rollouts.sigmas()):
         level = torch.full((len(x), CHUNK_LATENTS), sigma)
-        return sampling.velocity(x, level, w2c, sampling.text)
-
-    rollouts.advance(velocity)
+        velocity = prefilled.velocity(x, level, batch.w2c_targets[:, :1], prefilled.text)
+        x = x + (sigma_next - sigma) * velocity
+    rollouts.append(x)
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:

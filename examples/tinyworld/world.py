@@ -27,6 +27,9 @@ _MOVES = (
 )
 _NORMAL_LIGHT = torch.tensor([0.86, 1.0, 0.97])
 _RAY_EPS = 1e-9
+_WALLS = (0, 1, 4, 5)
+# The first numbers of a texture: colours, pattern, frequencies, phases and sharpness.
+_WALLPAPER = 14
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def make_room(seed: int) -> Room:
     size = torch.stack([uniform(5.0, 8.5), uniform(2.6, 3.2), uniform(5.0, 8.5)])
     boxes = _furniture(layout, size, uniform)
     surfaces = torch.stack([_texture(i, size, uniform) for i in range(6 + len(boxes))])
+    # One wallpaper a room, as people do it; what is behind the camera can then be imagined.
+    surfaces[list(_WALLS), :_WALLPAPER] = surfaces[_WALLS[0], :_WALLPAPER].clone()
     return Room(seed, layout, size, boxes, surfaces)
 
 
@@ -126,7 +131,7 @@ def _texture(surface: int, size: Tensor, uniform) -> Tensor:
     frequency = uniform(0.22, 0.6, 2)
     phase = uniform(0, 2 * math.pi, 2)
     sharpness = uniform(1.5, 5.0, 1)
-    is_wall = surface in (0, 1, 4, 5)
+    is_wall = surface in _WALLS
     span = size[2] if surface in (0, 1) else size[0]
     shown = 1.0 if is_wall and float(uniform(0, 1)) < 0.85 else -20.0
     centre = torch.stack([uniform(0.25, 0.75) * span, -uniform(1.35, 1.75)])

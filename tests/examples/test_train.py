@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld
-from lipass.examples.tinyworld.own_rollouts import IMAGINED_SIGMA_MAX, OwnRollouts
+from lipass.examples.tinyworld.own_rollouts import OwnRollouts
 from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
 from lipass.examples.tinyworld.train_world import (
     Phase,
@@ -16,13 +16,13 @@ from lipass.examples.tinyworld.train_world import (
 )
 
 FRAMES = 20
-TINY = ModelConfig(rows=2, columns=2, width=32, heads=1, blocks=1, mlp_ratio=1, text_width=8)
+TINY = ModelConfig(rows=4, columns=4, width=32, heads=1, blocks=1, mlp_ratio=1, text_width=8)
 
 
 @pytest.fixture
 def walks() -> LatentWalks:
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(3, 2, FRAMES, 16, 2, 2, generator=generator).half()
+    latents = torch.randn(3, 2, FRAMES, 16, 4, 4, generator=generator).half()
     w2c = torch.eye(4).expand(3, FRAMES, 4, 4).contiguous()
     w2c[..., 0, 3] = torch.arange(FRAMES) * 0.1
     tokens = torch.zeros(3, 2, 32, dtype=torch.long)
@@ -31,8 +31,8 @@ def walks() -> LatentWalks:
 
 def test_a_recorded_batch_has_its_context_outside_its_targets(walks):
     batch = Sampler(walks, batch=4, targets=1, seed=0).draw(8)
-    assert batch.context.shape == (4, 8, 16, 2, 2)
-    assert batch.targets.shape == (4, 1, CHUNK_LATENTS, 16, 2, 2)
+    assert batch.context.shape == (4, 8, 16, 4, 4)
+    assert batch.targets.shape == (4, 1, CHUNK_LATENTS, 16, 4, 4)
     for context, target in zip(batch.context, batch.targets[:, 0], strict=True):
         assert not any(torch.equal(x, y) for x in context for y in target)
 
@@ -48,7 +48,7 @@ def test_a_rollout_keeps_what_was_generated_and_starts_anew_at_the_end_of_its_wa
         assert torch.equal(batch.targets[0, 0], truth)
         assert torch.equal(batch.targets[0, 0], batch.targets[0, 1])
         assert torch.equal(batch.context[0], before[-CHUNK_LATENTS:])
-        rollouts.advance(lambda x, sigma: torch.zeros_like(x))
+        rollouts.append(torch.zeros_like(rollouts.noise()))
         if rollouts.lanes[0] is not lane:
             break
         assert torch.equal(lane.latents[:start], before)
@@ -56,11 +56,15 @@ def test_a_rollout_keeps_what_was_generated_and_starts_anew_at_the_end_of_its_wa
     assert start + CHUNK_LATENTS > FRAMES - CHUNK_LATENTS
 
 
-def test_what_the_recorded_part_does_not_show_is_never_trained_from_pure_noise(walks):
-    rollouts = OwnRollouts(walks, lanes=4, batch=4, targets=1, seed=0)
-    batch = rollouts.draw(CHUNK_LATENTS)
-    assert batch.sigma_max.tolist() == pytest.approx([IMAGINED_SIGMA_MAX] * 4)
+def test_a_rollout_is_shown_to_the_model_without_noise(walks):
+    batch = OwnRollouts(walks, lanes=4, batch=4, targets=1, seed=0).draw(CHUNK_LATENTS)
     assert batch.context_noise.tolist() == [0.0] * 4
+
+
+def test_a_rollout_that_is_too_short_gets_less_context_than_asked(walks):
+    rollouts = OwnRollouts(walks, lanes=2, batch=2, targets=1, seed=0)
+    shortest = min(len(lane.latents) for lane in rollouts.lanes)
+    assert rollouts.draw(FRAMES).context.shape[1] == shortest
 
 
 def test_bf16_training_gives_nearly_the_loss_of_fp32(walks):
