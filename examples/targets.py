@@ -61,7 +61,7 @@ class World(nn.Module):
 
 
 def worldplay_size(blocks: int = 54, width: int = 2048, heads: int = 16):
-    """Return a decode call of HY-WorldPlay's size: 8.7 billion parameters, 17,600 keys."""
+    """Return a decode call of HY-WorldPlay's size: 4 billion parameters, 17,600 keys."""
     model = World(blocks, width, heads)
 
     def pair(tokens: int) -> tuple[Tensor, Tensor]:

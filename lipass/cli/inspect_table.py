@@ -58,7 +58,7 @@ def _lines(document: dict[str, Any], show_diff: bool) -> Iterator[str]:
         yield "no graph: Dynamo compiled nothing of the target"
     if document["graph_breaks"]:
         yield ""
-        yield paint(f"{len(document['graph_breaks'])} graph breaks", "bold")
+        yield paint(_count(len(document["graph_breaks"]), "graph break"), "bold")
         for found in document["graph_breaks"]:
             yield f"  {paint(found['source'], 'red')}"
             yield from paragraph(found["reason"], 4)
@@ -71,8 +71,8 @@ def _graph(document: dict[str, Any], graph: dict[str, Any], show_diff: bool) -> 
 
     sites, steps, passes = own("sites"), own("steps"), own("passes")
     rewritten = sum(site["action"] == "rewritten" for site in sites)
-    title = f"graph {graph['graph']}: {graph['nodes']} nodes, {len(sites)} attention sites"
-    yield paint(f"{title}, {rewritten} rewritten", "bold")
+    title = f"graph {graph['graph']}: {graph['nodes']} nodes"
+    yield paint(f"{title}, {_count(len(sites), 'attention site')}, {rewritten} rewritten", "bold")
     yield from _cost(graph)
     if sites:
         yield ""
@@ -92,6 +92,10 @@ def _graph(document: dict[str, Any], graph: dict[str, Any], show_diff: bool) -> 
         yield from _notes(one["notes"])
         if show_diff:
             yield from (f"    {diff_line(line)}" for line in one["diff"].splitlines())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _cost(graph: dict[str, Any]) -> Iterator[str]:

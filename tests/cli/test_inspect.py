@@ -81,7 +81,7 @@ def document(capsys):
 def test_table_names_the_site_and_the_reason(model, capsys):
     assert main(["inspect", f"{model}:attention"]) == 0
     shown = capsys.readouterr().out
-    assert "1 attention sites" in shown
+    assert "1 attention site, 0 rewritten" in shown
     assert "user_model.py:8" in shown
     assert "kept" in shown
 
@@ -203,7 +203,7 @@ def test_graph_break_has_its_line_and_a_remedy(model, capsys):
 def test_graph_breaks_are_in_the_table(model, capsys):
     main(["inspect", f"{model}:broken"])
     shown = capsys.readouterr().out
-    assert "1 graph breaks" in shown
+    assert "1 graph break\n" in shown
     assert "remedy: Remove" in shown
 
 
