@@ -163,7 +163,7 @@ def _parse_pass(item: str, defaults: Mapping[str, Mapping[str, object]]) -> Pass
     if not match:
         raise ValueError(f"a pass is written name{{option=value ...}}, got {item!r}")
     name, options_text = match.groups()
-    cls = _pass_class(name)
+    cls = pass_class(name)
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     options = dict(defaults.get(name, {}))
@@ -177,7 +177,12 @@ def _parse_pass(item: str, defaults: Mapping[str, Mapping[str, object]]) -> Pass
     return cls(**options)
 
 
-def _pass_class(name: str) -> type[Pass]:
+def pass_class(name: str) -> type[Pass]:
+    """Return the class of a pass, of this package or registered by another.
+
+    Raises:
+        ValueError: for a name that nobody has registered, or that is registered wrongly.
+    """
     if name in PASSES:
         return PASSES[name]()
     if name not in registered():

@@ -1,0 +1,31 @@
+"""Test passes and models: print graphs, compare them, assert a rewrite or a refusal.
+
+```python
+from lipass.testing import assert_refuses, assert_rewrites
+
+def test_dropout_goes():
+    assert_rewrites(fn, (x,), DropDropout(), removes="dropout")
+
+def test_dropout_in_training_stays():
+    assert_refuses(train, (x,), DropDropout(), "it draws random numbers")
+```
+
+A pipeline is text (`"canonicalize,find-attention"`), a `PassPipeline`, or one pass, in front of
+which the passes that it requires are run. `lipass.testing.fixtures` is a pytest plugin.
+"""
+
+from __future__ import annotations
+
+from lipass.passes.printer import print_graph
+from lipass.testing.assertions import assert_refuses, assert_rewrites, graph_diff
+from lipass.testing.tracing import Traced, run_passes, trace
+
+__all__ = [
+    "Traced",
+    "assert_refuses",
+    "assert_rewrites",
+    "graph_diff",
+    "print_graph",
+    "run_passes",
+    "trace",
+]
