@@ -86,7 +86,7 @@ def finishing_phases(fine: Walks, start: float = 0.0) -> list[Phase]:
     middle = start + 0.3 * (1 - start)
     return [
         Phase(middle, fine, batch=6, targets=3, context_latents=(8, 8, 12), share_own=0.0),
-        Phase(2.0, fine, batch=6, targets=2, context_latents=(4, 8, 8, 12, 20), share_own=0.5),
+        Phase(2.0, fine, batch=6, targets=2, context_latents=(4, 8, 12, 20), share_own=0.5),
     ]
 
 
