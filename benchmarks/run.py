@@ -1,9 +1,19 @@
-"""Time a kernel against dense attention, after its tests: a wrong kernel gets no figure."""
+"""Time block-sparse attention against dense attention, after its tests pass.
+
+    python -m benchmarks.run                       a table
+    python -m benchmarks.run --json                one document; its rows are described in `Row`
+    python -m benchmarks.run --plot out.png        speed-up against density
+
+Each case runs dense SDPA, the project's own kernel (planning included), SDPA with the same mask
+and FlexAttention with an equal BlockMask in turns, so that all see the same machine; figures are
+medians. Sizes for the CPU are cut down from the models that they are called after.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -12,130 +22,250 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from lipass.kernels import block_sparse_attention, pool_blocks, select_blocks
-from lipass.kernels.plan import BlockPlan, KvLayout
+import lipass.kernels.ops  # noqa: F401
+from lipass.kernels import block_sparse_attention, prepare
+from lipass.kernels.block_sparse import native
+from lipass.kernels.plan import BlockPlan, KvLayout, Triple
+from lipass.kernels.planning import plan_attention
 
-TILE = (4, 4, 4)
-BUDGETS = (0.1, 0.3, 1.0)
+DENSITIES = (0.1, 0.2, 0.3, 0.5, 1.0)
+PROVIDERS = ("own", "gate", "mask", "flex")
 
 
 class Case(NamedTuple):
-    """One decode call: a chunk of queries against text, history and itself."""
+    """One call: queries of the current chunk against text, history (decode) and themselves."""
 
     name: str
     heads: int
     dim: int
-    history: tuple[int, int, int]
-    current: tuple[int, int, int]
     text: int
+    history: Triple
+    current: Triple
+    tile: Triple
+    batch: int = 1
+
+    @property
+    def role(self) -> str:
+        """Decode if there is a history, otherwise prefill."""
+        return "decode" if self.history[0] else "prefill"
 
 
+class Row(NamedTuple):
+    """One measurement."""
+
+    case: str
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    device: str
+    dtype: str
+    provider: str
+    """`cpu` or `cuda` for the project's own, `gate` for the operator, `mask`, `flex`."""
+    form: str
+    """What ran of the own provider: native or gather on the CPU."""
+    density: float
+    seconds: float
+    """Pool and select included."""
+    dense_seconds: float
+    speedup: float
+    ideal: float
+    """What visiting this share of the blocks could give at most."""
+    select_share: float
+    """Share of the seconds that pool and select take."""
+
+
+_NONE = (0, 1, 1)
 CASES = {
     "cpu": (
-        Case("tinyworld small", 3, 64, (20, 8, 8), (4, 8, 8), 32),
-        Case("tinyworld base", 3, 64, (20, 16, 16), (4, 16, 16), 32),
+        Case("tinyworld decode", 3, 64, 32, (20, 8, 8), (4, 8, 8), (1, 8, 8)),
+        Case("tinyworld prefill", 3, 64, 32, _NONE, (20, 8, 8), (1, 8, 8)),
+        Case("square 8x64", 8, 64, 0, (56, 8, 16), (8, 8, 16), (1, 8, 16)),
+        Case("square 16x128", 16, 128, 0, (56, 8, 16), (8, 8, 16), (1, 8, 16)),
+        Case("worldplay decode", 4, 128, 232, (8, 15, 26), (4, 15, 26), (4, 8, 4)),
+        Case("worldplay prefill", 4, 128, 232, _NONE, (8, 15, 26), (4, 8, 4)),
+        Case("matrix-game-3", 4, 128, 0, _NONE, (5, 22, 40), (4, 8, 4)),
+        Case("self-forcing", 3, 128, 0, (18, 15, 26), (3, 15, 26), (3, 8, 4)),
+        Case("sana-wm", 4, 112, 0, (12, 11, 20), (3, 11, 20), (3, 4, 10)),
     ),
     "cuda": (
-        Case("tinyworld base", 3, 64, (20, 16, 16), (4, 16, 16), 32),
-        Case("worldplay 480p", 16, 128, (20, 30, 52), (4, 30, 52), 512),
+        Case("tinyworld decode", 3, 64, 32, (20, 16, 16), (4, 16, 16), (4, 4, 4)),
+        Case("worldplay decode", 16, 128, 929, (20, 30, 52), (4, 30, 52), (4, 8, 4), 2),
+        Case("worldplay prefill", 16, 128, 929, _NONE, (20, 30, 52), (4, 8, 4), 2),
+        Case("matrix-game-3", 24, 128, 0, _NONE, (20, 22, 40), (4, 8, 4)),
+        Case("self-forcing", 12, 128, 0, (18, 30, 52), (3, 30, 52), (3, 8, 4)),
     ),
 }
 
 
 def main() -> int:
     """Run the tests of the operation, then its cases."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("operation", choices=["block_sparse"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("operation", nargs="?", default="block_sparse", choices=["block_sparse"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--dtype", nargs="+", help="default: float32 bfloat16, on a GPU bfloat16")
+    parser.add_argument("--case", nargs="+", help="only cases whose names contain one of these")
+    parser.add_argument("--provider", nargs="+", default=PROVIDERS, choices=PROVIDERS)
+    parser.add_argument("--density", nargs="+", type=float, default=DENSITIES)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--plot", metavar="FILE", help="draw speed-up against density")
     args = parser.parse_args()
     tests = [sys.executable, "-m", "pytest", "-q", f"tests/kernels/test_{args.operation}.py"]
     if subprocess.run(tests, stdout=sys.stderr, check=False).returncode != 0:
         print("the tests of a kernel must pass before it is timed; see above", file=sys.stderr)
         return 1
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    rows = [
-        row
-        for case in CASES[args.device]
-        for row in _time_case(case, torch.device(args.device), dtype, args.repeats)
-    ]
+    reason = prepare() if args.device == "cpu" else ""
+    if reason:
+        print(f"the native form is missing: {reason}", file=sys.stderr)
+    names = args.dtype or (["bfloat16"] if args.device == "cuda" else ["float32", "bfloat16"])
+    rows = []
+    for case in CASES[args.device]:
+        if args.case and not any(part in case.name for part in args.case):
+            continue
+        for name in names:
+            for row in _time_case(case, getattr(torch, name), args):
+                rows.append(row)
+                if not args.json:
+                    print(_line(row), flush=True)
     if args.json:
-        print(json.dumps({"schema_version": 1, "device": args.device, "rows": rows}, indent=1))
-        return 0
-    print(f"{'case':<16} budget density  dense ms  plan ms  sparse ms  speed-up (with plan)")
-    for row in rows:
-        print(
-            f"{row['case']:<16} {row['budget']:6.2f} {row['density']:7.2f} {row['dense_ms']:9.2f} "
-            f"{row['plan_ms']:8.2f} {row['sparse_ms']:10.2f} {row['speedup']:8.2f}x"
-        )
+        document = {"schema_version": 2, "rows": [row._asdict() for row in rows]}
+        print(json.dumps(document, indent=1))
+    if args.plot:
+        _plot(rows, args.plot)
     return 0
 
 
-def _time_case(case: Case, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict]:
+def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
-    roles = ("text", "history", "current")
-    layout = KvLayout.build(roles, ((1, 1, case.text), case.history, case.current), TILE)
-    q_grid = layout.segments[2].grid
+    device = torch.device(args.device)
+    roles, grids = ["text", "current"], [(1, 1, case.text), case.current]
+    if case.role == "decode":
+        roles.insert(1, "history")
+        grids.insert(1, case.history)
+    layout = KvLayout.build(tuple(roles), tuple(grids), case.tile)
+    q_grid = layout.segments[-1].grid
 
-    def random(tokens: int) -> torch.Tensor:
-        return torch.randn(1, case.heads, tokens, case.dim, device=device, dtype=dtype)
+    def random(tokens: int) -> Tensor:
+        return torch.randn(case.batch, case.heads, tokens, case.dim, device=device, dtype=dtype)
 
     q = random(q_grid.tokens)
-    keys = [random(segment.grid.tokens) for segment in layout.segments]
-    values = [random(segment.grid.tokens) for segment in layout.segments]
+    keys, values = ([random(part.grid.tokens) for part in layout.segments] for _ in range(2))
     scale = case.dim**-0.5
     all_keys, all_values = torch.cat(keys, 2), torch.cat(values, 2)
+    flex = _flex(q, all_keys, all_values, scale) if "flex" in args.provider else None
     rows = []
-    for budget in BUDGETS:
+    for budget in _budgets(case, layout, args.density):
 
         def plan(budget: float = budget) -> BlockPlan:
-            indices, counts = select_blocks(
-                pool_blocks(q, q_grid),
-                pool_blocks(keys[1], layout.segments[1].grid),
-                layout,
-                q_grid,
-                budget=budget,
-                scale=scale,
-                role="decode",
+            return plan_attention(
+                q, keys, layout, q_grid, budget=budget, scale=scale, role=case.role,
                 sink_latents=0,
-            )
-            return BlockPlan(indices, counts, q_grid, layout)
+            )  # fmt: skip
 
         made = plan()
-        dense, planning, sparse = _interleaved(
-            [
-                lambda: F.scaled_dot_product_attention(q, all_keys, all_values),
-                plan,
-                lambda made=made: block_sparse_attention(q, keys, values, made, scale=scale),
-            ],
-            repeats,
-            device,
+        calls: dict[str, Callable[[], object]] = {
+            "dense": lambda: F.scaled_dot_product_attention(q, all_keys, all_values, scale=scale),
+            "plan": plan,
+        }
+        if "own" in args.provider:
+            calls[device.type] = lambda plan=plan: block_sparse_attention(
+                q, keys, values, plan(), scale=scale
+            )
+        if "gate" in args.provider:
+            calls["gate"] = lambda budget=budget: torch.ops.lipass.sparse_attention(
+                q, keys, values, list(q_grid.grid), [n for grid in grids for n in grid],
+                ",".join(roles), list(case.tile), budget, scale, 0, case.role, None, "bench",
+            )  # fmt: skip
+        if "mask" in args.provider:
+            mask = made.to_dense_mask()
+            calls["mask"] = lambda mask=mask: F.scaled_dot_product_attention(
+                q, all_keys, all_values, attn_mask=mask, scale=scale
+            )
+        if flex is not None:
+            calls["flex"] = flex(made)
+        taken = dict(
+            zip(calls, _interleaved(list(calls.values()), args.repeats, device), strict=True)
         )
-        rows.append(
-            {
-                "case": case.name,
-                "budget": budget,
-                "density": float(made.density()),
-                "dense_ms": dense * 1e3,
-                "plan_ms": planning * 1e3,
-                "sparse_ms": sparse * 1e3,
-                "speedup": dense / (planning + sparse),
-            }
-        )
+        density = float(made.density())
+        built = device.type == "cpu" and native.why_not_loaded() is None
+        for provider in [name for name in calls if name not in ("dense", "plan")]:
+            own = provider in (device.type, "gate")
+            rows.append(
+                Row(
+                    case=case.name,
+                    queries=q_grid.tokens,
+                    keys=layout.tokens,
+                    heads=case.heads,
+                    head_dim=case.dim,
+                    device=device.type,
+                    dtype=str(dtype).removeprefix("torch."),
+                    provider=provider,
+                    form=("native" if built else "gather") if provider == "cpu" else "",
+                    density=density,
+                    seconds=taken[provider],
+                    dense_seconds=taken["dense"],
+                    speedup=taken["dense"] / taken[provider],
+                    ideal=1.0 / density,
+                    select_share=min(taken["plan"] / taken[provider], 1.0) if own else 0.0,
+                )
+            )
     return rows
+
+
+def _budgets(case: Case, layout: KvLayout, densities: list[float]) -> list[float]:
+    """Budgets that give these densities; what is protected anyway may be more than asked for."""
+    segment = layout.candidate_segment(case.role)
+    assert segment is not None
+    candidates = layout.segments[segment].grid.blocks
+    always = layout.blocks - candidates
+    found = []
+    for density in densities:
+        wanted = density * layout.blocks - always
+        if density == 1.0 or wanted >= 1.0:
+            found.append(min(math.floor(wanted + 1e-9) / candidates, 1.0))
+    return found
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Callable[[BlockPlan], Callable[[], object]]:
+    """Compile FlexAttention for these shapes; give the call for the mask of a plan."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def call(plan: BlockPlan) -> Callable[[], object]:
+        visited = torch.zeros(*plan.indices.shape[:3], plan.kv.blocks, dtype=torch.bool)
+        visited = visited.to(q.device).scatter(-1, plan.indices.long(), True)
+        q_block = plan.q_grid.block_of_token(q.device)
+        k_block = plan.kv.block_of_token(q.device)
+
+        def mask(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
+            return visited[b, h, q_block[q_at], k_block[k_at]]
+
+        shape = (*q.shape[:2], q.shape[2], k.shape[2])
+        blocks = create_block_mask(mask, *shape, device=q.device.type)
+        return lambda: attend(q, k, v, block_mask=blocks, scale=scale)
+
+    return call
 
 
 def _interleaved(calls: list[Callable], repeats: int, device: torch.device) -> list[float]:
     """Return the median seconds of each call; taking turns, so that all see the same machine."""
-    for call in calls:
-        call()
     seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, taken in zip(calls, seconds, strict=True):
-            taken.append(_seconds(call, device))
+    with torch.inference_mode():
+        for call in calls * 2:
+            call()
+        for _ in range(repeats):
+            for call, taken in zip(calls, seconds, strict=True):
+                taken.append(_seconds(call, device))
     return [statistics.median(taken) for taken in seconds]
 
 
@@ -147,6 +277,39 @@ def _seconds(call: Callable, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.case:<18} {row.dtype:<9} {row.provider:<5} {row.form:<7} density {row.density:.2f}"
+        f"  {row.seconds * 1e3:9.2f} ms  dense {row.dense_seconds * 1e3:9.2f} ms"
+        f"  {row.speedup:5.2f}x = {row.speedup / row.ideal:.2f} of ideal"
+        f"  select {row.select_share:.0%}"
+    )
+
+
+def _plot(rows: list[Row], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    lines = sorted({(row.case, row.dtype, row.provider) for row in rows})
+    for line in lines:
+        found = [row for row in rows if (row.case, row.dtype, row.provider) == line]
+        found.sort(key=lambda row: row.density)
+        axes.plot(
+            [row.density for row in found],
+            [row.speedup for row in found],
+            marker="o",
+            label=" ".join(line),
+        )
+    ideal = sorted({row.density for row in rows})
+    axes.plot(ideal, [1.0 / density for density in ideal], "k--", label="ideal")
+    axes.set(xlabel="share of blocks visited", ylabel="speed-up over dense SDPA", yscale="log")
+    axes.legend(fontsize=6)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Predict whether sparse attention pays on this device: the gate in front of each call.
 
 ```text
-dense  = flops(all keys) / rate
-sparse = fixed + flops(visited keys) / (rate * efficiency) + (copied + pooled bytes) / bandwidth
+dense  = bytes of keys joined / bandwidth + flops(all keys) / dense rate
+sparse = fixed + flops(visited keys) / sparse rate + (copied + pooled bytes) / bandwidth
 ```
 
-On the CPU rate and bandwidth are measured once per process and dtype (some 20 ms, at the first
-call that asks). What depends on the implementation only, `fixed` and `efficiency`, is a constant.
+On the CPU all four constants are measured once per process, dtype, number of threads and form of
+the sparse kernel (some 30 ms, at the first call that asks), so that they hold for whatever machine
+and build this is.
 """
 
 from __future__ import annotations
@@ -20,28 +21,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lipass.kernels.block_sparse import gather, native
 from lipass.kernels.plan import BlockGrid, KvLayout
+from lipass.kernels.planning import plan_attention
 
 
 class Rates(NamedTuple):
-    """What one device does with one dtype."""
+    """What one device does with one dtype and one form of the kernel."""
 
-    flops_per_ms: float
+    dense_flops_per_ms: float
+    sparse_flops_per_ms: float
     bytes_per_ms: float
-    """Copying rows that are gathered; infinite where tiles are read in place."""
+    """Copying rows; infinite where nothing is ever copied."""
     fixed_ms: float
     """Planning and launching, whatever the size."""
 
 
-# 25 tensor operations and the operator itself, 2 Zen 3 cores, 256 queries, 800 keys.
-_CPU_FIXED_MS = 0.55
-# Share of the rate of dense attention that gathered blocks reach. The CPU kernel cuts fewer than
-# 192 queries into slices of 32. Zen 3, one and two cores, 36 shapes of 256 to 1,280 queries.
-_CPU_FEW_QUERIES, _CPU_FEW_EFFICIENCY, _CPU_EFFICIENCY = 192, 0.78, 0.9
+# Around the two compiled calls: checks, the gate itself, counting; 2 cores, one query block.
+_OPERATOR_MS = 0.05
 # Assumed, not measured: about 25 launches, half of the dense bf16 peak of an H200 for dense calls
 # and 0.7 of that for the block-sparse kernel.
-_CUDA_RATES = Rates(flops_per_ms=400e9, bytes_per_ms=float("inf"), fixed_ms=0.15)
-_CUDA_EFFICIENCY = 0.7
+_CUDA_RATES = Rates(400e9, 0.7 * 400e9, float("inf"), 0.15)
+# The compiled kernel computes this many queries at a time, idle lanes included.
+_LANES = 32
 
 
 def why_dense(q: Tensor, layout: KvLayout, q_grid: BlockGrid, visited_blocks: int) -> str:
@@ -64,41 +66,93 @@ def predict(
 ) -> tuple[float, float]:
     """Predict the time of a call in ms, sparse and dense."""
     heads, dim = q.shape[0] * q.shape[1], q.shape[3]
-    rates, efficiency = _CUDA_RATES, _CUDA_EFFICIENCY
+    rates, form = _CUDA_RATES, "triton"
     if q.device.type == "cpu":
-        rates = cpu_rates(q.dtype, torch.get_num_threads())
-        few = q_grid.block_tokens < _CPU_FEW_QUERIES
-        efficiency = _CPU_FEW_EFFICIENCY if few else _CPU_EFFICIENCY
-    # Every slot is computed, also those of tails without a token.
+        form = "native" if native.why_not_loaded() is None else "gather"
+        rates = cpu_rates(q.dtype, torch.get_num_threads(), form)
+    row = heads * dim * q.element_size()
     keys = min(visited_blocks * layout.block_tokens, layout.tokens)
-    slots = heads * q_grid.blocks * q_grid.block_tokens
-    copied = 2 * heads * q_grid.blocks * keys * dim * q.element_size()
-    pooled = heads * (q_grid.tokens + layout.tokens) * dim * q.element_size()
+    copied, slots = 0, q_grid.block_tokens
+    if form == "gather":
+        copied = 2 * q_grid.blocks * keys * row
+    elif form == "native":
+        slots = -(-slots // _LANES) * _LANES
+        if not _lies_in_runs(layout):
+            copied = 2 * min(q_grid.blocks * keys, layout.tokens) * row
+    pooled = (q_grid.tokens + layout.tokens) * row
     sparse = rates.fixed_ms + (copied + pooled) / rates.bytes_per_ms
-    sparse += 4.0 * slots * keys * dim / (rates.flops_per_ms * efficiency)
-    return sparse, 4.0 * heads * q_grid.tokens * layout.tokens * dim / rates.flops_per_ms
+    sparse += 4.0 * heads * q_grid.blocks * slots * keys * dim / rates.sparse_flops_per_ms
+    joined = 2 * layout.tokens * row if len(layout.segments) > 1 else 0
+    dense = joined / rates.bytes_per_ms
+    dense += 4.0 * heads * q_grid.tokens * layout.tokens * dim / rates.dense_flops_per_ms
+    return sparse, dense
+
+
+@functools.lru_cache(maxsize=512)
+def _lies_in_runs(layout: KvLayout) -> bool:
+    """Whether each block is one run of rows, which the compiled kernel reads where it lies."""
+    for segment in layout.segments:
+        (_, size_y, size_x), (tile_t, tile_y, tile_x) = segment.grid.grid, segment.grid.tile
+        rows_whole = tile_x >= size_x or (tile_t == 1 and tile_y == 1)
+        if not rows_whole or not (tile_y >= size_y or tile_t == 1):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)
-def cpu_rates(dtype: torch.dtype, threads: int) -> Rates:
+def cpu_rates(dtype: torch.dtype, threads: int, form: str) -> Rates:
     """Measure this CPU with the current number of threads; the best of a few runs."""
-    q, k = torch.zeros(1, 2, 256, 64, dtype=dtype), torch.zeros(1, 2, 1024, 64, dtype=dtype)
-    # Out of the cores' own caches, as the keys of a real call are.
-    rows, picked = torch.zeros(8192, 256, dtype=dtype), torch.arange(8192)
-    out = torch.empty_like(rows)
-    attend_ms = _best_ms(lambda: F.scaled_dot_product_attention(q, k, k))
-    copy_ms = _best_ms(lambda: torch.index_select(rows, 0, picked, out=out))
+    module = native if form == "native" else gather
+    layout = KvLayout.build(("current",), ((16, 8, 8),), (1, 8, 8))
+    q_grid = BlockGrid((4, 8, 8), (1, 8, 8))
+    q, k = torch.zeros(1, 4, 256, 64, dtype=dtype), torch.zeros(1, 4, 1024, 64, dtype=dtype)
+    one = KvLayout.build(("history",), ((2, 8, 8),), (1, 8, 8))
+
+    def plan(layout: KvLayout, q: Tensor, k: Tensor, q_grid: BlockGrid, role: str, budget: float):
+        return plan_attention(
+            q, [k], layout, q_grid, budget=budget, scale=1.0, role=role, sink_latents=0
+        )
+
+    def smallest() -> None:
+        q_one, k_one = q[:, :1, :64], k[:, :1, :128]
+        made = plan(one, q_one, k_one, BlockGrid((1, 8, 8), (1, 8, 8)), "decode", 0.5)
+        module.block_sparse_attention(q_one, [k_one], [k_one], made, scale=1.0, key_bias=None)
+
+    with torch.inference_mode(False), torch.no_grad():
+        # The rest of the calls visits every block: no candidate, so that all of them are kept.
+        whole = plan(layout, q, k, q_grid, "decode", 1.0)
+        # Out of the cores' own caches, as the keys of a real call are.
+        rows, picked = torch.zeros(8192, 256, dtype=dtype), torch.arange(8192)
+        out = torch.empty_like(rows)
+        dense_ms, sparse_ms, copy_ms, fixed_ms = _best_ms(
+            [
+                lambda: F.scaled_dot_product_attention(q, k, k),
+                lambda: module.block_sparse_attention(
+                    q, [k], [k], whole, scale=1.0, key_bias=None
+                ),
+                lambda: torch.index_select(rows, 0, picked, out=out),
+                smallest,
+            ]
+        )
+    flops, bytes_per_ms = 4.0 * q.numel() * 1024, rows.nbytes / copy_ms
+    if form == "gather":
+        # What it copies is counted apart, as it depends on the size of the query blocks.
+        copied = 2 * q_grid.blocks * k.nbytes
+        sparse_ms = max(sparse_ms - copied / bytes_per_ms, sparse_ms / 2)
     return Rates(
-        flops_per_ms=4.0 * 2 * 256 * 1024 * 64 / attend_ms,
-        bytes_per_ms=rows.numel() * rows.element_size() / copy_ms,
-        fixed_ms=_CPU_FIXED_MS,
+        dense_flops_per_ms=flops / dense_ms,
+        sparse_flops_per_ms=flops / sparse_ms,
+        bytes_per_ms=bytes_per_ms,
+        fixed_ms=fixed_ms + _OPERATOR_MS,
     )
 
 
-def _best_ms(call: Callable[[], object], repeats: int = 7) -> float:
-    times = []
+def _best_ms(calls: list[Callable[[], object]], repeats: int = 9) -> list[float]:
+    """Time calls in turns, so that all see the same machine; the best of each."""
+    best = [float("inf")] * len(calls)
     for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return max(min(times), 1e-9) * 1e3
+        for n, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[n] = min(best[n], time.perf_counter() - start)
+    return [max(seconds, 1e-9) * 1e3 for seconds in best]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 from lipass.kernels.pool.api import pool_blocks
-from lipass.kernels.select.api import select_blocks
+from lipass.kernels.select.api import check_options, select_blocks
+from lipass.kernels.select.vectorized import rule_of
 
 
 def plan_attention(
@@ -36,6 +40,12 @@ def plan_attention(
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
     """
     candidate = layout.candidate_segment(role)
+    if candidate is not None and keep_frames is None:
+        plan = _plan_natively(
+            q, keys[candidate], layout, q_grid, budget, scale, role, sink_latents
+        )
+        if plan is not None:
+            return plan
     q_mean = pool_blocks(q, q_grid)
     if candidate is None:
         k_mean = q_mean[:, :, :0]
@@ -55,7 +65,6 @@ def plan_attention(
     key_keep = None
     if keep_frames is not None and candidate is not None:
         key_keep = _key_keep(layout, candidate, keep_frames)
-    shared = tuple(n for n in range(len(layout.segments)) if n != candidate)
     return BlockPlan(
         indices,
         counts,
@@ -63,8 +72,41 @@ def plan_attention(
         layout,
         key_keep=key_keep,
         uniform=keep_frames is None,
-        shared_segments=shared,
+        shared_segments=_shared(layout, candidate),
     )
+
+
+def _plan_natively(
+    q: Tensor,
+    candidates: Tensor,
+    layout: KvLayout,
+    q_grid: BlockGrid,
+    budget: float,
+    scale: float,
+    role: str,
+    sink_latents: int,
+) -> BlockPlan | None:
+    """Pool and select in one compiled call; None where it is not built or does not apply."""
+    if q.device.type != "cpu" or q.dtype not in native.DTYPES or native.why_not_loaded():
+        return None
+    check_options(layout, q_grid, budget, scale, role)
+    rule = rule_of(layout, q_grid, budget, role, sink_latents, q.device)
+    indices = native.plan_blocks(q.detach(), candidates.detach(), q_grid, layout, rule)
+    counts = _full_counts(tuple(indices.shape))
+    shared = _shared(layout, layout.candidate_segment(role))
+    return BlockPlan(indices, counts, q_grid, layout, uniform=True, shared_segments=shared)
+
+
+@functools.lru_cache(maxsize=512)
+def _shared(layout: KvLayout, candidate: int | None) -> tuple[int, ...]:
+    """Segments that every query block visits whole."""
+    return tuple(n for n in range(len(layout.segments)) if n != candidate)
+
+
+@functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
+def _full_counts(shape: tuple[int, ...]) -> Tensor:
+    return torch.full(shape[:-1], shape[-1], dtype=torch.int32)
 
 
 def _key_keep(layout: KvLayout, candidate: int, keep_frames: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator
@@ -103,10 +104,9 @@ def choose(
     names = _PROVIDERS.get((operation, device.type), ("reference",))
     refusals: list[tuple[str, str]] = []
     for name in names if provider is None else (provider,):
-        try:
-            module = importlib.import_module(f"lipass.kernels.{operation}.{name}")
-        except ImportError as error:
-            refusals.append((name, f"not available: {error}"))
+        module = _module(operation, name)
+        if isinstance(module, str):
+            refusals.append((name, module))
             continue
         reason = why_not(module)
         if reason is None:
@@ -114,6 +114,15 @@ def choose(
         refusals.append((name, reason))
     said = "; ".join(f"{name}: {reason}" for name, reason in refusals)
     raise ValueError(f"a provider of {operation} must take the call, got {said}; try {names}")
+
+
+@functools.lru_cache(maxsize=64)
+def _module(operation: str, provider: str) -> ModuleType | str:
+    """Import a provider, or say why that fails; once, as asking `importlib` takes 5 us a call."""
+    try:
+        return importlib.import_module(f"lipass.kernels.{operation}.{provider}")
+    except ImportError as error:
+        return f"not available: {error}"
 
 
 def record_refusal(site: str, provider: str, reason: str) -> None:

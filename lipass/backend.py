@@ -95,7 +95,7 @@ def _pass_options(config: Config) -> dict[str, dict[str, object]]:
     if sparse := config.sparse:
         options["find-attention"] = {"token_grid": sparse.token_grid}
         options["sparse-attention"] = {
-            "tile": sparse.tile,
+            "tile": sparse.tile + (sparse.query_tile or ()),
             "budget_prefill": sparse.budget_prefill,
             "budget_decode": sparse.budget_decode,
             "sink_latents": sparse.sink_latents,

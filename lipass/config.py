@@ -111,7 +111,9 @@ class SparseOptions:
     """Block-sparse attention.
 
     Attributes:
-        tile: tokens of one block along (T, Y, X) of the latent grid.
+        tile: tokens of one block of keys along (T, Y, X) of the latent grid.
+        query_tile: the same of queries, a multiple of `tile`; None is `tile`. Larger blocks of
+            queries choose more coarsely and run faster.
         budget_prefill: share of the freely chosen key blocks visited while the context is encoded.
         budget_decode: the same while a chunk is denoised.
         sink_latents: first latents of the history whose blocks are always visited.
@@ -121,6 +123,7 @@ class SparseOptions:
     """
 
     tile: tuple[int, int, int]
+    query_tile: tuple[int, int, int] | None
     budget_prefill: float
     budget_decode: float
     sink_latents: int
@@ -135,6 +138,13 @@ class SparseOptions:
             "sparse.tile must be three positive ints whose product is a power of two",
             f"{self.tile} = {volume}",
             "use (4, 4, 4) or (4, 8, 4)",
+        )
+        rests = [q % k for q, k in zip(self.query_tile or self.tile, self.tile, strict=True)]
+        _check(
+            min(self.query_tile or self.tile) >= 1 and not any(rests),
+            "sparse.query_tile must be None or a multiple of sparse.tile along each axis",
+            f"{self.query_tile} for tile {self.tile}",
+            "use None for blocks of one size",
         )
         for name in ("budget_prefill", "budget_decode"):
             value = getattr(self, name)
@@ -361,6 +371,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         "int": plain_int,
         "float": plain_int or (isinstance(value, float) and not math.isnan(value)),
         "tuple[int, int, int]": ints and len(value) == 3,
+        "tuple[int, int, int] | None": value is None or (ints and len(value) == 3),
         "tuple[int, int] | None": value is None or (ints and len(value) == 2),
         "tuple[int, ...]": ints,
         "str | tuple[int, ...]": isinstance(value, str) or ints,

@@ -29,6 +29,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     },
     "sparse": {
         "tile": (4, 4, 4),
+        "query_tile": None,
         "budget_prefill": 0.3,
         "budget_decode": 0.3,
         "sink_latents": 1,

@@ -13,7 +13,7 @@ import torch.fx
 # Importing these two registers the operators that passes insert.
 import lipass.kernels.ops
 import lipass.kernels.view_overlap.api  # noqa: F401
-from lipass import session
+from lipass import kernels, session
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
@@ -88,6 +88,7 @@ def compile_unit(
         report.add_site(_site_record(site, ctx.notes))
     if config.strict:
         _refuse_dense(found, pipeline, ctx.notes)
+    _prepare_kernels(gm)
     compiled = _compile(gm, example_inputs, inner_compile)
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
     return compiled
@@ -103,6 +104,14 @@ def _compile(
     if any(site.role in ("prefill", "decode") for _, site in sites(gm.graph)):
         return CompiledUnit(inner_compile(gm, example_inputs))
     return inner_compile(gm, example_inputs)
+
+
+def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
+    """Build what runs on the CPU while compiling is what everybody waits for, not a frame."""
+    op = torch.ops.lipass.sparse_attention.default
+    calls = [n for graph in _graphs(gm) for n in graph.find_nodes(op="call_function", target=op)]
+    if any(node.meta["example_value"].device.type == "cpu" for node in calls):
+        kernels.prepare()
 
 
 def _graphs(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:

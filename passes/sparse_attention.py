@@ -42,7 +42,7 @@ class SparseAttention(Pass):
     precedes: ClassVar[tuple[str, ...]] = ("guard-steps",)
 
     tile: tuple[int, ...] = (4, 4, 4)
-    """Tokens of one block along `(T, Y, X)`."""
+    """Tokens of one block along `(T, Y, X)`; three more numbers are those of a query block."""
     budget_prefill: float = 1.0
     """Share of the unprotected blocks that prefill visits."""
     budget_decode: float = 1.0

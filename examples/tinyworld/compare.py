@@ -25,8 +25,9 @@ from .rollout import WINDOW_LATENTS, Rollout, roll_out
 from .scenario import Scenario
 
 INDUCTOR = "inductor"
-# A latent of the small model is one tile: whole latents are read or not, and none is split.
-_TILE = (1, 8, 8)
+# A latent of the small model is one tile: whole latents are read or not, and none is split. The
+# four latents of a chunk choose together, since their views are nearly the same.
+_TILE, _QUERY_TILE = (1, 8, 8), (4, 8, 8)
 # Reusing steps costs this model nothing against the renderer, so looser than the default 0.8.
 _REVISIT_OVERLAP = 0.65
 _STEPS = 4
@@ -43,7 +44,7 @@ def options_of(preset: str, inner: str) -> dict[str, Any]:
     if config.steps:
         options["steps.overlap_min"] = _REVISIT_OVERLAP
     if config.sparse:
-        options["sparse.tile"] = _TILE
+        options |= {"sparse.tile": _TILE, "sparse.query_tile": _QUERY_TILE}
     return options
 
 

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
+from lipass.kernels.select.vectorized import Rule
 
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _loaded = False
 # Why the kernel cannot be had in this process; asked for once, then remembered.
@@ -39,7 +40,7 @@ def why_not(q: Tensor, plan: BlockPlan) -> str | None:
     """Refuse what is not on the CPU, and everything while the kernel is not built."""
     if q.device.type != "cpu":
         return f"runs on CPU tensors, got {q.device.type}"
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"computes in fp32, bf16 and fp16, got {q.dtype}"
     if torch.is_grad_enabled() and q.requires_grad:
         return "has no backward, and q requires one"
@@ -109,6 +110,27 @@ def block_sparse_attention(
     return out, lse if return_lse else None
 
 
+def plan_blocks(q: Tensor, k: Tensor, q_grid: BlockGrid, layout: KvLayout, rule: Rule) -> Tensor:
+    """Pool queries and candidate keys, and choose by their means: block ids `[B, H, Nq, S]`.
+
+    Args:
+        q: queries `[B, H, Lq, D]`.
+        k: keys of the candidate segment `[B, H, L, D]`.
+        q_grid: grid of the queries.
+        layout: the key segments.
+        rule: what follows from shapes and options; see `lipass.kernels.select`.
+    """
+    return torch.ops.lipass_native.plan(
+        q,
+        k,
+        [*q_grid.grid, *q_grid.tile, *rule.grid.grid, *rule.grid.tile],
+        rule.protected,
+        rule.wanted,
+        rule.candidates.start,
+        layout.blocks - rule.candidates.stop,
+    )
+
+
 @functools.lru_cache(maxsize=512)
 def _numbers(q_grid: BlockGrid, layout: KvLayout) -> list[int]:
     """Flatten grid and tile of the queries and of each segment."""
@@ -147,7 +169,8 @@ def _processor() -> str:
 
 
 def _flags() -> list[str]:
-    capability = torch.backends.cpu.get_cpu_capability()
+    found = torch.backends.cpu.get_cpu_capability()
+    capability = found if found in ("AVX2", "AVX512") else "DEFAULT"
     include = Path(torch.__file__).parent / "include"
     flags = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
     flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]

@@ -82,19 +82,12 @@ def _unfit(
     keep_frames: Tensor | None,
 ) -> str | None:
     """Name the first rule that a call breaks."""
-    if not 0.0 < budget <= 1.0:
-        return f"budget must be in (0, 1], got {budget}; 1.0 visits every block"
-    if scale <= 0.0:
-        return f"scale must be positive, got {scale}; the default is D ** -0.5"
-    if role not in ("prefill", "decode"):
-        return f"role must be 'prefill' or 'decode', got {role!r}; text attention stays dense"
+    reason = _bad_options(layout, q_grid, budget, scale, role)
+    if reason:
+        return reason
     segment = layout.candidate_segment(role)
     frames = 0 if segment is None else layout.segments[segment].grid.grid[0]
     blocks = 0 if segment is None else layout.segments[segment].grid.blocks
-    if role == "prefill" and (
-        segment is None or layout.segments[segment].grid.grid != q_grid.grid
-    ):
-        return f"in prefill the current keys must have the grid of the queries, {q_grid.grid}"
     if q_mean.shape[2] != q_grid.blocks or k_mean.shape[2] != blocks:
         return (
             f"means must cover {q_grid.blocks} query and {blocks} candidate blocks, got "
@@ -105,4 +98,34 @@ def _unfit(
             f"keep_frames must be [B, T] = [{q_mean.shape[0]}, {frames}], got "
             f"{list(keep_frames.shape)}; it covers the history in decode, the current in prefill"
         )
+    return None
+
+
+def check_options(
+    layout: KvLayout, q_grid: BlockGrid, budget: float, scale: float, role: str
+) -> None:
+    """Check what does not depend on tensors.
+
+    Raises:
+        ValueError: if an option is out of range or does not fit the layout.
+    """
+    reason = _bad_options(layout, q_grid, budget, scale, role)
+    if reason:
+        raise ValueError(reason)
+
+
+def _bad_options(
+    layout: KvLayout, q_grid: BlockGrid, budget: float, scale: float, role: str
+) -> str | None:
+    if not 0.0 < budget <= 1.0:
+        return f"budget must be in (0, 1], got {budget}; 1.0 visits every block"
+    if scale <= 0.0:
+        return f"scale must be positive, got {scale}; the default is D ** -0.5"
+    if role not in ("prefill", "decode"):
+        return f"role must be 'prefill' or 'decode', got {role!r}; text attention stays dense"
+    segment = layout.candidate_segment(role)
+    if role == "prefill" and (
+        segment is None or layout.segments[segment].grid.grid != q_grid.grid
+    ):
+        return f"in prefill the current keys must have the grid of the queries, {q_grid.grid}"
     return None

@@ -15,8 +15,8 @@ from lipass.kernels.plan import BlockGrid, KvLayout
 _ROUNDING = 1e-6
 
 
-class _Fixed(NamedTuple):
-    """What follows from shapes and options alone."""
+class Rule(NamedTuple):
+    """What follows from shapes and options alone, whatever the tensors hold."""
 
     candidates: range
     grid: BlockGrid
@@ -43,7 +43,7 @@ def select_blocks(
     The scores are ranked only, so their scale does not enter.
     """
     batch, heads, q_blocks, _ = q_mean.shape
-    fixed = _fixed(layout, q_grid, budget, role, sink_latents, q_mean.device)
+    fixed = rule_of(layout, q_grid, budget, role, sink_latents, q_mean.device)
     candidates, wanted = len(fixed.candidates), fixed.wanted
     width = fixed.before.numel() + wanted + fixed.after.numel()
     counts = torch.full((batch, heads, q_blocks), width, dtype=torch.int32, device=q_mean.device)
@@ -66,13 +66,13 @@ def selected_blocks(
     layout: KvLayout, q_grid: BlockGrid, budget: float, role: str, sink_latents: int
 ) -> int:
     """Blocks that each query block visits where no frame is dropped, `S`; known on the host."""
-    fixed = _fixed(layout, q_grid, budget, role, sink_latents, torch.device("cpu"))
+    fixed = rule_of(layout, q_grid, budget, role, sink_latents, torch.device("cpu"))
     return layout.blocks - len(fixed.candidates) + fixed.wanted
 
 
 def _among_kept(
     score: Tensor,
-    fixed: _Fixed,
+    fixed: Rule,
     layout: KvLayout,
     budget: float,
     keep_frames: Tensor,
@@ -107,14 +107,14 @@ def _among_kept(
 
 @functools.lru_cache(maxsize=512)
 @torch.inference_mode(False)
-def _fixed(
+def rule_of(
     layout: KvLayout,
     q_grid: BlockGrid,
     budget: float,
     role: str,
     sink_latents: int,
     device: torch.device,
-) -> _Fixed:
+) -> Rule:
     """Tabulate what does not depend on the tensors; built on the host, moved once."""
     segment = layout.candidate_segment(role)
     grid = BlockGrid((0, 0, 0), q_grid.tile) if segment is None else layout.segments[segment].grid
@@ -128,7 +128,7 @@ def _fixed(
         (n + math.ceil(budget * (grid.blocks - n) - _ROUNDING) for n in spared), default=0
     )
     ids = torch.arange(layout.blocks, dtype=torch.int32)
-    return _Fixed(
+    return Rule(
         candidates=span,
         grid=grid,
         protected=protected.to(device) if any(spared) else None,

@@ -24,9 +24,7 @@ def install(tmp_path, monkeypatch):
     def run(name, value):
         made = tmp_path / "installed" / "lipass_own_pass-0.1.dist-info"
         made.mkdir(parents=True)
-        (made / "METADATA").write_text(
-            "Metadata-Version: 2.1\nName: own-pass\nVersion: 1\n"
-        )
+        (made / "METADATA").write_text("Metadata-Version: 2.1\nName: own-pass\nVersion: 1\n")
         (made / "entry_points.txt").write_text(f"[{passes.GROUP}]\n{name} = {value}\n")
         monkeypatch.syspath_prepend(str(made.parent))
         monkeypatch.syspath_prepend(str(EXAMPLE))

@@ -225,8 +225,8 @@ def test_gate_keeps_dense_what_would_be_slower():
 
 
 def test_gate_takes_sparse_where_it_pays(monkeypatch):
-    fast = cost.Rates(flops_per_ms=1e6, bytes_per_ms=1e12, fixed_ms=0.0)
-    monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads: fast)
+    fast = cost.Rates(1e6, 1e6, bytes_per_ms=1e12, fixed_ms=0.0)
+    monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads, form: fast)
     case = make_case("decode", 16, (4, 4), 3, (1, 4, 4), budget=0.1)
     sparse_attention(*arguments(case))
     assert registry.telemetry()["site"].sparse_calls == 1

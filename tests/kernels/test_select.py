@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import cases, make_case
+from hypothesis import strategies as st
+from kernel_cases import NO_NATIVE, cases, make_case
 
+from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockGrid
 from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select import reference
 from lipass.kernels.select.api import select_blocks, selected_blocks
+from lipass.kernels.select.vectorized import rule_of
 
 
 def means(case):
@@ -160,3 +163,32 @@ def test_means_of_other_grids_are_refused():
             q_mean, k_mean, case.layout, BlockGrid((1, 2, 4), (1, 2, 2)),
             **(case.options | {"role": "prefill"}),
         )  # fmt: skip
+
+
+@pytest.mark.skipif(NO_NATIVE is not None, reason=f"{NO_NATIVE}")
+@settings(max_examples=60)
+@given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_native_equals_reference(case, dtype):
+    candidate = case.layout.candidate_segment(case.options["role"])
+    # Small integers: their sums are exact, so that equal scores are equal whatever the order.
+    q, k = (x.mul(3).round().to(dtype) for x in (case.q, case.keys[candidate]))
+    options = case.options | {"keep_frames": None}
+    expected, _ = reference.select_blocks(
+        pool_blocks(q, case.q_grid),
+        pool_blocks(k, case.layout.segments[candidate].grid),
+        case.layout,
+        case.q_grid,
+        **options,
+    )
+    rule = rule_of(
+        case.layout,
+        case.q_grid,
+        options["budget"],
+        options["role"],
+        options["sink_latents"],
+        q.device,
+    )
+    found = native.plan_blocks(
+        q.transpose(1, 2).contiguous().transpose(1, 2), k, case.q_grid, case.layout, rule
+    )
+    assert torch.equal(found, expected)
