@@ -100,7 +100,7 @@ def bisect(
     """Drop the first pass with which the output differs, until what is left agrees.
 
     Returns:
-        The guilty passes in order, and the pipeline without them; None instead where the model
+        The guilty passes as they were found, and the pipeline without them; None where the model
         differs from eager without any pass.
 
     Raises:
