@@ -1,0 +1,173 @@
+"""The compiled form: its precision, what it does with odd inputs, and how it is built."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import NO_NATIVE, cases, make_case, masked_dense
+from torch.nn import functional as F
+
+from lipass.kernels.block_sparse import native
+from lipass.kernels.block_sparse.api import block_sparse_attention, merge_partials
+
+needs_native = pytest.mark.skipif(NO_NATIVE is not None, reason=f"{NO_NATIVE}")
+
+
+def attend(case, plan, **options):
+    return block_sparse_attention(
+        case.q, case.keys, case.values, plan,
+        scale=case.options["scale"], provider="native", **options,
+    )  # fmt: skip
+
+
+@needs_native
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_are_no_larger_than_those_of_dense_attention(dtype, dim):
+    case = make_case("decode", 8, (8, 8), 32, (1, 8, 8), dim=dim, dtype=dtype, budget=0.999)
+    exact = masked_dense(case, case.plan())[0]
+    k, v = torch.cat(case.keys, 2), torch.cat(case.values, 2)
+    dense = F.scaled_dot_product_attention(case.q, k, v)
+    allowed = 1.5 * (dense.double() - exact).square().mean().sqrt()
+    error = (attend(case, case.plan()).double() - exact).square().mean().sqrt()
+    # In fp32 both are rounding only: 1e-7 of values around 0.1.
+    assert error <= max(allowed, 1e-7 if dtype == torch.float32 else 0.0)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [(1, 8, 8), (4, 4, 4)])
+def test_large_logits_and_one_dominant_key(dtype, tile):
+    case = make_case("decode", 8, (8, 8), 5, tile, dim=64, dtype=dtype)
+    case.q.mul_(100)
+    case.keys[1][:, :, 17].mul_(20)
+    plan = case.plan()
+    expected = masked_dense(case, plan)[0]
+    found = attend(case, plan).double()
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@needs_native
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_scale(scale):
+    case = make_case("decode", 4, (5, 7), 5, (1, 8, 8), dim=16)
+    case.options["scale"] = 0.3
+    plan = case.plan()
+    case.options["scale"] = scale
+    found = attend(case, plan).double()
+    torch.testing.assert_close(found, masked_dense(case, plan)[0], atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+@settings(max_examples=40)
+@given(case=cases(), data=st.data())
+def test_any_split_of_the_keys_merges_to_the_whole(case, data):
+    plan = case.plan(keep_frames=None)
+    expected, expected_lse = masked_dense(case, plan)
+    width = plan.indices.shape[-1]
+    cuts = data.draw(st.lists(st.integers(0, width), max_size=3).map(sorted))
+    outputs, lses = [], []
+    for start, stop in zip([0, *cuts], [*cuts, width], strict=True):
+        part = plan.indices[..., start:stop]
+        counts = torch.full_like(plan.counts, stop - start)
+        some = dataclasses.replace(plan, indices=part, counts=counts, shared_segments=())
+        out, lse = attend(case, some, return_lse=True)
+        outputs.append(out)
+        lses.append(lse)
+    merged, lse = merge_partials(outputs, lses)
+    torch.testing.assert_close(merged.double(), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-5, rtol=2e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_output_is_written_and_nothing_else_is_read(dtype):
+    case = make_case("prefill", 5, (5, 7), 33, (2, 4, 4), dim=64, dtype=dtype, budget=0.2)
+    plan = case.plan()
+    expected = masked_dense(case, plan)[0]
+    hidden = ~plan.to_dense_mask().any(2).any(1)[0]
+    for parts in (case.keys, case.values):
+        whole = torch.cat(parts, 2)
+        whole[:, :, hidden] = torch.nan
+        parts[:] = whole.split([part.shape[2] for part in parts], 2)
+    # Fresh memory is nan in deterministic mode.
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = attend(case, plan).double()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+@needs_native
+def test_two_threads_give_what_one_gives():
+    case = make_case("decode", 8, (8, 8), 33, (4, 4, 4), dim=64, heads=3)
+    expected = attend(case, case.plan())
+    torch.set_num_threads(2)
+    assert torch.equal(attend(case, case.plan()), expected)
+
+
+@needs_native
+def test_last_axis_with_a_stride():
+    case = make_case("decode", 4, (4, 4), 3, (1, 4, 4), dim=16)
+    expected = attend(case, case.plan())
+    case.q, *case.keys = (x.mT.contiguous().mT for x in (case.q, *case.keys))
+    assert torch.equal(attend(case, case.plan()), expected)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=os.environ | environment,
+    )
+
+
+ATTEND = """
+import logging, torch
+logging.basicConfig()
+import lipass.kernels.ops
+from lipass.kernels import prepare, registry
+from lipass.kernels.block_sparse import native
+PREPARE
+print(native.why_not_loaded())
+q = torch.randn(1, 1, 64, 16)
+with registry.force("sparse"):
+    torch.ops.lipass.sparse_attention(q, [q], [q], [4, 4, 4], [4, 4, 4], "current",
+        [2, 2, 2], 0.5, 0.25, 0, "prefill", None, "site")
+print(registry.telemetry()["site"].provider)
+"""
+
+
+def test_a_failed_build_is_logged_once_and_gathering_takes_over(tmp_path):
+    done = run(
+        ATTEND.replace("PREPARE", "prepare(); prepare()"),
+        CXX="false",
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    reason, provider = done.stdout.splitlines()
+    assert reason.startswith("could not be built: false failed")
+    assert provider == "gather"
+    assert done.stderr.count("gathering instead") == 1
+
+
+def test_a_frame_never_builds(tmp_path):
+    done = run(ATTEND.replace("PREPARE", ""), XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["not built yet; call lipass.kernels.prepare()", "gather"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_sources_and_versions_get_another_library(monkeypatch):
+    first = native._library.__wrapped__()
+    monkeypatch.setattr(torch, "__version__", "0")
+    assert native._library.__wrapped__() != first
