@@ -118,9 +118,9 @@ def bisect(
         except Exception as error:
             print(f"{said}: {target.raised(error)}", file=sys.stderr)
             return None, target.raised(error)
-        error = _difference(expected, outputs)
-        print(f"{said}: differs by {error:.2g}", file=sys.stderr)
-        return error, ""
+        share = _difference(expected, outputs)
+        print(f"{said}: differs by {share:.2g}", file=sys.stderr)
+        return share, ""
 
     guilty: list[Guilty] = []
     left = tuple(pipeline)
@@ -143,7 +143,8 @@ def _first_guilty(
 
     Any prefix is a pipeline that runs, because a pass only needs passes in front of it.
     """
-    agrees, differs, found = 0, len(passes), (None, "")
+    agrees, differs = 0, len(passes)
+    found: tuple[float | None, str] = (None, "")
     while differs - agrees > 1:
         middle = (agrees + differs) // 2
         result = check(passes[:middle])

@@ -62,7 +62,7 @@ def flops(node: torch.fx.Node) -> int:
     args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
     mode = fake_mode_of(node.graph)
     with mode, unguarded(mode), FlopCounterMode(display=False) as counter:
-        if node.op == "call_method":
+        if isinstance(node.target, str):
             getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             node.target(*args, **kwargs)
@@ -108,12 +108,14 @@ def _predict(node: torch.fx.Node) -> SitePrediction:
     from lipass.kernels.select.api import selected_blocks
     from lipass.passes.compat import value
 
-    q, _, _, q_sizes, kv_sizes, roles, tile, budget, _, sink, role, keep, _ = node.args
+    args: tuple[Any, ...] = node.args
+    q, _, _, q_sizes, kv_sizes, roles, tile, budget, _, sink, role, keep, _ = args
     query, volume = value(q), tuple(tile)
     sizes = [hint(size) for size in kv_sizes]
-    triples = tuple(tuple(sizes[i : i + 3]) for i in range(0, len(sizes), 3))
+    triples = tuple(zip(sizes[0::3], sizes[1::3], sizes[2::3], strict=True))
     layout = KvLayout.build(tuple(roles.split(",")), triples, volume[:3])
-    grid = BlockGrid(tuple(map(hint, q_sizes)), volume[-3:])
+    t, y, x = map(hint, q_sizes)
+    grid = BlockGrid((t, y, x), volume[-3:])
     width = selected_blocks(layout, grid, budget, role, sink)
     dense = ""
     if budget >= 1.0:

@@ -42,6 +42,8 @@ class Findings:
 
     def add(self, traced: TracedGraph) -> None:
         """Add one graph."""
+        import torch
+
         index = len(self.graphs)
         sites = _sites(traced, index)
         layers = _layers(traced.facts.graph)
@@ -50,7 +52,7 @@ class Findings:
         nodes = sum(
             len(module.graph.nodes)
             for module in traced.rewritten.modules()
-            if hasattr(module, "graph")
+            if isinstance(module, torch.fx.GraphModule)
         )
         self.graphs.append(
             {
@@ -106,7 +108,9 @@ def sizes(grid: Iterable[Any] | None) -> list[int | str] | None:
     """Return a grid as JSON: numbers, and symbols as text."""
     from lipass.passes.compat import is_symbolic
 
-    return grid and [str(size) if is_symbolic(size) else int(size) for size in grid]
+    if grid is None:
+        return None
+    return [str(size) if is_symbolic(size) else int(size) for size in grid]
 
 
 def _sites(traced: TracedGraph, index: int) -> list[dict[str, Any]]:
@@ -164,7 +168,7 @@ def _steps(traced: TracedGraph, index: int) -> list[dict[str, Any]]:
         for note in record.notes:
             if note.site in ("steps", "call") and note.action != "found":
                 said = (note.action, note.reason)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": step, "steps": steps, "nodes": nodes} for (step, steps), nodes in members.items()
     ]
     if not rows and said[0] == "rewritten":
@@ -216,7 +220,7 @@ def _layers(graph: torch.fx.Graph) -> list[dict[str, Any]]:
         path, _, repeat = module_path(node).partition("@")
         name = _layer_name(path) + (f"@{repeat}" if repeat else "")
         layer = layers.setdefault(
-            (step and step.index, name),
+            (step.index if step else None, name),
             {
                 "name": name,
                 "step": step and step.index,
