@@ -65,12 +65,26 @@ def predict(
     q: Tensor, layout: KvLayout, q_grid: BlockGrid, visited_blocks: int
 ) -> tuple[float, float]:
     """Predict the time of a call in ms, sparse and dense."""
-    heads, dim = q.shape[0] * q.shape[1], q.shape[3]
     rates, form = _CUDA_RATES, "triton"
     if q.device.type == "cpu":
         form = "native" if native.why_not_loaded() is None else "gather"
         rates = cpu_rates(q.dtype, torch.get_num_threads(), form)
-    row = heads * dim * q.element_size()
+    row = q.shape[0] * q.shape[1] * q.shape[3] * q.element_size()
+    flops = 4.0 * q.shape[0] * q.shape[1] * q.shape[3]
+    return _predict(rates, form, row, flops, layout, q_grid, visited_blocks)
+
+
+@functools.lru_cache(maxsize=512)
+def _predict(
+    rates: Rates,
+    form: str,
+    row: int,
+    flops: float,
+    layout: KvLayout,
+    q_grid: BlockGrid,
+    visited_blocks: int,
+) -> tuple[float, float]:
+    """Predict from the bytes of one token over all heads and the FLOPs of one pair of tokens."""
     keys = min(visited_blocks * layout.block_tokens, layout.tokens)
     copied, slots = 0, q_grid.block_tokens
     if form == "gather":
@@ -81,10 +95,10 @@ def predict(
             copied = 2 * min(q_grid.blocks * keys, layout.tokens) * row
     pooled = (q_grid.tokens + layout.tokens) * row
     sparse = rates.fixed_ms + (copied + pooled) / rates.bytes_per_ms
-    sparse += 4.0 * heads * q_grid.blocks * slots * keys * dim / rates.sparse_flops_per_ms
+    sparse += flops * q_grid.blocks * slots * keys / rates.sparse_flops_per_ms
     joined = 2 * layout.tokens * row if len(layout.segments) > 1 else 0
     dense = joined / rates.bytes_per_ms
-    dense += 4.0 * heads * q_grid.tokens * layout.tokens * dim / rates.dense_flops_per_ms
+    dense += flops * q_grid.tokens * layout.tokens / rates.dense_flops_per_ms
     return sparse, dense
 
 

@@ -93,6 +93,8 @@ def _sparse_attention(
         return _attend(call, total, 0)
     # On the host the mask can be read for free: frames that no batch item keeps leave before
     # tiling, so that kept frames fill their tiles.
+    if keep_frames.all():
+        return _attend(call._replace(keep_frames=None), total, 0)
     kept = keep_frames.any(0).nonzero()[:, 0]
     dropped = keep_frames.shape[1] - kept.numel()
     uniform = bool((keep_frames.any(0) == keep_frames.all(0)).all())

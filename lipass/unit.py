@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 import torch.fx
 
-# Importing these two registers the operators that passes insert.
-import lipass.kernels.ops
-import lipass.kernels.view_overlap.api  # noqa: F401
+# Importing ops registers an operator that passes insert; so does the import of view_overlap.
+import lipass.kernels.ops  # noqa: F401
 from lipass import kernels, session
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
+from lipass.kernels.view_overlap.api import chosen_by_caller
 from lipass.passes import runner
 from lipass.passes.compat import is_symbolic
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
@@ -55,9 +56,13 @@ class CompiledUnit:
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
         chunk = session.current_chunk()
-        if chunk is None or chunk.plan.dense_reason is None:
+        if chunk is None:
             return self.compiled(*args)
-        with registry.force("dense"):
+        with contextlib.ExitStack() as scopes:
+            if chunk.plan.dense_reason is not None:
+                scopes.enter_context(registry.force("dense"))
+            if chunk.session.config.context is not None:
+                scopes.enter_context(chosen_by_caller())
             return self.compiled(*args)
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import lipass
 from lipass.kernels import registry
 from lipass.receipt import current_report, reset_report
+from lipass.unit import CompiledUnit
 
 SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.0)
 
@@ -233,6 +234,20 @@ def test_chunks_that_stay_dense_are_forced_dense(model, monkeypatch):
             with now, torch.no_grad():
                 fast(X, torch.tensor(1.0), *CACHE)
     assert routes == ["dense"]
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("context", 1.0), ("cache", 0.0)])
+def test_graph_scores_no_views_that_the_session_has_scored(preset, expected):
+    behind = torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0])).repeat(1, 3, 1, 1)
+
+    def score():
+        return torch.ops.lipass.view_overlap(W2C[None, :4], behind, 60.0, 35.0, 0.5, 8.0)
+
+    unit = CompiledUnit(score)
+    assert (unit() == 0).all()
+    with lipass.Session(preset=preset) as session, chunk(session):
+        assert (unit() == expected).all()
+    assert (unit() == 0).all()
 
 
 def test_report_lists_sites_and_passes(model):

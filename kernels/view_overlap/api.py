@@ -17,7 +17,10 @@ the grid of Matrix-Game 3.0 (`lipass.policy.reference_matrixgame`).
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +30,8 @@ COLUMNS, ROWS, DEPTHS = 8, 6, 4
 
 # Poses multiplied in rounded arithmetic must still score exactly 1 against themselves.
 _ROUNDING = 1e-4
+
+_chosen: contextvars.ContextVar[bool] = contextvars.ContextVar("chosen", default=False)
 
 
 def view_overlap(
@@ -108,6 +113,19 @@ def _cell_middles(cells: int, device: torch.device) -> Tensor:
     return odd / cells
 
 
+@contextlib.contextmanager
+def chosen_by_caller() -> Iterator[None]:
+    """Score every view 1 in graphs called inside: the caller has chosen what they may read.
+
+    The same cameras were scored once for the chunk; a graph asks again in prefill and at each step.
+    """
+    token = _chosen.set(True)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 @torch.library.custom_op("lipass::view_overlap", mutates_args=())
 def view_overlap_op(
     query_w2c: Tensor,
@@ -117,7 +135,12 @@ def view_overlap_op(
     near: float,
     far: float,
 ) -> Tensor:
-    """Mean of `view_overlap` over the queries: `[B, Q, 4, 4]`, `[B, M, 4, 4]` -> `[B, M]`."""
+    """Mean of `view_overlap` over the queries: `[B, Q, 4, 4]`, `[B, M, 4, 4]` -> `[B, M]`.
+
+    All 1 inside `chosen_by_caller`.
+    """
+    if _chosen.get():
+        return query_w2c.new_ones(memory_w2c.shape[:-2])
     return view_overlap(query_w2c, memory_w2c, hfov_deg, vfov_deg, near, far).mean(-2)
 
 
