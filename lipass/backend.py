@@ -81,7 +81,14 @@ def _sections(config: Config) -> dict[str, object]:
 
 def _pass_options(config: Config) -> dict[str, dict[str, object]]:
     """Map the sections of a config to options of passes."""
-    options: dict[str, dict[str, object]] = {}
+    checks: dict[str, object] = {
+        "verify": config.verify == "first",
+        "strict": config.strict and config.verify == "first",
+    }
+    options: dict[str, dict[str, object]] = {
+        "canonicalize": dict(checks),
+        "find-attention": dict(checks),
+    }
     if context := config.context:
         options["prune-context"] = {
             "overlap_min": context.overlap_min,
@@ -93,7 +100,7 @@ def _pass_options(config: Config) -> dict[str, dict[str, object]]:
             "far": context.far,
         }
     if sparse := config.sparse:
-        options["find-attention"] = {"token_grid": sparse.token_grid}
+        options["find-attention"]["token_grid"] = sparse.token_grid
         options["sparse-attention"] = {
             "tile": sparse.tile + (sparse.query_tile or ()),
             "budget_prefill": sparse.budget_prefill,

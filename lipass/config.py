@@ -18,6 +18,7 @@ from lipass.presets import ADAPTIVE, PRESETS, REFERENCE
 INNERS = ("inductor", "aot_eager", "eager")
 POLICY_MODES = ("adaptive", "reference")
 STEP_FORMS = ("merge", "lookup")
+VERIFY = ("off", "first")
 SECTIONS = ("context", "sparse", "steps")
 
 
@@ -218,6 +219,9 @@ class Config:
         preset: name the values came from.
         inner: compiler behind the passes, one of `INNERS`.
         strict: raise where a site that the preset names would stay dense.
+        verify: "first" compares the first attention site of each form with its rewrite at budget
+            1.0, on small random inputs while the graph is compiled; what differs is kept. "off"
+            trusts the matchers.
         pipeline: text of the pass pipeline; None takes the preset's.
         context, sparse, steps: options of the three approximations; None is off.
     """
@@ -225,6 +229,7 @@ class Config:
     preset: str
     inner: str
     strict: bool
+    verify: str
     pipeline: str | None
     context: ContextOptions | None
     sparse: SparseOptions | None
@@ -233,6 +238,7 @@ class Config:
     def __post_init__(self) -> None:
         _check_choice("preset", self.preset, tuple(PRESETS))
         _check_choice("inner", self.inner, INNERS)
+        _check_choice("verify", self.verify, VERIFY)
         if self.context is not None and self.steps is not None:
             for field in dataclasses.fields(ViewOptions):
                 ours, theirs = getattr(self.context, field.name), getattr(self.steps, field.name)
@@ -294,7 +300,8 @@ class Config:
 
     def to_options(self) -> dict[str, Any]:
         """Give the flat options that `resolve(None, ...)` turns back into this Config."""
-        flat: dict[str, Any] = {"preset": self.preset, "inner": self.inner, "strict": self.strict}
+        names = ("preset", "inner", "strict", "verify")
+        flat: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.pipeline is not None:
             flat["pipeline"] = self.pipeline
         for name in SECTIONS:
@@ -323,6 +330,7 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
 _FIELD_KINDS: dict[str, Any] = {
     "inner": str,
     "strict": bool,
+    "verify": str,
     "pipeline": str,
     **{
         f"{name}.{field.name}": field.type

@@ -81,7 +81,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
     },
 }
 
-_TOP: dict[str, Any] = {"inner": "inductor", "strict": False, "pipeline": None}
+_TOP: dict[str, Any] = {"inner": "inductor", "strict": False, "verify": "first", "pipeline": None}
 _OFF: dict[str, Any] = {"context": None, "sparse": None, "steps": None}
 
 PRESETS: dict[str, dict[str, Any]] = {

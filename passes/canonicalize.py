@@ -9,8 +9,13 @@ import torch
 from torch.fx import Graph, Node
 
 from lipass.passes.compat import known_true, value
-from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.match import SDPA, is_call, storage, writes_between
+from lipass.passes.core import Numerics, Pass, PassContext, PassError
+from lipass.passes.equivalence import Incomparable
+from lipass.passes.join_late import join_late
+from lipass.passes.match import SDPA, Refusal, has_effect, is_call, storage, writes_between
+from lipass.passes.one_spelling import other_spelling, spell_as_sdpa, wrong
+from lipass.passes.site import AttentionSite, call_line, module_path, set_site
+from lipass.passes.softmax_attention import Spelled
 
 _SDPA_NAMES = (
     "query",
@@ -36,7 +41,7 @@ _MAYBE_NOTHING = {"reshape", "flatten", "contiguous", "to", "expand", "permute",
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Rewrite spellings; values, aliasing and mutation stay as they are.
+    """Rewrite spellings; aliasing and mutation stay as they are, and values but for rounding.
 
     Attention takes q, k, v by position and only what differs from the default by keyword::
 
@@ -48,22 +53,70 @@ class Canonicalize(Pass):
         %kv = cat([%hist, %cur], dim=-2);  %k = cat([%text, %kv], dim=2)
         %k = cat([%text, %hist, %cur], 2)
 
-    `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten,
+    Attention written by hand, of flash_attn and of FlexAttention without masks becomes SDPA::
+
+        %p = softmax(%q @ %k.mT * 0.125, -1);  %o = %p @ %v
+        %o = scaled_dot_product_attention(%q, %k, %v)
+
+    Keys and values that are moved, cast or stacked behind their concatenation are concatenated
+    last. `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten,
     contiguous, to, expand, permute or transpose that returns its input is removed.
 
     Keeps: `view(dtype)`; a no-op whose result is a graph output; an inner concatenation with other
-    users or with a write between it and the outer one.
+    users or with a write between it and the outer one; attention that is more than a plain softmax
+    over its keys, or whose SDPA call gives another result on small inputs. Such attention becomes
+    a site of role `other` with the reason.
     """
 
     name: ClassVar[str] = "canonicalize"
-    numerics: ClassVar[Numerics] = Numerics.EXACT
+    numerics: ClassVar[Numerics] = Numerics.REORDERED
+
+    verify: bool = True
+    """Compare attention in another spelling with its SDPA call before it is rewritten."""
+    strict: bool = False
+    """Raise where that comparison fails."""
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False
         for node in ctx.visit(list(graph.nodes)):
             changed |= _spell_attention(node) or _spell_cat(node) or _spell_view(node)
             changed |= _drop_nothing(node)
+        for node in ctx.visit(list(graph.nodes)):
+            changed |= self._spell_as_sdpa(node, ctx)
+        if changed:
+            # what was replaced still reads the keys, and keys with other readers are left alone
+            graph.eliminate_dead_code(has_effect)
+        for node in ctx.visit([node for node in graph.nodes if is_call(node, SDPA)]):
+            changed |= join_late(node, ctx)
         return changed
+
+    def _spell_as_sdpa(self, node: Node, ctx: PassContext) -> bool:
+        found = other_spelling(node)
+        if found is None:
+            return False
+        name = module_path(node) or "attention"
+        why = found.reason if isinstance(found, Refusal) else self._wrong(found, name)
+        if why:
+            set_site(node, AttentionSite(name, call_line(node), "other", None, (), 1.0, why))
+            ctx.note(name, "kept", why)
+            return False
+        assert isinstance(found, Spelled)
+        spell_as_sdpa(found, ctx)
+        ctx.note(name, "rewritten", f"{found.how} is scaled_dot_product_attention")
+        return True
+
+    def _wrong(self, spelled: Spelled, name: str) -> str:
+        """Say how the SDPA call differs from what it is to replace, or nothing."""
+        if not self.verify:
+            return ""
+        try:
+            why = wrong(spelled)
+        except Incomparable as error:
+            # an operator of a library is what its name says, and may need a GPU to run
+            why = None if spelled.opaque else str(error)
+        if why and self.strict:
+            raise PassError(f"strict: {name} must equal its SDPA call, but {why}; report this")
+        return f"its SDPA call is not equal: {why}" if why else ""
 
 
 def _spell_attention(node: Node) -> bool:

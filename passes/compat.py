@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._higher_order_ops.invoke_subgraph
 import torch.fx
 from torch._dynamo.source import is_from_unspecialized_nn_module_source
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Size = int | torch.SymInt
+
+invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
 
 def value(node: object) -> Any:
     """Return the fake value of a node, or the object itself if it is no node."""
     return node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
+
+
+def without_vmap(tensor: object) -> object:
+    """Return the tensor in which `torch.vmap` holds another one, as in masks of FlexAttention."""
+    while isinstance(tensor, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(
+        tensor
+    ):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
@@ -58,6 +70,18 @@ def is_symbolic(size: Size) -> bool:
     return isinstance(size, torch.SymInt) and size.node.expr.free_symbols != set()
 
 
+def sizes_of(given: object) -> tuple[Size, ...]:
+    """Return the sizes that an input shows: a shape, or itself if it is a size."""
+    if isinstance(given, torch.Tensor):
+        return tuple(given.shape)
+    return (given,) if isinstance(given, (int, torch.SymInt)) else ()
+
+
+def symbols_of(size: Size) -> set[str]:
+    """Return the names of the symbols in a size."""
+    return {str(one) for one in size.node.expr.free_symbols} if is_symbolic(size) else set()
+
+
 def is_parameter(placeholder: torch.fx.Node) -> bool:
     """Whether a placeholder is a parameter, buffer or other attribute of a module."""
     if isinstance(value(placeholder), torch.nn.Parameter):
@@ -69,6 +93,17 @@ def is_parameter(placeholder: torch.fx.Node) -> bool:
 def unguarded(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]:
     """Run fake tensors without adding guards."""
     return mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute with real tensors in the middle of a compilation, whatever modes are on."""
+    with (
+        unset_fake_temporarily(),
+        torch._C.DisableTorchFunction(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        yield
 
 
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:

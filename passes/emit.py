@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from lipass.passes.compat import Size, known_true, unguarded, value
+from lipass.passes.compat import Size, known_true, sizes_of, unguarded, value
 from lipass.passes.core import PassContext
 from lipass.passes.match import Operands
 from lipass.passes.site import AttentionSite, Grid, set_site, set_step, step_of
@@ -30,6 +30,15 @@ class Emitter:
         """Insert one call."""
         with self.before.graph.inserting_before(self.before):
             node = self.before.graph.call_function(target, args, kwargs)
+        return self._describe(node, lambda given, named: target(*given, **named))
+
+    def method(self, name: str, tensor: Node, *args: Any) -> Node:
+        """Insert a call of a method of a tensor."""
+        with self.before.graph.inserting_before(self.before):
+            node = self.before.graph.call_method(name, (tensor, *args))
+        return self._describe(node, lambda given, _: getattr(given[0], name)(*given[1:]))
+
+    def _describe(self, node: Node, run: Callable[..., Any]) -> Node:
         if self.inside:
             for key in {"nn_module_stack", "stack_trace"} & self.before.meta.keys():
                 node.meta[key] = self.before.meta[key]
@@ -37,7 +46,9 @@ class Emitter:
                 set_step(node, step)
         mode = self.ctx.fake_mode
         with mode, unguarded(mode), torch.no_grad():
-            node.meta["example_value"] = target(*map_arg(args, value), **map_arg(kwargs, value))
+            node.meta["example_value"] = run(
+                map_arg(node.args, value), map_arg(node.kwargs, value)
+            )
         return node
 
     def size(self, size: Size, tensor: Node, dim: int) -> int | Node:
@@ -60,6 +71,18 @@ class Emitter:
             if isinstance(value(node), torch.SymInt) and known_true(value(node) == size):
                 found: Node = node
                 return found
+        return None
+
+    def symbol(self, name: str) -> Node | None:
+        """Return a node of the size of this name: an input, or the axis of an input."""
+        for node in self.before.graph.find_nodes(op="placeholder"):
+            if isinstance(value(node), torch.SymInt) and str(value(node)) == name:
+                found: Node = node
+                return found
+        for node in self.before.graph.find_nodes(op="placeholder"):
+            for axis, size in enumerate(sizes_of(value(node))):
+                if str(size) == name:
+                    return self._axis(node, axis)
         return None
 
     def _axis(self, tensor: Node, dim: int) -> Node:
@@ -96,8 +119,8 @@ def replace_attention(
     call = emit(
         torch.ops.lipass.sparse_attention.default,
         operands.q,
-        list(operands.keys),
-        list(operands.values),
+        [_heads_of_q(piece, operands.groups, emit) for piece in operands.keys],
+        [_heads_of_q(piece, operands.groups, emit) for piece in operands.values],
         emit.grid(site.q_grid, operands.q),
         kv_grids,
         ",".join(segment.role for segment in site.segments),
@@ -112,3 +135,8 @@ def replace_attention(
     set_site(call, site)
     node.replace_all_uses_with(call)
     node.graph.erase_node(node)
+
+
+def _heads_of_q(piece: Node, groups: int, emit: Emitter) -> Node:
+    """Repeat the heads of keys that are shared by groups of heads of q."""
+    return piece if groups == 1 else emit.method("repeat_interleave", piece, groups, 1)

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch.fx import Graph, Node
 
-from lipass.passes import match, token_grid
-from lipass.passes.compat import Size, divides, guard, holds_now, is_symbolic, known_true, value
-from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes import check_site, match, segments, token_grid
+from lipass.passes.cache_pieces import cut_cache
+from lipass.passes.compat import Size, guard, value
+from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.match import SDPA, Operands, Refusal
+from lipass.passes.segments import NAME_THEM
 from lipass.passes.site import (
     AttentionSite,
     Grid,
     Segment,
     call_line,
     module_path,
+    pieces_of,
     set_site,
     site_of,
 )
+from lipass.passes.token_grid import other_order
 
 ROLES = ("text", "history", "current")
-
-_NAME_THEM = "name the pieces with find-attention{segments=text+history+current}"
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,12 @@ class FindAttention(Pass):
     history to a later call, `cross` if no key is current, `text` if q has no grid and all keys are
     its own.
 
-    Keeps (role `other`): masks, dropout, causal and grouped attention; operands of mixed dtypes or
+    Slices of preallocated caches are cut where the call wrote to them: history | current.
+
+    Keeps (role `other`): masks, dropout and causal attention; operands of mixed dtypes or
     broadcast; k and v cut differently, or written to once they are joined; q without a token grid;
-    a piece that could be text or history: `segments` names the pieces then.
+    own keys whose grid is another one; a piece that could be text or history: `segments` names the
+    pieces then; a site that its sparse call at budget 1.0 does not equal on small inputs.
     """
 
     name: ClassVar[str] = "find-attention"
@@ -67,6 +71,10 @@ class FindAttention(Pass):
     """Tokens per latent `(Y, X)`, or `(T, Y, X)` of q, where the graph does not show them."""
     segments: tuple[str, ...] = ()
     """Role of each piece of the keys, for graphs in which text and history look alike."""
+    verify: bool = True
+    """Compare sites with their sparse call at budget 1.0, the first of each form."""
+    strict: bool = False
+    """Raise where that comparison fails."""
 
     def __post_init__(self) -> None:
         if self.token_grid is not None and len(self.token_grid) not in (2, 3):
@@ -79,18 +87,43 @@ class FindAttention(Pass):
             )
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
-        calls = [node for node in graph.nodes if match.is_call(node, SDPA)]
+        calls = [node for node in graph.nodes if match.is_call(node, SDPA) or site_of(node)]
         names = _names(calls)
         owners: dict[Node, Node] = {}
+        compared: dict[object, str | None] = {}
+        for node in calls:
+            if match.is_call(node, SDPA):
+                cut_cache(node, ctx)
         for node in ctx.visit(calls):
             site = self._describe(node, names[node], owners)
-            set_site(node, site)
             if site.role in ("prefill", "decode"):
                 operands = match.attention(node)
                 assert isinstance(operands, Operands)
-                owners[match.same_values(operands.keys[-1])] = node
+                owners[segments.origin(operands.keys[-1])] = node
+                if why := self._wrong(node, operands, site, compared):
+                    site = replace(site, role="other", segments=(), reason=why)
+            set_site(node, site)
             ctx.note(site.name, "found", f"{site.role}: {site.reason}")
         return False
+
+    def _wrong(
+        self,
+        node: Node,
+        operands: Operands,
+        site: AttentionSite,
+        compared: dict[object, str | None],
+    ) -> str | None:
+        """Say how the site's block-sparse call at budget 1.0 differs; once for each form."""
+        # pieces of a cache are proven by where it is written, at sizes that cannot be made small
+        if not self.verify or pieces_of(node) is not None:
+            return None
+        form = check_site.form(node, operands, site)
+        if form not in compared:
+            compared[form] = check_site.wrong(node, operands, site)
+        why = compared[form]
+        if why and self.strict:
+            raise PassError(f"strict: {site.name} must equal its sparse call at budget 1.0, {why}")
+        return why and f"its sparse call at budget 1.0 is not equal: {why}"
 
     def _describe(self, node: Node, name: str, owners: dict[Node, Node]) -> AttentionSite:
         def site(
@@ -99,13 +132,19 @@ class FindAttention(Pass):
             scale = operands.scale if isinstance(operands, Operands) else 1.0
             # one module makes a prefill site in one graph and a decode site in another
             full = f"{name}:{role}" if role in ("prefill", "decode") else name
-            return AttentionSite(full, call_line(node), role, grid, segments, scale, reason)
+            proof = ""
+            if grid is not None and isinstance(operands, Operands):
+                proof = self._proof(operands, q_tokens)
+            return AttentionSite(full, call_line(node), role, grid, segments, scale, reason, proof)
 
+        refused = site_of(node)
+        if refused is not None and not match.is_call(node, SDPA):
+            return replace(refused, name=name)
         operands = match.attention(node)
         if isinstance(operands, Refusal):
             return site("other", operands.reason)
         q_tokens: Size = value(operands.q).shape[2]
-        own = [_is_current(operands.q, key, q_tokens) for key in operands.keys]
+        own = [segments.is_current_piece(operands.q, key, q_tokens) for key in operands.keys]
         grid = self._grid(operands.q, q_tokens)
         if isinstance(grid, Refusal):
             return site("text" if all(own) and not self.token_grid else "other", grid.reason)
@@ -114,24 +153,26 @@ class FindAttention(Pass):
         named = self._named(len(operands.keys))
         if isinstance(named, Refusal):
             return site("other", named.reason)
-        filmed = [_camera(key, grid) for key in operands.keys]
-        segments: list[Segment] = []
+        filmed = [segments.camera_of(key, grid) for key in operands.keys]
+        pieces: list[Segment] = []
         for i, key in enumerate(operands.keys):
+            if own[i] and not self.token_grid and (why := other_order(operands.q, key, q_tokens)):
+                return site("other", f"key piece {i} of {value(key).shape[2]}: {why}")
             camera = filmed[i] if not own[i] else ""
             elsewhere = any(filmed[:i] + filmed[i + 1 :]) and not camera
-            found = _segment(key, own[i], grid, owners, named[i], camera, elsewhere)
+            found = segments.segment(key, own[i], grid, owners, named[i], camera, elsewhere)
             if isinstance(found, Refusal):
                 return site("other", f"key piece {i} of {value(key).shape[2]}: {found.reason}")
-            segments.append(found)
-        roles = [segment.role for segment in segments]
+            pieces.append(found)
+        roles = [piece.role for piece in pieces]
         if roles.count("history") > 1:
-            return site("other", f"keys are {' | '.join(roles)}; {_NAME_THEM}")
+            return site("other", f"keys are {' | '.join(roles)}; {NAME_THEM}")
         if roles.count("current") != 1 or roles[-1] != "current":
             return site("other", f"keys are {' | '.join(roles)}; the last must be current, once")
         if "history" in roles:
-            return site("decode", "it has history keys", grid, tuple(segments))
-        if why := _returned(operands.keys[-1], node):
-            return site("prefill", why, grid, tuple(segments))
+            return site("decode", "it has history keys", grid, tuple(pieces))
+        if why := segments.returned(operands.keys[-1], node):
+            return site("prefill", why, grid, tuple(pieces))
         return site("other", "it has no history keys and its own keys are used nowhere else")
 
     def _named(self, pieces: int) -> tuple[str | None, ...] | Refusal:
@@ -141,6 +182,12 @@ class FindAttention(Pass):
             if len(named) == pieces:
                 return named
         return Refusal(f"segments names {len(self.segments)} pieces, the keys have {pieces}")
+
+    def _proof(self, operands: Operands, tokens: Size) -> str:
+        found = token_grid.merge(operands.q, tokens)
+        if self.token_grid is not None or isinstance(found, Refusal):
+            return "given by token_grid"
+        return f"%{found.node.name} merges T, Y, X"
 
     def _grid(self, q: Node, tokens: Size) -> Grid | Refusal:
         if self.token_grid is None:
@@ -165,78 +212,3 @@ def _names(calls: list[Node]) -> dict[Node, str]:
 def _path(node: Node) -> str:
     path = module_path(node)
     return path if path and not path.startswith("@") else f"attention{path}"
-
-
-def _is_current(q: Node, key: Node, q_tokens: Size) -> bool:
-    return known_true(value(key).shape[2] == q_tokens) and match.shares_tokens(q, key, q_tokens)
-
-
-def _segment(
-    key: Node,
-    is_current: bool,
-    q_grid: Grid,
-    owners: dict[Node, Node],
-    named: str | None,
-    camera: str,
-    camera_elsewhere: bool,
-) -> Segment | Refusal:
-    """Decide the role of one piece of the keys.
-
-    `named` is what the options say, `camera` the evidence that cameras give for this piece, and
-    `camera_elsewhere` that they belong to another one.
-    """
-    tokens: Size = value(key).shape[2]
-    latents, per_latent = tokens // (q_grid[1] * q_grid[2]), q_grid[1] * q_grid[2]
-    text = (1, 1, tokens)
-    if is_current:
-        if named not in (None, "current"):
-            return Refusal(f"it is made from the tokens of q, but segments calls it {named}")
-        return Segment("current", tokens, q_grid, "made from the tokens of q")
-    if named == "current":
-        return Refusal("segments calls it current, but it is not made from the tokens of q")
-    if named == "text":
-        return Segment("text", tokens, text, "named in segments")
-    owner = owners.get(match.same_values(key))
-    if owner is not None and (site := site_of(owner)) and site.q_grid:
-        return Segment("history", tokens, site.q_grid, f"keys of {site.name}")
-    is_whole = divides(per_latent, tokens)
-    if not holds_now(is_whole):
-        if named == "history":
-            return Refusal(f"history must be whole latents of {per_latent} tokens")
-        return Segment("text", tokens, text, f"no whole number of latents of {per_latent}")
-    varies = "its length varies between calls" if is_symbolic(tokens) else ""
-    why = (named and "named in segments") or camera or varies
-    if camera_elsewhere and not named:
-        return Segment("text", tokens, text, "the cameras belong to another piece")
-    if not why:
-        return Refusal(f"it could be text or {latents} latents; {_NAME_THEM}")
-    if not guard(is_whole):
-        return Refusal(f"its length is not proven to be whole latents of {per_latent}")
-    return Segment("history", tokens, (latents, q_grid[1], q_grid[2]), why)
-
-
-def _camera(key: Node, q_grid: Grid) -> str:
-    """Name the input that has a camera for each latent of a piece and of q, or nothing."""
-    tokens: Size = value(key).shape[2]
-    per_latent = q_grid[1] * q_grid[2]
-    if not holds_now(divides(per_latent, tokens)):
-        return ""
-    cameras = tokens // per_latent + q_grid[0]
-    for node in key.graph.find_nodes(op="placeholder"):
-        if match.is_matrices(node) and holds_now(value(node).shape[1] == cameras):
-            return f"{node.name} has a camera for each of its latents"
-    return ""
-
-
-def _returned(key: Node, call: Node) -> str:
-    """Say how the keys of a call are used beyond it, or nothing."""
-    key, todo = match.same_values(key), [match.same_values(key)]
-    while todo:
-        for user in todo.pop().users:
-            if user.op == "output":
-                return "its keys are returned"
-            if match.is_call(user, torch.cat) and user not in call.all_input_nodes:
-                return "its keys are history to later calls"
-            if user.op == "call_method" and match.same_values(user) is key:
-                todo.append(user)
-    return ""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.fx
 from torch.fx import Node
 
-from lipass.passes.compat import Size, guard, is_parameter, known_true, value
+from lipass.passes.compat import Size, guard, is_parameter, known_true, value, without_vmap
+from lipass.passes.site import pieces_of
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -38,6 +39,17 @@ class Operands:
     keys: tuple[Node, ...]
     values: tuple[Node, ...]
     scale: float
+    groups: int = 1
+    """Heads of q that share one head of k and v."""
+
+    def tensors(self) -> tuple[Node, ...]:
+        """List q and all pieces; a node may come more than once."""
+        return (self.q, *self.keys, *self.values)
+
+    def map(self, nodes: Mapping[Node, Node]) -> Operands:
+        """Return the same operands in a copy of the graph."""
+        keys, values = (tuple(nodes[x] for x in part) for part in (self.keys, self.values))
+        return Operands(nodes[self.q], keys, values, self.scale, self.groups)
 
 
 def is_call(node: object, target: object) -> bool:
@@ -54,8 +66,6 @@ def attention(node: Node) -> Operands | Refusal:
         return Refusal(f"dropout is {node.kwargs['dropout_p']}")
     if node.kwargs.get("is_causal", False) is not False:
         return Refusal("it is causal")
-    if node.kwargs.get("enable_gqa", False) is not False:
-        return Refusal("heads of q and k differ (enable_gqa)")
     q, k, v = node.args[:3]
     if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)):
         return Refusal("its operands are not tensors of the graph")
@@ -64,14 +74,18 @@ def attention(node: Node) -> Operands | Refusal:
         return Refusal(f"q, k, v must be [B, H, L, D], got ranks {ranks}")
     if not known_true(value(q).shape[3] == value(v).shape[3]):
         return Refusal("head dims of q and v differ")
-    if not all(known_true(value(q).shape[axis] == value(k).shape[axis]) for axis in (0, 1)):
+    groups = _groups(value(q), value(k)) if node.kwargs.get("enable_gqa", False) else 1
+    if groups is None:
+        return Refusal("heads of q are no whole number of groups of the heads of k (enable_gqa)")
+    heads = value(q).shape[1] // groups
+    if not (_is_batch(k, value(q).shape[0], heads) and _is_batch(v, value(q).shape[0], heads)):
         return Refusal("q and k differ in batch or heads")
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = value(q).shape[3] ** -0.5
     if not isinstance(scale, float):
         return Refusal("its scale is not a constant")
-    keys, values = _segments(k), _segments(v)
+    keys, values = _pieces(node, 0, k), _pieces(node, 1, v)
     if len(keys) != len(values):
         return Refusal(f"k is made of {len(keys)} pieces and v of {len(values)}")
     for i, (key, val) in enumerate(zip(keys, values, strict=True)):
@@ -81,9 +95,24 @@ def attention(node: Node) -> Operands | Refusal:
     dtypes = {value(x).dtype for x in (node, q, *keys, *values)}
     if len(dtypes) > 1:
         return Refusal(f"its dtypes differ: {', '.join(sorted(map(str, dtypes)))}")
-    if why := _written_late(node, (k, *keys)) or _written_late(node, (v, *values)):
+    if pieces_of(node) is None and (
+        why := _written_late(node, (k, *keys)) or _written_late(node, (v, *values))
+    ):
         return Refusal(why)
-    return Operands(q, keys, values, scale)
+    return Operands(q, keys, values, scale, groups)
+
+
+def _groups(q: torch.Tensor, k: torch.Tensor) -> int | None:
+    """Return how many heads of q share one of k; None if they cannot be grouped."""
+    q_heads, k_heads = q.shape[1], k.shape[1]
+    if not (isinstance(q_heads, int) and isinstance(k_heads, int)) or q_heads % k_heads:
+        return None
+    return q_heads // k_heads
+
+
+def _is_batch(tensor: Node, batch: Size, heads: Size) -> bool:
+    shape = value(tensor).shape
+    return known_true(shape[0] == batch) and known_true(shape[1] == heads)
 
 
 def _written_late(call: Node, tensors: tuple[Node, ...]) -> str | None:
@@ -107,7 +136,17 @@ def writes_between(first: Node, last: Node) -> Iterator[Node]:
 
 def storage(tensor: object) -> int | None:
     """Return an identity of the memory of a fake tensor; None for what is no tensor."""
+    tensor = without_vmap(tensor)
     return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
+
+
+def _pieces(call: Node, index: int, tensor: Node) -> tuple[Node, ...]:
+    """Return the pieces of the keys (index 0) or the values of a call."""
+    named = pieces_of(call)
+    if named is None:
+        return _segments(tensor)
+    nodes = {node.name: node for node in call.graph.nodes}
+    return tuple(nodes[name] for name in named[index])
 
 
 def _segments(tensor: Node) -> tuple[Node, ...]:
@@ -180,6 +219,12 @@ def _has_tokens(node: Node, tokens: Size) -> bool:
             if known_true(product == tokens):
                 return True
     return False
+
+
+def has_effect(node: Node) -> bool:
+    """Whether a node does something even if nobody reads its value, such as entering a vmap."""
+    module = getattr(node.target, "__module__", None) or ""
+    return node.is_impure() or mutates(node) or module.startswith("torch._functorch")
 
 
 def mutates(node: Node) -> bool:

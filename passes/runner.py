@@ -13,7 +13,7 @@ import torch.fx
 
 from lipass.passes.compat import trace_artifact
 from lipass.passes.core import Note, Pass, PassContext, PassError, PassPipeline
-from lipass.passes.match import mutates
+from lipass.passes.match import has_effect
 from lipass.passes.printer import print_graph
 from lipass.passes.site import module_path
 from lipass.passes.verify import snapshot, verify
@@ -84,7 +84,7 @@ def _run_one(one: Pass, graph: torch.fx.Graph, ctx: PassContext) -> bool:
         changed = one.run(graph, ctx)
         ctx.failing = None
         if changed:
-            graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
+            graph.eliminate_dead_code(has_effect)
             verify(graph, before, ctx)
     except Exception as error:
         where = ""

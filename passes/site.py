@@ -16,6 +16,7 @@ from lipass.passes.compat import Size
 Grid = tuple[Size, Size, Size]
 
 _SITE, _POSES, _STEP, _REGION = "lipass_site", "lipass_poses", "lipass_step", "lipass_region"
+_PIECES = "lipass_pieces"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class AttentionSite:
     scale: float
     reason: str = ""
     """Why the role is `other`, and for the rest what the role was concluded from."""
+    proof: str = ""
+    """What shows that q has the tokens of `q_grid`, in its order."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,17 @@ def set_site(node: torch.fx.Node, site: AttentionSite) -> None:
 def sites(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, AttentionSite]]:
     """List the attention calls of a graph in order."""
     return [(node, node.meta[_SITE]) for node in graph.nodes if _SITE in node.meta]
+
+
+def pieces_of(node: torch.fx.Node) -> tuple[tuple[str, ...], ...] | None:
+    """Return the names of the nodes that the keys and the values of a call consist of, if set."""
+    pieces: tuple[tuple[str, ...], ...] | None = node.meta.get(_PIECES)
+    return pieces
+
+
+def set_pieces(node: torch.fx.Node, pieces: tuple[tuple[str, ...], ...]) -> None:
+    """Say which nodes hold the keys and the values of a call, where no concatenation does."""
+    node.meta[_PIECES] = pieces
 
 
 def set_poses(placeholder: torch.fx.Node, poses: PoseInput) -> None:
@@ -125,19 +139,38 @@ def module_path(node: torch.fx.Node) -> str:
 
     A repeat of the outermost call is marked `@1`, `@2`, ...; the root module itself is nothing.
     """
+    paths = module_paths(node)
+    return paths[-1] if paths else ""
+
+
+def module_paths(node: torch.fx.Node) -> list[str]:
+    """Return the paths of the modules whose calls the node was made in, outermost first.
+
+    A module need not be a part of the one that calls it.
+    """
     stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    repeat = re.search(r"@\d+$", next(iter(stack)))
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
-    path = re.sub(r"\._?modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", path)
-    return path.strip(".") + (repeat.group() if repeat else "")
+    repeat = re.search(r"@\d+$", next(iter(stack), ""))
+    paths = []
+    for path, _ in stack.values():
+        path = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
+        path = re.sub(r"\._?modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", path)
+        paths.append(path.strip(".") + (repeat.group() if repeat else ""))
+    return paths
 
 
 def without_repeat(name: str) -> str:
     """Return the name of a site without the `@i` of its call."""
     return re.sub(r"@\d+(?=:|$)", "", name)
+
+
+def joint_name(names: list[str]) -> str:
+    """Return one name for a site that several layers share, in the order in which they call."""
+    return ",".join(names)
+
+
+def names_of(joint: str) -> list[str]:
+    """Return the names that a name joins; most names are alone."""
+    return joint.split(",")
 
 
 def call_line(node: torch.fx.Node) -> str:

@@ -1,6 +1,8 @@
 """Hold a world model in miniature and the way from a function to the graph that passes see."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import lipass.kernels.ops
 import lipass.kernels.view_overlap.api  # noqa: F401  (both register operators)
 from lipass.passes.core import PassContext, PassPipeline
 from lipass.passes.runner import run_pipeline
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `spellings`
 
 SIGMAS = (1.0, 0.9, 0.6, 0.0)
 

@@ -180,9 +180,17 @@ def test_grouped_heads(found):
         q = heads(x.flatten(2).mT)
         return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
 
-    assert found(fn, (latents(), kv(64, h=1))) == [
-        ("other", "heads of q and k differ (enable_gqa)")
-    ]
+    assert found(fn, (latents(), kv(6, h=1))) == [("cross", "no key is made from the tokens of q")]
+
+
+def test_heads_that_are_no_groups(trace, apply):
+    gm = trace(attend, (latents(), kv(6)))
+    (call,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    call.kwargs = {"enable_gqa": True}
+    call.args[1].meta["example_value"] = call.args[1].meta["example_value"].repeat(1, 2, 1, 1)
+    apply(gm, TEXT)
+    reason = "heads of q are no whole number of groups of the heads of k (enable_gqa)"
+    assert [site.reason for _, site in sites(gm.graph)] == [reason]
 
 
 def test_three_dimensional_operands(found):
