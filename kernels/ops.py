@@ -75,7 +75,7 @@ def _sparse_attention(
         role: `"prefill"` (candidates are the current blocks) or `"decode"` (the history).
         keep_frames: `[B, T]` bool over the candidate frames; dropped ones are not visited. In
             prefill their queries see text and their own tile only.
-        site: name for the counts.
+        site: name for the counts; several, comma separated, where layers share this call.
 
     Returns:
         Output `[B, H, Lq, D]`, contiguous, in `q.dtype`.
@@ -84,6 +84,7 @@ def _sparse_attention(
         ValueError: if the segments do not fit their grids or an option is out of range.
     """
     layout, grid = _layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
+    site = registry.site_of_call(site)
     call = _Call(q, k, v, grid, layout, budget, scale, sink_latents, role, keep_frames, site)
     _check(call)
     total = q.shape[0] * q.shape[1] * grid.blocks * layout.blocks

@@ -32,6 +32,9 @@ _PROVIDERS = {
 }
 
 _route: contextvars.ContextVar[Route | None] = contextvars.ContextVar("route", default=None)
+_calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
+    "calls", default=None
+)
 _sites: dict[str, SiteCounts] = {}
 
 
@@ -123,6 +126,30 @@ def _module(operation: str, provider: str) -> ModuleType | str:
         return importlib.import_module(f"lipass.kernels.{operation}.{provider}")
     except ImportError as error:
         return f"not available: {error}"
+
+
+@contextlib.contextmanager
+def one_call() -> Iterator[None]:
+    """Count from the first layer on in code that layers share: one run of a compiled graph."""
+    token = _calls.set({})
+    try:
+        yield
+    finally:
+        _calls.reset(token)
+
+
+def site_of_call(joint: str) -> str:
+    """Return which of the sites that share one call is calling now; they call in order.
+
+    Outside of `one_call` all count as the first.
+    """
+    if "," not in joint:
+        return joint
+    names, calls = joint.split(","), _calls.get()
+    if calls is None:
+        return names[0]
+    count = calls[joint] = calls.get(joint, -1) + 1
+    return names[count % len(names)]
 
 
 def record_refusal(site: str, provider: str, reason: str) -> None:

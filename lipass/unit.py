@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lipass.kernels.view_overlap.api import chosen_by_caller
 from lipass.passes import runner
 from lipass.passes.compat import is_symbolic
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
-from lipass.passes.site import AttentionSite, region_name, sites, without_repeat
+from lipass.passes.site import AttentionSite, names_of, region_name, sites, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
 from lipass.step_loop import compile_steps
 
@@ -56,9 +57,10 @@ class CompiledUnit:
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
         chunk = session.current_chunk()
-        if chunk is None:
-            return self.compiled(*args)
         with contextlib.ExitStack() as scopes:
+            scopes.enter_context(registry.one_call())
+            if chunk is None:
+                return self.compiled(*args)
             if chunk.plan.dense_reason is not None:
                 scopes.enter_context(registry.force("dense"))
             if chunk.session.config.context is not None:
@@ -88,7 +90,12 @@ def compile_unit(
     for record in records:
         notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
         report.add_pass(PassRecord(record.name, record.changed, record.seconds, notes))
-    found = [site for graph in _graphs(gm) for _, site in sites(graph)]
+    found = [
+        replace(site, name=name)
+        for graph in _graphs(gm)
+        for _, site in sites(graph)
+        for name in names_of(site.name)
+    ]
     for site in found:
         report.add_site(_site_record(site, ctx.notes))
     if config.strict:
@@ -106,7 +113,8 @@ def _compile(
         return CompiledUnit(inner_compile(gm, example_inputs), _unit_name())
     if any(region_name(node) for node in gm.graph.find_nodes(op="call_module")):
         return CompiledUnit(compile_steps(gm, example_inputs, inner_compile))
-    if any(site.role in ("prefill", "decode") for _, site in sites(gm.graph)):
+    found = [site for graph in _graphs(gm) for _, site in sites(graph)]
+    if any(site.role in ("prefill", "decode") for site in found):
         return CompiledUnit(inner_compile(gm, example_inputs))
     return inner_compile(gm, example_inputs)
 

@@ -38,6 +38,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "prune-context": _load("prune_context", "PruneContext"),
     "sparse-attention": _load("sparse_attention", "SparseAttention"),
     "guard-steps": _load("guard_steps", "GuardSteps"),
+    "share-blocks": _load("share_blocks", "ShareBlocks"),
 }
 """Pass name to a thunk that imports and returns its class."""
 
@@ -62,15 +63,16 @@ def registered() -> dict[str, Callable[[], type[Pass]]]:
     return {point.name: point.load for point in points}
 
 
-_FACTS = "canonicalize,find-attention,find-poses,find-steps"
+FACTS = "canonicalize,find-attention,find-poses,find-steps"
+"""Passes that find out what a graph holds, without changing what it computes."""
 
 PIPELINES: dict[str, str] = {
     "off": "",
-    "exact": _FACTS,
-    "context": f"{_FACTS},prune-context",
-    "sparse": f"{_FACTS},sparse-attention",
-    "cache": f"{_FACTS},guard-steps",
-    "all": f"{_FACTS},prune-context,sparse-attention,guard-steps",
-    "reference": f"{_FACTS},prune-context,sparse-attention,guard-steps",
+    "exact": f"{FACTS},share-blocks",
+    "context": f"{FACTS},prune-context,share-blocks",
+    "sparse": f"{FACTS},sparse-attention,share-blocks",
+    "cache": f"{FACTS},guard-steps,share-blocks",
+    "all": f"{FACTS},prune-context,sparse-attention,guard-steps,share-blocks",
+    "reference": f"{FACTS},prune-context,sparse-attention,guard-steps,share-blocks",
 }
 """Preset name to pipeline text."""

@@ -7,13 +7,20 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch.fx import Graph, Node
 
-from lipass.passes.compat import known_true, value
+from lipass.passes.compat import value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.match import writes_between
-from lipass.passes.region import Region, alias, difference, impurity, region_of, to_module
+from lipass.passes.region import (
+    Region,
+    alias,
+    difference,
+    equal_strides,
+    impurity,
+    interruption,
+    region_of,
+    to_module,
+)
 from lipass.passes.site import set_region, set_site, sites, step_of, without_repeat
 
 STEP_MODULE = "denoise_step"
@@ -86,22 +93,15 @@ def _refusal(graph: Graph, regions: list[Region]) -> str | None:
             return f"step {i} is not pure: {why}"
         if i and (why := difference(regions[0], region)):
             return f"steps 0 and {i} differ: {why}"
-        last = max(order[node] for node in region.nodes)
-        inside = set(region.nodes)
-        users = [user for node in region.outputs for user in node.users if user not in inside]
-        if late := [
-            n for n in writes_between(region.nodes[0], region.nodes[-1]) if n not in inside
-        ]:
-            return f"step {i} is interrupted by %{late[0].name}, which writes to its input"
-        if early := [user for user in users if order[user] < last]:
-            return f"step {i} is used by %{early[0].name} before it is complete"
+        if why := interruption(region, order):
+            return f"step {i} cannot be outlined: {why}"
     return None
 
 
 def _outline(graph: Graph, regions: list[Region], ctx: PassContext) -> None:
     positions = sorted({r.nodes.index(node) for r in regions for node in r.outputs})
     columns = list(zip(*(region.inputs for region in regions), strict=True))
-    inputs = [_equal_strides(list(column), regions, ctx) for column in columns]
+    inputs = [equal_strides(list(column), regions, ctx) for column in columns]
     body = to_module(regions[0], positions)
     for node, column in zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.meta["example_value"] = value(column[0])
@@ -143,28 +143,3 @@ def _call(
     for node in reversed(region.nodes):
         graph.erase_node(node)
     return replaced
-
-
-def _equal_strides(column: list[Node], regions: list[Region], ctx: PassContext) -> list[Node]:
-    """Return one input of all steps with equal strides, as a body compiled once needs them."""
-    tensors = [value(node) for node in column]
-    if not isinstance(tensors[0], torch.Tensor) or all(
-        _same_strides(tensors[0], t) for t in tensors
-    ):
-        return column
-    return [
-        _contiguous(node, region.nodes[0], ctx)
-        for node, region in zip(column, regions, strict=True)
-    ]
-
-
-def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return all(known_true(x == y) for x, y in zip(a.stride(), b.stride(), strict=True))
-
-
-def _contiguous(node: Node, before: Node, ctx: PassContext) -> Node:
-    with before.graph.inserting_before(before):
-        copy = before.graph.call_method("contiguous", (node,))
-    with ctx.fake_mode:
-        copy.meta["example_value"] = value(node).contiguous()
-    return copy

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from lipass.passes.compat import is_parameter, value
+from lipass.passes.compat import invoke_subgraph, is_parameter, value
+from lipass.passes.match import is_call
 from lipass.passes.site import module_path
 
 _DTYPES = {
@@ -37,6 +39,8 @@ def print_graph(graph: Graph) -> str:
 
 
 def _is_hidden(node: Node) -> bool:
+    if node.op == "get_attr":
+        return all(is_call(user, invoke_subgraph) for user in node.users)
     return node.op == "placeholder" and is_parameter(node)
 
 
@@ -77,14 +81,21 @@ class _Printer:
         if node.op == "get_attr":
             return f"attribute {node.target}"
         if node.op == "call_module":
-            inputs = [arg for arg in node.args if not (isinstance(arg, Node) and _is_hidden(arg))]
-            hidden = len(node.args) - len(inputs)
-            return f"{node.target}({', '.join(map(self._arg, inputs))}; {hidden} parameters)"
+            return self._body(node.target, node.args)
+        if is_call(node, invoke_subgraph):
+            body, _, *operands = node.args
+            return self._body(body.target, operands)
         args = [self._arg(arg) for arg in node.args]
         args += [f"{key}={self._arg(arg)}" for key, arg in node.kwargs.items()]
         if node.op == "call_method":
             return f"{args[0]}.{node.target}({', '.join(args[1:])})"
         return f"{_target(node.target)}({', '.join(args)})"
+
+    def _body(self, name: object, operands: Sequence[Any]) -> str:
+        """Write the call of a graph of its own, which has its own text."""
+        inputs = [arg for arg in operands if not (isinstance(arg, Node) and _is_hidden(arg))]
+        hidden = len(operands) - len(inputs)
+        return f"{name}({', '.join(map(self._arg, inputs))}; {hidden} parameters)"
 
     def _arg(self, arg: Any) -> str:
         if isinstance(arg, Node):

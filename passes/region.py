@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch.fx
 from torch.fx import Node
 
 from lipass.passes.compat import known_true, value
-from lipass.passes.match import mutates, storage
+from lipass.passes.core import PassContext
+from lipass.passes.match import mutates, storage, writes_between
 from lipass.passes.site import without_repeat
 
 _RANDOM = re.compile(
@@ -32,8 +34,13 @@ class Region:
     """What the nodes compute, without their names: equal for isomorphic regions."""
 
 
-def region_of(nodes: list[Node]) -> Region:
-    """Describe a region; arithmetic on sizes from outside stays there, as repeats share it."""
+def region_of(nodes: list[Node], anonymous: Callable[[str], str] = without_repeat) -> Region:
+    """Describe a region; arithmetic on sizes from outside stays there, as repeats share it.
+
+    Args:
+        nodes: the nodes in order.
+        anonymous: takes out of a text argument what may differ between isomorphic regions.
+    """
     inside: dict[Node, int] = {}
     for node in nodes:
         if not _is_size_arithmetic(node) or any(above in inside for above in node.all_input_nodes):
@@ -52,7 +59,7 @@ def region_of(nodes: list[Node]) -> Region:
         if isinstance(arg, slice):
             return ("slice", form(arg.start), form(arg.stop), form(arg.step))
         if isinstance(arg, str):
-            return without_repeat(arg)
+            return anonymous(arg)
         # 1 == 1.0 == True, but they are not the same argument
         return (type(arg).__name__, arg)
 
@@ -68,25 +75,33 @@ def _is_size_arithmetic(node: Node) -> bool:
     return all(isinstance(value(above), (torch.SymInt, int)) for above in node.all_input_nodes)
 
 
-def difference(a: Region, b: Region) -> str | None:
-    """Say where two regions differ, or return None if one can stand for the other."""
+def difference(
+    a: Region, b: Region, equal: Callable[[bool | torch.SymBool], bool] = known_true
+) -> str | None:
+    """Say where two regions differ, or return None if one can stand for the other.
+
+    Args:
+        a: the region that would be compiled.
+        b: the region that it would stand for.
+        equal: whether sizes count as equal; `holds_now` for sizes that need a guard.
+    """
     if len(a.nodes) != len(b.nodes):
         return f"they have {len(a.nodes)} and {len(b.nodes)} nodes"
     for first, second, mine, other in zip(a.form, b.form, a.nodes, b.nodes, strict=True):
         if first != second:
             return f"%{mine.name} and %{other.name} differ"
     for mine, other in zip(a.inputs, b.inputs, strict=True):
-        if mine is not other and not _same_kind(value(mine), value(other)):
+        if mine is not other and not _same_kind(value(mine), value(other), equal):
             return f"inputs %{mine.name} and %{other.name} differ in shape or dtype"
     return None
 
 
-def _same_kind(a: object, b: object) -> bool:
+def _same_kind(a: Any, b: Any, equal: Callable[[bool | torch.SymBool], bool]) -> bool:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return type(a) is type(b) and known_true(a == b)
+        return type(a) is type(b) and equal(a == b)
     if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
-    return all(known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+    return all(equal(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def impurity(region: Region) -> str | None:
@@ -118,6 +133,54 @@ def alias(region: Region) -> str | None:
         if at is not None and at in memory:
             return f"%{node.name} shares memory with %{memory[at]}"
     return None
+
+
+def alias_between(region: Region) -> str | None:
+    """Say which two outputs share memory, or return None."""
+    memory: dict[int, str] = {}
+    for node in region.outputs:
+        at = storage(value(node))
+        if at is not None and memory.setdefault(at, node.name) != node.name:
+            return f"%{node.name} shares memory with %{memory[at]}"
+    return None
+
+
+def interruption(region: Region, order: dict[Node, int]) -> str | None:
+    """Say why a region cannot run where its last node stands, or return None."""
+    last, inside = order[region.nodes[-1]], set(region.nodes)
+    for node in writes_between(region.nodes[0], region.nodes[-1]):
+        if node not in inside:
+            return f"it is interrupted by %{node.name}, which writes to its input"
+    for node in region.outputs:
+        for user in node.users:
+            if user not in inside and order[user] < last:
+                return f"it is used by %{user.name} before it is complete"
+    return None
+
+
+def equal_strides(column: list[Node], regions: list[Region], ctx: PassContext) -> list[Node]:
+    """Return one input of all regions with equal strides, as a body compiled once needs them."""
+    tensors = [value(node) for node in column]
+    if not isinstance(tensors[0], torch.Tensor) or all(
+        _same_strides(tensors[0], t) for t in tensors
+    ):
+        return column
+    return [
+        _contiguous(node, region.nodes[0], ctx)
+        for node, region in zip(column, regions, strict=True)
+    ]
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return all(known_true(x == y) for x, y in zip(a.stride(), b.stride(), strict=True))
+
+
+def _contiguous(node: Node, before: Node, ctx: PassContext) -> Node:
+    with before.graph.inserting_before(before):
+        copy = before.graph.call_method("contiguous", (node,))
+    with ctx.fake_mode:
+        copy.meta["example_value"] = value(node).contiguous()
+    return copy
 
 
 def to_module(region: Region, outputs: list[int]) -> torch.fx.GraphModule:

@@ -157,7 +157,9 @@ FACTS = ["canonicalize", "find-attention", "find-poses", "find-steps"]
     ],
 )
 def test_sections_choose_the_passes(options, expected):
-    assert calls(Config.resolve(None, options)) == expected
+    """Whatever is chosen, layers are outlined last, when nothing else has to look into them."""
+    last = [] if "pipeline" in options else ["share-blocks"]
+    assert calls(Config.resolve(None, options)) == expected + last
 
 
 def test_options_reach_the_passes():
@@ -183,8 +185,25 @@ def test_options_reach_the_passes():
         "canonicalize,find-attention{token_grid=8x8},find-poses,find-steps,"
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
-        "budget_decode=0.2 sink_latents=2 dense_layers=0},guard-steps"
+        "budget_decode=0.2 sink_latents=2 dense_layers=0},guard-steps,share-blocks"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "canonicalize,find-attention,"),
+        ({"strict": True}, "canonicalize{strict=true},find-attention{strict=true},"),
+        ({"verify": "off"}, "canonicalize{verify=false},find-attention{verify=false},"),
+        (
+            {"verify": "off", "strict": True},
+            "canonicalize{verify=false},find-attention{verify=false},",
+        ),
+    ],
+)
+def test_verify_reaches_the_passes_that_match(options, expected):
+    text = str(pipeline_of(Config.resolve("exact", options)))
+    assert text.startswith(expected)
 
 
 def test_pipeline_text_beats_options():

@@ -37,6 +37,8 @@ def sources():
     """Python files of the checkout under the paths they are installed at."""
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
+            if (path.parent / "pyproject.toml").exists():
+                continue  # an example of a package of one's own
             below = path.relative_to(ROOT)
             yield below if folder == "lipass" else Path("lipass") / below
 

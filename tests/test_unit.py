@@ -263,6 +263,39 @@ def test_report_lists_sites_and_passes(model):
     assert report.compile_s > 0
 
 
+class Layers(nn.Module):
+    """Two equal layers, each with a cache of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Decode() for _ in range(2))
+
+    def forward(self, x, sigma, text, history):
+        for layer in self.layers:
+            x = x + layer(x, sigma, text, history)
+        return x
+
+
+def test_layers_compiled_once_have_a_receipt_each():
+    model = Layers().eval()
+    fast = compiled(model, pipeline="canonicalize,find-attention,sparse-attention,share-blocks")
+    registry.reset_telemetry()
+    with torch.no_grad():
+        for _ in range(3):
+            fast(X, torch.tensor(1.0), *CACHE)
+    names = ["layers.0:decode", "layers.1:decode"]
+    assert [current_report().sites[name].action for name in names] == ["rewritten"] * 2
+    assert {name: registry.telemetry()[name].calls for name in names} == dict.fromkeys(names, 3)
+
+
+def test_layers_are_counted_from_the_first_one_after_a_call_that_failed():
+    with registry.one_call():
+        assert registry.site_of_call("a,b") == "a"
+    with registry.one_call():
+        assert [registry.site_of_call("a,b") for _ in range(2)] == ["a", "b"]
+    assert registry.site_of_call("a,b") == "a"
+
+
 def test_report_says_why_a_site_is_kept(model):
     fast = torch.compile(model, backend="light_interaction", options=OPTIONS)
     with torch.no_grad():

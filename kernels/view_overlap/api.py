@@ -117,7 +117,7 @@ def _cell_middles(cells: int, device: torch.device) -> Tensor:
 def chosen_by_caller() -> Iterator[None]:
     """Score every view 1 in graphs called inside: the caller has chosen what they may read.
 
-    The same cameras were scored once for the chunk; a graph asks again in prefill and at each step.
+    They were scored once for the chunk; a graph asks again in prefill and at each step.
     """
     token = _chosen.set(True)
     try:

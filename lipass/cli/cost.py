@@ -73,11 +73,14 @@ def predictions(gm: torch.fx.GraphModule) -> Iterator[tuple[str, SitePrediction]
     """Predict every `lipass::sparse_attention` call of a rewritten graph, by site name."""
     import torch.fx
 
+    from lipass.passes.site import names_of
+
     call = torch.ops.lipass.sparse_attention.default
     for module in gm.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.find_nodes(op="call_function", target=call):
-                yield str(node.args[12]), _predict(node)
+                prediction = _predict(node)
+                yield from ((name, prediction) for name in names_of(str(node.args[12])))
 
 
 def hint(size: Any) -> int:

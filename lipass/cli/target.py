@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PASS",
-        help="run this pass behind those of the preset, such as one that another package "
+        help="run this pass behind those that rewrite, such as one that another package "
         "registers; may be repeated",
     )
     parser.add_argument("--dynamic", action="store_true", help="compile with dynamic shapes")
@@ -136,6 +136,8 @@ def load(text: str, fake: bool = False) -> Target:
 
 def raised(error: BaseException) -> str:
     """Say what was raised and where, on one line."""
+    while (cause := getattr(error, "inner_exception", None)) is not None:
+        error = cause  # what Dynamo wraps
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
@@ -158,7 +160,7 @@ def _import(text: str) -> Callable[[], Any]:
     if not found or not where or not name:
         raise UsageError(
             f"TARGET must be module:callable or file.py:callable, got {text!r}; "
-            "try examples/targets.py:tinyworld"
+            "try my_model.py:build"
         )
     module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
     build = getattr(module, name, None)

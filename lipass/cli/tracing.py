@@ -160,7 +160,9 @@ def trace_calls(
 
 
 def pipeline_for(options: dict[str, Any], added: list[str] | None = None) -> PassPipeline:
-    """Build the passes that the backend would run, and those of `added` behind them.
+    """Build the passes that the backend would run, and those of `added` behind what rewrites.
+
+    Layers are outlined last, because a pass sees only what is in the graph itself.
 
     Raises:
         UsageError: for a preset, option or pass that does not exist, or an order that a pass does
@@ -176,7 +178,8 @@ def pipeline_for(options: dict[str, Any], added: list[str] | None = None) -> Pas
         looks = config.preset != "off" or config.pipeline is not None
         pipeline = pipeline_of(config) if looks else PassPipeline()
         more = PassPipeline.parse(",".join(added or ()))
-        return PassPipeline((*pipeline, *more))
+        last = [one for one in pipeline if one.name == "share-blocks"]
+        return PassPipeline((*(one for one in pipeline if one not in last), *more, *last))
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 

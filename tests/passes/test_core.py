@@ -44,7 +44,7 @@ def test_text_overrides_defaults():
     [
         ("canonicalise", "unknown pass 'canonicalise'; did you mean 'canonicalize'?"),
         ("canonicalize{x=1}", "canonicalize has no option 'x'"),
-        (f"{ALL}{{budget=0.1}}", "guard-steps has no option 'budget'"),
+        (f"{ALL}{{budget=0.1}}", "share-blocks has no option 'budget'"),
         ("canonicalize,find-attention{token_grid}", "is written key=value, got 'token_grid'"),
         ("canonicalize,find-attention{token_grid=axb}", "find-attention.token_grid must be"),
         ("canonicalize,find-attention{token_grid=8}", r"must be \(Y, X\) or \(T, Y, X\), got"),

@@ -1,0 +1,232 @@
+"""Compile equal layers once: cut them out as one subgraph that every layer calls."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from lipass.passes.compat import guard, holds_now, invoke_subgraph, sizes_of, symbols_of, value
+from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.emit import Emitter
+from lipass.passes.printer import print_graph
+from lipass.passes.region import (
+    Region,
+    alias,
+    alias_between,
+    difference,
+    equal_strides,
+    impurity,
+    interruption,
+    region_of,
+    to_module,
+)
+from lipass.passes.site import joint_name, module_path, module_paths, set_site, site_of
+
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class ShareBlocks(Pass):
+    """Outline layers that compute the same on other parameters; the subgraph is compiled once.
+
+    ::
+
+        %linear: f32[1, n0, 32] = linear(%x, $blocks.0.qkv.weight, ..)  # blocks.0
+        ..
+        %linear_4: f32[1, n0, 32] = linear(%add, $blocks.1.qkv.weight, ..)  # blocks.1
+        ..
+
+        %blocks_call = blocks(%x, $text_0; 4 parameters)
+        %blocks_call_1 = blocks(getitem(%blocks_call, 0), $text_1; 4 parameters)
+
+    A layer is what one entry of a `ModuleList` computes; of nested lists the outermost whose
+    entries are equal counts. The sites in the subgraph carry the names of all its layers, in the
+    order of the calls.
+
+    Keeps: layers that differ in anything but their inputs, are smaller than `nodes_min`, write to
+    inputs or draw random numbers, share memory between inputs and outputs, or are used before
+    they are complete; graphs whose gradient is recorded.
+    """
+
+    name: ClassVar[str] = "share-blocks"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    nodes_min: int = 8
+    """Smaller layers are not worth a boundary that nothing is fused across."""
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
+        # What guard-steps has outlined is a graph of its own.
+        inner = [m.graph for m in graph.owning_module.children() if isinstance(m, GraphModule)]
+        return any([self._share(one, ctx) for one in (graph, *inner)])
+
+    def _share(self, graph: Graph, ctx: PassContext) -> bool:
+        changed, depth = False, 1
+        while layers := _layers(graph, depth):
+            for family, members in layers.items():
+                alike = self._alike(graph, family, members, ctx)
+                for regions in alike:
+                    # Anew, because outlining the layers in between has changed their inputs.
+                    now = [region_of(list(r.nodes), _anonymous) for r in regions]
+                    _outline(graph, family, now, ctx)
+                    ctx.note(family, "rewritten", f"{len(regions)} equal layers are compiled once")
+                changed |= bool(alike)
+            depth += 1
+        return changed
+
+    def _alike(
+        self, graph: Graph, family: str, members: list[list[Node]], ctx: PassContext
+    ) -> list[list[Region]]:
+        """Group the layers of one list by what they compute; layers that stay get a note."""
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        groups: list[list[Region]] = []
+        for nodes in members:
+            region = region_of(nodes, _anonymous)
+            if len(region.nodes) < self.nodes_min:
+                continue
+            if why := _refusal(region, order):
+                ctx.note(module_path(region.nodes[0]), "kept", why)
+                continue
+            home = next((g for g in groups if not difference(g[0], region, holds_now)), None)
+            if home is None:
+                groups.append([region])
+            else:
+                # Caches have one length for all layers, but each layer's its own symbol.
+                unequal = difference(home[0], region, guard)
+                assert unequal is None, unequal
+                home.append(region)
+        if len(groups) > 1 and all(len(group) == 1 for group in groups):
+            why = difference(groups[0][0], groups[1][0], holds_now)
+            ctx.note(family, "kept", f"no two layers are equal; of the first two, {why}")
+        return [group for group in groups if len(group) > 1]
+
+
+def _layers(graph: Graph, depth: int) -> dict[str, list[list[Node]]]:
+    """Collect the nodes of each entry of each module list, at the `depth`-th index of the path."""
+    found: dict[str, dict[str, list[Node]]] = defaultdict(lambda: defaultdict(list))
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        for full in module_paths(node):
+            path, _, repeat = f".{full}".partition("@")
+            indices = list(_INDEX.finditer(path))
+            if len(indices) >= depth:
+                at = indices[depth - 1]
+                family = _INDEX.sub(".*", path[: at.start()]).strip(".")
+                found[family][f"{path[: at.end()]}@{repeat}"].append(node)
+                break
+    return {name: list(members.values()) for name, members in found.items()}
+
+
+def _anonymous(text: str) -> str:
+    """Take the numbers out of a module path."""
+    return _INDEX.sub(".*", text.partition("@")[0].partition(":")[0])
+
+
+def _refusal(region: Region, order: dict[Node, int]) -> str | None:
+    if why := impurity(region):
+        return f"not shared: {why}"
+    if why := alias(region) or alias_between(region):
+        return f"not shared: {why}"
+    tensors = [value(node) for node in region.nodes]
+    if any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
+        return "not shared: its gradient is recorded"
+    if why := interruption(region, order):
+        return f"not shared: {why}"
+    return None
+
+
+def _outline(graph: Graph, family: str, regions: list[Region], ctx: PassContext) -> None:
+    """Put calls of one subgraph in place of equal regions."""
+    positions = sorted({r.nodes.index(node) for r in regions for node in r.outputs})
+    columns = zip(*(region.inputs for region in regions), strict=True)
+    inputs = [equal_strides(list(column), regions, ctx) for column in columns]
+    body = to_module(regions[0], positions)
+    for size in _hidden_sizes(graph, regions, ctx):
+        inputs.insert(0, [size] * len(regions))
+        with body.graph.inserting_before(next(iter(body.graph.nodes))):
+            body.graph.placeholder(size.name)
+    for node, column in zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta["example_value"] = value(column[0])
+    _join_sites(body.graph, regions)
+    body.recompile()
+    owner = graph.owning_module
+    assert owner is not None
+    name = _free_name(owner, family)
+    owner.add_module(name, body)
+    text = "\n".join([name, print_graph(body.graph), *map(str, regions[0].form)])
+    identifier = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    replaced: dict[Node, Node] = {}
+    for i, region in enumerate(regions):
+        args = [replaced.get(column[i], column[i]) for column in inputs]
+        replaced |= _call(graph, region, positions, name, identifier, args)
+
+
+def _hidden_sizes(graph: Graph, regions: list[Region], ctx: PassContext) -> list[Node]:
+    """Return nodes of the sizes that no input has as such, only inside of an expression.
+
+    An inner compiler reads the sizes of a subgraph from its inputs; `[B, n - 4]` does not give n.
+    """
+    shapes = [sizes_of(value(node)) for node in regions[0].inputs]
+    plain = {str(size) for shape in shapes for size in shape}
+    hidden = {name for shape in shapes for size in shape for name in symbols_of(size)} - plain
+    emit = Emitter(regions[0].nodes[0], ctx, inside=False)
+    return [size for name in sorted(hidden) if (size := emit.symbol(name)) is not None]
+
+
+def _join_sites(body: Graph, regions: list[Region]) -> None:
+    """Give the sites of the body the names of all layers, in the order of the calls."""
+    shared = [node for node in body.nodes if node.op not in ("placeholder", "output")]
+    for node, *twins in zip(shared, *(region.nodes for region in regions), strict=True):
+        if site := site_of(node):
+            names = [other.name for twin in twins if (other := site_of(twin))]
+            name = joint_name(names)
+            node.args = tuple(name if arg == site.name else arg for arg in node.args)
+            set_site(node, replace(site, name=name))
+
+
+def _free_name(module: torch.nn.Module, family: str) -> str:
+    name = re.sub(r"\W+", "_", family).strip("_")
+    taken = {taken for taken, _ in module.named_children()}
+    while name in taken or hasattr(module, name):
+        name += "_"
+    return name
+
+
+def _call(
+    graph: Graph,
+    region: Region,
+    positions: list[int],
+    name: str,
+    identifier: str,
+    args: list[Node],
+) -> dict[Node, Node]:
+    """Call the body behind the last node of a region and erase the region.
+
+    Returns the outputs that took the place of nodes of the region.
+    """
+    last, inside = region.nodes[-1], set(region.nodes)
+    replaced = {}
+    with graph.inserting_before(last.next):
+        body = graph.get_attr(name)
+        call = graph.create_node(
+            "call_function", invoke_subgraph, (body, identifier, *args), name=f"{name}_call"
+        )
+        for key in {"nn_module_stack", "stack_trace"} & last.meta.keys():
+            call.meta[key] = last.meta[key]
+        call.meta["example_value"] = tuple(value(region.nodes[p]) for p in positions)
+        for i, position in enumerate(positions):
+            node = region.nodes[position]
+            result = graph.call_function(operator.getitem, (call, i))
+            result.meta["example_value"] = value(node)
+            node.replace_all_uses_with(result, lambda user: user not in inside)
+            replaced[node] = result
+    for node in reversed(region.nodes):
+        graph.erase_node(node)
+    return replaced
