@@ -134,7 +134,7 @@ def _refusal(region: Region, order: dict[Node, int]) -> str | None:
         return f"not shared: {why}"
     if why := alias(region) or alias_between(region):
         return f"not shared: {why}"
-    tensors = [value(node) for node in region.nodes]
+    tensors = [value(node) for node in region.outputs]
     if any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
         return "not shared: its gradient is recorded"
     if why := interruption(region, order):

@@ -153,6 +153,7 @@ def module_paths(node: torch.fx.Node) -> list[str]:
     paths = []
     for path, _ in stack.values():
         path = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
+        path = path.replace("__dict__['_modules']", "")
         path = re.sub(r"\._?modules\['(\w+)'\]|\['?(\w+)'?\]", r".\1\2", path)
         paths.append(path.strip(".") + (repeat.group() if repeat else ""))
     return paths

@@ -1,0 +1,83 @@
+"""Models that nobody here wrote: found, listed, and left as they are to rounding."""
+
+import pytest
+import torch
+from zoo import ZOO
+
+from lipass.receipt import current_report, reset_report
+
+pytest.importorskip("diffusers")
+
+BUDGET_ONE = {"preset": "all", "sparse.budget": 1.0, "context.overlap_min": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    reset_report()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+# Dynamo compiles its block alone, once for both layers, so that they share one receipt.
+SHARED_CALLS = {"hunyuan-video-1.5": 1}
+
+
+@pytest.fixture(params=ZOO)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def made(name):
+    model, inputs = ZOO[name]()
+    return model.eval(), {**inputs, "return_dict": False}
+
+
+@pytest.mark.parametrize("options", [{"preset": "exact"}, BUDGET_ONE], ids=["exact", "budget-one"])
+def test_output_is_that_of_the_model(made, options):
+    model, inputs = made
+    fast = torch.compile(
+        model, backend="light_interaction", options={"inner": "aot_eager", **options}
+    )
+    with torch.no_grad():
+        expected, actual = model(**inputs)[0], fast(**inputs)[0]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_attention_is_listed_with_its_grid_or_the_reason(name, made):
+    model, inputs = made
+    calls = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return sdpa(*args, **kwargs)
+
+    torch.nn.functional.scaled_dot_product_attention = count
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = sdpa
+    fast = torch.compile(
+        model, backend="light_interaction", options={"preset": "all", "inner": "eager"}
+    )
+    with torch.no_grad():
+        fast(**inputs)
+    sites = current_report().sites.values()
+    assert len(sites) == len(calls) - SHARED_CALLS.get(name, 0) > 0
+    assert all(site.grid or site.reason for site in sites)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx", "sana-wm"], indirect=True)
+def test_equal_layers_of_a_real_model_are_compiled_once(made):
+    model, inputs = made
+    fast = torch.compile(
+        model, backend="light_interaction", options={"preset": "exact", "inner": "eager"}
+    )
+    with torch.no_grad():
+        fast(**inputs)
+    notes = [n for p in current_report().passes if p.name == "share-blocks" for n in p.notes]
+    assert any("2 equal layers are compiled once" in note for note in notes), notes
