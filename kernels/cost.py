@@ -74,6 +74,23 @@ def predict(
     return _predict(rates, form, row, flops, layout, q_grid, visited_blocks)
 
 
+def predict_pieces(
+    pairs: int, dim: int, dtype: torch.dtype, layout: KvLayout, q_grid: BlockGrid
+) -> tuple[float, float]:
+    """Predict in ms the compiled kernel over all blocks, and SDPA over joined keys; CPU only.
+
+    Args:
+        pairs: batch times heads.
+        dim: head dim.
+        dtype: of the call.
+        layout: the pieces.
+        q_grid: grid of the queries.
+    """
+    rates = cpu_rates(dtype, torch.get_num_threads(), "native")
+    row, flops = pairs * dim * dtype.itemsize, 4.0 * pairs * dim
+    return _predict(rates, "native", row, flops, layout, q_grid, layout.blocks)
+
+
 @functools.lru_cache(maxsize=512)
 def _predict(
     rates: Rates,
@@ -93,7 +110,8 @@ def _predict(
         slots = -(-slots // _LANES) * _LANES
         if not _lies_in_runs(layout):
             copied = 2 * min(q_grid.blocks * keys, layout.tokens) * row
-    pooled = (q_grid.tokens + layout.tokens) * row
+    # A plan over all blocks is known without a look at queries and keys.
+    pooled = 0 if keys == layout.tokens else (q_grid.tokens + layout.tokens) * row
     sparse = rates.fixed_ms + (copied + pooled) / rates.bytes_per_ms
     sparse += flops * q_grid.blocks * slots * keys / rates.sparse_flops_per_ms
     joined = 2 * layout.tokens * row if len(layout.segments) > 1 else 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipass.kernels import cost, registry
+from lipass.kernels.pieces import attend_to_all
 from lipass.kernels.plan import BlockGrid, KvLayout, Triple
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
@@ -130,8 +131,9 @@ def _attend(call: _Call, total_blocks: int, dropped_latents: int) -> Tensor:
     reason = _why_dense(call)
     if reason:
         visited = heads * call.q_grid.blocks * call.layout.blocks
-        count(provider="sdpa", visited=visited, kept_dense=reason)
-        return _dense(call)
+        out, provider = _dense(call)
+        count(provider=provider, visited=visited, kept_dense=reason)
+        return out
     plan = plan_attention(
         call.q,
         call.k,
@@ -173,24 +175,24 @@ def _why_dense(call: _Call) -> str:
     return cost.why_dense(call.q, call.layout, call.q_grid, width)
 
 
-def _dense(call: _Call) -> Tensor:
-    mask = None
-    if call.keep_frames is not None:
-        plan = plan_attention(
-            call.q,
-            call.k,
-            call.layout,
-            call.q_grid,
-            budget=1.0,
-            scale=call.scale,
-            role=call.role,
-            sink_latents=0,
-            keep_frames=call.keep_frames,
-        )
-        mask = plan.to_dense_mask()
+def _dense(call: _Call) -> tuple[Tensor, str]:
+    if call.keep_frames is None:
+        return attend_to_all(call.q, call.k, call.v, call.scale)
+    plan = plan_attention(
+        call.q,
+        call.k,
+        call.layout,
+        call.q_grid,
+        budget=1.0,
+        scale=call.scale,
+        role=call.role,
+        sink_latents=0,
+        keep_frames=call.keep_frames,
+    )
+    mask = plan.to_dense_mask()
     k, v = torch.cat(call.k, 2), torch.cat(call.v, 2)
     out = F.scaled_dot_product_attention(call.q, k, v, attn_mask=mask, scale=call.scale)
-    return out.contiguous()
+    return out.contiguous(), "sdpa"
 
 
 def _without_frames(call: _Call, kept: Tensor) -> _Call:

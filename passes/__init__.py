@@ -37,6 +37,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "find-steps": _load("find_steps", "FindSteps"),
     "prune-context": _load("prune_context", "PruneContext"),
     "sparse-attention": _load("sparse_attention", "SparseAttention"),
+    "attend-pieces": _load("attend_pieces", "AttendPieces"),
     "guard-steps": _load("guard_steps", "GuardSteps"),
     "share-blocks": _load("share_blocks", "ShareBlocks"),
 }
@@ -68,11 +69,11 @@ FACTS = "canonicalize,find-attention,find-poses,find-steps"
 
 PIPELINES: dict[str, str] = {
     "off": "",
-    "exact": f"{FACTS},share-blocks",
-    "context": f"{FACTS},prune-context,share-blocks",
-    "sparse": f"{FACTS},sparse-attention,share-blocks",
-    "cache": f"{FACTS},guard-steps,share-blocks",
-    "all": f"{FACTS},prune-context,sparse-attention,guard-steps,share-blocks",
-    "reference": f"{FACTS},prune-context,sparse-attention,guard-steps,share-blocks",
+    "exact": f"{FACTS},attend-pieces,share-blocks",
+    "context": f"{FACTS},prune-context,attend-pieces,share-blocks",
+    "sparse": f"{FACTS},sparse-attention,attend-pieces,share-blocks",
+    "cache": f"{FACTS},attend-pieces,guard-steps,share-blocks",
+    "all": f"{FACTS},prune-context,sparse-attention,attend-pieces,guard-steps,share-blocks",
+    "reference": f"{FACTS},prune-context,sparse-attention,attend-pieces,guard-steps,share-blocks",
 }
 """Preset name to pipeline text."""

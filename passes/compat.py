@@ -58,6 +58,16 @@ def guard(condition: bool | torch.SymBool) -> bool:
     return holds_now(condition) and bool(condition)
 
 
+def hint(size: Size) -> int:
+    """Return a size as it is in the call that is being compiled; adds no guard."""
+    return int(size.node.hint if isinstance(size, torch.SymInt) else size)
+
+
+def real_tensors() -> contextlib.AbstractContextManager[object]:
+    """Run code that measures, which fake tensors would make meaningless."""
+    return unset_fake_temporarily()
+
+
 def divides(part: Size, whole: Size) -> bool | torch.SymBool:
     """Return the condition that `whole` is a multiple of `part`."""
     size: Any = whole

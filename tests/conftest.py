@@ -1,6 +1,8 @@
 """Give every test one seed and two threads, and the kernels memory that is poisoned."""
 
 import os
+import shutil
+import subprocess
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -36,3 +38,39 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "needs_gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Return a function that opens a page in a headless browser and gives its DOM.
+
+    Fails on any console message. Skips where there is no Chromium.
+    """
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs chromium, and none is on PATH")
+
+    def run(page):
+        said = subprocess.run(
+            [
+                chromium,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--enable-logging=stderr",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                "--no-first-run",
+                "--disable-extensions",
+                "--virtual-time-budget=2000",
+                "--dump-dom",
+                page.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=True,
+        )
+        assert [line for line in said.stderr.splitlines() if "CONSOLE" in line] == []
+        return said.stdout
+
+    return run

@@ -157,9 +157,12 @@ FACTS = ["canonicalize", "find-attention", "find-poses", "find-steps"]
     ],
 )
 def test_sections_choose_the_passes(options, expected):
-    """Whatever is chosen, layers are outlined last, when nothing else has to look into them."""
-    last = [] if "pipeline" in options else ["share-blocks"]
-    assert calls(Config.resolve(None, options)) == expected + last
+    """Whatever is chosen, keys stay in pieces, and layers are outlined last."""
+    found = calls(Config.resolve(None, options))
+    if "pipeline" not in options:
+        assert found.pop() == "share-blocks"
+        found.remove("attend-pieces")
+    assert found == expected
 
 
 def test_options_reach_the_passes():
@@ -185,7 +188,8 @@ def test_options_reach_the_passes():
         "canonicalize,find-attention{token_grid=8x8},find-poses,find-steps,"
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
-        "budget_decode=0.2 sink_latents=2 dense_layers=0},guard-steps,share-blocks"
+        "budget_decode=0.2 sink_latents=2 dense_layers=0},attend-pieces,guard-steps,"
+        "share-blocks"
     )
 
 

@@ -209,3 +209,9 @@ def test_report_without_a_room_or_sites():
     outline.feed(page(result, frames, truth))
     assert "svg.map" not in outline.count
     assert "table.sites" not in outline.count
+
+
+def test_browser_shows_the_rows_and_plays_without_a_console_error(report, opened):
+    dom = opened(report[0] / "report.html")
+    assert dom.count('<tr class="row') == len(PRESETS) * len(SCENES)
+    assert re.search(r'class="[^"]*scripted', dom)

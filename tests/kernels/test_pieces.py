@@ -1,0 +1,86 @@
+import pytest
+import torch
+from kernel_cases import NO_NATIVE
+from torch.nn import functional as F
+
+from lipass.kernels import cost, pieces, registry
+from lipass.kernels.cost import Rates
+
+FAST_APART, FAST_JOINED = Rates(1.0, 1e9, 1e9, 0.0), Rates(1e9, 1.0, 1e9, 0.0)
+
+
+def call(tokens, queries=70, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length):
+        return torch.randn(2, 3, length, 16, generator=generator).to(dtype)
+
+    return draw(queries), [draw(n) for n in tokens], [draw(n) for n in tokens]
+
+
+@pytest.fixture(params=["native", "sdpa"])
+def provider(request, monkeypatch):
+    if request.param == "native" and NO_NATIVE:
+        pytest.skip(NO_NATIVE)
+    rates = FAST_APART if request.param == "native" else FAST_JOINED
+    monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads, form: rates)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [(5, 300), (1, 127), (32, 128, 129), (7, 1, 1)])
+def test_equals_attention_over_joined_keys(provider, tokens, dtype):
+    q, k, v = call(tokens, dtype=dtype)
+    out, ran = pieces.attend_to_all(q, k, v, 0.25)
+    expected = F.scaled_dot_product_attention(
+        q.double(), torch.cat(k, 2).double(), torch.cat(v, 2).double(), scale=0.25
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert ran == provider
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [(300,), (4, 4, 4, 4), (0, 8)])
+def test_one_piece_many_pieces_and_an_empty_one_are_joined(tokens, monkeypatch):
+    monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads, form: FAST_APART)
+    q, k, v = call(tokens)
+    out, ran = pieces.attend_to_all(q, k, v, 0.25)
+    expected = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
+    assert ran == "sdpa"
+    torch.testing.assert_close(out, expected)
+
+
+def test_operator_counts_every_key_as_visited(provider):
+    registry.reset_telemetry()
+    q, k, v = call((5, 300))
+    torch.ops.lipass.attend_pieces(q, k, v, 0.25, "blocks.0")
+    counts = registry.telemetry()["blocks.0"]
+    assert (counts.provider, counts.density, counts.dense_calls) == (provider, 1.0, 1)
+
+
+def test_operator_passes_opcheck():
+    q, k, v = call((5, 30))
+    torch.library.opcheck(torch.ops.lipass.attend_pieces.default, (q, k, v, 0.25, "x"))
+
+
+@pytest.mark.skipif(bool(NO_NATIVE), reason=str(NO_NATIVE))
+def test_joining_is_predicted_from_the_rates_of_the_machine(monkeypatch):
+    sizes = (1, 3, 256, 64), (32, 1280, 256), torch.float32
+    monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads, form: FAST_APART)
+    assert pieces.why_joined(*sizes) is None
+    monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads, form: FAST_JOINED)
+    assert "joined" in pieces.why_joined(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "count", "message"),
+    [
+        ("cuda", torch.float32, 2, "CPU only, got cuda"),
+        ("cpu", torch.float64, 2, "fp32, bf16 and fp16, got torch.float64"),
+        ("cpu", torch.float32, 1, "2 to 3 pieces, got 1"),
+        ("cpu", torch.float32, 4, "2 to 3 pieces, got 4"),
+    ],
+)
+def test_what_no_kernel_reads_in_pieces(device, dtype, count, message):
+    assert message in pieces.why_not(torch.device(device), dtype, count)

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch.nn import functional as F
+
+from lipass.kernels import pieces
+
+TEXT = "canonicalize,find-attention,attend-pieces"
+
+
+@pytest.fixture(autouse=True)
+def _pays(monkeypatch):
+    """Let no case depend on how fast this machine is."""
+    monkeypatch.setattr(pieces, "why_joined", lambda *sizes: None)
+
+
+def heads(*tokens, dim=8, heads=2):
+    return [torch.randn(1, heads, n, dim) for n in tokens]
+
+
+def attend(q, *parts):
+    k = torch.cat([part * 2 for part in parts], 2)
+    v = torch.cat([part + 1 for part in parts], 2)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def reasons(records):
+    return [note.reason for note in records[-1].notes if note.action == "kept"]
+
+
+def test_joined_keys_are_read_in_pieces(trace, apply):
+    records, _ = apply(trace(attend, heads(4, 6, 4)), TEXT)
+    assert_expected_inline(
+        records[-1].diff,
+        """\
+-%k: f32[1, 2, 10, 8] = cat([%mul, %mul_1], 2)
+-%v: f32[1, 2, 10, 8] = cat([%add, %add_1], 2)
+-%scaled_dot_product_attention: f32[1, 2, 4, 8] = scaled_dot_product_attention($q, %k, %v)
+-return (%scaled_dot_product_attention)
++%attend_pieces_default: f32[1, 2, 4, 8] = lipass.attend_pieces($q, [%mul, %mul_1], [%add, %add_1], 0.3535533905932738, 'attention')
++return (%attend_pieces_default)
+""",
+    )
+
+
+def test_output_is_that_of_the_function():
+    torch._dynamo.reset()
+    options = {"pipeline": TEXT, "inner": "aot_eager"}
+    fast = torch.compile(attend, backend="light_interaction", options=options)
+    args = heads(40, 6, 300, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*args), attend(*args), atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+def masked(q, a, b):
+    k = torch.cat([a, b], 2)
+    return F.scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(4, 10).bool())
+
+
+def grouped(q, a, b):
+    k = torch.cat([a, b], 2)[:, :1]
+    return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+
+def in_one_piece(q, a, b):
+    return F.scaled_dot_product_attention(q, a * 2, a + 1)
+
+
+def in_four_pieces(q, a, b):
+    return attend(q, a, b, a + 1, b + 1)
+
+
+def double(q, a, b):
+    return attend(q.double(), a.double(), b.double())
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (masked, "it has a mask"),
+        (grouped, ""),
+        (in_one_piece, "must be 2 to 3 pieces, got 1"),
+        (in_four_pieces, "must be 2 to 3 pieces, got 4"),
+        (double, "got torch.float64"),
+    ],
+)
+def test_near_misses_stay_as_they_are(fn, message, trace, apply):
+    records, _ = apply(trace(fn, heads(4, 6, 4)), TEXT)
+    assert not records[-1].changed
+    assert any(message in reason for reason in reasons(records)), reasons(records)
+
+
+def test_what_is_faster_joined_stays_joined(trace, apply, monkeypatch):
+    monkeypatch.setattr(pieces, "why_joined", lambda *sizes: "predicted 2.00 ms vs 1.00 ms")
+    records, _ = apply(trace(attend, heads(4, 6, 4)), TEXT)
+    assert not records[-1].changed
+    assert reasons(records) == ["predicted 2.00 ms vs 1.00 ms"]
+
+
+def test_sparse_sites_are_left_alone(mini, inputs, trace, apply):
+    gm = trace(mini, inputs(4).decode, inputs(8).decode)
+    records, _ = apply(gm, "canonicalize,find-attention,sparse-attention,attend-pieces")
+    assert not records[-1].changed
+
+
+def test_recorded_gradient_is_refused(apply):
+    graphs = []
+    torch._dynamo.reset()
+    q, a, b = heads(4, 6, 4)
+    torch.compile(attend, backend=lambda gm, _: graphs.append(gm) or gm.forward)(
+        q.requires_grad_(), a, b
+    )
+    torch._dynamo.reset()
+    records, _ = apply(graphs[0], TEXT)
+    assert any("gradient is recorded" in reason for reason in reasons(records))
