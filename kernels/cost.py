@@ -75,18 +75,23 @@ def predict(
 
 
 def predict_pieces(
-    pairs: int, dim: int, dtype: torch.dtype, layout: KvLayout, q_grid: BlockGrid
+    rates: Rates,
+    pairs: int,
+    dim: int,
+    dtype: torch.dtype,
+    layout: KvLayout,
+    q_grid: BlockGrid,
 ) -> tuple[float, float]:
     """Predict in ms the compiled kernel over all blocks, and SDPA over joined keys; CPU only.
 
     Args:
+        rates: of the device, for the compiled kernel.
         pairs: batch times heads.
         dim: head dim.
         dtype: of the call.
         layout: the pieces.
         q_grid: grid of the queries.
     """
-    rates = cpu_rates(dtype, torch.get_num_threads(), "native")
     row, flops = pairs * dim * dtype.itemsize, 4.0 * pairs * dim
     return _predict(rates, "native", row, flops, layout, q_grid, layout.blocks)
 

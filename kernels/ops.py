@@ -86,9 +86,9 @@ def _sparse_attention(
     """
     layout, grid = _layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
     site = registry.site_of_call(site)
+    total = q.shape[0] * q.shape[1] * grid.blocks * layout.blocks
     call = _Call(q, k, v, grid, layout, budget, scale, sink_latents, role, keep_frames, site)
     _check(call)
-    total = q.shape[0] * q.shape[1] * grid.blocks * layout.blocks
     if keep_frames is None or layout.candidate_segment(role) is None:
         return _attend(call._replace(keep_frames=None), total, 0)
     if keep_frames.device.type != "cpu":

@@ -51,20 +51,28 @@ def attend_to_all(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> 
     Returns:
         Output `[B, H, Lq, D]`, contiguous, and the name of what ran: `native` or `sdpa`.
     """
-    tokens = tuple(part.shape[2] for part in k)
-    if why_not(q.device, q.dtype, len(k)) is None and min(tokens) > 0:
-        plan = _plan(q.shape[0], q.shape[1], q.shape[2], tokens)
-        if native.why_not(q, plan) is None and _pays(q, plan):
+    if q.device.type == "cpu" and native.why_not_loaded() is None:
+        rates = cost.cpu_rates(q.dtype, torch.get_num_threads(), "native")
+        tokens = tuple([part.shape[2] for part in k])
+        plan = _paying_plan(rates, tuple(q.shape), q.dtype, tokens)
+        if plan is not None and native.why_not(q, plan) is None:
             out, _ = native.block_sparse_attention(q, k, v, plan, scale=scale, key_bias=None)
             return out, "native"
     key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (k, v))
     return F.scaled_dot_product_attention(q, key, value, scale=scale).contiguous(), "sdpa"
 
 
-def _pays(q: Tensor, plan: BlockPlan) -> bool:
-    pairs, dim = q.shape[0] * q.shape[1], q.shape[3]
-    apart, joined = cost.predict_pieces(pairs, dim, q.dtype, plan.kv, plan.q_grid)
-    return apart < joined
+@functools.lru_cache(maxsize=512)
+def _paying_plan(
+    rates: cost.Rates, q_shape: tuple[int, ...], dtype: torch.dtype, tokens: tuple[int, ...]
+) -> BlockPlan | None:
+    """Plan a call over all blocks if that is predicted to beat joining; once for each size."""
+    if why_not(torch.device("cpu"), dtype, len(tokens)) is not None or min(tokens) == 0:
+        return None
+    batch, heads, queries, dim = q_shape
+    plan = _plan(batch, heads, queries, tokens)
+    apart, joined = cost.predict_pieces(rates, batch * heads, dim, dtype, plan.kv, plan.q_grid)
+    return plan if apart < joined else None
 
 
 def why_joined(
@@ -79,7 +87,8 @@ def why_joined(
         return None
     batch, heads, queries, dim = q_shape
     plan = _plan(batch, heads, queries, tokens)
-    apart, joined = cost.predict_pieces(batch * heads, dim, dtype, plan.kv, plan.q_grid)
+    rates = cost.cpu_rates(dtype, torch.get_num_threads(), "native")
+    apart, joined = cost.predict_pieces(rates, batch * heads, dim, dtype, plan.kv, plan.q_grid)
     if apart + _OPERATOR_MS < joined:
         return None
     return f"predicted {apart:.2f} ms in pieces vs {joined:.2f} ms joined"

@@ -121,6 +121,8 @@ class SparseOptions:
         token_grid: tokens of one latent frame (Y, X); None infers it from the graph.
         dense_layers: attention layers kept dense, counted from 0 in call order.
         dense_chunks: attention stays dense while the history holds fewer chunks than this.
+        dense_latents: attention stays dense in chunks whose context is at most so many latents: a
+            context that is this short has been chosen, and has no blocks to spare.
     """
 
     tile: tuple[int, int, int]
@@ -131,6 +133,7 @@ class SparseOptions:
     token_grid: tuple[int, int] | None
     dense_layers: tuple[int, ...]
     dense_chunks: int
+    dense_latents: int
 
     def __post_init__(self) -> None:
         volume = math.prod(self.tile)
@@ -155,7 +158,7 @@ class SparseOptions:
                 value,
                 "use 0.3; 1.0 is dense; set 'sparse': False to switch the section off",
             )
-        for name in ("sink_latents", "dense_chunks"):
+        for name in ("sink_latents", "dense_chunks", "dense_latents"):
             value = getattr(self, name)
             _check(value >= 0, f"sparse.{name} must be >= 0", value, "use 0 to switch it off")
         _check(

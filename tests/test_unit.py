@@ -228,7 +228,8 @@ def test_chunks_that_stay_dense_are_forced_dense(model, monkeypatch):
         return force(route)
 
     monkeypatch.setattr(registry, "force", spy)
-    with lipass.Session(**{"preset": "sparse", "sparse.dense_chunks": 2}) as session:
+    rules = {"sparse.dense_chunks": 2, "sparse.dense_latents": 0}
+    with lipass.Session(**{"preset": "sparse", **rules}) as session:
         for latents in (4, 8):
             now = session.chunk(poses=W2C[:latents], query=W2C[:4])
             with now, torch.no_grad():

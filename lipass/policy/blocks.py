@@ -47,8 +47,22 @@ def block_budget(
     return BlockBudget(share, None)
 
 
-def dense_chunk(options: SparseOptions | None, history_chunks: int) -> str | None:
-    """Say why a whole chunk stays dense, or None."""
-    if options is not None and history_chunks < options.dense_chunks:
+def dense_chunk(
+    options: SparseOptions | None, history_chunks: int, context_latents: int | None = None
+) -> str | None:
+    """Say why a whole chunk stays dense, or None.
+
+    Args:
+        options: None keeps everything dense anyway.
+        history_chunks: chunks before the one that is generated.
+        context_latents: history latents that the model reads; None where nobody chose them.
+    """
+    if options is None:
+        return None
+    if history_chunks < options.dense_chunks:
         return f"history of {history_chunks} chunks < sparse.dense_chunks {options.dense_chunks}"
+    if context_latents is not None and context_latents <= options.dense_latents:
+        return (
+            f"context of {context_latents} latents <= sparse.dense_latents {options.dense_latents}"
+        )
     return None

@@ -136,13 +136,14 @@ def plan_chunk(
 
     if step_options is None:
         revisit = Revisit(False, None, None, "step policy is off")
+    chosen = keep(history, own_context) if context is None else context
     return ChunkPlan(
         stream=stream,
         index=index,
-        context=keep(history, own_context) if context is None else context,
+        context=chosen,
         revisit=revisit or Revisit(False, None, None, "no history"),
         steps=None,
-        dense_reason=dense_chunk(config.sparse, history // len(query)),
+        dense_reason=dense_chunk(config.sparse, history // len(query), len(chosen.indices)),
     )
 
 

@@ -31,3 +31,10 @@ def test_section_off_is_dense():
     budget = block_budget(None, role="decode", layer=0, history_chunks=0)
     assert (budget.share, budget.dense_reason) == (1.0, "sparse attention is off")
     assert dense_chunk(None, 0) is None
+
+
+def test_context_that_nobody_chose_has_no_length_to_judge():
+    adaptive = Config.resolve("all").sparse
+    assert dense_chunk(adaptive, 4) is None
+    assert dense_chunk(adaptive, 4, adaptive.dense_latents + 1) is None
+    assert dense_chunk(adaptive, 4, adaptive.dense_latents) is not None

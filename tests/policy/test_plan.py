@@ -99,7 +99,15 @@ def test_own_context_is_used_only_without_the_policy():
 def test_early_chunks_stay_dense_by_rule():
     assert plan("reference", 8).dense_reason == "history of 2 chunks < sparse.dense_chunks 3"
     assert plan("reference", 12).dense_reason is None
-    assert plan("all", 0).dense_reason is None
+    assert plan("sparse", 12).dense_reason is None
+
+
+def test_short_contexts_stay_dense_by_rule():
+    short = plan("all", 8)
+    assert short.dense_reason == "context of 8 latents <= sparse.dense_latents 10"
+    assert plan("all", 48).dense_reason is None  # its camera stands still: 16 latents
+    assert plan("sparse", 48).dense_reason is None
+    assert plan("sparse", 48, own_context=[0, 1]).dense_reason.startswith("context of 2")
 
 
 def test_planning_leaves_its_inputs_and_the_generator_alone():
