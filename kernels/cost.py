@@ -116,8 +116,10 @@ def _predict(
         if not _lies_in_runs(layout):
             copied = 2 * min(q_grid.blocks * keys, layout.tokens) * row
     # A plan over all blocks is known without a look at queries and keys.
-    pooled = 0 if keys == layout.tokens else (q_grid.tokens + layout.tokens) * row
-    sparse = rates.fixed_ms + (copied + pooled) / rates.bytes_per_ms
+    pooled, fixed_ms = 0, _OPERATOR_MS
+    if keys < layout.tokens:
+        pooled, fixed_ms = (q_grid.tokens + layout.tokens) * row, rates.fixed_ms
+    sparse = fixed_ms + (copied + pooled) / rates.bytes_per_ms
     sparse += flops * q_grid.blocks * slots * keys / rates.sparse_flops_per_ms
     joined = 2 * layout.tokens * row if len(layout.segments) > 1 else 0
     dense = joined / rates.bytes_per_ms
@@ -184,7 +186,7 @@ def cpu_rates(dtype: torch.dtype, threads: int, form: str) -> Rates:
     )
 
 
-def _best_ms(calls: list[Callable[[], object]], repeats: int = 9) -> list[float]:
+def _best_ms(calls: list[Callable[[], object]], repeats: int = 15) -> list[float]:
     """Time calls in turns, so that all see the same machine; the best of each."""
     best = [float("inf")] * len(calls)
     for _ in range(repeats):
