@@ -51,7 +51,7 @@ def attend_to_all(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> 
     Returns:
         Output `[B, H, Lq, D]`, contiguous, and the name of what ran: `native` or `sdpa`.
     """
-    if q.device.type == "cpu" and native.why_not_loaded() is None:
+    if q.device.type == "cpu" and q.dtype in native.DTYPES and native.why_not_loaded() is None:
         rates = cost.cpu_rates(q.dtype, torch.get_num_threads(), "native")
         tokens = tuple([part.shape[2] for part in k])
         plan = _paying_plan(rates, tuple(q.shape), q.dtype, tokens)

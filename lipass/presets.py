@@ -36,7 +36,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "token_grid": None,
         "dense_layers": (),
         "dense_chunks": 0,
-        # On TinyWorld, contexts of 8 latents chosen by view lose 5 to 10 dB at budget 0.3.
+        # Contexts of 8 latents chosen by view lose 2 to 10 dB at budget 0.3 (examples, explored).
         "dense_latents": 10,
     },
     "steps": {

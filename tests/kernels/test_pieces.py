@@ -41,6 +41,14 @@ def test_equals_attention_over_joined_keys(provider, tokens, dtype):
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+def test_double_precision_is_joined_and_never_timed():
+    q, k, v = call((5, 300), dtype=torch.float64)
+    out, ran = pieces.attend_to_all(q, k, v, 0.25)
+    expected = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
+    assert ran == "sdpa"
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("tokens", [(300,), (4, 4, 4, 4), (0, 8)])
 def test_one_piece_many_pieces_and_an_empty_one_are_joined(tokens, monkeypatch):
     monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads, form: FAST_APART)
