@@ -175,8 +175,8 @@ def test_dropped_frames_cost_no_work(dense_in_pieces, monkeypatch):
     assert flops[1] < 0.8 * flops[0]
     with registry.force("dense"):
         flops = [work(case, keep_frames=frames) for frames in (None, keep)]
-    # Text and current stay: 32 + 4 * 64 + 4 * 64 keys of 32 + 16 * 64 + 4 * 64.
-    assert flops[1] * 1312 == flops[0] * 544
+    # Text and current stay: 32 + 4 * 64 + 128 keys of 32 + 16 * 64 + 128.
+    assert flops[1] * 1184 == flops[0] * 416
 
 
 def work(case, **changes):
