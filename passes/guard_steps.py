@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch.fx import Graph, Node
 
-from lipass.passes.compat import value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.region import (
-    Region,
-    alias,
-    difference,
-    equal_strides,
-    impurity,
-    interruption,
-    region_of,
-    to_module,
-)
+from lipass.passes.outline import body_of, foreign, put_calls
+from lipass.passes.region import Region, alias, difference, impurity, interruption, region_of
 from lipass.passes.site import set_region, set_site, sites, step_of, without_repeat
 
 STEP_MODULE = "denoise_step"
@@ -93,25 +83,23 @@ def _refusal(graph: Graph, regions: list[Region]) -> str | None:
             return f"step {i} is not pure: {why}"
         if i and (why := difference(regions[0], region)):
             return f"steps 0 and {i} differ: {why}"
-        if why := interruption(region, order):
+        if why := foreign(region) or interruption(region, order):
             return f"step {i} cannot be outlined: {why}"
     return None
 
 
 def _outline(graph: Graph, regions: list[Region], ctx: PassContext) -> None:
-    positions = sorted({r.nodes.index(node) for r in regions for node in r.outputs})
-    columns = list(zip(*(region.inputs for region in regions), strict=True))
-    inputs = [equal_strides(list(column), regions, ctx) for column in columns]
-    body = to_module(regions[0], positions)
-    for node, column in zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["example_value"] = value(column[0])
-    _drop_repeats(body.graph)
-    body.recompile()
-    graph.owning_module.add_module(STEP_MODULE, body)
-    replaced: dict[Node, Node] = {}
-    for i, region in enumerate(regions):
-        args = tuple(replaced.get(column[i], column[i]) for column in inputs)
-        replaced |= _call(graph, region, positions, args, i)
+    body = body_of(regions, ctx)
+    _drop_repeats(body.module.graph)
+    body.module.recompile()
+    graph.owning_module.add_module(STEP_MODULE, body.module)
+
+    def call(index: int, args: list[Node]) -> Node:
+        made = graph.call_module(STEP_MODULE, tuple(args))
+        set_region(made, f"step {index}")
+        return made
+
+    put_calls(graph, regions, body, call)
 
 
 def _drop_repeats(body: Graph) -> None:
@@ -120,26 +108,3 @@ def _drop_repeats(body: Graph) -> None:
         name = without_repeat(site.name)
         node.args = tuple(name if arg == site.name else arg for arg in node.args)
         set_site(node, replace(site, name=name))
-
-
-def _call(
-    graph: Graph, region: Region, positions: list[int], args: tuple[Node, ...], index: int
-) -> dict[Node, Node]:
-    """Put one call of the body behind the last node of a region and erase the region.
-
-    Returns the outputs that took the place of nodes of the region.
-    """
-    replaced = {}
-    with graph.inserting_before(region.nodes[-1].next):
-        call = graph.call_module(STEP_MODULE, args)
-        call.meta["example_value"] = tuple(value(region.nodes[p]) for p in positions)
-        set_region(call, f"step {index}")
-        for i, position in enumerate(positions):
-            node = region.nodes[position]
-            result = graph.call_function(operator.getitem, (call, i))
-            result.meta["example_value"] = value(node)
-            node.replace_all_uses_with(result, lambda user: user not in region.nodes)
-            replaced[node] = result
-    for node in reversed(region.nodes):
-        graph.erase_node(node)
-    return replaced

@@ -1,4 +1,4 @@
-"""Compare and cut out regions of a graph, such as the repeats of one module call."""
+"""Describe and compare regions of a graph, such as the repeats of one module call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch.fx
 from torch.fx import Node
 
 from lipass.passes.compat import known_true, value
-from lipass.passes.core import PassContext
 from lipass.passes.match import mutates, storage, writes_between
 from lipass.passes.site import without_repeat
 
@@ -156,41 +155,3 @@ def interruption(region: Region, order: dict[Node, int]) -> str | None:
             if user not in inside and order[user] < last:
                 return f"it is used by %{user.name} before it is complete"
     return None
-
-
-def equal_strides(column: list[Node], regions: list[Region], ctx: PassContext) -> list[Node]:
-    """Return one input of all regions with equal strides, as a body compiled once needs them."""
-    tensors = [value(node) for node in column]
-    if not isinstance(tensors[0], torch.Tensor) or all(
-        _same_strides(tensors[0], t) for t in tensors
-    ):
-        return column
-    return [
-        _contiguous(node, region.nodes[0], ctx)
-        for node, region in zip(column, regions, strict=True)
-    ]
-
-
-def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return all(known_true(x == y) for x, y in zip(a.stride(), b.stride(), strict=True))
-
-
-def _contiguous(node: Node, before: Node, ctx: PassContext) -> Node:
-    with before.graph.inserting_before(before):
-        copy = before.graph.call_method("contiguous", (node,))
-    with ctx.fake_mode:
-        copy.meta["example_value"] = value(node).contiguous()
-    return copy
-
-
-def to_module(region: Region, outputs: list[int]) -> torch.fx.GraphModule:
-    """Copy a region into a module of its own; `outputs` are positions in `region.nodes`."""
-    graph = torch.fx.Graph()
-    copies: dict[Node, Node] = {}
-    for node in region.inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta["example_value"] = value(node)
-    for node in region.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[region.nodes[i]] for i in outputs))
-    return torch.fx.GraphModule(torch.nn.Module(), graph)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -15,17 +14,16 @@ from torch.fx import Graph, GraphModule, Node
 from lipass.passes.compat import guard, holds_now, invoke_subgraph, sizes_of, symbols_of, value
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.emit import Emitter
+from lipass.passes.outline import body_of, foreign, put_calls
 from lipass.passes.printer import print_graph
 from lipass.passes.region import (
     Region,
     alias,
     alias_between,
     difference,
-    equal_strides,
     impurity,
     interruption,
     region_of,
-    to_module,
 )
 from lipass.passes.site import joint_name, module_path, module_paths, set_site, site_of
 
@@ -51,8 +49,8 @@ class ShareBlocks(Pass):
     order of the calls.
 
     Keeps: layers that differ in anything but their inputs, are smaller than `nodes_min`, write to
-    inputs or draw random numbers, share memory between inputs and outputs, or are used before
-    they are complete; graphs whose gradient is recorded.
+    inputs or draw random numbers, share memory between inputs and outputs, read or give anything
+    but tensors and sizes, or are used before they are complete; graphs whose gradient is recorded.
     """
 
     name: ClassVar[str] = "share-blocks"
@@ -132,7 +130,7 @@ def _anonymous(text: str) -> str:
 def _refusal(region: Region, order: dict[Node, int]) -> str | None:
     if why := impurity(region):
         return f"not shared: {why}"
-    if why := alias(region) or alias_between(region):
+    if why := foreign(region) or alias(region) or alias_between(region):
         return f"not shared: {why}"
     tensors = [value(node) for node in region.outputs]
     if any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors):
@@ -144,28 +142,30 @@ def _refusal(region: Region, order: dict[Node, int]) -> str | None:
 
 def _outline(graph: Graph, family: str, regions: list[Region], ctx: PassContext) -> None:
     """Put calls of one subgraph in place of equal regions."""
-    positions = sorted({r.nodes.index(node) for r in regions for node in r.outputs})
-    columns = zip(*(region.inputs for region in regions), strict=True)
-    inputs = [equal_strides(list(column), regions, ctx) for column in columns]
-    body = to_module(regions[0], positions)
+    body = body_of(regions, ctx)
+    inner = body.module.graph
     for size in _hidden_sizes(graph, regions, ctx):
-        inputs.insert(0, [size] * len(regions))
-        with body.graph.inserting_before(next(iter(body.graph.nodes))):
-            body.graph.placeholder(size.name)
-    for node, column in zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["example_value"] = value(column[0])
-    _join_sites(body.graph, regions)
-    body.recompile()
+        body.columns.insert(0, [size] * len(regions))
+        with inner.inserting_before(next(iter(inner.nodes))):
+            inner.placeholder(size.name).meta["example_value"] = value(size)
+    _join_sites(inner, regions)
+    body.module.recompile()
     owner = graph.owning_module
     assert owner is not None
     name = _free_name(owner, family)
-    owner.add_module(name, body)
-    text = "\n".join([name, print_graph(body.graph), *map(str, regions[0].form)])
+    owner.add_module(name, body.module)
+    text = "\n".join([name, print_graph(inner), *map(str, regions[0].form)])
     identifier = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    replaced: dict[Node, Node] = {}
-    for i, region in enumerate(regions):
-        args = [replaced.get(column[i], column[i]) for column in inputs]
-        replaced |= _call(graph, region, positions, name, identifier, args)
+
+    def call(index: int, args: list[Node]) -> Node:
+        given = (graph.get_attr(name), identifier, *args)
+        made = graph.create_node("call_function", invoke_subgraph, given, name=f"{name}_call")
+        last = regions[index].nodes[-1]
+        for key in {"nn_module_stack", "stack_trace"} & last.meta.keys():
+            made.meta[key] = last.meta[key]
+        return made
+
+    put_calls(graph, regions, body, call)
 
 
 def _hidden_sizes(graph: Graph, regions: list[Region], ctx: PassContext) -> list[Node]:
@@ -197,36 +197,3 @@ def _free_name(module: torch.nn.Module, family: str) -> str:
     while name in taken or hasattr(module, name):
         name += "_"
     return name
-
-
-def _call(
-    graph: Graph,
-    region: Region,
-    positions: list[int],
-    name: str,
-    identifier: str,
-    args: list[Node],
-) -> dict[Node, Node]:
-    """Call the body behind the last node of a region and erase the region.
-
-    Returns the outputs that took the place of nodes of the region.
-    """
-    last, inside = region.nodes[-1], set(region.nodes)
-    replaced = {}
-    with graph.inserting_before(last.next):
-        body = graph.get_attr(name)
-        call = graph.create_node(
-            "call_function", invoke_subgraph, (body, identifier, *args), name=f"{name}_call"
-        )
-        for key in {"nn_module_stack", "stack_trace"} & last.meta.keys():
-            call.meta[key] = last.meta[key]
-        call.meta["example_value"] = tuple(value(region.nodes[p]) for p in positions)
-        for i, position in enumerate(positions):
-            node = region.nodes[position]
-            result = graph.call_function(operator.getitem, (call, i))
-            result.meta["example_value"] = value(node)
-            node.replace_all_uses_with(result, lambda user: user not in inside)
-            replaced[node] = result
-    for node in reversed(region.nodes):
-        graph.erase_node(node)
-    return replaced

@@ -52,7 +52,7 @@ def flops(node: torch.fx.Node) -> int:
     from torch.fx.node import map_arg
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lipass.passes.compat import fake_mode_of, unguarded, value
+    from lipass.passes.compat import fake_mode_of, hint, unguarded, value
 
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name == _ATTENTION:
@@ -83,16 +83,8 @@ def predictions(gm: torch.fx.GraphModule) -> Iterator[tuple[str, SitePrediction]
                 yield from ((name, prediction) for name in names_of(str(node.args[12])))
 
 
-def hint(size: Any) -> int:
-    """Return a size as a number: a symbolic one as it was in the call that was traced."""
-    from lipass.passes.compat import value
-
-    size = value(size)
-    return int(size if isinstance(size, int) else size.node.hint)
-
-
 def _attention_flops(node: torch.fx.Node) -> int:
-    from lipass.passes.compat import value
+    from lipass.passes.compat import hint, value
 
     given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
     q, k, v = (value(given[name]).shape for name in ("query", "key", "value"))
@@ -109,15 +101,15 @@ def _predict(node: torch.fx.Node) -> SitePrediction:
     from lipass.kernels import cost, registry
     from lipass.kernels.plan import BlockGrid, KvLayout
     from lipass.kernels.select.api import selected_blocks
-    from lipass.passes.compat import value
+    from lipass.passes.compat import hint, value
 
     args: tuple[Any, ...] = node.args
     q, _, _, q_sizes, kv_sizes, roles, tile, budget, _, sink, role, keep, _ = args
     query, volume = value(q), tuple(tile)
-    sizes = [hint(size) for size in kv_sizes]
+    sizes = [hint(value(size)) for size in kv_sizes]
     triples = tuple(zip(sizes[0::3], sizes[1::3], sizes[2::3], strict=True))
     layout = KvLayout.build(tuple(roles.split(",")), triples, volume[:3])
-    t, y, x = map(hint, q_sizes)
+    t, y, x = (hint(value(size)) for size in q_sizes)
     grid = BlockGrid((t, y, x), volume[-3:])
     width = selected_blocks(layout, grid, budget, role, sink)
     dense = ""

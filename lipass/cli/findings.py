@@ -195,14 +195,14 @@ def _inputs(graph: torch.fx.Graph) -> list[dict[str, Any]]:
     """List the tensors that a call passes; parameters are counted on one line."""
     import torch
 
-    from lipass.passes.compat import is_parameter, value
+    from lipass.passes.compat import hint, is_parameter, value
 
     rows, parameters = [], 0
     for node in graph.find_nodes(op="placeholder"):
         if not isinstance(value(node), torch.Tensor):
             continue
         if is_parameter(node):
-            parameters += cost.hint(value(node).numel())
+            parameters += hint(value(node).numel())
             continue
         rows.append({"name": node.name, "shape": sizes(value(node).shape)})
     return [*rows, {"name": "parameters", "shape": [parameters]}]

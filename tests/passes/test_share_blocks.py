@@ -4,6 +4,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from lipass.passes.printer import print_graph
 from lipass.passes.site import names_of, sites
@@ -227,6 +228,17 @@ def test_outputs_in_one_memory_are_refused(trace, apply):
     records, _ = apply(trace(Chain(Two(), Two()), (X,)), TEXT)
     assert not records[-1].changed
     assert any("shares memory with" in reason for reason in reasons(records))
+
+
+def test_layers_that_read_a_submodule_are_refused(trace, apply):
+    class Flex(Layer):
+        def forward(self, x):
+            q = super().forward(x)[None, None]
+            return flex_attention(q, q, q, score_mod=lambda s, b, h, i, j: s + i)[0, 0]
+
+    records, _ = apply(trace(Net(Flex(), Flex()), (X,)), TEXT)
+    assert not records[-1].changed
+    assert any("is neither a tensor nor a size" in reason for reason in reasons(records))
 
 
 def test_layers_whose_gradient_is_recorded_are_refused(apply):
