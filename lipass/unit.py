@@ -113,10 +113,18 @@ def _compile(
         return CompiledUnit(inner_compile(gm, example_inputs), _unit_name())
     if any(region_name(node) for node in gm.graph.find_nodes(op="call_module")):
         return CompiledUnit(compile_steps(gm, example_inputs, inner_compile))
-    found = [site for graph in _graphs(gm) for _, site in sites(graph)]
-    if any(site.role in ("prefill", "decode") for site in found):
+    if _has_operators(gm):
         return CompiledUnit(inner_compile(gm, example_inputs))
     return inner_compile(gm, example_inputs)
+
+
+def _has_operators(gm: torch.fx.GraphModule) -> bool:
+    """Whether passes have put an operator in that counts its calls or asks the session."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lipass"
+        for graph in _graphs(gm)
+        for node in graph.nodes
+    )
 
 
 def _prepare_kernels(gm: torch.fx.GraphModule) -> None:

@@ -289,6 +289,34 @@ def test_layers_compiled_once_have_a_receipt_each():
     assert {name: registry.telemetry()[name].calls for name in names} == dict.fromkeys(names, 3)
 
 
+def test_dense_layers_compiled_once_are_counted_apart(monkeypatch):
+    class Cross(nn.Module):
+        def forward(self, x, text):
+            key = torch.cat([text, text + x.mean()], 2)
+            return x + F.scaled_dot_product_attention(x * 2, key, key)
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Cross() for _ in range(2))
+
+        def forward(self, x, text):
+            for layer in self.layers:
+                x = layer(x, text)
+            return x
+
+    monkeypatch.setattr("lipass.kernels.pieces.why_joined", lambda *sizes: None)
+    text = "canonicalize,find-attention,attend-pieces,share-blocks{nodes_min=2}"
+    options = {"pipeline": text, "inner": "eager"}
+    fast = torch.compile(Stack(), backend="light_interaction", options=options)
+    registry.reset_telemetry()
+    with torch.no_grad():
+        fast(CACHE[0], CACHE[0].clone())
+    calls = {name: counts.calls for name, counts in registry.telemetry().items()}
+    assert len(calls) == 2, calls
+    assert set(calls.values()) == {1}
+
+
 def test_layers_are_counted_from_the_first_one_after_a_call_that_failed():
     with registry.one_call():
         assert registry.site_of_call("a,b") == "a"
