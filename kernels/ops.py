@@ -18,6 +18,7 @@ from lipass.kernels.pieces import attend_to_all
 from lipass.kernels.plan import BlockGrid, KvLayout, Triple
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
+from lipass.kernels.token_major import empty_token_major, token_major
 
 _library = torch.library.Library("lipass", "FRAGMENT")
 _library.define(
@@ -79,7 +80,7 @@ def _sparse_attention(
         site: name for the counts; several, comma separated, where layers share this call.
 
     Returns:
-        Output `[B, H, Lq, D]`, contiguous, in `q.dtype`.
+        Output `[B, H, Lq, D]` in `q.dtype`, in memory `[B, Lq, H, D]`.
 
     Raises:
         ValueError: if the segments do not fit their grids or an option is out of range.
@@ -109,7 +110,7 @@ def _sparse_attention(
     if role == "decode":
         return _attend(_without_frames(smaller, kept), total, dropped)
     lost = (~keep_frames.any(0)).nonzero()[:, 0]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = empty_token_major(q)
     frames = out.unflatten(2, (grid.grid[0], -1))
     frames[:, :, lost] = _attend_own_frame(call, lost)
     if kept.numel():
@@ -172,7 +173,8 @@ def _why_dense(call: _Call) -> str:
     width = selected_blocks(call.layout, call.q_grid, call.budget, call.role, call.sink_latents)
     if width == call.layout.blocks and call.keep_frames is None:
         return "protected blocks and budget together visit every block"
-    return cost.why_dense(call.q, call.layout, call.q_grid, width)
+    q = call.q
+    return cost.why_dense(q.shape, q.dtype, q.device, call.layout, call.q_grid, width)
 
 
 def _dense(call: _Call) -> tuple[Tensor, str]:
@@ -192,7 +194,7 @@ def _dense(call: _Call) -> tuple[Tensor, str]:
     mask = plan.to_dense_mask()
     k, v = torch.cat(call.k, 2), torch.cat(call.v, 2)
     out = F.scaled_dot_product_attention(call.q, k, v, attn_mask=mask, scale=call.scale)
-    return out.contiguous(), "sdpa"
+    return token_major(out), "sdpa"
 
 
 def _without_frames(call: _Call, kept: Tensor) -> _Call:
@@ -307,7 +309,7 @@ def _sparse_attention_fake(
     keep_frames: Tensor | None,
     site: str,
 ) -> Tensor:
-    return q.new_empty(q.shape)
+    return empty_token_major(q)
 
 
 _library.impl("sparse_attention", _sparse_attention, "CompositeExplicitAutograd")

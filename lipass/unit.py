@@ -18,9 +18,10 @@ from lipass import kernels, session
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
+from lipass.kernels.calibration import cpu_rates
 from lipass.kernels.view_overlap.api import chosen_by_caller
 from lipass.passes import runner
-from lipass.passes.compat import is_symbolic
+from lipass.passes.compat import is_symbolic, undisturbed
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
 from lipass.passes.site import AttentionSite, names_of, region_name, sites, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
@@ -30,6 +31,10 @@ Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
 
 _REWRITERS = ("prune-context", "sparse-attention")
+_ATTENTION = (
+    torch.ops.lipass.sparse_attention.default,
+    torch.ops.lipass.attend_pieces.default,
+)
 
 
 class CompiledUnit:
@@ -128,11 +133,20 @@ def _has_operators(gm: torch.fx.GraphModule) -> bool:
 
 
 def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
-    """Build what runs on the CPU while compiling is what everybody waits for, not a frame."""
-    op = torch.ops.lipass.sparse_attention.default
-    calls = [n for graph in _graphs(gm) for n in graph.find_nodes(op="call_function", target=op)]
-    if any(node.meta["example_value"].device.type == "cpu" for node in calls):
-        kernels.prepare()
+    """Build and measure what runs on the CPU: everybody waits for a compilation, not a frame."""
+    calls = [
+        node.meta["example_value"]
+        for graph in _graphs(gm)
+        for node in graph.nodes
+        if node.target in _ATTENTION
+    ]
+    kinds = {(out.dtype, int(out.shape[3])) for out in calls if out.device.type == "cpu"}
+    if not kinds:
+        return
+    kernels.prepare()
+    with undisturbed():
+        for dtype, dim in kinds:
+            cpu_rates(dtype, dim, torch.get_num_threads())
 
 
 def _graphs(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:

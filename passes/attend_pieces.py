@@ -75,11 +75,10 @@ def _refusal(node: Node, operands: Operands | Refusal) -> str | None:
         return "its keys lie in a cache, in one piece"
     if operands.groups > 1:
         return "heads of k and v are shared by groups of q"
-    q = value(operands.q)
-    why = pieces.why_not(q.device, q.dtype, len(operands.keys)) or refuse_training(node)
-    if why:
+    if why := refuse_training(node):
         return why
+    q = value(operands.q)
     tokens = tuple(hint(value(key).shape[2]) for key in operands.keys)
     with real_tensors():  # the gate measures this machine
         prepare()
-        return pieces.why_joined(tuple(map(hint, q.shape)), tokens, q.dtype)
+        return pieces.why_joined(tuple(map(hint, q.shape)), q.dtype, q.device, tokens)

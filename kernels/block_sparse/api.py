@@ -38,8 +38,8 @@ def block_sparse_attention(
         provider: implementation to use; by default the best that takes the call.
 
     Returns:
-        Output `[B, H, Lq, D]` in `q.dtype`, contiguous; with `return_lse` also the log-sum-exp
-        `[B, H, Lq]` fp32, base e. A query that sees no key gives 0 and `-inf`.
+        Output `[B, H, Lq, D]` in `q.dtype`, in memory `[B, Lq, H, D]`; with `return_lse` also the
+        log-sum-exp `[B, H, Lq]` fp32, base e. A query that sees no key gives 0 and `-inf`.
 
     Raises:
         ValueError: if shapes or dtypes do not fit the plan, or the provider refuses.

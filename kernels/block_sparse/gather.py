@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
+from lipass.kernels.token_major import token_major
 
 # Gathered keys and values of one chunk: 4 MiB, the best of 1, 2, 4 and 8 on Zen 3 (32 MiB of L3).
 _CHUNK_BYTES = 4 << 20
@@ -83,7 +84,7 @@ def block_sparse_attention(
         # Rows without a key: the softmax of nothing is nan, by contract the output is 0.
         blind = (gather.bias == -math.inf).all(-1)
         out.masked_fill_(blind[..., None, None], 0.0)
-    merged = _to_tokens(out.unflatten(0, (batch, heads)), plan.q_grid)
+    merged = token_major(_to_tokens(out.unflatten(0, (batch, heads)), plan.q_grid))
     if not return_lse:
         return merged, None
     rows = _joined(lses).view(batch, heads, blocks, slots, 1)

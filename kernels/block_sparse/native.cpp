@@ -658,12 +658,15 @@ void load_queries(const Call& call, const T* head, const int64_t* token, int64_t
 template <typename T, typename E>
 void store_output(const Call& call, const Task<T, E>& task, int64_t pair, const int64_t* token,
                   int64_t queries) {
-  const int64_t dim = call.q.size(3), columns = task.columns, first = pair * call.q.size(2);
-  T* out = call.out.mutable_data_ptr<T>() + first * dim;
-  float* lse = call.lse.defined() ? call.lse.mutable_data_ptr<float>() + first : nullptr;
+  const int64_t dim = call.q.size(3), columns = task.columns, heads = call.q.size(1);
+  const int64_t stride = call.out.stride(2);
+  T* out = call.out.mutable_data_ptr<T>() + pair / heads * call.out.stride(0) +
+      pair % heads * call.out.stride(1);
+  float* lse = call.lse.defined() ? call.lse.mutable_data_ptr<float>() + pair * call.q.size(2)
+                                  : nullptr;
   if (task.first) {
     for (int64_t row = 0; row < queries; ++row) {
-      std::fill_n(out + token[row] * dim, dim, T(0.f));
+      std::fill_n(out + token[row] * stride, dim, T(0.f));
       if (lse) lse[token[row]] = -kInf;
     }
     return;
@@ -678,7 +681,7 @@ void store_output(const Call& call, const Task<T, E>& task, int64_t pair, const 
   }
   at::vec::transpose_mxn<float>(output, columns, rows, dim, dim, columns);
   for (int64_t row = 0; row < queries; ++row) {
-    at::vec::convert<float, T>(rows + row * dim, out + token[row] * dim, dim);
+    at::vec::convert<float, T>(rows + row * dim, out + token[row] * stride, dim);
     if (lse) lse[token[row]] = (softmax.maximum[row] + std::log2(softmax.sum[row])) / kLog2E;
   }
 }
@@ -766,7 +769,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorL
   Call call{.q = q.stride(3) == 1 ? q : q.contiguous(),
             .indices = indices.contiguous(),
             .counts = counts.contiguous(),
-            .out = at::empty(q.sizes(), q.options()),
+            .out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options())
+                       .transpose(1, 2),
             .q_grid = Grid(grids.data())};
   if (return_lse) call.lse = at::empty(q.sizes().slice(0, 3), q.options().dtype(at::kFloat));
   const size_t segments = grids.size() / 6 - 1;

@@ -152,11 +152,19 @@ def _load() -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def _library() -> Path:
-    """Name the built library by all that it depends on."""
-    parts = [torch.__version__, _processor(), *_flags()]
-    key = hashlib.sha256("\n".join(parts).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(machine().encode()).hexdigest()[:16]
+    return cache_folder() / f"block_sparse_{key}.so"
+
+
+def machine() -> str:
+    """Describe all that the built kernel depends on: its source, torch, processor and flags."""
+    return "\n".join([torch.__version__, _processor(), *_flags(), _SOURCE.read_text()])
+
+
+def cache_folder() -> Path:
+    """Return where files live that are made once per machine."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lipass" / f"block_sparse_{key}.so"
+    return cache / "lipass"
 
 
 def _processor() -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels.plan import BlockPlan
+from lipass.kernels.token_major import token_major
 
 
 def why_not(q: Tensor, plan: BlockPlan) -> str | None:
@@ -68,7 +69,7 @@ def block_sparse_attention(
                     score = score + key_bias[b % key_bias.shape[0], seen]
                 out[b, h, rows] = score.softmax(-1) @ v[b, h, seen].float()
                 lse[b, h, rows] = score.logsumexp(-1)
-    return out.to(q.dtype), lse
+    return token_major(out.to(q.dtype)), lse
 
 
 def merge_partials(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

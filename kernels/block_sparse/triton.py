@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lipass.kernels.plan import BlockPlan, KvLayout
+from lipass.kernels.token_major import empty_token_major
 
 HEAD_DIMS = (64, 80, 96, 112, 128)
 TILE_VOLUMES = (32, 64, 128, 256)
@@ -73,7 +74,7 @@ def block_sparse_attention(
     q = _dense_rows(q)
     k = _dense_rows(keys[0] if len(keys) == 1 else torch.cat(keys, 2))
     v = _dense_rows(values[0] if len(values) == 1 else torch.cat(values, 2))
-    out = torch.empty((batch, heads, tokens, dim), dtype=q.dtype, device=q.device)
+    out = empty_token_major(q)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     bias = _bias(plan, key_bias)
     indices, counts = plan.indices.contiguous(), plan.counts.contiguous()
@@ -337,7 +338,8 @@ def block_sparse_kernel(
         peak = peak_new
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    at = (batch.to(tl.int64) * q_tokens + row) * heads + head
+    tl.store(out_ptr + at[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), q_mask)
     flat = tl.program_id(1).to(tl.int64) * q_tokens + row
-    tl.store(out_ptr + flat[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), q_mask)
     lse = (peak + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + flat, tl.where(total == 0.0, float("-inf"), lse), row_exists)

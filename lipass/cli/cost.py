@@ -95,8 +95,7 @@ def _attention_flops(node: torch.fx.Node) -> int:
 
 
 def _predict(node: torch.fx.Node) -> SitePrediction:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from lipass.kernels import cost, registry
     from lipass.kernels.plan import BlockGrid, KvLayout
@@ -119,10 +118,8 @@ def _predict(node: torch.fx.Node) -> SitePrediction:
         dense = "protected blocks and budget together visit every block"
     else:
         shape = tuple(map(hint, query.shape))
-        with FakeTensorMode():
-            like = torch.empty(shape, dtype=query.dtype, device=query.device)
         with unset_fake_temporarily():  # the gate measures this machine
-            dense = cost.why_dense(like, layout, grid, width)
+            dense = cost.why_dense(shape, query.dtype, query.device, layout, grid, width)
     if dense:
         return SitePrediction("sdpa", 1.0, dense)
     provider = registry.choose("block_sparse", query.device, None, lambda module: None).name

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lipass.kernels.ops
-from lipass.kernels import cost, pieces, planning, registry
+from lipass.kernels import calibration, planning, registry
 from lipass.kernels.block_sparse import gather, native
+from lipass.kernels.calibration import Form, Rates
 from lipass.kernels.plan import BlockGrid
 from lipass.kernels.select import vectorized
 
@@ -21,6 +22,14 @@ ROLES = {"prefill": "text,current", "decode": "text,history,current"}
 @pytest.fixture(autouse=True)
 def _fresh_counts():
     registry.reset_telemetry()
+
+
+@pytest.fixture
+def joins(monkeypatch):
+    """Let dense attention be SDPA, which tests compare to the bit, and sparse never pay."""
+    slow, fast = Form(1.0, 1e3, 1e3), Form(0.0, 1e9, 1e9)
+    rates = Rates(joined=fast, apart=slow, sparse=slow)
+    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: rates)
 
 
 def arguments(case, site="site", **changes):
@@ -62,7 +71,7 @@ def frame_rows(case, keep):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
-def test_full_budget_is_exactly_dense(role, size):
+def test_full_budget_is_exactly_dense(role, size, joins):
     case = make_case(role, 5, size, 7, (4, 4, 4), budget=1.0)
     assert torch.equal(sparse_attention(*arguments(case)), dense(case))
     counts = registry.telemetry()["site"]
@@ -163,10 +172,9 @@ def test_dropped_frames_cost_no_work(dense_in_pieces, monkeypatch):
     if dense_in_pieces and NO_NATIVE:
         pytest.skip(NO_NATIVE)
 
-    def whole(rates, q_shape, dtype, tokens):
-        return pieces._plan(*q_shape[:3], tokens) if dense_in_pieces else None
-
-    monkeypatch.setattr(pieces, "_paying_plan", whole)
+    slow, fast = Form(1.0, 1e3, 1e3), Form(0.0, 1e9, 1e9)
+    rates = Rates(slow, fast, fast) if dense_in_pieces else Rates(fast, slow, slow)
+    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: rates)
     case = make_case("decode", 16, (8, 8), 32, (4, 4, 4), dim=64)
     keep = torch.zeros(1, 16, dtype=torch.bool)
     keep[:, ::4] = True
@@ -236,7 +244,7 @@ def test_hot_code_reads_nothing_back():
     assert ".item(" not in inspect.getsource(vectorized)
 
 
-def test_gate_keeps_dense_what_would_be_slower():
+def test_gate_keeps_dense_what_would_be_slower(joins):
     case = make_case("decode", 4, (4, 4), 3, (1, 4, 4), budget=0.1)
     out = sparse_attention(*arguments(case))
     assert torch.equal(out, dense(case))
@@ -246,20 +254,20 @@ def test_gate_keeps_dense_what_would_be_slower():
 
 
 def test_gate_takes_sparse_where_it_pays(monkeypatch):
-    fast = cost.Rates(1e6, 1e6, bytes_per_ms=1e12, fixed_ms=0.0)
-    monkeypatch.setattr(cost, "cpu_rates", lambda dtype, threads, form: fast)
+    rates = Rates(*[Form(0.0, 1e6, 1e12)] * 3)
+    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: rates)
     case = make_case("decode", 16, (4, 4), 3, (1, 4, 4), budget=0.1)
     sparse_attention(*arguments(case))
     assert registry.telemetry()["site"].sparse_calls == 1
 
 
-def test_plan_that_visits_everything_stays_dense():
+def test_plan_that_visits_everything_stays_dense(joins):
     case = make_case("decode", 2, (4, 4), 3, (2, 4, 4), budget=0.1)  # the sink is all history
     assert torch.equal(sparse_attention(*arguments(case)), dense(case))
     assert "visit every block" in registry.telemetry()["site"].reason
 
 
-def test_first_chunk_has_no_history():
+def test_first_chunk_has_no_history(joins):
     case = make_case("decode", 0, (4, 4), 3, (2, 4, 4))
     assert torch.equal(sparse_attention(*arguments(case)), dense(case))
 
@@ -291,12 +299,12 @@ def test_operator_is_well_formed(role):
 
 
 @pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3)])
-def test_output_is_contiguous_whatever_the_layout_of_q(layout):
+def test_output_lies_token_by_token_whatever_the_layout_of_q(layout):
     case = make_case("decode", 8, (4, 4), 3, (1, 4, 4))
     case.q = case.q.permute(layout).contiguous().permute(layout)
     for route in ("sparse", "dense"):
         with registry.force(route):
-            assert sparse_attention(*arguments(case)).is_contiguous()
+            assert sparse_attention(*arguments(case)).transpose(1, 2).is_contiguous()
 
 
 def test_compiles_once_for_all_history_lengths():

@@ -4,15 +4,22 @@ import torch
 from expecttest import assert_expected_inline
 from torch.nn import functional as F
 
-from lipass.kernels import pieces
+from lipass.kernels import calibration, prepare
+from lipass.kernels.calibration import Form, Rates
 
 TEXT = "canonicalize,find-attention,attend-pieces"
+
+
+NO_KERNEL = prepare()
+pytestmark = pytest.mark.skipif(bool(NO_KERNEL), reason=NO_KERNEL)
+SLOW, FAST = Form(1.0, 1e3, 1e3), Form(0.0, 1e9, 1e9)
 
 
 @pytest.fixture(autouse=True)
 def _pays(monkeypatch):
     """Let no case depend on how fast this machine is."""
-    monkeypatch.setattr(pieces, "why_joined", lambda *sizes: None)
+    rates = Rates(joined=SLOW, apart=FAST, sparse=FAST)
+    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: rates)
 
 
 def heads(*tokens, dim=8, heads=2):
@@ -93,10 +100,11 @@ def test_near_misses_stay_as_they_are(fn, message, trace, apply):
 
 
 def test_what_is_faster_joined_stays_joined(trace, apply, monkeypatch):
-    monkeypatch.setattr(pieces, "why_joined", lambda *sizes: "predicted 2.00 ms vs 1.00 ms")
+    rates = Rates(joined=FAST, apart=SLOW, sparse=SLOW)
+    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: rates)
     records, _ = apply(trace(attend, heads(4, 6, 4)), TEXT)
     assert not records[-1].changed
-    assert reasons(records) == ["predicted 2.00 ms vs 1.00 ms"]
+    assert reasons(records) == ["predicted 21.48 ms in pieces vs 0.00 ms joined"]
 
 
 def test_sparse_sites_are_left_alone(mini, inputs, trace, apply):

@@ -1,0 +1,180 @@
+"""Measure what this CPU does with each form of attention: the constants of the cost gate.
+
+Every form is timed at five sizes, on keys laid out as models pass them; a line through the times
+gives its fixed cost, its rate and its bandwidth. A second at most, once per machine,
+dtype, head dim and number of threads: later processes read the result from the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lipass.kernels import dense
+from lipass.kernels.block_sparse import gather, native
+from lipass.kernels.formulas import work_of
+from lipass.kernels.plan import BlockGrid, KvLayout
+from lipass.kernels.planning import plan_attention
+from lipass.kernels.select.api import selected_blocks
+
+log = logging.getLogger(__name__)
+
+_HEADS = 3
+_TEXT_TOKENS = 32
+_ROUNDS = 12
+# History and current latents of 8 x 8 tokens, budget: many and few of queries, keys and visits.
+_CASES = ((2, 1, 0.5), (40, 1, 0.1), (8, 4, 0.9), (28, 4, 0.3), (12, 12, 0.6))
+
+
+class Form(NamedTuple):
+    """What one form of attention costs: `fixed + flops / rate + bytes / bandwidth`."""
+
+    fixed_ms: float
+    flops_per_ms: float
+    bytes_per_ms: float
+
+
+class Rates(NamedTuple):
+    """What one device does with one dtype."""
+
+    joined: Form
+    """SDPA over joined keys."""
+    apart: Form | None
+    """The compiled kernel over all blocks where they lie; None where it is not built."""
+    sparse: Form
+    """The block-sparse kernel, planning included."""
+
+
+def cpu_rates(dtype: torch.dtype, dim: int, threads: int) -> Rates:
+    """Return the constants of this CPU, from the cache or measured now.
+
+    Args:
+        dtype: of queries, keys and values.
+        dim: head dim.
+        threads: as many as torch uses.
+    """
+    return _rates(dtype, dim, threads, native.why_not_loaded() is None)
+
+
+@functools.lru_cache(maxsize=64)
+def _rates(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Rates:
+    path = _cache_path(dtype, dim, threads, compiled)
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        stored = json.loads(path.read_text())
+        return Rates(*(None if form is None else Form(*form) for form in stored))
+    rates = measure(dtype, dim, compiled)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{time.time_ns()}")
+        part.write_text(json.dumps(rates))
+        part.replace(path)
+    except OSError as error:
+        log.warning("the constants of the cost gate could not be kept: %s", error)
+    return rates
+
+
+def measure(dtype: torch.dtype, dim: int, compiled: bool) -> Rates:
+    """Time every form on this CPU with the current number of threads."""
+    names = ("joined", "apart", "sparse") if compiled else ("joined", "sparse")
+    work: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    times_ms: dict[str, list[float]] = {name: [] for name in names}
+    with torch.inference_mode(False), torch.no_grad():
+        for history, current, budget in _CASES:
+            case = _Case(history, current, budget, dtype, dim)
+            best = _best_ms([functools.partial(case.run, name, compiled) for name in names])
+            for name, ms in zip(names, best, strict=True):
+                work[name].append(case.work(name, compiled))
+                times_ms[name].append(ms)
+    forms = {name: _fit(work[name], times_ms[name]) for name in names}
+    return Rates(forms["joined"], forms.get("apart"), forms["sparse"])
+
+
+class _Case:
+    """One call of decode, in every form."""
+
+    def __init__(
+        self, history: int, current: int, budget: float, dtype: torch.dtype, dim: int
+    ) -> None:
+        grids = ((1, 1, _TEXT_TOKENS), (history, 8, 8), (current, 8, 8))
+        self.layout = KvLayout.build(("text", "history", "current"), grids, (1, 8, 8))
+        self.q_grid = BlockGrid(grids[-1], (1, 8, 8))
+        self.budget, self.scale = budget, dim**-0.5
+        tokens = [segment.grid.tokens for segment in self.layout.segments]
+
+        def draw(length: int) -> Tensor:
+            return torch.randn(1, length, _HEADS, dim).to(dtype).transpose(1, 2)
+
+        self.q = draw(tokens[-1])
+        self.k, self.v = [draw(n) for n in tokens], [draw(n) for n in tokens]
+
+    def work(self, form: str, compiled: bool) -> tuple[float, float]:
+        """Count its FLOPs and bytes."""
+        visited = selected_blocks(self.layout, self.q_grid, self.budget, "decode", 0)
+        rows, number_bytes = _HEADS * self.q.shape[3], self.q.element_size()
+        return work_of(rows, number_bytes, self.layout, self.q_grid, form, visited, compiled)
+
+    def run(self, form: str, compiled: bool) -> None:
+        """Attend once."""
+        if form == "joined":
+            dense.attend_joined(self.q, self.k, self.v, self.scale)
+            return
+        if form == "apart":
+            dense.attend_apart(self.q, self.k, self.v, self.scale)
+            return
+        plan = plan_attention(
+            self.q, self.k, self.layout, self.q_grid, budget=self.budget, scale=self.scale,
+            role="decode", sink_latents=0,
+        )  # fmt: skip
+        (native if compiled else gather).block_sparse_attention(
+            self.q, self.k, self.v, plan, scale=self.scale, key_bias=None
+        )
+
+
+def _best_ms(calls: list[Callable[[], object]]) -> list[float]:
+    """Time calls in turns, so that all see the same machine; the best of each."""
+    best = [float("inf")] * len(calls)
+    for _ in range(_ROUNDS):
+        for n, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[n] = min(best[n], time.perf_counter() - start)
+    return [max(seconds, 1e-9) * 1e3 for seconds in best]
+
+
+def _fit(work: list[tuple[float, float]], times_ms: list[float]) -> Form:
+    """Draw the line with the least relative error; what would count negative costs nothing."""
+    ms = torch.tensor(times_ms, dtype=torch.float64)
+    table = torch.tensor([(1.0, *row) for row in work], dtype=torch.float64) / ms[:, None]
+    unit = table.abs().amax(0).clamp_min(1e-30)
+    kept = [n for n in range(3) if table[:, n].abs().max() > 0]
+    while True:
+        part = (table / unit)[:, kept]
+        found = torch.linalg.lstsq(part, torch.ones(len(ms), 1, dtype=torch.float64)).solution
+        values = dict(zip(kept, (found[:, 0] / unit[kept]).tolist(), strict=True))
+        if min(values.values()) >= 0 or len(kept) == 1:
+            break
+        kept.remove(min(values, key=lambda n: values[n] * float(unit[n])))
+    fixed, per_flop, per_byte = (max(values.get(n, 0.0), 0.0) for n in range(3))
+    infinite = float("inf")
+    return Form(
+        fixed, 1 / per_flop if per_flop else infinite, 1 / per_byte if per_byte else infinite
+    )
+
+
+def _cache_path(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Path:
+    """Name the file by all that the constants depend on."""
+    parts = [native.machine(), str(dtype), str(dim), str(threads), str(compiled)]
+    for module in (__file__, gather.__file__):
+        parts.append(hashlib.sha256(Path(str(module)).read_bytes()).hexdigest())
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return native.cache_folder() / f"rates_{key}.json"
