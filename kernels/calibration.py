@@ -70,8 +70,8 @@ def cpu_rates(dtype: torch.dtype, dim: int, threads: int) -> Rates:
 def _rates(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Rates:
     path = _cache_path(dtype, dim, threads, compiled)
     with contextlib.suppress(OSError, ValueError, TypeError):
-        stored = json.loads(path.read_text())
-        return Rates(*(None if form is None else Form(*form) for form in stored))
+        joined, apart, sparse = json.loads(path.read_text())
+        return Rates(Form(*joined), None if apart is None else Form(*apart), Form(*sparse))
     rates = measure(dtype, dim, compiled)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def _sparse_attention(
     Raises:
         ValueError: if the segments do not fit their grids or an option is out of range.
     """
-    layout, grid = _layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
+    layout, grid = resolve_layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
     site = registry.site_of_call(site)
     total = q.shape[0] * q.shape[1] * grid.blocks * layout.blocks
     call = _Call(q, k, v, grid, layout, budget, scale, sink_latents, role, keep_frames, site)
@@ -241,9 +241,10 @@ def _attend_own_frame(call: _Call, lost: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _layout(
+def resolve_layout(
     q_grid: tuple[int, ...], kv_grids: tuple[int, ...], roles: str, tile: tuple[int, ...]
 ) -> tuple[KvLayout, BlockGrid]:
+    """Build the layout of keys and the grid of queries that arguments of the operator spell."""
     names = tuple(name.strip() for name in roles.split(","))
     if len(kv_grids) != 3 * len(names):
         raise ValueError(

@@ -16,6 +16,7 @@ import torch.fx
 import lipass.kernels.ops  # noqa: F401
 from lipass import kernels, session
 from lipass.config import Config
+from lipass.dense_twin import DenseTwin, pipeline_of_twin
 from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates
@@ -43,11 +44,13 @@ class CompiledUnit:
     Attributes:
         region: name under which the session stores the outputs of a graph that is one denoising
             step; None for other graphs, which always compute.
+        twin: what runs instead where nothing is left out; None where nothing ever is.
     """
 
     def __init__(self, compiled: Compiled, region: str | None = None) -> None:
         self.compiled = compiled
         self.region = region
+        self.twin: DenseTwin | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph, or answer from what is stored."""
@@ -62,6 +65,10 @@ class CompiledUnit:
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
         chunk = session.current_chunk()
+        if self.twin is not None and chunk is not None:
+            reason = self.twin.why_dense(chunk)
+            if reason is not None:
+                return self.twin.run(args, chunk, reason)
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(registry.one_call())
             if chunk is None:
@@ -87,6 +94,8 @@ def compile_unit(
     """
     begin = time.perf_counter()
     ctx = PassContext.of(gm.graph)
+    twin_passes = pipeline_of_twin(pipeline)
+    untouched = None if twin_passes is None else _copy(gm)
     try:
         records = runner.run_pipeline(pipeline, gm, ctx)
     except PassError as error:
@@ -107,6 +116,10 @@ def compile_unit(
         _refuse_dense(found, pipeline, ctx.notes)
     _prepare_kernels(gm)
     compiled = _compile(gm, example_inputs, inner_compile)
+    if twin_passes is not None and untouched is not None and isinstance(compiled, CompiledUnit):
+        runner.run_pipeline(twin_passes, untouched, PassContext.of(untouched.graph))
+        twin = _compile(untouched, example_inputs, inner_compile)
+        compiled.twin = DenseTwin(getattr(twin, "compiled", twin), gm)
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
     return compiled
 
@@ -121,6 +134,12 @@ def _compile(
     if _has_operators(gm):
         return CompiledUnit(inner_compile(gm, example_inputs))
     return inner_compile(gm, example_inputs)
+
+
+def _copy(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return torch.fx.GraphModule(gm, graph)
 
 
 def _has_operators(gm: torch.fx.GraphModule) -> bool:

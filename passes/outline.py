@@ -68,7 +68,6 @@ def put_calls(graph: Graph, regions: list[Region], body: Body, call: Call) -> No
     replaced: dict[Node, Node] = {}
     for i, region in enumerate(regions):
         args = [replaced.get(column[i], column[i]) for column in body.columns]
-        inside = set(region.nodes)
         with graph.inserting_before(region.nodes[-1].next):
             made = call(i, args)
             made.meta["example_value"] = tuple(value(region.nodes[p]) for p in body.positions)
@@ -76,10 +75,15 @@ def put_calls(graph: Graph, regions: list[Region], body: Body, call: Call) -> No
                 node = region.nodes[position]
                 result = graph.call_function(operator.getitem, (made, n))
                 result.meta["example_value"] = value(node)
-                node.replace_all_uses_with(result, lambda user, inside=inside: user not in inside)
+                _replace_outside(region, node, result)
                 replaced[node] = result
         for node in reversed(region.nodes):
             graph.erase_node(node)
+
+
+def _replace_outside(region: Region, node: Node, result: Node) -> None:
+    inside = set(region.nodes)
+    node.replace_all_uses_with(result, lambda user: user not in inside)
 
 
 def to_module(region: Region, outputs: list[int]) -> GraphModule:

@@ -158,8 +158,10 @@ def _outline(graph: Graph, family: str, regions: list[Region], ctx: PassContext)
     identifier = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def call(index: int, args: list[Node]) -> Node:
-        given = (graph.get_attr(name), identifier, *args)
-        made = graph.create_node("call_function", invoke_subgraph, given, name=f"{name}_call")
+        body_node = graph.get_attr(name)
+        made = graph.create_node(
+            "call_function", invoke_subgraph, (body_node, identifier, *args), name=f"{name}_call"
+        )
         last = regions[index].nodes[-1]
         for key in {"nn_module_stack", "stack_trace"} & last.meta.keys():
             made.meta[key] = last.meta[key]

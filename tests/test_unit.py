@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lipass
+from lipass.dense_twin import DenseTwin
 from lipass.kernels import registry
 from lipass.receipt import current_report, reset_report
 from lipass.unit import CompiledUnit
@@ -204,7 +205,8 @@ def test_steps_of_an_unrolled_loop_are_compiled_once(model, monkeypatch):
         return gm.forward
 
     monkeypatch.setattr("lipass.backend.inner_compile", count)
-    fast = torch.compile(unrolled(model), backend="light_interaction", options=OPTIONS)
+    options = {"preset": "cache", "inner": "eager"}
+    fast = torch.compile(unrolled(model), backend="light_interaction", options=options)
     with torch.no_grad():
         fast(X, *CACHE)
     assert len(seen) == 1
@@ -219,6 +221,8 @@ def test_unrolled_loop_compiles_once_for_all_lengths(model):
 
 
 def test_chunks_that_stay_dense_are_forced_dense(model, monkeypatch):
+    # Another session's mask is in the graph, so that no twin may run.
+    monkeypatch.setattr(DenseTwin, "why_dense", lambda twin, chunk: None)
     fast = compiled(model, **{"sparse.budget": 0.3})
     routes = []
     force = registry.force

@@ -98,18 +98,15 @@ def _predict(node: torch.fx.Node) -> SitePrediction:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from lipass.kernels import cost, registry
-    from lipass.kernels.plan import BlockGrid, KvLayout
+    from lipass.kernels.ops import resolve_layout
     from lipass.kernels.select.api import selected_blocks
     from lipass.passes.compat import hint, value
 
     args: tuple[Any, ...] = node.args
     q, _, _, q_sizes, kv_sizes, roles, tile, budget, _, sink, role, keep, _ = args
-    query, volume = value(q), tuple(tile)
-    sizes = [hint(value(size)) for size in kv_sizes]
-    triples = tuple(zip(sizes[0::3], sizes[1::3], sizes[2::3], strict=True))
-    layout = KvLayout.build(tuple(roles.split(",")), triples, volume[:3])
-    t, y, x = (hint(value(size)) for size in q_sizes)
-    grid = BlockGrid((t, y, x), volume[-3:])
+    query = value(q)
+    q_grid, kv_grids = (tuple(hint(value(n)) for n in sizes) for sizes in (q_sizes, kv_sizes))
+    layout, grid = resolve_layout(q_grid, kv_grids, roles, tuple(tile))
     width = selected_blocks(layout, grid, budget, role, sink)
     dense = ""
     if budget >= 1.0:
