@@ -12,7 +12,7 @@ TEXT, CONTEXT, CHUNK, ROWS, COLUMNS = 512, 16, 4, 22, 40
 
 
 class Block(nn.Module):
-    """Attend to text, history and the chunk itself, then an MLP; a row of modulation a latent."""
+    """Attend to text, history and the chunk itself, then an MLP; a row of modulation a token."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -24,8 +24,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, rows: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Take tokens `[B, L, width]` and keys and values `[B, H, L, D]` of text and history."""
-        modulation = self.modulation(F.silu(rows)).repeat_interleave(ROWS * COLUMNS, 1)
+        """Take tokens `[B, L, width]`, a row each, keys and values `[B, H, L, D]` behind them."""
+        modulation = self.modulation(F.silu(rows))
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -53,7 +53,8 @@ class World(nn.Module):
         """Take noise levels `[B, T]`, cameras `[B, context + T, 4, 4]` and keys and values."""
         b, _, t, y, x = latents.shape
         own = self.camera(w2c[:, -t:, :3].flatten(2))
-        rows = own + self.level(sigma[..., None])
+        # one row a token, as released models have it; the hoist-rows pass makes it one a latent
+        rows = (own + self.level(sigma[..., None])).repeat_interleave(y * x, 1)
         h = self.embed(latents.permute(0, 2, 3, 4, 1)).flatten(1, 3)
         for block, (text_k, text_v, k, v) in zip(self.blocks, cache, strict=True):
             h = block(h, rows, [text_k, k], [text_v, v])

@@ -36,7 +36,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "token_grid": None,
         "dense_layers": (),
         "dense_chunks": 0,
-        # Contexts of 8 latents chosen by view lose 2 to 10 dB at budget 0.3 (examples, explored).
+        # What poses have chosen is not thinned a second time; DESIGN.md has what that costs.
         "dense_latents": 10,
     },
     "steps": {

@@ -35,6 +35,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "find-attention": _load("find_attention", "FindAttention"),
     "find-poses": _load("find_poses", "FindPoses"),
     "find-steps": _load("find_steps", "FindSteps"),
+    "hoist-rows": _load("hoist_rows", "HoistRows"),
     "prune-context": _load("prune_context", "PruneContext"),
     "sparse-attention": _load("sparse_attention", "SparseAttention"),
     "attend-pieces": _load("attend_pieces", "AttendPieces"),
@@ -67,13 +68,15 @@ def registered() -> dict[str, Callable[[], type[Pass]]]:
 FACTS = "canonicalize,find-attention,find-poses,find-steps"
 """Passes that find out what a graph holds, without changing what it computes."""
 
+_EXACT = f"{FACTS},hoist-rows"
+
 PIPELINES: dict[str, str] = {
     "off": "",
-    "exact": f"{FACTS},attend-pieces,share-blocks",
-    "context": f"{FACTS},prune-context,attend-pieces,share-blocks",
-    "sparse": f"{FACTS},sparse-attention,attend-pieces,share-blocks",
-    "cache": f"{FACTS},attend-pieces,guard-steps,share-blocks",
-    "all": f"{FACTS},prune-context,sparse-attention,attend-pieces,guard-steps,share-blocks",
-    "reference": f"{FACTS},prune-context,sparse-attention,attend-pieces,guard-steps,share-blocks",
+    "exact": f"{_EXACT},attend-pieces,share-blocks",
+    "context": f"{_EXACT},prune-context,attend-pieces,share-blocks",
+    "sparse": f"{_EXACT},sparse-attention,attend-pieces,share-blocks",
+    "cache": f"{_EXACT},attend-pieces,guard-steps,share-blocks",
+    "all": f"{_EXACT},prune-context,sparse-attention,attend-pieces,guard-steps,share-blocks",
+    "reference": f"{_EXACT},prune-context,sparse-attention,attend-pieces,guard-steps,share-blocks",
 }
 """Preset name to pipeline text."""

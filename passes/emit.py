@@ -38,6 +38,18 @@ class Emitter:
             node = self.before.graph.call_method(name, (tensor, *args))
         return self._describe(node, lambda given, _: getattr(given[0], name)(*given[1:]))
 
+    def like(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """Insert the call of another node with other arguments."""
+        with self.before.graph.inserting_before(self.before):
+            made = self.before.graph.create_node(node.op, node.target, args, kwargs)
+        if node.op == "call_method":
+            name = str(node.target)
+            return self._describe(
+                made, lambda given, named: getattr(given[0], name)(*given[1:], **named)
+            )
+        target: Any = node.target
+        return self._describe(made, lambda given, named: target(*given, **named))
+
     def _describe(self, node: Node, run: Callable[..., Any]) -> Node:
         if self.inside:
             for key in {"nn_module_stack", "stack_trace"} & self.before.meta.keys():

@@ -30,8 +30,7 @@ INDUCTOR = "inductor"
 _TILE, _QUERY_TILE = (1, 8, 8), (4, 8, 8)
 # Reusing steps costs this model nothing against the renderer, so looser than the default 0.8.
 _REVISIT_OVERLAP = 0.65
-# Half of the training contexts had no sink, so its place is better given to memory: 5 latents that
-# show the view read 0.5 dB closer to the renderer than the sink and 3.
+# Half of the training contexts had no sink, so its place is better given to memory.
 _SINK_LATENTS, _MEMORY_LATENTS = 0, 5
 _STEPS = 4
 

@@ -28,12 +28,26 @@ def test_every_constant_is_positive(compiled):
 
 
 def test_a_later_process_reads_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(calibration, "_beaten", lambda *kind: False)
     first = calibration.cpu_rates(torch.float32, 16, 1)
     (path,) = tmp_path.rglob("rates_*.json")
     assert Rates(*(form and Form(*form) for form in json.loads(path.read_text()))) == first
     calibration._rates.cache_clear()
     monkeypatch.setattr(calibration, "measure", None)
     assert calibration.cpu_rates(torch.float32, 16, 1) == first
+
+
+def test_constants_that_the_machine_beats_are_measured_again(monkeypatch, tmp_path):
+    slow, fast = Form(1e6, 1.0, 1.0), Form(0.0, 1e12, 1e12)
+    results = [Rates(slow, None, slow), Rates(fast, None, fast)]
+    monkeypatch.setattr(calibration, "measure", lambda *kind: results.pop(0))
+    monkeypatch.setattr(calibration.native, "why_not_loaded", lambda: "no compiler")
+    expected = results[1]
+    calibration.cpu_rates(torch.float32, 16, 1)
+    calibration._rates.cache_clear()
+    assert calibration.cpu_rates(torch.float32, 16, 1) == expected
+    calibration._rates.cache_clear()
+    assert calibration.cpu_rates(torch.float32, 16, 1) == expected
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", "[1]", "{}"])
