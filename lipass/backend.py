@@ -61,13 +61,16 @@ def inner_compile(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: st
 def pipeline_of(config: Config) -> PassPipeline:
     """Build the passes of a config: its own pipeline, or those that its sections ask for."""
     from lipass.passes import PIPELINES
-    from lipass.passes.core import PassPipeline
+    from lipass.passes.core import PassPipeline, pass_class
 
     text = config.pipeline
     if text is None:
         off = {name for name, section in _sections(config).items() if section is None}
         text = ",".join(name for name in PIPELINES["all"].split(",") if name not in off)
-    return PassPipeline.parse(text, _pass_options(config))
+    pipeline = PassPipeline.parse(text, _pass_options(config))
+    for name in config.disable:
+        pass_class(name)  # raises for a name that is none
+    return PassPipeline(tuple(one for one in pipeline if one.name not in config.disable))
 
 
 def _sections(config: Config) -> dict[str, object]:

@@ -226,6 +226,7 @@ class Config:
             1.0, on small random inputs while the graph is compiled; what differs is kept. "off"
             trusts the matchers.
         pipeline: text of the pass pipeline; None takes the preset's.
+        disable: names of passes to leave out of the pipeline.
         context, sparse, steps: options of the three approximations; None is off.
     """
 
@@ -234,6 +235,7 @@ class Config:
     strict: bool
     verify: str
     pipeline: str | None
+    disable: tuple[str, ...]
     context: ContextOptions | None
     sparse: SparseOptions | None
     steps: StepOptions | None
@@ -303,7 +305,7 @@ class Config:
 
     def to_options(self) -> dict[str, Any]:
         """Give the flat options that `resolve(None, ...)` turns back into this Config."""
-        names = ("preset", "inner", "strict", "verify")
+        names = ("preset", "inner", "strict", "verify", "disable")
         flat: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.pipeline is not None:
             flat["pipeline"] = self.pipeline
@@ -335,6 +337,7 @@ _FIELD_KINDS: dict[str, Any] = {
     "strict": bool,
     "verify": str,
     "pipeline": str,
+    "disable": "tuple[str, ...]",
     **{
         f"{name}.{field.name}": field.type
         for name, kind in _SECTION_TYPES.items()
@@ -386,6 +389,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         "tuple[int, int] | None": value is None or (ints and len(value) == 2),
         "tuple[int, ...]": ints,
         "str | tuple[int, ...]": isinstance(value, str) or ints,
+        "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(x, str) for x in value),
     }
     if not accepts[kind]:
         raise TypeError(f"option {key!r} must be {kind}, got {value!r}; pass a value of that kind")

@@ -84,7 +84,13 @@ REFERENCE: dict[str, dict[str, Any]] = {
     },
 }
 
-_TOP: dict[str, Any] = {"inner": "inductor", "strict": False, "verify": "first", "pipeline": None}
+_TOP: dict[str, Any] = {
+    "inner": "inductor",
+    "strict": False,
+    "verify": "first",
+    "pipeline": None,
+    "disable": (),
+}
 _OFF: dict[str, Any] = {"context": None, "sparse": None, "steps": None}
 
 PRESETS: dict[str, dict[str, Any]] = {

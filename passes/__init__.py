@@ -36,6 +36,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "find-poses": _load("find_poses", "FindPoses"),
     "find-steps": _load("find_steps", "FindSteps"),
     "hoist-rows": _load("hoist_rows", "HoistRows"),
+    "hoist-steps": _load("hoist_steps", "HoistSteps"),
     "prune-context": _load("prune_context", "PruneContext"),
     "sparse-attention": _load("sparse_attention", "SparseAttention"),
     "attend-pieces": _load("attend_pieces", "AttendPieces"),
@@ -68,7 +69,7 @@ def registered() -> dict[str, Callable[[], type[Pass]]]:
 FACTS = "canonicalize,find-attention,find-poses,find-steps"
 """Passes that find out what a graph holds, without changing what it computes."""
 
-_EXACT = f"{FACTS},hoist-rows"
+_EXACT = f"{FACTS},hoist-rows,hoist-steps"
 
 PIPELINES: dict[str, str] = {
     "off": "",

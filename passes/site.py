@@ -119,6 +119,11 @@ def set_step(node: torch.fx.Node, step: Step) -> None:
     node.meta[_STEP] = step
 
 
+def clear_step(node: torch.fx.Node) -> None:
+    """Take a node out of its step; it then runs in front of the loop."""
+    node.meta.pop(_STEP, None)
+
+
 def region_name(node: torch.fx.Node) -> str | None:
     """Return the name of the guarded region that a node stands for, if any.
 

@@ -140,19 +140,19 @@ def test_inner_compiler_gets_the_graph():
     assert inner_compile(gm, [torch.ones(1)], "eager")(torch.ones(1))[0].item() == 2
 
 
-FACTS = ["canonicalize", "find-attention", "find-poses", "find-steps"]
+EXACT = ["canonicalize", "find-attention", "find-poses", "find-steps", "hoist-rows", "hoist-steps"]
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"preset": "exact"}, FACTS),
-        ({"preset": "context"}, [*FACTS, "prune-context"]),
-        ({"preset": "sparse"}, [*FACTS, "sparse-attention"]),
-        ({"preset": "cache"}, [*FACTS, "guard-steps"]),
-        ({"preset": "all"}, [*FACTS, "prune-context", "sparse-attention", "guard-steps"]),
-        ({"preset": "all", "sparse": False}, [*FACTS, "prune-context", "guard-steps"]),
-        ({"preset": "sparse", "context": True}, [*FACTS, "prune-context", "sparse-attention"]),
+        ({"preset": "exact"}, EXACT),
+        ({"preset": "context"}, [*EXACT, "prune-context"]),
+        ({"preset": "sparse"}, [*EXACT, "sparse-attention"]),
+        ({"preset": "cache"}, [*EXACT, "guard-steps"]),
+        ({"preset": "all"}, [*EXACT, "prune-context", "sparse-attention", "guard-steps"]),
+        ({"preset": "all", "sparse": False}, [*EXACT, "prune-context", "guard-steps"]),
+        ({"preset": "sparse", "context": True}, [*EXACT, "prune-context", "sparse-attention"]),
         ({"pipeline": "canonicalize"}, ["canonicalize"]),
     ],
 )
@@ -185,7 +185,7 @@ def test_options_reach_the_passes():
         },
     )
     assert str(pipeline_of(config)) == (
-        "canonicalize,find-attention{token_grid=8x8},find-poses,find-steps,"
+        "canonicalize,find-attention{token_grid=8x8},find-poses,find-steps,hoist-rows,hoist-steps,"
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
         "budget_decode=0.2 sink_latents=2 dense_layers=0},attend-pieces,guard-steps,"
@@ -208,6 +208,25 @@ def test_options_reach_the_passes():
 def test_verify_reaches_the_passes_that_match(options, expected):
     text = str(pipeline_of(Config.resolve("exact", options)))
     assert text.startswith(expected)
+
+
+def test_any_pass_can_be_left_out_by_name():
+    every = [one.name for one in pipeline_of(Config.resolve("all"))]
+    for name in ("share-blocks", "attend-pieces", "hoist-rows"):
+        left = [one.name for one in pipeline_of(Config.resolve("all", {"disable": [name]}))]
+        assert left == [one for one in every if one != name]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["share-block"], "did you mean 'share-blocks'"),
+        (["find-attention"], "needs find-attention in front of it"),
+    ],
+)
+def test_passes_that_cannot_be_left_out_are_named(names, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline_of(Config.resolve("all", {"disable": names}))
 
 
 def test_pipeline_text_beats_options():
