@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lipass.passes.compat import known_true, value
-from lipass.passes.match import Refusal, is_call
+from lipass.passes.match import Refusal, is_call, mutates
 from lipass.passes.products import View
 from lipass.passes.softmax_attention import Spelled
 
@@ -31,6 +31,11 @@ _PLAIN = {
     "v_descale": (None,),
 }
 """Arguments of flash_attn by which it is more than plain attention, and values that avoid it."""
+_HARMLESS = {
+    "q", "k", "v", "softmax_scale", "deterministic", "num_splits", "pack_gqa", "sm_margin",
+    "return_softmax", "return_attn_probs", "return_softmax_lse", "return_lse",
+}  # fmt: skip
+"""Arguments that change how or what else is computed, but not the output."""
 
 
 def operator_attention(node: Node) -> Spelled | Refusal | None:
@@ -72,6 +77,8 @@ def _flash(node: Node, name: str) -> Spelled | Refusal:
         if key in given and given[key] not in plain:
             shown = f"%{given[key].name}" if isinstance(given[key], Node) else given[key]
             return Refusal(f"{key} of {name} is {shown}")
+    if unknown := _unknown(node, given):
+        return Refusal(f"{unknown} of {name} is not known to be harmless")
     ranks = [value(given[key]).dim() for key in "qkv"]
     if ranks != [4, 4, 4]:
         return Refusal(f"q, k, v of {name} must be [B, L, H, D], got ranks {ranks}")
@@ -85,6 +92,17 @@ def _flash(node: Node, name: str) -> Spelled | Refusal:
     q, k, v = (View(given[key], axes).source() for key in "qkv")
     scale = float(value(given["q"]).shape[3] ** -0.5 if scale is None else scale)
     return Spelled(root, q, k, v, axes, scale, name, opaque=True)
+
+
+def _unknown(node: Node, given: dict[str, Any]) -> str | None:
+    """Return an argument that no list here names and that is not at its default."""
+    for argument in _schema(node).arguments:
+        key = argument.name
+        if key in _HARMLESS or key in _PLAIN or given[key] is None:
+            continue
+        if not argument.has_default_value() or given[key] != argument.default_value:
+            return str(key)
+    return None
 
 
 def _only_output(node: Node) -> Node | Refusal:
@@ -136,6 +154,8 @@ def _returns_true(node: Node, function: Any) -> bool:
     """Whether a mask function returns a constant that lets everything pass."""
     body = _body(node, function)
     if body is None:
+        return False
+    if any(mutates(one) for one in body.graph.nodes):
         return False
     outputs = body.graph.output_node().all_input_nodes
     return [out.target for out in outputs] in (["new_ones"], [torch.ones])

@@ -12,7 +12,7 @@ from torch.fx import Node
 from lipass.passes.compat import known_true, value
 from lipass.passes.core import PassContext
 from lipass.passes.emit import Emitter
-from lipass.passes.match import is_call, storage, writes_between
+from lipass.passes.match import is_call, memory_written, storage, writes_between
 from lipass.passes.products import View
 from lipass.passes.site import set_pieces
 
@@ -42,7 +42,8 @@ def cut_cache(call: Node, ctx: PassContext) -> None:
     The views are inserted beside the call, which stays as it is; nobody reads them unless a pass
     takes the pieces.
 
-    Keeps: caches that are written to again in between, or at more than one axis.
+    Keeps: caches that are written to again in between, or at more than one axis; reads that begin
+    where the write does, or behind.
     """
     filled = [_filled(call.args[i], call) for i in (1, 2)]
     if any(one is None for one in filled):
@@ -74,7 +75,7 @@ def _filled(keys: object, call: Node) -> _Filled | None:
     earlier = [
         n
         for n in writes_between(next(iter(call.graph.nodes)), call)
-        if storage(value(n.args[0])) == memory
+        if memory in memory_written(n)
     ]
     if memory is None or not earlier:
         return None
@@ -85,6 +86,8 @@ def _filled(keys: object, call: Node) -> _Filled | None:
     _, written_axis, middle, end = place
     if written_axis != axis or not _same(end, stop) or _order(write) > _order(view.node):
         return None
+    if not known_true(_size(start) < _size(middle)):
+        return None
     tokens = _size(end) - _size(middle)
     shape = value(written).shape
     expected = [tokens if i == axis else n for i, n in enumerate(value(cache).shape)]
@@ -93,7 +96,7 @@ def _filled(keys: object, call: Node) -> _Filled | None:
     if not all(known_true(a == b) for a, b in zip(shape, expected, strict=True)):
         return None
     made = storage(value(written))
-    if any(storage(value(n.args[0])) == made for n in writes_between(write, call)):
+    if any(made in memory_written(n) for n in writes_between(write, call)):
         return None
     return _Filled(cache, axis, start, middle, written, view.axes)
 

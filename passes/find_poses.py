@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes.compat import Size, guard, holds_now, value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.match import Refusal, is_matrices, mutates, storage
+from lipass.passes.match import Refusal, is_matrices, memory_written, storage
 from lipass.passes.site import AttentionSite, PoseInput, set_poses, sites
 
 
@@ -66,7 +66,7 @@ def _refused(fact: PoseInput | Refusal) -> bool:
 
 def _fit(node: Node, graph: Graph) -> PoseInput | Refusal:
     """Check the number of cameras against the grids of the sites."""
-    if any(mutates(n) and storage(value(n.args[0])) == storage(value(node)) for n in graph.nodes):
+    if any(storage(value(node)) in memory_written(n) for n in graph.nodes):
         return Refusal("it is written to")
     cameras: Size = value(node).shape[1]
     found = [site for _, site in sites(graph) if site.role in ("prefill", "decode")]

@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 from lipass.passes.compat import value
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.emit import Emitter
-from lipass.passes.match import mutates, storage
+from lipass.passes.match import memory_written, storage
 from lipass.passes.repeats import Moved, Repeat, moved, repeat_of
 from lipass.passes.site import module_path
 
@@ -83,7 +83,7 @@ def _written(node: Node, calls: dict[Node, Moved]) -> str | None:
     memory = {storage(value(one)) for one in (node, *calls)} - {None}
     current = node.next
     while current.op != "output":
-        if mutates(current) and storage(value(current.args[0])) in memory:
+        if memory_written(current) & memory:
             return f"%{current.name} writes to the repeated rows"
         current = current.next
     return None

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes.compat import value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.match import mutates, storage, writes_between
+from lipass.passes.match import memory_written, mutates, storage, writes_between
 from lipass.passes.region import Region, difference, impurity, region_of
 from lipass.passes.site import clear_step, site_of, step_of
 
@@ -100,10 +100,10 @@ def _alike(regions: list[Region]) -> list[int]:
     return found
 
 
-def _written(first: Node, last: Node) -> set[int | None]:
+def _written(first: Node, last: Node) -> set[int]:
     """Collect the memory that is written to while the loop runs."""
-    writers = [*writes_between(first, last), *(n for n in (first, last) if mutates(n))]
-    return {storage(value(node.args[0])) for node in writers} - {None}
+    writers = (*writes_between(first, last), first, last)
+    return {at for node in writers for at in memory_written(node)}
 
 
 def _worth_it(region: Region, positions: list[int]) -> list[int]:

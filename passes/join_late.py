@@ -10,7 +10,7 @@ from torch.fx import Node
 from lipass.passes.compat import Size, guard, known_true, value
 from lipass.passes.core import PassContext
 from lipass.passes.emit import Emitter
-from lipass.passes.match import is_call, storage, writes_between
+from lipass.passes.match import is_call, memory_written, storage, writes_between
 from lipass.passes.products import moved_axes
 
 _CASTS = {"to", "type_as", "float", "half", "bfloat16", "double"}
@@ -144,4 +144,4 @@ def _is_unwritten(joined: Node, call: Node) -> bool:
     for above in joined.all_input_nodes:
         memory.update(storage(value(x)) for x in above.all_input_nodes)
     first = min((joined, *joined.all_input_nodes), key=list(joined.graph.nodes).index)
-    return not any(storage(value(n.args[0])) in memory for n in writes_between(first, call))
+    return not any(memory_written(n) & memory for n in writes_between(first, call))

@@ -6,10 +6,13 @@ import heapq
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx
+import torch.utils._pytree as pytree
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from lipass.passes.compat import Size, guard, is_parameter, known_true, value, without_vmap
 from lipass.passes.site import pieces_of
@@ -120,7 +123,7 @@ def _written_late(call: Node, tensors: tuple[Node, ...]) -> str | None:
     memory = {storage(value(tensor)) for tensor in tensors}
     since = same_values(tensors[0])
     for node in writes_between(since, call):
-        if storage(value(node.args[0])) in memory:
+        if memory_written(node) & memory:
             return f"%{node.name} writes to its keys or values in place"
     return None
 
@@ -229,19 +232,53 @@ def has_effect(node: Node) -> bool:
 
 def mutates(node: Node) -> bool:
     """Whether a node writes to one of its inputs."""
+    return bool(_written(node))
+
+
+def memory_written(node: Node) -> set[int]:
+    """Return the identities of the memory that a node writes to; see `storage`."""
+    tensors: list[object] = []
+    for argument in _written(node):
+        map_arg(argument, lambda one: tensors.extend(pytree.tree_leaves(value(one))))
+    return {at for tensor in tensors if (at := storage(tensor)) is not None}
+
+
+def _written(node: Node) -> list[Any]:
+    """Return the arguments that a node writes to."""
     if node.op == "call_method":
-        return _named_in_place(str(node.target))
+        return [node.args[0]] if _named_in_place(str(node.target)) else []
     if node.op != "call_function":
-        return False
+        return []
     if getattr(node.target, "__module__", "") == "_operator":
-        return node.target in _WRITES and isinstance(value(node.args[0]), torch.Tensor)
-    if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    return _named_in_place(getattr(node.target, "__name__", ""))
+        writes = node.target in _WRITES and isinstance(value(node.args[0]), torch.Tensor)
+        return [node.args[0]] if writes else []
+    if node.kwargs.get("out") is not None:
+        return [node.kwargs["out"]]
+    if node.kwargs.get("inplace") is True:
+        return [node.args[0]]
+    schemas = _schemas(node.target)
+    if schemas:
+        found = [one for schema in schemas for one in _written_by_schema(node, schema)]
+        # What is said to write, but not where, may write anywhere.
+        anywhere = [node.all_input_nodes] if any(s.is_mutable for s in schemas) else []
+        return found or anywhere
+    return [node.args[0]] if _named_in_place(getattr(node.target, "__name__", "")) else []
+
+
+def _schemas(target: Any) -> list[Any]:
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name)._schema for name in target.overloads()]
+    schema = getattr(target, "_schema", None)
+    return [] if schema is None else [schema]
+
+
+def _written_by_schema(node: Node, schema: Any) -> Iterator[Any]:
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            if given is not None:
+                yield given
 
 
 def _named_in_place(name: str) -> bool:
-    return name.endswith("_") and not name.startswith("_")
+    return name.endswith("_") and (not name.startswith("_") or name.startswith("_foreach_"))

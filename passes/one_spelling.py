@@ -12,7 +12,7 @@ from lipass.passes.compat import known_true, value
 from lipass.passes.core import PassContext
 from lipass.passes.emit import Emitter
 from lipass.passes.equivalence import Shape, difference
-from lipass.passes.match import SDPA, Refusal, storage, writes_between
+from lipass.passes.match import SDPA, Refusal, memory_written, storage, writes_between
 from lipass.passes.products import View
 from lipass.passes.softmax_attention import Spelled, written_attention
 
@@ -99,7 +99,7 @@ def _before_joining(tensor: Node, root: Node) -> Node | None:
     if not isinstance(above, Node) or value(above).dim() != 4:
         return None
     memory = {storage(value(above)), storage(value(tensor))}
-    if any(storage(value(n.args[0])) in memory for n in writes_between(tensor, root)):
+    if any(memory_written(n) & memory for n in writes_between(tensor, root)):
         return None
     pairs = zip(value(above).shape[2:], value(tensor).shape[1:], strict=True)
     return above if all(known_true(a == b) for a, b in pairs) else None

@@ -148,7 +148,7 @@ def _einsum(node: Node) -> Product | None:
     summed = [label for label in left if label in right and label not in out]
     rows = [label for label in left if label not in right and label in out]
     columns = [label for label in right if label not in left and label in out]
-    if [len(x) for x in (summed, rows, columns)] != [1, 1, 1] or len(batch) != len(out) - 2:
+    if [len(x) for x in (summed, rows, columns)] != [1, 1, 1] or len(batch) != len(left) - 2:
         return None
     order = batch + rows + columns
     return Product(

@@ -12,7 +12,7 @@ import torch.fx
 from torch.fx import Node
 
 from lipass.passes.compat import known_true, value
-from lipass.passes.match import mutates, storage, writes_between
+from lipass.passes.match import memory_written, storage, writes_between
 from lipass.passes.site import without_repeat
 
 _RANDOM = re.compile(
@@ -110,7 +110,7 @@ def impurity(region: Region) -> str | None:
     """
     given = {storage(value(node)) for node in region.inputs} - {None}
     for node in region.nodes:
-        if mutates(node) and storage(value(node.args[0])) in given:
+        if memory_written(node) & given:
             return f"%{node.name} writes to an input"
         name = getattr(node.target, "__name__", str(node.target))
         if _RANDOM.match(name) and _is_active(node):

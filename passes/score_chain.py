@@ -86,6 +86,8 @@ def _step(node: Node, chain: Chain) -> Node | None:
     if _is_softmax(node):
         if chain.softmax is not None:
             chain.refuse("its softmax is applied twice")
+        if chain.activation is not None:
+            chain.refuse(f"%{chain.activation.name} changes its weights")
         chain.softmax = chain.softmax or node
         rank, axis = value(node).dim(), _argument(node, 1, "dim")
         if not isinstance(axis, int) or axis % rank != rank - 1:
@@ -124,6 +126,8 @@ def _note_scale(node: Node, above: Node, what: str, chain: Chain) -> None:
         chain.refuse(f"%{node.name} changes its {what}")
     elif chain.softmax is None:
         chain.refuse(f"%{node.name} scales its weights behind the softmax")
+    elif divides and factor == 0:
+        chain.refuse("its scale is infinite")
     else:
         chain.scale = chain.scale / factor if divides else chain.scale * factor
 

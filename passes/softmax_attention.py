@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from lipass.passes.compat import is_parameter, known_true, value
-from lipass.passes.match import Refusal, storage, writes_between
+from lipass.passes.match import Refusal, memory_written, storage, writes_between
 from lipass.passes.products import Product, View, product
 from lipass.passes.score_chain import CASTS, Chain, scores
 
@@ -100,9 +100,12 @@ def _narrowed(q: View, k: View, dtype: torch.dtype) -> tuple[View, View]:
 
 def _before_cast(view: View) -> View:
     node = view.node
-    if node.op == "call_method" and node.target in CASTS and isinstance(node.args[0], Node):
-        return View(node.args[0], view.axes).source()
-    return view
+    if node.op != "call_method" or node.target not in CASTS or not isinstance(node.args[0], Node):
+        return view
+    above, below = value(node.args[0]).dtype, value(node).dtype
+    if torch.promote_types(above, below) != below:
+        return view
+    return View(node.args[0], view.axes).source()
 
 
 def _wrong_layout(view: View, what: str) -> str:
@@ -140,6 +143,6 @@ def _written(root: Node, readers: tuple[Node, ...], views: tuple[View, ...]) -> 
     inputs = {view.node for view in views}
     read = next(node for node in root.graph.nodes if node in readers and node not in inputs)
     for node in writes_between(read, root):
-        if storage(value(node.args[0])) in memory:
+        if memory_written(node) & memory:
             return f"%{node.name} writes to q, k or v between its two products"
     return ""

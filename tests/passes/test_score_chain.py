@@ -46,6 +46,9 @@ def test_what_plain_attention_does_too(walk, weigh):
     ("weigh", "why"),
     [
         (lambda s: F.dropout(s, 0.2).softmax(-1), "dropout is 0.2"),
+        (lambda s: (s / 0).softmax(-1), "its scale is infinite"),
+        (lambda s: s.softmax(-1).sigmoid(), "%sigmoid changes its weights"),
+        (lambda s: s.softmax(-1).tanh(), "%tanh changes its weights"),
         (lambda s: F.dropout(s.softmax(-1)), "dropout is 0.5"),
         (lambda s: s.sub(1).softmax(-1), "%sub adds to its scores"),
         (lambda s: s.softmax(-1) + 1, "%add adds to its weights"),
