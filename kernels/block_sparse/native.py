@@ -1,8 +1,7 @@
 """Attend with a C++ kernel (`native.cpp`), built by `build()` and cached; never on a first frame.
 
 The compiler is called as such: `torch.utils.cpp_extension.load` needs ninja, which neither torch
-nor this project depends on, and waits for ever on the lock of a process that was killed. Building
-takes 10 s on an idle core.
+nor this project depends on, and waits for ever on the lock of a process that was killed.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def build() -> str | None:
 def prepare() -> str:
     """Build or load what runs compiled, before the first frame; return why not, or nothing.
 
-    Building takes 10 s on an idle core, once per machine; later processes load it in 1 ms.
+    Building takes some ten seconds, once per machine; later processes load what was built.
     """
     return build() or ""
 
