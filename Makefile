@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test test-gpu lint types accept bench dump gpu-day sizes clean
+.PHONY: help setup demo demo-full test test-gpu lint types accept bench dump gpu-day results sizes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,16 +47,23 @@ accept: $(READY) ## rewrite the golden graphs; review the diff like code
 	EXPECTTEST_ACCEPT=1 $(PYTEST) -m 'not needs_gpu' tests/passes tests/examples $(ARGS)
 
 bench: $(READY) ## kernels against dense attention, after their tests (OP=block_sparse)
-	$(BIN)/python benchmarks/run.py $(or $(OP),block_sparse) $(ARGS)
+	$(BIN)/python -m benchmarks.run $(or $(OP),block_sparse) $(ARGS)
 
 dump: $(READY) ## numbered graphs and diffs of a script in build/dump (EX=examples/x.py)
 	@test -n "$(EX)" || { echo "make dump needs a script, got none; run make dump EX=examples/x.py"; exit 2; }
 	LIPASS_DUMP=build/dump $(BIN)/python $(EX)
 
-gpu-day: $(READY) ## everything worth running on a machine with a GPU
+gpu-day: $(READY) ## everything worth running on a machine with a GPU; results in benchmarks/results
 	$(MAKE) test-gpu
-	$(MAKE) bench
-	$(MAKE) demo-full
+	mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.run --json $(ARGS) > benchmarks/results/kernels_gpu.json
+	$(BIN)/lipass demo --full --json > benchmarks/results/demo_gpu.json
+
+results: $(READY) ## figures of DESIGN.md on this machine, in benchmarks/results; some ten minutes
+	mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.hoist_rows > benchmarks/results/hoist_rows.json
+	$(BIN)/python -m benchmarks.compile_time > benchmarks/results/compile_time.json
+	$(BIN)/python -m benchmarks.long_rollout > benchmarks/results/long_rollout.json
 
 sizes: ## lines per file, longest first
 	@git ls-files '*.py' | xargs wc -l | sort -rn | head -n 30

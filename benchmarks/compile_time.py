@@ -71,7 +71,10 @@ def main() -> None:
         print(json.dumps(compile_once(int(sys.argv[1]))))
         return
     few, many = cold(2), cold(24)
-    print(json.dumps({"rows": [few, many], "ratio": many["seconds"] / few["seconds"]}))
+    from benchmarks.environment import environment
+
+    ratio = many["seconds"] / few["seconds"]
+    print(json.dumps({"rows": [few, many], "ratio": ratio, **environment()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.environment import environment
 from lipass.cli.cost import flops
 from lipass.testing import run_passes
 
@@ -66,7 +67,7 @@ def measure(blocks: int, repeats: int) -> dict[str, object]:
         "seconds": medians,
         "speedup": medians["inductor"] / medians["hoist-rows"],
         "relative_error": float((outputs[1] - outputs[0]).norm() / outputs[0].norm()),
-        "device": f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        **environment(),
     }
 
 

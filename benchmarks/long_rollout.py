@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.environment import environment
 from lipass.examples.tinyworld.camera import STEP_DEG
 from lipass.examples.tinyworld.compare import Contender
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, tokenize
@@ -66,6 +67,7 @@ def measure(chunks: int, preset: str, inner: str) -> dict[str, object]:
         "resident_mb_at_the_end": memory[-1],
         "memory_drift": memory[-1] / memory[WARM_CHUNKS] - 1,
         "session_outlives_its_block": alive() is not None,
+        **environment(),
     }
 
 
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--preset", default="all")
     parser.add_argument("--inner", default="inductor")
     args = parser.parse_args()
-    print(json.dumps(measure(args.chunks, args.preset, args.inner)))
+    print(json.dumps(measure(args.chunks, args.preset, args.inner), indent=1))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lipass.kernels.ops  # noqa: F401
+from benchmarks.environment import environment
 from lipass.kernels import block_sparse_attention, prepare
 from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockPlan, KvLayout, Triple
@@ -134,7 +135,8 @@ def main() -> int:
                 if not args.json:
                     print(_line(row), flush=True)
     if args.json:
-        document = {"schema_version": 2, "rows": [row._asdict() for row in rows]}
+        found = [row._asdict() for row in rows]
+        document = {"schema_version": 3, "environment": environment(), "rows": found}
         print(json.dumps(document, indent=1))
     if args.plot:
         _plot(rows, args.plot)
