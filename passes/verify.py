@@ -74,6 +74,8 @@ def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
     dirty: set[Node] = set()
     bodies: set[object] = set()
     """Modules that ran already; the calls of one have equal inputs."""
+    settled: set[object] = set()
+    """Calls that gave what their metadata says; other layers make the same ones."""
     with ctx.fake_mode, unguarded(ctx.fake_mode), torch.no_grad():
         for node in graph.nodes:
             if node.op in ("placeholder", "output", "get_attr"):
@@ -90,9 +92,31 @@ def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
                 continue
             if node.op == "call_module":
                 bodies.add(node.target)
+            call = _frozen((node.op, node.target, node.args, node.kwargs, value(node)))
+            if call in settled:
+                continue
             fresh = _run(graph, node)
             if _settle(node, fresh):
                 dirty.add(node)
+            else:
+                settled.add(call)
+
+
+def _frozen(part: Any) -> object:
+    """Return something hashable that is equal for calls on equal metadata."""
+    part = value(part)
+    if isinstance(part, torch.Tensor):
+        sizes = (*part.shape, *part.stride())
+        return (part.dtype, part.device, part.dim(), *map(_frozen, sizes))
+    if isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return part.node.expr
+    if isinstance(part, (list, tuple)):
+        return (type(part), *map(_frozen, part))
+    if isinstance(part, dict):
+        return tuple((key, _frozen(item)) for key, item in part.items())
+    if isinstance(part, slice):
+        return (slice, *map(_frozen, (part.start, part.stop, part.step)))
+    return (type(part), part if part.__hash__ else id(part))
 
 
 def _is_region(node: Node) -> bool:

@@ -3,6 +3,7 @@ import operator
 import pytest
 import torch
 
+from lipass.passes import verify as module
 from lipass.passes.core import PassContext, PassError
 from lipass.passes.emit import Emitter
 from lipass.passes.verify import snapshot, verify
@@ -121,3 +122,33 @@ def test_write_that_was_there_passes(trace):
 
     graph, ctx, before = graph_of(trace, fn, torch.randn(3, 4))
     verify(graph, before, ctx)
+
+
+def test_equal_calls_of_other_layers_are_not_run_again(trace, monkeypatch):
+    def fn(x):
+        for _ in range(6):
+            x = x.relu() * 2
+        return x
+
+    gm = trace(fn, (torch.randn(3, 4),))
+    before = snapshot(gm.graph)
+    for node in gm.graph.find_nodes(op="call_method", target="relu"):
+        node.target = "clamp_min"
+        node.args = (*node.args, 0)
+    runs, run = [], module._run
+    monkeypatch.setattr(module, "_run", lambda graph, node: runs.append(node) or run(graph, node))
+    verify(gm.graph, before, PassContext.of(gm.graph))
+    assert len(runs) == 1
+
+
+def test_wrong_metadata_of_one_of_many_equal_calls_is_found(trace):
+    gm = trace(lambda x: x.relu().relu().relu() * 2, (torch.randn(3, 4),))
+    before = snapshot(gm.graph)
+    nodes = gm.graph.find_nodes(op="call_method", target="relu")
+    for node in nodes:
+        node.args = tuple(node.args)
+    wrong = nodes[-1].meta["example_value"]
+    with wrong.fake_mode:
+        nodes[-1].meta["example_value"] = torch.empty(4, 3)
+    with pytest.raises(PassError, match="but its metadata says"):
+        verify(gm.graph, before, PassContext.of(gm.graph))
