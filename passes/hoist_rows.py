@@ -49,7 +49,7 @@ class HoistRows(Pass):
             if not products:
                 ctx.note(_place(node), "kept", "no product follows the repeated rows")
                 continue
-            if why := _written(node, calls):
+            if why := _written(node, (repeat.rows, node, *calls)):
                 ctx.note(_place(node), "kept", why)
                 continue
             _move(node, repeat, calls, ctx)
@@ -78,9 +78,9 @@ def _is_product(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "linear"
 
 
-def _written(node: Node, calls: dict[Node, Moved]) -> str | None:
-    """Say who writes to the repeated rows or to what is computed from them, or return None."""
-    memory = {storage(value(one)) for one in (node, *calls)} - {None}
+def _written(node: Node, rows: tuple[Node, ...]) -> str | None:
+    """Say who writes, behind the repetition, to rows or what is computed from them, or None."""
+    memory = {storage(value(one)) for one in rows} - {None}
     current = node.next
     while current.op != "output":
         if memory_written(current) & memory:

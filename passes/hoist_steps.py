@@ -111,7 +111,7 @@ def _worth_it(region: Region, positions: list[int]) -> list[int]:
     chosen = {region.nodes[p]: p for p in positions}
     computed: set[Node] = set()
     for node in chosen:
-        name = str(node.target) if node.op == "call_method" else node.target.__name__
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         above = any(one in computed for one in node.all_input_nodes)
         if above or (name not in _VIEWS and isinstance(value(node), torch.Tensor)):
             computed.add(node)

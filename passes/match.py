@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -254,7 +256,7 @@ def _written(node: Node) -> list[Any]:
         return [node.args[0]] if writes else []
     if node.kwargs.get("out") is not None:
         return [node.kwargs["out"]]
-    if node.kwargs.get("inplace") is True:
+    if _argument(node, "inplace") is True:
         return [node.args[0]]
     schemas = _schemas(node.target)
     if schemas:
@@ -263,6 +265,20 @@ def _written(node: Node) -> list[Any]:
         anywhere = [node.all_input_nodes] if any(s.is_mutable for s in schemas) else []
         return found or anywhere
     return [node.args[0]] if _named_in_place(getattr(node.target, "__name__", "")) else []
+
+
+def _argument(node: Node, name: str) -> Any:
+    """Return an argument of a Python function, whether it came by keyword or by position."""
+    at = _position(node.target, name)
+    return node.args[at] if at is not None and at < len(node.args) else node.kwargs.get(name)
+
+
+@functools.lru_cache(maxsize=512)
+def _position(target: Any, name: str) -> int | None:
+    if not inspect.isfunction(target):
+        return None
+    parameters = list(inspect.signature(target).parameters)
+    return parameters.index(name) if name in parameters else None
 
 
 def _schemas(target: Any) -> list[Any]:

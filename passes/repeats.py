@@ -126,6 +126,8 @@ def _as_it_is(node: Node, dim: int) -> Moved:
 
 def _moved_binary(node: Node, dims: Mapping[Node, int]) -> Moved | None:
     """Both operands are rows, or one does not reach the repeated axis."""
+    if any(isinstance(named, Node) for named in node.kwargs.values()):
+        return None
     rank, from_right = value(node).dim(), set()
     for operand in node.args[:2]:
         if not isinstance(operand, Node):
@@ -210,13 +212,17 @@ def _moved_view(node: Node, name: str, dim: int) -> Moved | None:
         if not isinstance(axis, int):
             return None
         return _as_it_is(node, dim + (axis % (len(before) + 1) <= dim))
+    if name == "unflatten" and not (
+        isinstance(axis := node.args[1], int) and axis % len(before) > dim
+    ):
+        return None
     if len(after) <= dim or not all(map(known_true, map(_equal, before, after[: dim + 1]))):
         return None
     if name != "reshape":
         return _as_it_is(node, dim)
     sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
     rest = list(sizes[dim + 1 :])
-    if -1 in rest:
+    if -1 in (*sizes[:dim], *rest):
         return None
     return Moved((first, *sizes[:dim], -1, *rest), dict(node.kwargs), dim)
 
@@ -226,4 +232,6 @@ def _equal(a: Any, b: Any) -> Any:
 
 
 def _name(node: Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return ""  # another library's operator may mean anything by a name
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")

@@ -104,6 +104,8 @@ def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
 
 def _frozen(part: Any) -> object:
     """Return something hashable that is equal for calls on equal metadata."""
+    if isinstance(part, Node) and value(part) is None:
+        return part  # a submodule: another one may compute something else
     part = value(part)
     if isinstance(part, torch.Tensor):
         sizes = (*part.shape, *part.stride())

@@ -163,6 +163,13 @@ def written(lin, x, rows):
     return lin(tokens)
 
 
+def rows_written_behind(lin, x, rows):
+    own = rows * 1
+    tokens = interleaved(own)
+    own.add_(1)
+    return lin(tokens) + own.sum()
+
+
 def noisy(lin, x, rows):
     return lin(F.dropout(interleaved(rows), 0.5, training=True))
 
@@ -186,6 +193,7 @@ def normed_over_tokens(lin, x, rows):
         (picked, "no product follows"),
         (normed_over_tokens, "no product follows"),
         (written, "%setitem writes to the repeated rows"),
+        (rows_written_behind, "%add_ writes to the repeated rows"),
         (along_the_row, "no product follows"),
         (counts_in_a_tensor, ""),
         (tiled, ""),

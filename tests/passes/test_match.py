@@ -43,6 +43,8 @@ def written(trace):
         (lambda x, y: x.mul_(y), {"l_x_"}),
         (lambda x, y: torch.relu_(x) + y, {"l_x_"}),
         (lambda x, y: F.relu(y, inplace=True) + x, {"l_y_"}),
+        (lambda x, y: F.relu(y, True) + x, {"l_y_"}),
+        (lambda x, y: F.dropout(y, 0.5, True, True) + x, {"l_y_"}),
         (set_first_row, {"l_x_"}),
         (lambda x, y: operator.iadd(y, x), {"l_y_"}),
         (lambda x, y: x[1:].zero_() + y[1:], {"l_x_"}),
@@ -52,7 +54,8 @@ def written(trace):
         (lambda x, y: torch._foreach_mul_([x, y], 2.0) or x + y, {"l_x_", "l_y_"}),
     ],
     ids=[
-        "method", "function", "inplace", "setitem", "augmented", "view", "out", "operator",
+        "method", "function", "inplace", "inplace by position",
+        "dropout in place", "setitem", "augmented", "view", "out", "operator",
         "operator by name", "list",
     ],
 )  # fmt: skip
