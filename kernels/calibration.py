@@ -130,8 +130,12 @@ class _Case:
         self.budget, self.scale = budget, dim**-0.5
         tokens = [segment.grid.tokens for segment in self.layout.segments]
 
+        generator = torch.Generator().manual_seed(0)  # the user's random numbers stay theirs
+
         def draw(length: int) -> Tensor:
-            return torch.randn(1, length, _HEADS, dim).to(dtype).transpose(1, 2)
+            shape = (1, length, _HEADS, dim)
+            drawn = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+            return drawn.to(dtype).transpose(1, 2)
 
         self.q = draw(tokens[-1])
         self.k, self.v = [draw(n) for n in tokens], [draw(n) for n in tokens]
@@ -172,14 +176,15 @@ def _best_ms(calls: list[Callable[[], object]], rounds: int = _ROUNDS) -> list[f
 
 def _fit(work: list[tuple[float, float]], times_ms: list[float]) -> Form:
     """Draw the line with the least relative error; what would count negative costs nothing."""
-    ms = torch.tensor(times_ms, dtype=torch.float64)
-    table = torch.tensor([(1.0, *row) for row in work], dtype=torch.float64) / ms[:, None]
+    ms = torch.tensor(times_ms, dtype=torch.float64, device="cpu")
+    ones = torch.ones_like(ms)[:, None]
+    table = ms.new_tensor([(1.0, *row) for row in work]) / ms[:, None]
     unit = table.abs().amax(0).clamp_min(1e-30)
     kept = [n for n in range(3) if table[:, n].abs().max() > 0]
     while True:
         part = (table / unit)[:, kept]
-        found = torch.linalg.lstsq(part, torch.ones(len(ms), 1, dtype=torch.float64)).solution
-        values = dict(zip(kept, (found[:, 0] / unit[kept]).tolist(), strict=True))
+        found = torch.linalg.lstsq(part, ones).solution[:, 0] / unit[kept]
+        values = dict(zip(kept, found.tolist(), strict=True))  # sync-ok: on the host, once
         if min(values.values()) >= 0 or len(kept) == 1:
             break
         kept.remove(min(values, key=lambda n: values[n] * float(unit[n])))

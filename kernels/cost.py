@@ -41,6 +41,13 @@ class Prediction(NamedTuple):
         """Of the faster dense form."""
         return min(self.joined_ms, self.apart_ms)
 
+    @property
+    def why_dense(self) -> str:
+        """Why the call should stay dense, or nothing."""
+        if self.sparse_ms < self.dense_ms:
+            return ""
+        return f"predicted {self.sparse_ms:.2f} ms sparse vs {self.dense_ms:.2f} ms dense"
+
 
 def predict(
     q_shape: tuple[int, ...],
@@ -67,21 +74,6 @@ def predict(
         compiled = rates.apart is not None
     rows = batch * heads * dim
     return _predict(rates, compiled, rows, dtype.itemsize, layout, q_grid, visited_blocks)
-
-
-def why_dense(
-    q_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    layout: KvLayout,
-    q_grid: BlockGrid,
-    visited_blocks: int,
-) -> str:
-    """Return why a call should stay dense, or nothing; arguments as in `predict`."""
-    found = predict(q_shape, dtype, device, layout, q_grid, visited_blocks)
-    if found.sparse_ms < found.dense_ms:
-        return ""
-    return f"predicted {found.sparse_ms:.2f} ms sparse vs {found.dense_ms:.2f} ms dense"
 
 
 @functools.lru_cache(maxsize=2048)

@@ -1,8 +1,8 @@
 """Attend to keys that lie in pieces, all of them: joined for SDPA, or read where they lie.
 
-Models join text, history and current keys in front of each attention call; on a CPU those copies
-are up to a third of the call. The compiled block-sparse kernel reads segments where they lie, so
-with a plan that visits every block it is dense attention without the copies.
+Models join text, history and current keys in front of each attention call. The compiled
+block-sparse kernel reads segments where they lie, so with a plan that visits every block it is
+dense attention without the copies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lipass.kernels.plan import ROLES, BlockGrid, BlockPlan, KvLayout, Segment
 from lipass.kernels.token_major import token_major
 
 PIECES_MAX = len(ROLES)
-# Of 64, 128 and 256 tokens the one that was never the slowest (2 cores, AMX, fp32 and bf16).
+# As many keys as the compiled kernel takes at once (`kKeys`).
 _BLOCK_TOKENS = 128
 
 

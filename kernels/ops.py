@@ -174,7 +174,7 @@ def _why_dense(call: _Call) -> str:
     if width == call.layout.blocks and call.keep_frames is None:
         return "protected blocks and budget together visit every block"
     q = call.q
-    return cost.why_dense(q.shape, q.dtype, q.device, call.layout, call.q_grid, width)
+    return cost.predict(q.shape, q.dtype, q.device, call.layout, call.q_grid, width).why_dense
 
 
 def _dense(call: _Call) -> tuple[Tensor, str]:

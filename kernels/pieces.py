@@ -11,8 +11,8 @@ from torch import Tensor
 from lipass.kernels import cost, dense, registry
 from lipass.kernels.token_major import empty_token_major
 
-# Dispatching the operator and counting its call: 0.02 to 0.04 ms, beside an SDPA call that
-# Inductor makes itself.
+# Allowed for dispatching the operator and counting its call, beside an SDPA call that Inductor
+# makes itself.
 _OPERATOR_MS = 0.05
 
 _library = torch.library.Library("lipass", "FRAGMENT")

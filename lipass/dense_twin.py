@@ -96,6 +96,11 @@ class DenseTwin:
         return outputs
 
 
+def leaves_out(gm: GraphModule) -> bool:
+    """Whether passes have put in a call that may leave keys out."""
+    return next(_operators(gm), None) is not None
+
+
 def _operators(gm: GraphModule) -> Iterator[tuple[torch.fx.Node, bool]]:
     """List the sparse calls of a rewritten graph, and whether they are part of a step."""
     target = torch.ops.lipass.sparse_attention.default

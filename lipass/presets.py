@@ -36,7 +36,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "token_grid": None,
         "dense_layers": (),
         "dense_chunks": 0,
-        # What poses have chosen is not thinned a second time; DESIGN.md has what that costs.
+        # What poses have chosen is not thinned a second time; DESIGN.md says why.
         "dense_latents": 10,
     },
     "steps": {

@@ -16,7 +16,7 @@ import torch.fx
 import lipass.kernels.ops  # noqa: F401
 from lipass import kernels, session
 from lipass.config import Config
-from lipass.dense_twin import DenseTwin, pipeline_of_twin
+from lipass.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates
@@ -116,10 +116,10 @@ def compile_unit(
         _refuse_dense(found, pipeline, ctx.notes)
     _prepare_kernels(gm)
     compiled = _compile(gm, example_inputs, inner_compile)
-    if twin_passes is not None and untouched is not None and isinstance(compiled, CompiledUnit):
+    if twin_passes and untouched and isinstance(compiled, CompiledUnit) and leaves_out(gm):
         runner.run_pipeline(twin_passes, untouched, PassContext.of(untouched.graph))
         twin = _compile(untouched, example_inputs, inner_compile)
-        compiled.twin = DenseTwin(getattr(twin, "compiled", twin), gm)
+        compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
     return compiled
 

@@ -116,7 +116,8 @@ def _predict(node: torch.fx.Node) -> SitePrediction:
     else:
         shape = tuple(map(hint, query.shape))
         with unset_fake_temporarily():  # the gate measures this machine
-            dense = cost.why_dense(shape, query.dtype, query.device, layout, grid, width)
+            found = cost.predict(shape, query.dtype, query.device, layout, grid, width)
+        dense = found.why_dense
     if dense:
         return SitePrediction("sdpa", 1.0, dense)
     provider = registry.choose("block_sparse", query.device, None, lambda module: None).name

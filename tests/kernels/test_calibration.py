@@ -27,6 +27,14 @@ def test_every_constant_is_positive(compiled):
         assert min(form[1:]) > 0
 
 
+def test_random_numbers_of_the_user_stay_theirs():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    calibration.measure(torch.float32, 16, False)
+    assert torch.rand(1) == expected
+
+
 def test_a_later_process_reads_what_was_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(calibration, "_beaten", lambda *kind: False)
     first = calibration.cpu_rates(torch.float32, 16, 1)

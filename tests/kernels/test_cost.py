@@ -44,7 +44,7 @@ def test_a_full_plan_is_slower_than_dense(rates):
     found = cost.predict(*CALL, LAYOUT, GRID, LAYOUT.blocks)
     assert found.sparse_ms > found.dense_ms
     expected = f"predicted {found.sparse_ms:.2f} ms sparse vs {found.dense_ms:.2f} ms dense"
-    assert cost.why_dense(*CALL, LAYOUT, GRID, LAYOUT.blocks) == expected
+    assert found.why_dense == expected
 
 
 def test_what_cannot_run_is_never_predicted_to_be_fast(rates):
@@ -55,7 +55,7 @@ def test_what_cannot_run_is_never_predicted_to_be_fast(rates):
 def test_small_calls_stay_dense(rates):
     layout = KvLayout.build(("current",), ((2, 8, 8),), (1, 8, 8))
     call = (1, 3, 128, 64), torch.float32, torch.device("cpu")
-    assert cost.why_dense(*call, layout, BlockGrid((2, 8, 8), (1, 8, 8)), 1)
+    assert cost.predict(*call, layout, BlockGrid((2, 8, 8), (1, 8, 8)), 1).why_dense
 
 
 def seconds(calls):
