@@ -102,6 +102,8 @@ class Report:
         compile_s: seconds spent in passes and the inner compiler.
         graphs: graphs compiled.
         recompiles: graphs compiled again for a function that had one.
+        invariants_computed: runs of what `hoist-calls` outlined, in sessions.
+        invariants_kept: calls of it that were answered without a run.
     """
 
     sites: dict[str, SiteRecord] = field(default_factory=dict)
@@ -112,6 +114,8 @@ class Report:
     compile_s: float = 0.0
     graphs: int = 0
     recompiles: int = 0
+    invariants_computed: int = 0
+    invariants_kept: int = 0
 
     def add_site(self, site: SiteRecord) -> None:
         """Record a site; a later record of the same name replaces it."""
@@ -149,6 +153,8 @@ class Report:
             "compile_s": self.compile_s,
             "graphs": self.graphs,
             "recompiles": self.recompiles,
+            "invariants_computed": self.invariants_computed,
+            "invariants_kept": self.invariants_kept,
         }
 
     def to_json(self) -> str:

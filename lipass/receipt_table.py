@@ -32,6 +32,9 @@ def _summary(report: Report) -> str:
         f"compile time {report.compile_s:.1f} s",
         f"attention sites: {actions['rewritten']} rewritten, {actions['kept']} kept",
     ]
+    if report.invariants_computed:
+        computed, kept = report.invariants_computed, report.invariants_kept
+        lines.append(f"invariants: {computed} computed, {kept} kept")
     return "\n".join(lines)
 
 

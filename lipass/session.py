@@ -25,11 +25,11 @@ from torch import Tensor
 
 from lipass.config import Config
 from lipass.errors import LipassError
+from lipass.invariants import InvariantStore
 from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
 from lipass.policy.steps import PlannedStep, StepPlan, plan_steps
 from lipass.receipt import ChunkRecord, current_report
 from lipass.scope import Branch, enter, leave, open_items
-from lipass.scope import _open as _scope  # noqa: F401  # read by step_loop.py
 from lipass.step import Step, StepState
 
 
@@ -59,6 +59,7 @@ class Session:
         self.number = current_report().open_session()
         self._chunks: dict[str, int] = {}
         self._open: dict[str, Chunk] = {}
+        self.invariants = InvariantStore()
         self._replay: dict[str, deque[ChunkPlan]] | None = None
         self._entered = 0
         self._closed = False
@@ -148,6 +149,7 @@ class Session:
             chunk._forget()
         self._open.clear()
         self._chunks.clear()
+        self.invariants.clear()
         self._replay = None
         self._closed = True
 

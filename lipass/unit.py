@@ -16,6 +16,7 @@ import torch.fx
 import lipass.kernels.ops  # noqa: F401
 from lipass import kernels, session
 from lipass.config import Config
+from lipass.cut_graph import compile_pieces, outlined
 from lipass.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.errors import LipassError
 from lipass.kernels import registry
@@ -26,7 +27,6 @@ from lipass.passes.compat import is_symbolic, undisturbed
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
 from lipass.passes.site import AttentionSite, names_of, region_name, sites, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
-from lipass.step_loop import compile_steps
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
@@ -127,13 +127,13 @@ def compile_unit(
 def _compile(
     gm: torch.fx.GraphModule, example_inputs: list[Any], inner_compile: InnerCompile
 ) -> Compiled:
-    if region_name(gm.graph.output_node()) == "call":
-        return CompiledUnit(inner_compile(gm, example_inputs), _unit_name())
-    if any(region_name(node) for node in gm.graph.find_nodes(op="call_module")):
-        return CompiledUnit(compile_steps(gm, example_inputs, inner_compile))
-    if _has_operators(gm):
-        return CompiledUnit(inner_compile(gm, example_inputs))
-    return inner_compile(gm, example_inputs)
+    region = region_name(gm.graph.output_node())
+    asks = region is not None or bool(outlined(gm.graph)) or _has_operators(gm)
+    if outlined(gm.graph):
+        compiled = compile_pieces(gm, example_inputs, inner_compile)
+    else:
+        compiled = inner_compile(gm, example_inputs)
+    return CompiledUnit(compiled, region and _unit_name()) if asks else compiled
 
 
 def _copy(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -35,6 +35,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "find-attention": _load("find_attention", "FindAttention"),
     "find-poses": _load("find_poses", "FindPoses"),
     "find-steps": _load("find_steps", "FindSteps"),
+    "hoist-calls": _load("hoist_calls", "HoistCalls"),
     "hoist-rows": _load("hoist_rows", "HoistRows"),
     "hoist-steps": _load("hoist_steps", "HoistSteps"),
     "prune-context": _load("prune_context", "PruneContext"),
@@ -69,15 +70,17 @@ def registered() -> dict[str, Callable[[], type[Pass]]]:
 FACTS = "canonicalize,find-attention,find-poses,find-steps"
 """Passes that find out what a graph holds, without changing what it computes."""
 
-_EXACT = f"{FACTS},hoist-rows,hoist-steps"
+_FIRST = f"{FACTS},hoist-rows,hoist-steps"
+_LAST = "hoist-calls,share-blocks"
+_ALL = f"{_FIRST},prune-context,sparse-attention,attend-pieces,guard-steps,{_LAST}"
 
 PIPELINES: dict[str, str] = {
     "off": "",
-    "exact": f"{_EXACT},attend-pieces,share-blocks",
-    "context": f"{_EXACT},prune-context,attend-pieces,share-blocks",
-    "sparse": f"{_EXACT},sparse-attention,attend-pieces,share-blocks",
-    "cache": f"{_EXACT},attend-pieces,guard-steps,share-blocks",
-    "all": f"{_EXACT},prune-context,sparse-attention,attend-pieces,guard-steps,share-blocks",
-    "reference": f"{_EXACT},prune-context,sparse-attention,attend-pieces,guard-steps,share-blocks",
+    "exact": f"{_FIRST},attend-pieces,{_LAST}",
+    "context": f"{_FIRST},prune-context,attend-pieces,{_LAST}",
+    "sparse": f"{_FIRST},sparse-attention,attend-pieces,{_LAST}",
+    "cache": f"{_FIRST},attend-pieces,guard-steps,{_LAST}",
+    "all": _ALL,
+    "reference": _ALL,
 }
 """Preset name to pipeline text."""

@@ -6,7 +6,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import Graph, Node
 
 from lipass.passes.compat import value
@@ -14,12 +13,7 @@ from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.match import memory_written, mutates, storage, writes_between
 from lipass.passes.region import Region, difference, impurity, region_of
 from lipass.passes.site import clear_step, site_of, step_of
-
-# Costs nothing, so that it is not worth an input of the step.
-_VIEWS = {
-    "chunk", "detach", "expand", "flatten", "getattr", "getitem", "narrow", "permute", "reshape",
-    "select", "split", "squeeze", "transpose", "unbind", "unflatten", "unsqueeze", "view",
-}  # fmt: skip
+from lipass.passes.worth import worth_once
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ class HoistSteps(Pass):
         if why := _refusal(regions):
             ctx.note("steps", "kept", why)
             return False
-        alike = _worth_it(regions[0], _alike(regions))
+        alike = _worth_once(regions[0], _alike(regions))
         if not alike:
             ctx.note("steps", "kept", "every computation depends on the step")
             return False
@@ -106,18 +100,6 @@ def _written(first: Node, last: Node) -> set[int]:
     return {at for node in writers for at in memory_written(node)}
 
 
-def _worth_it(region: Region, positions: list[int]) -> list[int]:
-    """Drop the views that nothing is computed from, and whatever only they would need."""
+def _worth_once(region: Region, positions: list[int]) -> list[int]:
     chosen = {region.nodes[p]: p for p in positions}
-    computed: set[Node] = set()
-    for node in chosen:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        above = any(one in computed for one in node.all_input_nodes)
-        if above or (name not in _VIEWS and isinstance(value(node), torch.Tensor)):
-            computed.add(node)
-    # A view that a chosen computation reads goes with it.
-    needed = set(computed)
-    for node in reversed(chosen):
-        if any(user in needed for user in node.users):
-            needed.add(node)
-    return [position for node, position in chosen.items() if node in needed]
+    return [chosen[node] for node in worth_once(list(chosen))]

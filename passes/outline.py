@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from lipass.passes.compat import known_true, value
+from lipass.passes.compat import known_true, sizes_of, symbols_of, value
 from lipass.passes.core import PassContext
+from lipass.passes.emit import Emitter
 from lipass.passes.region import Region
 
 Call = Callable[[int, list[Node]], Node]
@@ -97,6 +98,18 @@ def to_module(region: Region, outputs: list[int]) -> GraphModule:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[region.nodes[i]] for i in outputs))
     return GraphModule(torch.nn.Module(), graph)
+
+
+def hidden_sizes(region: Region, ctx: PassContext) -> list[Node]:
+    """Return nodes of the sizes that no input has as such, only inside of an expression.
+
+    An inner compiler reads the sizes of a subgraph from its inputs; `[B, n - 4]` does not give n.
+    """
+    shapes = [sizes_of(value(node)) for node in region.inputs]
+    plain = {str(size) for shape in shapes for size in shape}
+    hidden = {name for shape in shapes for size in shape for name in symbols_of(size)} - plain
+    emit = Emitter(region.nodes[0], ctx, inside=False)
+    return [size for name in sorted(hidden) if (size := emit.symbol(name)) is not None]
 
 
 def _equal_strides(column: list[Node], regions: list[Region], ctx: PassContext) -> list[Node]:

@@ -11,10 +11,9 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from lipass.passes.compat import guard, holds_now, invoke_subgraph, sizes_of, symbols_of, value
+from lipass.passes.compat import guard, holds_now, invoke_subgraph, value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.emit import Emitter
-from lipass.passes.outline import body_of, foreign, put_calls
+from lipass.passes.outline import body_of, foreign, hidden_sizes, put_calls
 from lipass.passes.printer import print_graph
 from lipass.passes.region import (
     Region,
@@ -144,7 +143,7 @@ def _outline(graph: Graph, family: str, regions: list[Region], ctx: PassContext)
     """Put calls of one subgraph in place of equal regions."""
     body = body_of(regions, ctx)
     inner = body.module.graph
-    for size in _hidden_sizes(graph, regions, ctx):
+    for size in hidden_sizes(regions[0], ctx):
         body.columns.insert(0, [size] * len(regions))
         with inner.inserting_before(next(iter(inner.nodes))):
             inner.placeholder(size.name).meta["example_value"] = value(size)
@@ -168,18 +167,6 @@ def _outline(graph: Graph, family: str, regions: list[Region], ctx: PassContext)
         return made
 
     put_calls(graph, regions, body, call)
-
-
-def _hidden_sizes(graph: Graph, regions: list[Region], ctx: PassContext) -> list[Node]:
-    """Return nodes of the sizes that no input has as such, only inside of an expression.
-
-    An inner compiler reads the sizes of a subgraph from its inputs; `[B, n - 4]` does not give n.
-    """
-    shapes = [sizes_of(value(node)) for node in regions[0].inputs]
-    plain = {str(size) for shape in shapes for size in shape}
-    hidden = {name for shape in shapes for size in shape for name in symbols_of(size)} - plain
-    emit = Emitter(regions[0].nodes[0], ctx, inside=False)
-    return [size for name in sorted(hidden) if (size := emit.symbol(name)) is not None]
 
 
 def _join_sites(body: Graph, regions: list[Region]) -> None:

@@ -16,7 +16,7 @@ from lipass.passes.compat import Size
 Grid = tuple[Size, Size, Size]
 
 _SITE, _POSES, _STEP, _REGION = "lipass_site", "lipass_poses", "lipass_step", "lipass_region"
-_PIECES = "lipass_pieces"
+_PIECES, _INVARIANT = "lipass_pieces", "lipass_invariant"
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,16 @@ def region_name(node: torch.fx.Node) -> str | None:
 def set_region(node: torch.fx.Node, name: str) -> None:
     """Mark a node as standing for a guarded region."""
     node.meta[_REGION] = name
+
+
+def set_invariant(call: torch.fx.Node) -> None:
+    """Mark the call of a body that runs again only where its inputs have changed."""
+    call.meta[_INVARIANT] = True
+
+
+def invariants(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """List the calls of such bodies, in order."""
+    return [node for node in graph.find_nodes(op="call_module") if _INVARIANT in node.meta]
 
 
 def module_path(node: torch.fx.Node) -> str:

@@ -1,0 +1,172 @@
+"""Compile a graph in pieces: what is guarded or kept between calls apart from the rest."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+import torch.utils._pytree as pytree
+from torch.fx.passes.split_module import split_module
+
+from lipass import session
+from lipass.passes.compat import fake_mode_of
+from lipass.passes.site import invariants, region_name
+from lipass.step_loop import StepLoop
+
+Compiled = Callable[..., Any]
+
+# Sampler arithmetic between steps: a handful of pointwise calls on the latents of one chunk.
+# Compiling each piece costs seconds and saves microseconds.
+_GLUE_CALLS = 16
+
+
+def outlined(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """List the calls that run apart from the rest of a graph: steps and invariants."""
+    steps = [node for node in graph.find_nodes(op="call_module") if region_name(node)]
+    return steps + invariants(graph)
+
+
+def compile_pieces(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    inner_compile: Callable[[torch.fx.GraphModule, list[Any]], Compiled],
+) -> Compiled:
+    """Cut a graph at its outlined steps and invariants, and compile the pieces; steps as one."""
+    part: dict[torch.fx.Node, int] = {}
+    current = 0
+    alone = set(outlined(gm.graph))
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        call = node.args[0] if node.target is operator.getitem else None
+        if call in alone:
+            part[node] = part[call]
+            continue
+        current += node in alone
+        part[node] = current
+        current += node in alone
+    pieces = split_module(gm, torch.nn.Module(), part.__getitem__, keep_original_order=True)
+    inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    with fake_mode_of(gm.graph):
+        fakes = [
+            _fake(given, shaped) for given, shaped in zip(example_inputs, inputs, strict=True)
+        ]
+        _PieceCompiler(pieces, inner_compile).run(*fakes)
+    compiled: Compiled = pieces.forward
+    return compiled
+
+
+def _fake(given: Any, shaped: Any) -> Any:
+    """Return an input for the inner compiler: fake in the mode that is current, sizes symbolic.
+
+    Dynamo's fake tensors are in the mode it traced in, and the example inputs have no symbols.
+    """
+    if not isinstance(shaped, torch.Tensor):
+        return shaped
+    fake = torch.empty_strided(
+        shaped.shape,
+        shaped.stride(),
+        dtype=shaped.dtype,
+        device=shaped.device,
+        requires_grad=shaped.requires_grad,
+    )
+    # how Dynamo marks parameters, which keep their address between calls
+    if hasattr(given, "_dynamo_static_input_type"):
+        marked: Any = fake
+        marked._dynamo_static_input_type = given._dynamo_static_input_type
+    return fake
+
+
+class _PieceCompiler(torch.fx.Interpreter):
+    """Walk over the pieces with fake inputs and replace each by its compiled form."""
+
+    def __init__(
+        self, pieces: torch.fx.GraphModule, inner_compile: Callable[..., Compiled]
+    ) -> None:
+        super().__init__(pieces)
+        self.inner_compile = inner_compile
+        found = [p for p in pieces.children() if isinstance(p, torch.fx.GraphModule)]
+        calls = [call for piece in found for call in outlined(piece.graph)]
+        self.loop = StepLoop(sum(region_name(call) is not None for call in calls))
+        self.step: Compiled | None = None
+        self.steps = 0
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compile one piece for the inputs that reach it."""
+        piece = self.fetch_attr(target)
+        outputs = super().call_module(target, args, kwargs)
+        call = next(iter(outlined(piece.graph)), None)
+        compiled: Compiled
+        if call is not None:
+            compiled = self._alone(piece, call, args)
+        elif _calls(piece) > _GLUE_CALLS or (self.loop.steps == 0 and _has_tensors(outputs)):
+            compiled = _compile_piece(piece, args, self.inner_compile)
+        else:
+            return outputs
+        # An entry of __dict__ is found before the submodule of the same name.
+        self.module.__dict__[target] = compiled
+        return outputs
+
+    def _alone(
+        self, piece: torch.fx.GraphModule, call: torch.fx.Node, args: tuple[Any, ...]
+    ) -> Compiled:
+        """Return a piece that is one call: reorders its inputs for the body, picks its outputs."""
+        names = [node.name for node in piece.graph.find_nodes(op="placeholder")]
+        given: Any = call.args
+        order = [names.index(node.name) for node in given]
+        results: Any = piece.graph.output_node().args[0]
+        single = isinstance(results, torch.fx.Node)
+        picks = [node.args[1] for node in ((results,) if single else results)]
+        body = piece.get_submodule(str(call.target))
+        assert isinstance(body, torch.fx.GraphModule)
+        prepare = self._step if region_name(call) else self._invariant
+        run = prepare(body, [args[i] for i in order])
+
+        def alone(*given: Any) -> Any:
+            outputs = run(*[given[i] for i in order])
+            return outputs[picks[0]] if single else tuple(outputs[i] for i in picks)
+
+        return alone
+
+    def _step(self, body: torch.fx.GraphModule, args: list[Any]) -> Compiled:
+        """Return one step of the loop behind its guard; all steps share one compiled body."""
+        if self.step is None:
+            self.step = self.inner_compile(body, args)
+        loop, step, index = self.loop, self.step, self.steps
+        self.steps += 1
+        return lambda *given: loop.run(index, step, given)
+
+    def _invariant(self, body: torch.fx.GraphModule, args: list[Any]) -> Compiled:
+        """Return a body whose results the session keeps."""
+        small = _calls(body) <= _GLUE_CALLS
+        compiled = body.forward if small else self.inner_compile(body, args)
+
+        def run(*given: Any) -> Any:
+            now = session.current()
+            return compiled(*given) if now is None else now.invariants.get(compiled, given)
+
+        return run
+
+
+def _has_tensors(outputs: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(outputs))
+
+
+def _calls(piece: torch.fx.GraphModule) -> int:
+    return sum(node.op.startswith("call") for node in piece.graph.nodes)
+
+
+def _compile_piece(
+    piece: torch.fx.GraphModule, args: tuple[Any, ...], inner_compile: Callable[..., Compiled]
+) -> Compiled:
+    """Compile a piece, which returns a tuple for the inner compiler and a bare value here."""
+    output = piece.graph.output_node()
+    if isinstance(output.args[0], (tuple, list)):
+        return inner_compile(piece, list(args))
+    output.args = ((output.args[0],),)
+    piece.recompile()
+    compiled = inner_compile(piece, list(args))
+    return lambda *given: compiled(*given)[0]
