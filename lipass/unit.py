@@ -176,8 +176,8 @@ def _graphs(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:
 def _site_record(site: AttentionSite, notes: list[Note]) -> SiteRecord:
     action, reason = "kept", "no pass of the pipeline rewrites attention"
     own = [note for note in notes if without_repeat(note.site) == without_repeat(site.name)]
-    # What no pass was to make sparse may still be read in pieces.
-    for names in (("attend-pieces",), _REWRITERS):
+    # What no pass was to make sparse may still be read in another way.
+    for names in (("collapse-keys", "attend-pieces"), _REWRITERS):
         for note in own:
             if note.pass_name in names:
                 action, reason = note.action, note.reason

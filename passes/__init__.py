@@ -32,6 +32,7 @@ def _load(module: str, name: str) -> Callable[[], type[Pass]]:
 
 PASSES: dict[str, Callable[[], type[Pass]]] = {
     "canonicalize": _load("canonicalize", "Canonicalize"),
+    "collapse-keys": _load("collapse_keys", "CollapseKeys"),
     "find-attention": _load("find_attention", "FindAttention"),
     "find-poses": _load("find_poses", "FindPoses"),
     "find-steps": _load("find_steps", "FindSteps"),
@@ -70,7 +71,7 @@ def registered() -> dict[str, Callable[[], type[Pass]]]:
 FACTS = "canonicalize,find-attention,find-poses,find-steps"
 """Passes that find out what a graph holds, without changing what it computes."""
 
-_FIRST = f"{FACTS},hoist-rows,hoist-steps"
+_FIRST = f"{FACTS},collapse-keys,hoist-rows,hoist-steps"
 _LAST = "hoist-calls,share-blocks"
 _ALL = f"{_FIRST},prune-context,sparse-attention,attend-pieces,guard-steps,{_LAST}"
 

@@ -54,10 +54,12 @@ class HoistCalls(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         if any(step_of(node) for node in graph.nodes):
-            ctx.note("call", "kept", "the loop is in the graph, where hoist-steps sees it")
+            ctx.note("invariants", "kept", "the loop is in the graph, where hoist-steps sees it")
             return False
         if mode := next((node for node in graph.nodes if switches_mode(node)), None):
-            ctx.note("call", "kept", f"%{mode.name} switches a mode of torch inside of the graph")
+            ctx.note(
+                "invariants", "kept", f"%{mode.name} switches a mode of torch inside of the graph"
+            )
             return False
         roots = _invariant(graph)
         outlined: set[Node] = set()
@@ -69,9 +71,9 @@ class HoistCalls(Pass):
                 _outline(graph, nodes, name, ctx)
                 outlined.update(nodes)
                 said = f"for the same {_names(group)}" if group else "for the same parameters"
-                ctx.note("call", "rewritten", f"{_count(nodes)} run once {said}")
+                ctx.note("invariants", "rewritten", f"{_count(nodes)} run once {said}")
         if not outlined:
-            ctx.note("call", "kept", "every computation depends on what each call changes")
+            ctx.note("invariants", "kept", "every computation depends on what each call changes")
         return bool(outlined)
 
 

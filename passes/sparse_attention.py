@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
+# The import registers an operator that the pass has to know.
+import lipass.kernels.distinct  # noqa: F401
 from lipass.passes import match
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.emit import refuse_training, replace_attention
@@ -57,6 +59,8 @@ class SparseAttention(Pass):
         layers: dict[str, int] = {}
         for node, site in sites(graph):
             ctx.failing = node
+            if node.target is torch.ops.lipass.attend_distinct.default:
+                continue  # cross-attention, which collapse-keys has rewritten
             if site.role not in ("prefill", "decode"):
                 ctx.note(site.name, "kept", f"{site.role}: {site.reason}")
                 continue

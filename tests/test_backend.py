@@ -140,7 +140,8 @@ def test_inner_compiler_gets_the_graph():
     assert inner_compile(gm, [torch.ones(1)], "eager")(torch.ones(1))[0].item() == 2
 
 
-EXACT = ["canonicalize", "find-attention", "find-poses", "find-steps", "hoist-rows", "hoist-steps"]
+FACTS = ["canonicalize", "find-attention", "find-poses", "find-steps"]
+EXACT = [*FACTS, "collapse-keys", "hoist-rows", "hoist-steps"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,8 @@ def test_options_reach_the_passes():
         },
     )
     assert str(pipeline_of(config)) == (
-        "canonicalize,find-attention{token_grid=8x8},find-poses,find-steps,hoist-rows,hoist-steps,"
+        "canonicalize,find-attention{token_grid=8x8},find-poses,find-steps,collapse-keys,"
+        "hoist-rows,hoist-steps,"
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
         "budget_decode=0.2 sink_latents=2 dense_layers=0},attend-pieces,guard-steps,"

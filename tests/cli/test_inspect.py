@@ -96,7 +96,7 @@ def test_json_lists_passes_in_order_with_notes(model, capsys):
     passes = document(capsys)["passes"]
     names = [one["name"] for one in passes]
     assert names[:2] == ["canonicalize", "find-attention"]
-    assert names[-3:] == ["sparse-attention", "attend-pieces", "share-blocks"]
+    assert names[-4:-1] == ["sparse-attention", "attend-pieces", "hoist-calls"]
     assert all(note["reason"] for one in passes for note in one["notes"])
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from zoo import ZOO
 
+import lipass
+from lipass.kernels import registry
 from lipass.receipt import current_report, reset_report
 
 pytest.importorskip("diffusers")
@@ -81,3 +83,34 @@ def test_equal_layers_of_a_real_model_are_compiled_once(made):
         fast(**inputs)
     notes = [n for p in current_report().passes if p.name == "share-blocks" for n in p.notes]
     assert any("2 equal layers are compiled once" in note for note in notes), notes
+
+
+def test_padding_of_a_prompt_is_one_key():
+    """Wan pads prompts with zeros and does not mask them; all projections leave them equal."""
+    model, inputs = ZOO["wan"]()
+    prompt = torch.cat([torch.randn(1, 7, 16), torch.zeros(1, 505, 16)], 1)
+    inputs |= {"encoder_hidden_states": prompt, "return_dict": False}
+    fast = torch.compile(
+        model.eval(), backend="light_interaction", options={"preset": "exact", "inner": "eager"}
+    )
+    registry.reset_telemetry()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], atol=1e-5, rtol=1e-5)
+    merged = [s for s in lipass.report().sites.values() if s.provider == "merged"]
+    assert [site.density for site in merged] == [8 / 512] * 2
+    assert {site.action for site in merged} == {"rewritten"}
+
+
+def test_prompt_of_a_real_model_is_projected_once():
+    model, inputs = ZOO["wan"]()
+    inputs |= {"return_dict": False}
+    fast = torch.compile(
+        model.eval(), backend="light_interaction", options={"preset": "exact", "inner": "eager"}
+    )
+    with torch.no_grad(), lipass.Session(preset="exact"):
+        for step in range(4):
+            inputs["timestep"] = torch.tensor([900 - step])
+            torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], atol=1e-5, rtol=1e-5)
+    report = lipass.report()
+    assert report.invariants_kept == 3 * report.invariants_computed > 0
