@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from lipass.passes.compat import Size, known_true, sizes_of, unguarded, value
 from lipass.passes.core import PassContext
 from lipass.passes.match import Operands
+from lipass.passes.modes import entered, inside
 from lipass.passes.site import AttentionSite, Grid, set_site, set_step, step_of
 
 
@@ -57,7 +58,7 @@ class Emitter:
             if step := step_of(self.before):
                 set_step(node, step)
         mode = self.ctx.fake_mode
-        with mode, unguarded(mode), torch.no_grad():
+        with inside(entered(self.before)), mode, unguarded(mode), torch.no_grad():
             node.meta["example_value"] = run(
                 map_arg(node.args, value), map_arg(node.kwargs, value)
             )

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from lipass.passes import match
 from lipass.passes.compat import is_parameter, value
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.match import memory_written, storage, switches_mode
+from lipass.passes.match import memory_written, storage
 from lipass.passes.outline import hidden_sizes, to_module
 from lipass.passes.region import impurity, region_of
 from lipass.passes.site import invariants, poses, set_invariant, site_of, sites, step_of
@@ -43,8 +43,8 @@ class HoistCalls(Pass):
     does not project the prompt anew.
 
     Keeps: views, which cost nothing; what is written to, drawn at random, returned or
-    differentiated; attention; graphs that hold the loop, for which `hoist-steps` does this; graphs
-    that switch autocast or gradients on the way.
+    differentiated; what runs in an autocast; attention; graphs that hold the loop, for which
+    `hoist-steps` does this.
     """
 
     name: ClassVar[str] = "hoist-calls"
@@ -55,11 +55,6 @@ class HoistCalls(Pass):
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         if any(step_of(node) for node in graph.nodes):
             ctx.note("invariants", "kept", "the loop is in the graph, where hoist-steps sees it")
-            return False
-        if mode := next((node for node in graph.nodes if switches_mode(node)), None):
-            ctx.note(
-                "invariants", "kept", f"%{mode.name} switches a mode of torch inside of the graph"
-            )
             return False
         roots = _invariant(graph)
         outlined: set[Node] = set()

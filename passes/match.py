@@ -232,12 +232,6 @@ def has_effect(node: Node) -> bool:
     return node.is_impure() or mutates(node) or module.startswith("torch._functorch")
 
 
-def switches_mode(node: Node) -> bool:
-    """Whether a node switches autocast or the recording of gradients on or off."""
-    module = getattr(node.target, "__module__", None) or ""
-    return module.startswith("torch.amp") or is_call(node, torch._C._set_grad_enabled)
-
-
 def mutates(node: Node) -> bool:
     """Whether a node writes to one of its inputs."""
     return bool(_written(node))

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from lipass.passes.compat import known_true, value
 from lipass.passes.match import memory_written, storage, writes_between
+from lipass.passes.modes import half_inside
 from lipass.passes.site import without_repeat
 
 _RANDOM = re.compile(
@@ -108,6 +109,8 @@ def impurity(region: Region) -> str | None:
 
     Writing to memory that the region itself made is harmless.
     """
+    if region.nodes and (why := half_inside(region.nodes)):
+        return why
     given = {storage(value(node)) for node in region.inputs} - {None}
     for node in region.nodes:
         if memory_written(node) & given:

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from lipass.passes.compat import known_true, unguarded, value
 from lipass.passes.core import PassContext, PassError
 from lipass.passes.match import mutates, storage
+from lipass.passes.modes import follow, inside
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
     """Modules that ran already; the calls of one have equal inputs."""
     settled: set[object] = set()
     """Calls that gave what their metadata says; other layers make the same ones."""
+    autocasts: list[Node] = []
     with ctx.fake_mode, unguarded(ctx.fake_mode), torch.no_grad():
         for node in graph.nodes:
+            follow(autocasts, node)
             if node.op in ("placeholder", "output", "get_attr"):
                 continue
             same = before.calls.get(node)
@@ -93,9 +96,11 @@ def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
             if node.op == "call_module":
                 bodies.add(node.target)
             call = _frozen((node.op, node.target, node.args, node.kwargs, value(node)))
+            call = (call, *autocasts)
             if call in settled:
                 continue
-            fresh = _run(graph, node)
+            with inside(autocasts):
+                fresh = _run(graph, node)
             if _settle(node, fresh):
                 dirty.add(node)
             else:
