@@ -77,6 +77,11 @@ class Row(NamedTuple):
     """What visiting this share of the blocks could give at most."""
     select_share: float
     """Share of the seconds that pool and select take."""
+    tflops: float
+    """Rate over the visited blocks, pool and select included."""
+    dense_tflops: float
+    launches: int | None
+    """Kernels that one call launches; None on a CPU."""
 
 
 _NONE = (0, 1, 1)
@@ -98,6 +103,7 @@ CASES = {
         Case("worldplay prefill", 16, 128, 929, _NONE, (20, 30, 52), (4, 8, 4), 2),
         Case("matrix-game-3", 24, 128, 0, _NONE, (20, 22, 40), (4, 8, 4)),
         Case("self-forcing", 12, 128, 0, (18, 30, 52), (3, 30, 52), (3, 8, 4)),
+        Case("sana-wm", 20, 112, 0, (12, 22, 40), (3, 22, 40), (3, 4, 10)),
     ),
 }
 
@@ -136,7 +142,7 @@ def main() -> int:
                     print(_line(row), flush=True)
     if args.json:
         found = [row._asdict() for row in rows]
-        document = {"schema_version": 3, "environment": environment(), "rows": found}
+        document = {"schema_version": 4, "environment": environment(), "rows": found}
         print(json.dumps(document, indent=1))
     if args.plot:
         _plot(rows, args.plot)
@@ -195,6 +201,7 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
             zip(calls, _interleaved(list(calls.values()), args.repeats, device), strict=True)
         )
         density = float(made.density())
+        tflop = 4e-12 * case.batch * case.heads * q_grid.tokens * layout.tokens * case.dim
         built = device.type == "cpu" and native.why_not_loaded() is None
         for provider in [name for name in calls if name not in ("dense", "plan")]:
             own = provider in (device.type, "gate")
@@ -215,6 +222,9 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
                     speedup=taken["dense"] / taken[provider],
                     ideal=1.0 / density,
                     select_share=min(taken["plan"] / taken[provider], 1.0) if own else 0.0,
+                    tflops=tflop * density / taken[provider],
+                    dense_tflops=tflop / taken["dense"],
+                    launches=_launches(calls[provider]) if device.type == "cuda" else None,
                 )
             )
     return rows
@@ -273,12 +283,25 @@ def _interleaved(calls: list[Callable], repeats: int, device: torch.device) -> l
 
 def _seconds(call: Callable, device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _launches(call: Callable) -> int:
+    """Count the kernels of one call on the GPU; copies and fills count too."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return len([event for event in profiler.events() if event.device_type.name == "CUDA"])
 
 
 def _line(row: Row) -> str:
