@@ -131,3 +131,32 @@ def test_kernel_on_a_gpu_equals_masked_dense(size, dtype):
     out = block_sparse_attention(case.q, case.keys, case.values, plan, provider="triton")
     expected = masked_dense(case, plan)[0]
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.needs_gpu
+def test_call_reads_nothing_back_so_that_a_cuda_graph_can_hold_it():
+    import lipass.kernels.ops  # noqa: F401
+    from lipass.kernels import registry
+
+    grids = ((1, 1, 33), (8, 16, 16), (4, 16, 16))
+    tokens = [t * y * x for t, y, x in grids]
+    draw = {"device": "cuda", "dtype": torch.bfloat16}
+    q = torch.randn(1, 4, tokens[-1], 64, **draw)
+    keys, values = ([torch.randn(1, 4, n, 64, **draw) for n in tokens] for _ in range(2))
+    flat = [n for grid in grids for n in grid]
+
+    def call():
+        return torch.ops.lipass.sparse_attention(
+            q, keys, values, list(grids[-1]), flat, "text,history,current", list(TILE),
+            0.3, 0.125, 1, "decode", None, "captured",
+        )  # fmt: skip
+
+    with registry.force("sparse"), torch.inference_mode():
+        expected = call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        graph.replay()
+        torch.cuda.synchronize()
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
