@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lipass.cli import NOTHING_MATCHED, OK, UsageError, target
+from lipass.cli import NOTHING_MATCHED, OK, UsageError, repro, target
 from lipass.cli.terminal import paint, paragraph
 
 SUMMARY = "explain why attention sites were rewritten or kept"
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SITE",
         help="a name or a pattern such as 'blocks.*:decode' (default: one of each kind)",
     )
+    repro.add_arguments(parser)
     parser.add_argument(
         "--strict", action="store_true", help="exit with 3 if no attention site is found"
     )
@@ -35,15 +37,16 @@ def run(args: argparse.Namespace) -> int:
     from lipass.cli.tracing import pipeline_for, trace_target
 
     pipeline = pipeline_for(target.options_of(args), args.add)
-    findings = Findings()
+    findings, repros = Findings(), repro.Repros(args.emit_repro, args.target, pipeline)
     trace = trace_target(
         args.target,
         pipeline,
         fake=args.fake,
         dynamic=args.dynamic or None,
-        start=findings.clear,
-        each=findings.add,
+        observers=(findings, repros),
     )
+    for path in repros.write():
+        print(f"wrote {path}", file=sys.stderr)
     document = findings.document(args.target, args.preset, pipeline, trace)
     groups = _chosen(document["sites"], args.site)
     print("\n\n".join("\n".join(_lines(group, document)) for group in groups))

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from lipass.cli import NOTHING_MATCHED, OK, UsageError, target
+from lipass.cli import NOTHING_MATCHED, OK, UsageError, repro, target
 
 SUMMARY = "show what each pass finds and does in a model, and why not"
 
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that stands alone")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture of the graphs")
+    repro.add_arguments(parser)
     parser.add_argument(
         "--strict", action="store_true", help="exit with 3 if no attention site is found"
     )
@@ -35,14 +36,13 @@ def run(args: argparse.Namespace) -> int:
         if path is not None and not path.resolve().parent.is_dir():
             raise UsageError(f"the folder of {path} must exist; create it first")
     pipeline = pipeline_for(target.options_of(args), args.add)
-    findings = Findings()
+    findings, repros = Findings(), repro.Repros(args.emit_repro, args.target, pipeline)
     trace = trace_target(
         args.target,
         pipeline,
         fake=args.fake,
         dynamic=args.dynamic or None,
-        start=findings.clear,
-        each=findings.add,
+        observers=(findings, repros),
     )
     document = findings.document(args.target, args.preset, pipeline, trace)
     if args.svg is not None:
@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         from lipass.cli.inspect_page import page
 
         _write(args.html, page(document, findings.texts))
+    for path in repros.write():
+        print(f"wrote {path}", file=sys.stderr)
     if args.json:
         print(json.dumps(document, indent=1))
     else:

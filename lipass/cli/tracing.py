@@ -6,10 +6,10 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lipass.cli import UsageError
 from lipass.cli.target import Target, load, raised
@@ -71,14 +71,23 @@ class Trace:
     why_real: str = ""
 
 
+class Observer(Protocol):
+    """Take down what is only known while Dynamo still has its symbols."""
+
+    def clear(self) -> None:
+        """Forget all graphs: the first comes, or real tensors are tried in place of fake ones."""
+
+    def add(self, traced: TracedGraph) -> None:
+        """Take down one graph."""
+
+
 def trace_target(
     text: str,
     pipeline: PassPipeline,
     *,
     fake: bool | None = None,
     dynamic: bool | None = None,
-    start: Callable[[], None] | None = None,
-    each: Callable[[TracedGraph], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Trace:
     """Load a target and trace it.
 
@@ -87,20 +96,23 @@ def trace_target(
         pipeline: passes to run on each graph.
         fake: fake tensors, real ones, or (None) fake ones where the callable can do with them.
         dynamic: as `torch.compile` takes it.
-        start: called in front of the first graph, and again where real tensors are tried.
-        each: called with each graph while Dynamo still has its symbols.
+        observers: shown each graph.
 
     Raises:
         UsageError: for a target that cannot be loaded.
         LipassError: if the callable, the model or a pass fails.
     """
     begin = time.perf_counter()
-    start = start or (lambda: None)
+
+    def attempt(*, fake: bool) -> Trace:
+        for observer in observers:
+            observer.clear()
+        return trace_calls(load(text, fake), pipeline, dynamic=dynamic, observers=observers)
+
     why_real = "" if fake is not False else "asked for"
     if fake is not False:
         try:
-            start()
-            trace = trace_calls(load(text, fake=True), pipeline, dynamic=dynamic, each=each)
+            trace = attempt(fake=True)
         except LipassError as error:
             if fake or _is_of_a_pass(error):
                 raise
@@ -109,8 +121,7 @@ def trace_target(
         else:
             trace.seconds = time.perf_counter() - begin
             return trace
-    start()
-    trace = trace_calls(load(text), pipeline, dynamic=dynamic, each=each)
+    trace = attempt(fake=False)
     trace.fake, trace.why_real = False, why_real
     trace.seconds = time.perf_counter() - begin
     return trace
@@ -121,7 +132,7 @@ def trace_calls(
     pipeline: PassPipeline,
     *,
     dynamic: bool | None = None,
-    each: Callable[[TracedGraph], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Trace:
     """Trace the calls of a target that is loaded; see `trace_target`."""
     import torch
@@ -133,8 +144,8 @@ def trace_calls(
 
     def record(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         traced = _run_passes(gm, pipeline)
-        if each is not None:
-            each(traced)
+        for observer in observers:
+            observer.add(traced)
         trace.graphs.append(traced)
 
         def run(*args: Any) -> Any:
