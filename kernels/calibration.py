@@ -27,6 +27,7 @@ from lipass.kernels.formulas import work_of
 from lipass.kernels.plan import BlockGrid, KvLayout
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
+from lipass.kernels.source import kernels_hash
 
 log = logging.getLogger(__name__)
 
@@ -197,8 +198,6 @@ def _fit(work: list[tuple[float, float]], times_ms: list[float]) -> Form:
 
 def _cache_path(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Path:
     """Name the file by all that the constants depend on."""
-    parts = [native.machine(), str(dtype), str(dim), str(threads), str(compiled)]
-    for module in (__file__, gather.__file__):
-        parts.append(hashlib.sha256(Path(str(module)).read_bytes()).hexdigest())
+    parts = [native.machine(), str(dtype), str(dim), str(threads), str(compiled), kernels_hash()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return native.cache_folder() / f"rates_{key}.json"

@@ -44,17 +44,32 @@ def light_interaction(
     plain = config.preset == "off" and config.pipeline is None
     if plain and not any(_sections(config).values()):
         return inner_compile(gm, example_inputs, config.inner)
+    from lipass.passes.identity import code_uuid
     from lipass.unit import compile_unit
 
-    inner = functools.partial(inner_compile, inner=config.inner)
-    return compile_unit(gm, example_inputs, config, pipeline_of(config), inner)
+    pipeline = pipeline_of(config)
+    code = code_uuid(pipeline)
+    inner = functools.partial(inner_compile, inner=config.inner, code=code)
+    return compile_unit(gm, example_inputs, config, pipeline, inner)
 
 
-def inner_compile(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str) -> Compiled:
-    """Compile a graph with `inductor`, `aot_eager` or `eager`."""
+def inner_compile(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str, code: str = ""
+) -> Compiled:
+    """Compile a graph with `inductor`, `aot_eager` or `eager`.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        inner: name of the compiler.
+        code: what the result depends on and the graph does not show, for the keys of torch's
+            caches.
+    """
     from torch._dynamo.backends.registry import lookup_backend
 
-    compiled: Compiled = lookup_backend(inner)(gm, example_inputs)
+    caches: Any = torch.compiler.config
+    with caches.patch(cache_key_tag=caches.cache_key_tag + code):
+        compiled: Compiled = lookup_backend(inner)(gm, example_inputs)
     return compiled
 
 

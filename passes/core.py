@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lipass.passes import GROUP, PASSES, registered
 from lipass.passes.compat import fake_mode_of
+from lipass.passes.identity import uuid_of, uuid_of_pipeline
 
 
 class Numerics(enum.Enum):
@@ -99,6 +100,10 @@ class Pass(ABC):
     def run(self, graph: torch.fx.Graph, ctx: PassContext) -> bool:
         """Rewrite or annotate `graph`; return whether any node changed."""
 
+    def uuid(self) -> str:
+        """Return what changes with the pass's source, its options and the version of torch."""
+        return uuid_of(self)
+
     def __str__(self) -> str:
         options = [
             f"{f.name}={_print_value(getattr(self, f.name))}"
@@ -140,6 +145,10 @@ class PassPipeline:
                 order that a pass does not allow.
         """
         return cls(tuple(_parse_pass(item, defaults or {}) for item in _split(text)))
+
+    def uuid(self) -> str:
+        """Return what changes with the passes, their options, their order and torch's version."""
+        return uuid_of_pipeline(self.passes)
 
     def __str__(self) -> str:
         return ",".join(str(one) for one in self.passes)

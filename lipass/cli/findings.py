@@ -92,6 +92,7 @@ class Findings:
             "target": target,
             "preset": preset,
             "pipeline": str(pipeline),
+            "pipeline_uuid": pipeline.uuid(),
             "fake": trace.fake,
             "why_real": trace.why_real,
             "seconds": trace.seconds,

@@ -89,3 +89,12 @@ def test_what_would_count_negative_costs_nothing():
     found = calibration._fit(work, times)
     assert found.bytes_per_ms == float("inf")
     assert found.flops_per_ms > 0
+
+
+def test_constants_of_another_source_are_not_read(monkeypatch):
+    """FLOPs are counted in another file than the times are taken in; the fit depends on both."""
+    kind = (torch.float32, 16, 1, False)
+    before = calibration._cache_path(*kind)
+    assert calibration._cache_path(*kind) == before
+    monkeypatch.setattr(calibration, "kernels_hash", lambda: "another")
+    assert calibration._cache_path(*kind) != before
