@@ -11,19 +11,24 @@ def test_dropout_in_training_stays():
 ```
 
 A pipeline is text (`"canonicalize,find-attention"`), a `PassPipeline`, or one pass, in front of
-which the passes that it requires are run. `lipass.testing.fixtures` is a pytest plugin.
+which the passes that it requires are run. `assert_no_device_reads` watches a loop for what would
+make a GPU wait. `lipass.testing.fixtures` is a pytest plugin.
 """
 
 from __future__ import annotations
 
 from lipass.passes.printer import print_graph
 from lipass.testing.assertions import assert_refuses, assert_rewrites, graph_diff
+from lipass.testing.device_reads import DeviceRead, assert_no_device_reads, device_reads
 from lipass.testing.tracing import Traced, run_passes, trace
 
 __all__ = [
+    "DeviceRead",
     "Traced",
+    "assert_no_device_reads",
     "assert_refuses",
     "assert_rewrites",
+    "device_reads",
     "graph_diff",
     "print_graph",
     "run_passes",
