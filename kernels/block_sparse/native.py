@@ -156,8 +156,10 @@ def _library() -> Path:
 
 
 def machine() -> str:
-    """Describe all that the built kernel depends on: its source, torch, processor and flags."""
-    return "\n".join([torch.__version__, _processor(), *_flags(), _SOURCE.read_text()])
+    """Describe all that the built kernel depends on: its sources, torch, processor and flags."""
+    sources = [_SOURCE, *sorted(_SOURCE.parent.glob("native_*.h"))]
+    texts = [source.read_text() for source in sources]
+    return "\n".join([torch.__version__, _processor(), *_flags(), *texts])
 
 
 def cache_folder() -> Path:

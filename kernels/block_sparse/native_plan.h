@@ -1,0 +1,120 @@
+// Choose blocks: means of queries and keys over each block, and the best by their products.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
+#include "native_grid.h"
+#include "native_vec.h"
+
+namespace {
+
+using at::Tensor;
+
+// Average the tokens of each block, `[B * H, blocks, D]`.
+template <typename T>
+void pool(const Tensor& x, const Grid& grid, float* means) {
+  const int64_t heads = x.size(1), dim = x.size(3), blocks = grid.count();
+  at::parallel_for(0, x.size(0) * heads * blocks, 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(dim);
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t pair = at / blocks;
+      const T* head = x.const_data_ptr<T>() + pair / heads * x.stride(0) +
+          pair % heads * x.stride(1);
+      float* mean = means + at * dim;
+      std::fill_n(mean, dim, 0.f);
+      int64_t tokens = 0;
+      grid.runs(at % blocks, [&](int64_t first, int64_t length) {
+        for (int64_t token = first; token < first + length; ++token) {
+          const T* from = head + token * x.stride(2);
+          const float* add = nullptr;
+          if constexpr (std::is_same_v<T, float>) {
+            add = from;
+          } else {
+            at::vec::convert<T, float>(from, row.data(), dim);
+            add = row.data();
+          }
+          int64_t d = 0;
+          for (; d + kLanes <= dim; d += kLanes) {
+            (Vec::loadu(mean + d) + Vec::loadu(add + d)).store(mean + d);
+          }
+          for (; d < dim; ++d) mean[d] += add[d];
+        }
+        tokens += length;
+      });
+      for (int64_t d = 0; d < dim; ++d) mean[d] /= static_cast<float>(tokens);
+    }
+  });
+}
+
+// Pool and select where no frame is dropped; see lipass.kernels.select.api. `grids` holds grid
+// and tile of the queries and of the candidates; `guarded` [Nq or 1, Nc] are visited in any case.
+// Every row visits the `before` blocks in front of the candidates, `wanted` candidates, and the
+// `after` blocks behind them.
+Tensor plan(const Tensor& q, const Tensor& k, at::IntArrayRef grids,
+            const std::optional<Tensor>& guarded, int64_t wanted, int64_t before, int64_t after) {
+  const Grid q_grid(grids.data()), k_grid(grids.data() + 6);
+  const int64_t rows = q_grid.count(), columns = k_grid.count(), dim = q.size(3);
+  const int64_t pairs = q.size(0) * q.size(1), width = before + wanted + after;
+  TORCH_CHECK(q.size(2) == q_grid.tokens() && k.size(2) == k_grid.tokens(), "q and k must have ",
+              q_grid.tokens(), " and ", k_grid.tokens(), " tokens, got ", q.size(2), " and ",
+              k.size(2), "; pass the tokens of the grids");
+  const Tensor q_rows = q.stride(3) == 1 ? q : q.contiguous();
+  const Tensor k_rows = k.stride(3) == 1 ? k : k.contiguous();
+  std::vector<float> q_mean(pairs * rows * dim), k_mean(pairs * columns * dim);
+  for (const bool keys : {false, true}) {
+    const Tensor& from = keys ? k_rows : q_rows;
+    const Grid& grid = keys ? k_grid : q_grid;
+    float* to = keys ? k_mean.data() : q_mean.data();
+    switch (q.scalar_type()) {
+      case at::kFloat: pool<float>(from, grid, to); break;
+      case at::kBFloat16: pool<at::BFloat16>(from, grid, to); break;
+      case at::kHalf: pool<at::Half>(from, grid, to); break;
+      default: TORCH_CHECK(false, "q must be fp32, bf16 or fp16, got ", q.scalar_type());
+    }
+  }
+  const Tensor guard = guarded ? guarded->contiguous() : Tensor();
+  const bool* guards = guarded ? guard.const_data_ptr<bool>() : nullptr;
+  const int64_t guard_stride = guarded && guard.size(0) > 1 ? columns : 0;
+  Tensor out = at::empty({q.size(0), q.size(1), rows, width}, q.options().dtype(at::kInt));
+  int32_t* to = out.mutable_data_ptr<int32_t>();
+  const int64_t grain = 1 + (1 << 14) / std::max<int64_t>(columns * dim, 1);
+  at::parallel_for(0, pairs * rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<std::pair<float, int32_t>> rank(columns);
+    for (int64_t at = begin; at < end; ++at) {
+      const float* query = q_mean.data() + at * dim;
+      for (int64_t n = 0; n < columns; ++n) {
+        const float* key = k_mean.data() + (at / rows * columns + n) * dim;
+        Vec sum(0.f);
+        int64_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) {
+          sum = at::vec::fmadd(Vec::loadu(query + d), Vec::loadu(key + d), sum);
+        }
+        float lanes[kLanes], score = 0.f;
+        sum.store(lanes);
+        for (const float lane : lanes) score += lane;
+        for (; d < dim; ++d) score += query[d] * key[d];
+        const bool guarded_here = guards && guards[at % rows * guard_stride + n];
+        // Ascending by negated score, then by id: the order of a stable sort.
+        rank[n] = {guarded_here ? -std::numeric_limits<float>::infinity() : -score, static_cast<int32_t>(n)};
+      }
+      if (wanted < columns) std::nth_element(rank.begin(), rank.begin() + wanted, rank.end());
+      int32_t* row = to + at * width;
+      for (int64_t n = 0; n < before; ++n) row[n] = static_cast<int32_t>(n);
+      for (int64_t n = 0; n < wanted; ++n) {
+        row[before + n] = rank[n].second + static_cast<int32_t>(before);
+      }
+      std::sort(row + before, row + before + wanted);
+      for (int64_t n = 0; n < after; ++n) {
+        row[before + wanted + n] = static_cast<int32_t>(before + columns + n);
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace
