@@ -14,7 +14,7 @@
 #include "native_blocks.h"
 #include "native_vec.h"
 
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AMX_BF16__)
 #define LIPASS_AMX
 
 #include <ATen/cpu/Utils.h>
@@ -148,15 +148,19 @@ inline __m512 weight_of(__m512 x) {
   return _mm512_scalef_ps(sum, x);
 }
 
-// Round two rows to 16 bits and interleave them.
+// Round two rows of weights to 16 bits and interleave them.
 template <typename E>
 inline __m512i pair_of(__m512 low, __m512 high) {
-  const __m512i order = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-      3, 18, 2, 17, 1, 16, 0);
   if constexpr (std::is_same_v<E, at::BFloat16>) {
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    // Half up, as bits: four simple instructions, where a conversion and its shuffle take longer.
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i even = _mm512_add_epi32(_mm512_castps_si512(low), half);
+    const __m512i odd = _mm512_add_epi32(_mm512_castps_si512(high), half);
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
   } else {
+    const __m512i order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+        19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, at::vec::convert_float_half(low, high));
   }
 }
@@ -289,8 +293,7 @@ class TileTask {
 
   // Scores of 32 queries, `[2, keys, 16]`.
   void scores(int64_t pair, Ahead<T>& ahead, int64_t prefetches) {
-    const Palette palette(depth_);
-    _tile_loadconfig(&palette);
+    shape_tiles(depth_);
     finish_stores();
     const int64_t tile = kTileRows * depth_;
     const Tiles<T> b{query_ + pair * 2 * kTileRows * dim_, 2 * kTileRows, kTileRows * dim_, tile};
@@ -385,8 +388,7 @@ class TileTask {
 
   // Add the weighted values of 32 queries, `[2, D, 16]`.
   void values(int64_t pair) {
-    const Palette palette(kTileDepth);
-    _tile_loadconfig(&palette);
+    shape_tiles(kTileDepth);
     finish_stores();
     const int64_t second = kKeys * kTileRows;
     const Tiles<T> b{weight_, 2 * kTileRows, second, kTile};
@@ -397,13 +399,21 @@ class TileTask {
     }
   }
 
+  // Shaping takes as long as ten products; heads of 64 and 128 need it once.
+  void shape_tiles(int64_t depth) {
+    if (depth == shaped_) return;
+    const Palette palette(depth);
+    _tile_loadconfig(&palette);
+    shaped_ = depth;
+  }
+
   // A maximum stays as it is until it has grown by this (in units of log 2): then weights are at
   // most 256, and what was summed before is seldom rescaled.
   static constexpr float kSlack = 8.f;
 
   const int64_t dim_, depth_, steps_;
   const Call& call_;
-  int64_t queries_ = 0, pairs_ = 0, units_ = 0, output_rows_ = 0;
+  int64_t queries_ = 0, pairs_ = 0, units_ = 0, output_rows_ = 0, shaped_ = 0;
   bool first_ = true;
   float *output_, *turned_, *score_;
   T *query_, *weight_, *value_;
