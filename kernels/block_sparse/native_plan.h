@@ -4,8 +4,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/ops/empty.h>
 
+#include <tuple>
 #include <vector>
 
 #include "native_grid.h"
@@ -15,38 +17,72 @@ namespace {
 
 using at::Tensor;
 
+// Two vectors of fp32; `count` of their numbers are there.
+template <typename T>
+inline std::tuple<Vec, Vec> load_two(const T* from, int64_t count) {
+  using Stored = at::vec::Vectorized<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (count == 2 * kLanes) return {Vec::loadu(from), Vec::loadu(from + kLanes)};
+    if (count <= kLanes) return {Vec::loadu(from, count), Vec(0.f)};
+    return {Vec::loadu(from), Vec::loadu(from + kLanes, count - kLanes)};
+  } else {
+    return at::vec::convert_to_float<T>(count == 2 * kLanes ? Stored::loadu(from)
+                                                            : Stored::loadu(from, count));
+  }
+}
+
+// Add `count` numbers of each row to `sum`, which stays in 2 `P` registers. The rows to come are
+// asked for: a core reads 29 GB/s so, and 16 by itself.
+template <int P, typename T>
+inline void add_rows(const T* from, int64_t count, int64_t stride, int64_t rows, float* sum) {
+  constexpr int64_t kBytes = 2 * P * kLanes * sizeof(T), kAheadBytes = 4096;
+  const int64_t ahead = kAheadBytes / kBytes * stride, last = count - (P - 1) * 2 * kLanes;
+  Vec total[2 * P];
+#pragma GCC unroll 8
+  for (int n = 0; n < 2 * P; ++n) total[n] = Vec::loadu(sum + n * kLanes);
+  for (int64_t row = 0; row < rows; ++row, from += stride) {
+    const char* coming = reinterpret_cast<const char*>(from + ahead);
+#pragma GCC unroll 8
+    for (int64_t byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(coming + byte);
+#pragma GCC unroll 4
+    for (int n = 0; n < P; ++n) {
+      const auto [low, high] = load_two(from + n * 2 * kLanes, n == P - 1 ? last : 2 * kLanes);
+      total[2 * n] = total[2 * n] + low;
+      total[2 * n + 1] = total[2 * n + 1] + high;
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < 2 * P; ++n) total[n].store(sum + n * kLanes);
+}
+
 // Average the tokens of each block, `[B * H, blocks, D]`.
 template <typename T>
 void pool(const Tensor& x, const Grid& grid, float* means) {
-  const int64_t heads = x.size(1), dim = x.size(3), blocks = grid.count();
+  const int64_t heads = x.size(1), stride = x.stride(2), dim = x.size(3), blocks = grid.count();
+  constexpr int64_t kTwo = 2 * kLanes;
   at::parallel_for(0, x.size(0) * heads * blocks, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(dim);
+    std::vector<float> sum((dim + kTwo - 1) / kTwo * kTwo);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t pair = at / blocks;
       const T* head = x.const_data_ptr<T>() + pair / heads * x.stride(0) +
           pair % heads * x.stride(1);
-      float* mean = means + at * dim;
-      std::fill_n(mean, dim, 0.f);
+      std::fill(sum.begin(), sum.end(), 0.f);
       int64_t tokens = 0;
-      grid.runs(at % blocks, [&](int64_t first, int64_t length) {
-        for (int64_t token = first; token < first + length; ++token) {
-          const T* from = head + token * x.stride(2);
-          const float* add = nullptr;
-          if constexpr (std::is_same_v<T, float>) {
-            add = from;
-          } else {
-            at::vec::convert<T, float>(from, row.data(), dim);
-            add = row.data();
+      grid.runs(at % blocks, [&](int64_t first, int64_t rows) {
+        for (int64_t d = 0; d < dim; d += 4 * kTwo) {
+          const T* from = head + first * stride + d;
+          float* to = sum.data() + d;
+          const int64_t count = std::min(dim - d, 4 * kTwo);
+          switch ((count + kTwo - 1) / kTwo) {
+            case 1: add_rows<1>(from, count, stride, rows, to); break;
+            case 2: add_rows<2>(from, count, stride, rows, to); break;
+            case 3: add_rows<3>(from, count, stride, rows, to); break;
+            default: add_rows<4>(from, count, stride, rows, to); break;
           }
-          int64_t d = 0;
-          for (; d + kLanes <= dim; d += kLanes) {
-            (Vec::loadu(mean + d) + Vec::loadu(add + d)).store(mean + d);
-          }
-          for (; d < dim; ++d) mean[d] += add[d];
         }
-        tokens += length;
+        tokens += rows;
       });
-      for (int64_t d = 0; d < dim; ++d) mean[d] /= static_cast<float>(tokens);
+      for (int64_t d = 0; d < dim; ++d) means[at * dim + d] = sum[d] / static_cast<float>(tokens);
     }
   });
 }
