@@ -18,6 +18,7 @@
 #define LIPASS_AMX
 
 #include <ATen/cpu/Utils.h>
+#include <ATen/native/CPUBlas.h>
 #include <immintrin.h>
 
 namespace {
@@ -207,7 +208,11 @@ class TileTask {
     output_rows_ = rows;
   }
 
-  ~TileTask() { _tile_release(); }
+  ~TileTask() {
+    // ATen may believe that this thread still has the tiles it shaped for its own products.
+    at::native::cpublas::brgemm_release();
+    _tile_release();
+  }
 
   // Take `queries` rows of a head.
   void begin(Rows<T> head, const int64_t* token, int64_t queries) {
