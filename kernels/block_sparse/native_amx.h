@@ -188,24 +188,16 @@ class TileTask {
   explicit TileTask(const Call& call)
       : dim_(call.q.size(3)), depth_(depth_of(dim_)), steps_(dim_ / depth_), call_(call) {
     static thread_local std::vector<float> memory;
-    const int64_t rows = (dim_ + 31) / 32 * 32;
-    const size_t size = kQueries * (dim_ / 2 + rows + dim_) + 2 * kTileRows * kKeys +
-        kTileRows * kKeys + rows * kKeys / 2 + 1024;
-    if (memory.size() < size) memory.resize(size);
-    float* at = memory.data();
-    const auto take = [&](int64_t numbers) {
-      at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(at) + 63) & ~uintptr_t{63});
-      float* found = at;
-      at += numbers;
-      return found;
-    };
-    query_ = reinterpret_cast<T*>(take(kQueries * dim_ / 2));
-    output_ = take(kQueries * rows);
-    turned_ = take(kQueries * dim_);
-    score_ = take(2 * kTileRows * kKeys);
-    weight_ = reinterpret_cast<T*>(take(kTileRows * kKeys));
-    value_ = reinterpret_cast<T*>(take(rows * kKeys / 2));
-    output_rows_ = rows;
+    output_rows_ = (dim_ + 31) / 32 * 32;
+    const auto pieces =
+        cut(memory, {kQueries * output_rows_, kQueries * dim_, 2 * kTileRows * kKeys,
+                     kQueries * dim_ / 2, kTileRows * kKeys, output_rows_ * kKeys / 2});
+    output_ = pieces[0];
+    turned_ = pieces[1];
+    score_ = pieces[2];
+    query_ = reinterpret_cast<T*>(pieces[3]);
+    weight_ = reinterpret_cast<T*>(pieces[4]);
+    value_ = reinterpret_cast<T*>(pieces[5]);
   }
 
   ~TileTask() {

@@ -97,14 +97,13 @@ class FloatTask {
 
   explicit FloatTask(const Call& call) : dim_(call.q.size(3)), call_(call) {
     static thread_local std::vector<float> memory;
-    const int64_t rows = std::is_same_v<T, float> ? 0 : kKeys * dim_;
-    const size_t size = kQueries * (3 * dim_ + kKeys) + rows;
-    if (memory.size() < size) memory.resize(size);
-    query_ = memory.data();
-    output_ = query_ + kQueries * dim_;
-    turned_ = output_ + kQueries * dim_;
-    score_ = turned_ + kQueries * dim_;
-    rows_ = score_ + kQueries * kKeys;
+    const int64_t rows = std::is_same_v<T, float> ? 0 : kKeys * dim_, size = kQueries * dim_;
+    const auto pieces = cut(memory, {size, size, size, kQueries * kKeys, rows});
+    query_ = pieces[0];
+    output_ = pieces[1];
+    turned_ = pieces[2];
+    score_ = pieces[3];
+    rows_ = pieces[4];
   }
 
   // Take `queries` rows of a head, laid across: `[D, columns]`.

@@ -4,13 +4,32 @@
 
 #include <ATen/cpu/vec/vec.h>
 
+#include <array>
 #include <cstdint>
+#include <vector>
 
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = Vec::size();
+
+// Cut `memory`, grown if need be, into pieces of so many fp32 numbers that start with cache lines.
+template <size_t N>
+std::array<float*, N> cut(std::vector<float>& memory, const int64_t (&sizes)[N]) {
+  constexpr int64_t kLine = 16;
+  int64_t total = kLine;
+  for (const int64_t size : sizes) total += (size + kLine - 1) / kLine * kLine;
+  if (static_cast<int64_t>(memory.size()) < total) memory.resize(total);
+  std::array<float*, N> found;
+  float* at = memory.data();
+  at += (-(reinterpret_cast<uintptr_t>(at) / sizeof(float)) % kLine);
+  for (size_t n = 0; n < N; ++n) {
+    found[n] = at;
+    at += (sizes[n] + kLine - 1) / kLine * kLine;
+  }
+  return found;
+}
 
 // 2 ** x for x <= 0; relative error 1e-7 (minimax fit of degree 5 that gives exactly 1 at 0).
 inline Vec exp2_up_to_one(const Vec& x) {
