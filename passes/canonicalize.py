@@ -13,6 +13,7 @@ from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.equivalence import Incomparable
 from lipass.passes.join_late import join_late
 from lipass.passes.match import SDPA, Refusal, has_effect, is_call, storage, writes_between
+from lipass.passes.modes import place_switches
 from lipass.passes.one_spelling import other_spelling, spell_as_sdpa, wrong
 from lipass.passes.site import AttentionSite, call_line, module_path, set_site
 from lipass.passes.softmax_attention import Spelled
@@ -78,6 +79,7 @@ class Canonicalize(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False
+        place_switches(graph)
         for node in ctx.visit(list(graph.nodes)):
             changed |= _spell_attention(node) or _spell_cat(node) or _spell_view(node)
             changed |= _drop_nothing(node)

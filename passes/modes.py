@@ -3,12 +3,70 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx import Node
+from torch.fx import Graph, Node
+
+
+def place_switches(graph: Graph) -> None:
+    """Say of which module the calls are that enter and leave autocasts; Dynamo does not.
+
+    An autocast belongs to the innermost module that the calls on both sides of its beginning, or
+    of its end, are made in, if all calls within it are.
+    """
+    exits = graph.find_nodes(op="call_function", target=_exit_autocast)
+    for leave in exits:
+        enter = leave.args[0]
+        assert isinstance(enter, Node)
+        within = _calls(enter.next, leave)
+        sides = [_shared_stack(_beside(switch)) for switch in (enter, leave)]
+        for stack in sorted(sides, key=len, reverse=True):
+            if len(_shared_stack([*within, stack])) == len(stack):
+                for switch in (enter, leave):
+                    switch.meta["nn_module_stack"] = dict(stack)
+                break
+
+
+_Stack = list[tuple[Any, Any]]
+
+
+def _calls(first: Node, end: Node) -> list[_Stack]:
+    """Return the modules of the calls from one node up to another."""
+    found, node = [], first
+    while node is not end:
+        if _is_call(node):
+            found.append(_stack(node))
+        node = node.next
+    return found
+
+
+def _beside(switch: Node) -> list[_Stack]:
+    """Return the modules of the calls nearest to a switch, in front and behind."""
+    before, behind = switch.prev, switch.next
+    while before.op != "root" and not _is_call(before):
+        before = before.prev
+    while behind.op != "root" and not _is_call(behind):
+        behind = behind.next
+    return [_stack(before), _stack(behind)]
+
+
+def _is_call(node: Node) -> bool:
+    return node.op.startswith("call") and node.target not in (_enter_autocast, _exit_autocast)
+
+
+def _stack(node: Node) -> _Stack:
+    return list((node.meta.get("nn_module_stack") or {}).items())
+
+
+def _shared_stack(stacks: list[_Stack]) -> _Stack:
+    """Return the modules that begin all of some stacks."""
+    columns = zip(*stacks, strict=False)
+    same = itertools.takewhile(lambda column: all(one == column[0] for one in column), columns)
+    return [column[0] for column in same]
 
 
 def entered(node: Node) -> list[Node]:

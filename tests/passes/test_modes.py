@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import Mini
+from conftest import Block, Mini
+from torch import nn
 from torch.nn import functional as F
 
 import lipass
 from lipass.passes.modes import entered, half_inside
 from lipass.receipt import reset_report
-from lipass.testing import assert_refuses
+from lipass.testing import assert_refuses, assert_rewrites
 
 LOW = {"device_type": "cpu", "dtype": torch.bfloat16}
 
@@ -134,3 +135,33 @@ def test_step_in_an_autocast_from_outside_is_not_outlined(inputs):
     args = given.context, given.noise, given.w2c, low(given.text), given.chunk[-1]
     text = "canonicalize,find-attention,find-steps,guard-steps"
     assert_refuses(Around().eval().chunk, args, text, "switches autocast on around")
+
+
+def test_step_that_switches_autocast_itself_is_outlined(inputs):
+    given = inputs(8)
+    args = given.context, given.noise, given.w2c, low(given.text), given.chunk[-1]
+    text = "canonicalize,find-attention,find-steps,guard-steps"
+    assert_rewrites(Inside().eval().chunk, args, text, adds="denoise_step(")
+
+
+def test_layers_that_switch_autocast_themselves_are_shared(inputs):
+    """As Wan's own code does around rotary positions."""
+
+    class Own(Block):
+        def forward(self, x, text, history):
+            with torch.autocast("cpu", enabled=False):
+                x = (x.double() * 2).to(x.dtype)
+            return super().forward(x, text, history)
+
+    torch.manual_seed(0)
+    model = Mini().eval()
+    model.blocks = nn.ModuleList(Own(32, 2) for _ in range(2))
+    text = "canonicalize,find-attention,share-blocks"
+    assert_rewrites(model, inputs(8).decode, text, adds="blocks(", grown=inputs(12).decode)
+
+
+def test_layers_in_an_autocast_from_outside_are_not_shared(inputs):
+    given = inputs(8)
+    args = given.noise, given.level, given.w2c, low(given.text), low(given.history)
+    text = "canonicalize,find-attention,share-blocks"
+    assert_refuses(Inside().eval(), args, text, "switches autocast on around")
