@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from lipass.graph_breaks import GraphBreak, distinct
 from lipass.policy.plan import ChunkPlan
 
 SCHEMA_VERSION = 1
@@ -104,6 +105,7 @@ class Report:
         recompiles: graphs compiled again for a function that had one.
         invariants_computed: runs of what `hoist-calls` outlined, in sessions.
         invariants_kept: calls of it that were answered without a run.
+        graph_breaks: where Dynamo cut a function into graphs that passes see one by one.
     """
 
     sites: dict[str, SiteRecord] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Report:
     recompiles: int = 0
     invariants_computed: int = 0
     invariants_kept: int = 0
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
 
     def add_site(self, site: SiteRecord) -> None:
         """Record a site; a later record of the same name replaces it."""
@@ -124,6 +127,10 @@ class Report:
     def add_pass(self, record: PassRecord) -> None:
         """Record a pass run."""
         self.passes.append(record)
+
+    def add_graph_break(self, found: GraphBreak) -> None:
+        """Record why a graph ends where it does."""
+        self.graph_breaks = distinct([*self.graph_breaks, found])
 
     def add_graph(self, seconds: float, *, recompile: bool = False) -> None:
         """Record one compiled graph and what it cost."""
@@ -155,6 +162,7 @@ class Report:
             "recompiles": self.recompiles,
             "invariants_computed": self.invariants_computed,
             "invariants_kept": self.invariants_kept,
+            "graph_breaks": [asdict(found) for found in self.graph_breaks],
         }
 
     def to_json(self) -> str:

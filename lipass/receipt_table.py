@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lipass.graph_breaks import GraphBreak
     from lipass.receipt import ChunkRecord, PassRecord, Report, SiteRecord
 
 _WIDTH = 80
@@ -18,6 +19,7 @@ def render(report: Report) -> str:
     """Give the whole report as text."""
     parts = [
         _summary(report),
+        _graph_breaks(report.graph_breaks),
         _sites(report.sites.values()),
         _passes(report.passes),
         _chunks(report.chunks, report.chunks_forgotten),
@@ -35,6 +37,15 @@ def _summary(report: Report) -> str:
     if report.invariants_computed:
         computed, kept = report.invariants_computed, report.invariants_kept
         lines.append(f"invariants: {computed} computed, {kept} kept")
+    return "\n".join(lines)
+
+
+def _graph_breaks(breaks: Iterable[GraphBreak]) -> str:
+    lines = []
+    for found in breaks:
+        lines.append(f"graph break at {found.source}")
+        for text in (found.reason, f"remedy: {found.remedy}"):
+            lines.append("    " + textwrap.shorten(text, _WIDTH - 4, placeholder=" .."))
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from lipass.config import Config
 from lipass.cut_graph import compile_pieces, outlined
 from lipass.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.errors import LipassError
+from lipass.graph_breaks import break_of
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates
 from lipass.kernels.view_overlap.api import chosen_by_caller
@@ -101,6 +102,8 @@ def compile_unit(
     except PassError as error:
         raise LipassError(str(error)) from error
     report = current_report()
+    if (why := getattr(gm, "compile_subgraph_reason", None)) and why.graph_break:
+        report.add_graph_break(break_of(why))
     for record in records:
         notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
         report.add_pass(PassRecord(record.name, record.changed, record.seconds, notes))

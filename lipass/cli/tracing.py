@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lipass.cli import UsageError
 from lipass.cli.target import Target, load, raised
 from lipass.errors import LipassError
+from lipass.graph_breaks import GraphBreak, break_of, distinct
 
 if TYPE_CHECKING:
     import torch.fx
@@ -22,17 +21,6 @@ if TYPE_CHECKING:
     from lipass.passes.runner import PassRecord
 
 _FACTS = ("canonicalize", "find-attention", "find-poses", "find-steps")
-_REMEDY = "move what breaks the graph out of forward, or compile the part without it"
-
-
-@dataclass(frozen=True)
-class GraphBreak:
-    """Say where Dynamo cut a function into graphs, why, and what to do about it."""
-
-    source: str
-    """`file.py:line`."""
-    reason: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -166,7 +154,7 @@ def trace_calls(
         raise LipassError(str(error.inner_exception)) from error.inner_exception
     except Exception as error:
         raise LipassError(f"{target.text} must run, and {raised(error)}") from error
-    trace.breaks = list(dict.fromkeys(map(_graph_break, graph_break_reasons[known:])))
+    trace.breaks = distinct(map(break_of, graph_break_reasons[known:]))
     return trace
 
 
@@ -222,20 +210,3 @@ def _copy(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     return torch.fx.GraphModule(gm, graph)
-
-
-def _graph_break(found: Any) -> GraphBreak:
-    """Read Dynamo's reason, a paragraph with an explanation and hints."""
-    frame = found.user_stack[-1] if found.user_stack else None
-    source = f"{Path(frame.filename).name}:{frame.lineno}" if frame else ""
-    lines = [line.strip() for line in str(found.reason).splitlines()]
-    parts: dict[str, list[str]] = {"Explanation": [], "Hint": []}
-    for line in lines:
-        key, colon, rest = line.partition(":")
-        if colon and key in parts:
-            parts[key].append(rest.strip())
-    reason = lines[0] if lines else "unknown"
-    if parts["Explanation"]:
-        reason += f": {parts['Explanation'][0]}"
-    remedy = " ".join(parts["Hint"]) or _REMEDY
-    return GraphBreak(source, re.sub(r"\s+", " ", reason), re.sub(r"\s+", " ", remedy))
