@@ -15,6 +15,7 @@
 #include "native_blocks.h"
 #include "native_fp32.h"
 #include "native_plan.h"
+#include "native_share.h"
 
 namespace {
 
@@ -77,15 +78,15 @@ void run(const Call& call) {
   const int64_t q_blocks = call.q_grid.count();
   const int64_t parts = (call.q_grid.slots() + Task::kQueries - 1) / Task::kQueries;
   const int64_t tasks = call.q.size(0) * call.q.size(1) * q_blocks * parts;
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  share_out(tasks, [&](const auto& each) {
     Task task(call);
     Chunk<T> chunk;
     Ahead<T> ahead;
     ahead.dim = call.q.size(3);
-    for (int64_t at = begin; at < end; ++at) {
+    each([&](int64_t at) {
       run_task<Task, T>(call, table.blocks, task, chunk, ahead, at / parts / q_blocks,
                         at / parts % q_blocks, at % parts);
-    }
+    });
   });
 }
 
