@@ -48,28 +48,18 @@ def light_interaction(
     from lipass.unit import compile_unit
 
     pipeline = pipeline_of(config)
-    code = code_uuid(pipeline)
-    inner = functools.partial(inner_compile, inner=config.inner, code=code)
-    return compile_unit(gm, example_inputs, config, pipeline, inner)
+    inner = functools.partial(inner_compile, inner=config.inner)
+    caches: Any = torch.compiler.config
+    # What the result depends on and the graph does not show becomes part of torch's keys.
+    with caches.patch(cache_key_tag=caches.cache_key_tag + code_uuid(pipeline)):
+        return compile_unit(gm, example_inputs, config, pipeline, inner)
 
 
-def inner_compile(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str, code: str = ""
-) -> Compiled:
-    """Compile a graph with `inductor`, `aot_eager` or `eager`.
-
-    Args:
-        gm: the graph.
-        example_inputs: its inputs.
-        inner: name of the compiler.
-        code: what the result depends on and the graph does not show, for the keys of torch's
-            caches.
-    """
+def inner_compile(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str) -> Compiled:
+    """Compile a graph with `inductor`, `aot_eager` or `eager`."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    caches: Any = torch.compiler.config
-    with caches.patch(cache_key_tag=caches.cache_key_tag + code):
-        compiled: Compiled = lookup_backend(inner)(gm, example_inputs)
+    compiled: Compiled = lookup_backend(inner)(gm, example_inputs)
     return compiled
 
 

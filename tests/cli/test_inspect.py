@@ -207,6 +207,14 @@ def test_graph_breaks_are_in_the_table(model, capsys):
     assert "remedy: Remove" in shown
 
 
+def test_pipeline_has_a_uuid(model, capsys):
+    from lipass.passes.core import PassPipeline
+
+    main(["inspect", f"{model}:plain", "--json"])
+    shown = document(capsys)
+    assert shown["pipeline_uuid"] == PassPipeline.parse(shown["pipeline"]).uuid()
+
+
 def test_tensors_are_fake_unless_asked_for(model, capsys):
     main(["inspect", f"{model}:attention", "--json"])
     assert document(capsys)["fake"] is True
