@@ -24,22 +24,36 @@ _SHORT_SIGMAS = (SIGMAS[0], SIGMAS[-2], SIGMAS[-1])
 
 @dataclass
 class _Lane:
-    """A rollout: `latents [<= F, C, Y, X]`, of which the first `given` are recorded."""
+    """A rollout along frames `first` to `end` of a walk: `latents [F, C, Y, X]` so far."""
 
     walk: int
     variant: int
-    given: int
+    first: int
+    end: int
     latents: Tensor
 
 
 class OwnRollouts:
-    """Rollouts side by side, some of which advance by a chunk each time they are drawn."""
+    """Rollouts side by side, some of which advance by a chunk each time they are drawn.
+
+    `free_share` of them begin with one recorded chunk: that of their walk, or, with `free_chunks`,
+    one from anywhere in it, and then they end after so many chunks more.
+    """
 
     def __init__(
-        self, walks: LatentWalks, *, lanes: int, batch: int, targets: int, seed: int
+        self,
+        walks: LatentWalks,
+        *,
+        lanes: int,
+        batch: int,
+        targets: int,
+        seed: int,
+        free_share: float = _FREE_SHARE,
+        free_chunks: int | None = None,
     ) -> None:
         self.walks, self.batch, self.targets = walks, batch, targets
         self.generator = torch.Generator().manual_seed(seed)
+        self.free_share, self.free_chunks = free_share, free_chunks
         self.lanes = [self._start() for _ in range(lanes)]
         self._drawn: list[int] = []
 
@@ -48,11 +62,15 @@ class OwnRollouts:
 
     def _start(self) -> _Lane:
         walk, variant = int(self._rand() * len(self.walks.w2c)), int(self._rand() * 2)
-        given = CHUNK_LATENTS
-        if float(self._rand()) > _FREE_SHARE:
+        first, end, given = 0, self.walks.w2c.shape[1], CHUNK_LATENTS
+        if float(self._rand()) > self.free_share:
             given *= 2 + int(self._rand() * 7)
-            given = min(given, self.walks.w2c.shape[1] - 2 * CHUNK_LATENTS)
-        return _Lane(walk, variant, given, self.walks.latents[walk, variant, :given].float())
+            given = min(given, end - 2 * CHUNK_LATENTS)
+        elif self.free_chunks is not None:
+            first = int(self._rand() * (end - 2 * CHUNK_LATENTS + 1))
+            end = min(end, first + (1 + self.free_chunks) * CHUNK_LATENTS)
+        recorded = self.walks.latents[walk, variant, first : first + given]
+        return _Lane(walk, variant, first, end, recorded.float())
 
     def draw(self, context_latents: int) -> Batch:
         """Draw the next chunk of some lanes with `context_latents` of context, if they have it."""
@@ -66,14 +84,15 @@ class OwnRollouts:
 
     def _draw_one(self, lane: _Lane, n: int) -> tuple[Tensor, ...]:
         walks, chunk, start = self.walks, CHUNK_LATENTS, len(lane.latents)
-        similarity = walks.similarity[lane.walk][start : start + chunk]
-        score = similarity[:, :start].mean(0) + 0.1 * self._rand(start)
+        similarity = walks.similarity[lane.walk, lane.first :, lane.first :]
+        score = similarity[start : start + chunk, :start].mean(0) + 0.1 * self._rand(start)
         if float(self._rand()) < 0.5:
             score[0] = 5.0
         score[start - chunk :] = 10.0
         chosen = sorted(score.topk(n).indices.tolist())
-        target = walks.latents[lane.walk, lane.variant, start : start + chunk].float()
-        w2c = walks.w2c[lane.walk]
+        recorded = walks.latents[lane.walk, lane.variant, lane.first :]
+        target = recorded[start : start + chunk].float()
+        w2c = walks.w2c[lane.walk, lane.first :]
         camera = relative_to(w2c[start : start + chunk], w2c[start])
         tokens = walks.tokens[lane.walk, lane.variant]
         return (
@@ -101,5 +120,5 @@ class OwnRollouts:
         for i, chunk in zip(self._drawn, chunks.transpose(1, 2), strict=True):
             lane = self.lanes[i]
             lane.latents = torch.cat([lane.latents, chunk])
-            if len(lane.latents) + CHUNK_LATENTS > self.walks.w2c.shape[1]:
+            if lane.first + len(lane.latents) + CHUNK_LATENTS > lane.end:
                 self.lanes[i] = self._start()

@@ -3,9 +3,16 @@
 import pytest
 import torch
 
+from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld
 from lipass.examples.tinyworld.own_rollouts import OwnRollouts
 from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
+from lipass.examples.tinyworld.train_free import (
+    FreeOptions,
+    FreeTrainer,
+    imagine,
+    picture_error,
+)
 from lipass.examples.tinyworld.train_world import (
     Phase,
     Trainer,
@@ -89,5 +96,66 @@ def test_training_runs_on_own_rollouts_and_resumes(walks):
     again = Trainer(TinyWorld(TINY))
     again.load(trainer.state())
     again.run(phases, trainer.elapsed_s + 0.5, lambda state: None)
+    assert again.step > trainer.step
+    assert all(torch.isfinite(p).all() for p in again.model.parameters())
+
+
+def test_a_free_rollout_begins_anywhere_in_its_walk_and_ends_after_its_chunks(walks):
+    rollouts = OwnRollouts(
+        walks, lanes=8, batch=8, targets=1, seed=0, free_share=1.0, free_chunks=2
+    )
+    first = list(rollouts.lanes)
+    assert len({lane.first for lane in first}) > 2
+    for chunk in (1, 2):
+        batch = rollouts.draw(CHUNK_LATENTS)
+        for row, i in enumerate(rollouts._drawn):
+            lane = rollouts.lanes[i]
+            start = lane.first + chunk * CHUNK_LATENTS
+            recorded = walks.latents[lane.walk, lane.variant, start : start + CHUNK_LATENTS]
+            if lane is first[i]:
+                assert torch.equal(batch.targets[row, 0], recorded.float())
+        rollouts.append(rollouts.noise())
+        if chunk == 1:
+            assert any(a is b for a, b in zip(first, rollouts.lanes, strict=True))
+    assert not any(a is b for a, b in zip(first, rollouts.lanes, strict=True))
+
+
+def test_an_imagined_chunk_has_the_gradient_of_its_last_step_alone(walks):
+    torch.manual_seed(0)
+    model, calls = TinyWorld(TINY), []
+    model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    rollouts = OwnRollouts(walks, lanes=2, batch=2, targets=1, seed=0, free_share=1.0)
+    chunks = imagine(model, rollouts.draw(8), rollouts, torch.Generator())
+    assert chunks.requires_grad
+    assert calls[-1]
+    assert not any(calls[:-1])
+
+
+def test_the_error_of_pictures_is_absolute_and_reaches_the_imagined_chunk_alone():
+    codec = Codec().requires_grad_(False)
+    chunks = torch.randn(2, 16, CHUNK_LATENTS, 4, 4, requires_grad=True)
+    targets = torch.randn(2, 16, CHUNK_LATENTS, 4, 4, requires_grad=True)
+    error = picture_error(codec, chunks, targets)
+    error.backward()
+    frames = [codec.decode(x.transpose(1, 2).flatten(0, 1)) for x in (chunks, targets)]
+    torch.testing.assert_close(error, (frames[0] - frames[1]).abs().mean())
+    assert chunks.grad.abs().max() > 0
+    assert targets.grad is None
+    assert picture_error(codec, chunks, chunks) == 0
+
+
+def test_training_on_free_rollouts_runs_and_resumes(walks):
+    torch.manual_seed(0)
+    options = FreeOptions(lanes=2, anchors=1, free_context=(4, 8), anchor_context=(4, 8))
+    trainer = FreeTrainer(TinyWorld(TINY), Codec(), options)
+    before = trainer.average.head.weight.clone()
+    saves = []
+    trainer.run(walks, 1.5, lambda state: saves.append(state.step))
+    assert trainer.step > 3
+    assert saves == [trainer.step]
+    assert not torch.equal(trainer.average.head.weight, before)
+    again = FreeTrainer(TinyWorld(TINY), Codec(), options)
+    again.load(trainer.state())
+    again.run(walks, trainer.elapsed_s + 0.5, lambda state: None)
     assert again.step > trainer.step
     assert all(torch.isfinite(p).all() for p in again.model.parameters())
