@@ -25,8 +25,9 @@ HEAD_DIMS = (64, 80, 96, 112, 128)
 TILE_VOLUMES = (32, 64, 128, 256)
 # Rows, columns, warps and stages per major compute capability: what compiles without spills at
 # head dim 128, tails and bias included (ptxas of triton 3.7.1). 128 x 128 spills on sm_80 and
-# sm_100, and on sm_90 with a bias. Shared memory 96, 96 and 128 KiB of 163, 227 and 227.
-_LAUNCH = {8: (64, 128, 8, 2), 9: (128, 64, 8, 3), 10: (128, 64, 8, 3)}
+# sm_100, and on sm_90 with a bias. Shared memory 96, 96, 128 and 96 KiB of 99 (sm_86, sm_89; 163 on
+# sm_80), 227, 227 and 99.
+_LAUNCH = {8: (64, 128, 8, 2), 9: (128, 64, 8, 3), 10: (128, 64, 8, 3), 12: (64, 128, 8, 2)}
 # The kernel holds the description of so many segments: text, history, current.
 _SEGMENTS = 3
 
@@ -125,9 +126,9 @@ def launch_options(q_volume: int, k_volume: int, capability: int) -> Launch:
     Args:
         q_volume: slots of a query tile.
         k_volume: slots of a key tile.
-        capability: major compute capability; unknown ones are treated like the latest known.
+        capability: major compute capability; unknown ones get what needs the least memory.
     """
-    rows, columns, warps, stages = _LAUNCH.get(capability, _LAUNCH[max(_LAUNCH)])
+    rows, columns, warps, stages = _LAUNCH.get(capability, _LAUNCH[8])
     rows, columns = min(rows, q_volume), min(columns, k_volume)
     return Launch(rows, columns, warps if rows * columns >= 64 * 128 else 4, stages)
 

@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: interpreted, and compiled ahead of time for three chips."""
+"""The Triton kernel without a GPU: interpreted, and compiled ahead of time for six chips."""
 
 import functools
 import os
@@ -14,7 +14,14 @@ pytest.importorskip("triton", reason="needs Triton")
 
 HERE = Path(__file__).parent
 # Shared memory that one program may use, and the tensor core instruction that must appear.
-CHIPS = {80: (163, "mma.sync"), 90: (227, "wgmma.mma_async"), 100: (227, "tcgen05.mma")}
+CHIPS = {
+    80: (163, "mma.sync"),
+    86: (99, "mma.sync"),
+    89: (99, "mma.sync"),
+    90: (227, "wgmma.mma_async"),
+    100: (227, "tcgen05.mma"),
+    120: (99, "mma.sync"),
+}
 TILE = (4, 8, 4)
 
 
