@@ -25,8 +25,8 @@ HEAD_DIMS = (64, 80, 96, 112, 128)
 TILE_VOLUMES = (32, 64, 128, 256)
 # Rows, columns, warps and stages per major compute capability: what compiles without spills at
 # head dim 128, tails and bias included (ptxas of triton 3.7.1). 128 x 128 spills on sm_80 and
-# sm_100, and on sm_90 with a bias. Shared memory 96, 96, 128 and 96 KiB of 99 (sm_86, sm_89; 163 on
-# sm_80), 227, 227 and 99.
+# sm_100, and on sm_90 with a bias. Shared memory 96, 96, 128 and 96 KiB; chips have 99 (sm_86,
+# sm_89, sm_120), 163 (sm_80) and 227 (sm_90, sm_100).
 _LAUNCH = {8: (64, 128, 8, 2), 9: (128, 64, 8, 3), 10: (128, 64, 8, 3), 12: (64, 128, 8, 2)}
 # The kernel holds the description of so many segments: text, history, current.
 _SEGMENTS = 3
