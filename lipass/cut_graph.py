@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.utils._pytree as pytree
 from torch.fx.passes.split_module import split_module
 
 from lipass import session
-from lipass.passes.compat import fake_mode_of
+from lipass.passes.compat import fake_mode_of, value
 from lipass.passes.site import invariants, region_name
 from lipass.step_loop import StepLoop
 
@@ -49,12 +48,14 @@ def compile_pieces(
         part[node] = current
         current += node in alone
     pieces = split_module(gm, torch.nn.Module(), part.__getitem__, keep_original_order=True)
-    inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    given = {
+        node.name: example
+        for node, example in zip(
+            gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True
+        )
+    }
     with fake_mode_of(gm.graph):
-        fakes = [
-            _fake(given, shaped) for given, shaped in zip(example_inputs, inputs, strict=True)
-        ]
-        _PieceCompiler(pieces, inner_compile).run(*fakes)
+        _PieceCompiler(pieces, given, inner_compile).compile_all()
     compiled: Compiled = pieces.forward
     return compiled
 
@@ -64,8 +65,8 @@ def _fake(given: Any, shaped: Any) -> Any:
 
     Dynamo's fake tensors are in the mode it traced in, and the example inputs have no symbols.
     """
-    if not isinstance(shaped, torch.Tensor):
-        return shaped
+    if not isinstance(shaped, torch.Tensor) or shaped.dim() == 0:
+        return shaped  # a float that varies comes as a tensor, and only that one knows its symbol
     fake = torch.empty_strided(
         shaped.shape,
         shaped.stride(),
@@ -80,38 +81,54 @@ def _fake(given: Any, shaped: Any) -> Any:
     return fake
 
 
-class _PieceCompiler(torch.fx.Interpreter):
-    """Walk over the pieces with fake inputs and replace each by its compiled form."""
+class _PieceCompiler:
+    """Replace each piece by its compiled form, for the inputs that its placeholders describe."""
 
     def __init__(
-        self, pieces: torch.fx.GraphModule, inner_compile: Callable[..., Compiled]
+        self,
+        pieces: torch.fx.GraphModule,
+        given: dict[str, Any],
+        inner_compile: Callable[..., Compiled],
     ) -> None:
-        super().__init__(pieces)
+        self.pieces = pieces
+        self.given = given
         self.inner_compile = inner_compile
-        found = [p for p in pieces.children() if isinstance(p, torch.fx.GraphModule)]
-        calls = [call for piece in found for call in outlined(piece.graph)]
+        self.names = [str(node.target) for node in pieces.graph.find_nodes(op="call_module")]
+        calls = [call for name in self.names for call in outlined(self._graph(name))]
         self.loop = StepLoop(sum(region_name(call) is not None for call in calls))
         self.step: Compiled | None = None
         self.steps = 0
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compile one piece for the inputs that reach it."""
-        piece = self.fetch_attr(target)
-        outputs = super().call_module(target, args, kwargs)
+    def compile_all(self) -> None:
+        """Compile all pieces, in order."""
+        for name in self.names:
+            piece = self.pieces.get_submodule(name)
+            assert isinstance(piece, torch.fx.GraphModule)
+            compiled = self._compile(piece)
+            if compiled is not None:
+                # An entry of __dict__ is found before the submodule of the same name.
+                self.pieces.__dict__[name] = compiled
+
+    def _graph(self, name: str) -> torch.fx.Graph:
+        graph = self.pieces.get_submodule(name).graph
+        assert isinstance(graph, torch.fx.Graph)
+        return graph
+
+    def _compile(self, piece: torch.fx.GraphModule) -> Compiled | None:
+        """Compile a piece, or return None where it runs as it is."""
+        inputs = piece.graph.find_nodes(op="placeholder")
+        args = [_fake(self.given.get(node.name), value(node)) for node in inputs]
         call = next(iter(outlined(piece.graph)), None)
-        compiled: Compiled
         if call is not None:
-            compiled = self._alone(piece, call, args)
-        elif _calls(piece) > _GLUE_CALLS or (self.loop.steps == 0 and _has_tensors(outputs)):
-            compiled = _compile_piece(piece, args, self.inner_compile)
-        else:
-            return outputs
-        # An entry of __dict__ is found before the submodule of the same name.
-        self.module.__dict__[target] = compiled
-        return outputs
+            return self._alone(piece, call, args)
+        results = [value(node) for node in piece.graph.output_node().all_input_nodes]
+        computes = any(isinstance(result, torch.Tensor) for result in results)
+        if _calls(piece) > _GLUE_CALLS or (self.loop.steps == 0 and computes):
+            return _compile_piece(piece, args, self.inner_compile)
+        return None
 
     def _alone(
-        self, piece: torch.fx.GraphModule, call: torch.fx.Node, args: tuple[Any, ...]
+        self, piece: torch.fx.GraphModule, call: torch.fx.Node, args: list[Any]
     ) -> Compiled:
         """Return a piece that is one call: reorders its inputs for the body, picks its outputs."""
         names = [node.name for node in piece.graph.find_nodes(op="placeholder")]
@@ -151,22 +168,18 @@ class _PieceCompiler(torch.fx.Interpreter):
         return run
 
 
-def _has_tensors(outputs: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(outputs))
-
-
 def _calls(piece: torch.fx.GraphModule) -> int:
     return sum(node.op.startswith("call") for node in piece.graph.nodes)
 
 
 def _compile_piece(
-    piece: torch.fx.GraphModule, args: tuple[Any, ...], inner_compile: Callable[..., Compiled]
+    piece: torch.fx.GraphModule, args: list[Any], inner_compile: Callable[..., Compiled]
 ) -> Compiled:
     """Compile a piece, which returns a tuple for the inner compiler and a bare value here."""
     output = piece.graph.output_node()
     if isinstance(output.args[0], (tuple, list)):
-        return inner_compile(piece, list(args))
+        return inner_compile(piece, args)
     output.args = ((output.args[0],),)
     piece.recompile()
-    compiled = inner_compile(piece, list(args))
+    compiled = inner_compile(piece, args)
     return lambda *given: compiled(*given)[0]

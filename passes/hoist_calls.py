@@ -91,10 +91,19 @@ def _invariant(graph: Graph) -> dict[Node, Roots]:
             continue
         if _memory(node) & (written | returned) or impurity(region_of([node])):
             continue
-        if value(node) is None or getattr(value(node), "requires_grad", False):
+        if value(node) is None or _is_recorded(value(node)) or _is_lazy(value(node)):
             continue
         roots[node] = frozenset().union(*(roots[one] for one in above))
     return {node: above for node, above in roots.items() if node not in inputs}
+
+
+def _is_recorded(result: object) -> bool:
+    return isinstance(result, torch.Tensor) and result.requires_grad
+
+
+def _is_lazy(result: object) -> bool:
+    """Whether a tensor is a conjugate or a negative that nobody has computed, only marked."""
+    return isinstance(result, torch.Tensor) and (result.is_conj() or result.is_neg())
 
 
 def _memory(node: Node) -> set[int]:

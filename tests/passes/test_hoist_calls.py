@@ -213,3 +213,12 @@ def test_second_body_reads_the_first(trace, apply):
     with torch.no_grad():
         expected = net(X, PROMPT, other)
         torch.testing.assert_close(compiled(X, PROMPT, other), expected, rtol=0, atol=0)
+
+
+def test_conjugates_that_are_only_marked_stay(trace, apply):
+    net = Net(lambda text: torch.view_as_real(torch.fft.fft(text).conj().resolve_conj())[..., 0])
+    gm = trace(net, (X, PROMPT))
+    apply(gm, TEXT)
+    (call,) = invariants(gm.graph)
+    assert not any(out.is_conj() for out in call.meta["example_value"])
+    assert gm.graph.find_nodes(op="call_method", target="conj")
