@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 import torch.fx
 from torch.fx.passes.split_module import split_module
 
@@ -16,6 +18,7 @@ from lipass.passes.site import invariants, region_name
 from lipass.step_loop import StepLoop
 
 Compiled = Callable[..., Any]
+InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
 
 # Sampler arithmetic between steps: a handful of pointwise calls on the latents of one chunk.
 # Compiling each piece costs seconds and saves microseconds.
@@ -31,7 +34,7 @@ def outlined(graph: torch.fx.Graph) -> list[torch.fx.Node]:
 def compile_pieces(
     gm: torch.fx.GraphModule,
     example_inputs: list[Any],
-    inner_compile: Callable[[torch.fx.GraphModule, list[Any]], Compiled],
+    inner_compile: InnerCompile,
 ) -> Compiled:
     """Cut a graph at its outlined steps and invariants, and compile the pieces; steps as one."""
     part: dict[torch.fx.Node, int] = {}
@@ -55,9 +58,30 @@ def compile_pieces(
         )
     }
     with fake_mode_of(gm.graph):
-        _PieceCompiler(pieces, given, inner_compile).compile_all()
+        _PieceCompiler(pieces, given, _past_caches(inner_compile)).compile_all()
     compiled: Compiled = pieces.forward
     return compiled
+
+
+def _past_caches(inner_compile: InnerCompile) -> InnerCompile:
+    """Compile anew where torch's caches have a piece and cannot check its guards.
+
+    They keep all guards of the graph, those on sizes that the piece does not see too.
+    """
+
+    def compile_piece(piece: torch.fx.GraphModule, args: list[Any]) -> Compiled:
+        try:
+            return inner_compile(piece, args)
+        except KeyError:
+            inductor: Any = torch._inductor.config
+            functorch: Any = torch._functorch.config
+            with (
+                inductor.patch(fx_graph_cache=False),
+                functorch.patch(enable_autograd_cache=False),
+            ):
+                return inner_compile(piece, args)
+
+    return compile_piece
 
 
 def _fake(given: Any, shaped: Any) -> Any:
@@ -88,7 +112,7 @@ class _PieceCompiler:
         self,
         pieces: torch.fx.GraphModule,
         given: dict[str, Any],
-        inner_compile: Callable[..., Compiled],
+        inner_compile: InnerCompile,
     ) -> None:
         self.pieces = pieces
         self.given = given
@@ -173,7 +197,7 @@ def _calls(piece: torch.fx.GraphModule) -> int:
 
 
 def _compile_piece(
-    piece: torch.fx.GraphModule, args: list[Any], inner_compile: Callable[..., Compiled]
+    piece: torch.fx.GraphModule, args: list[Any], inner_compile: InnerCompile
 ) -> Compiled:
     """Compile a piece, which returns a tuple for the inner compiler and a bare value here."""
     output = piece.graph.output_node()

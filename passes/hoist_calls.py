@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from lipass.passes import match
-from lipass.passes.compat import is_parameter, value
+from lipass.passes.compat import hint, is_parameter, value
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.match import memory_written, storage
 from lipass.passes.outline import hidden_sizes, to_module
@@ -21,6 +21,8 @@ from lipass.passes.site import invariants, poses, set_invariant, site_of, sites,
 from lipass.passes.worth import worth_once
 
 Roots = frozenset[Node]
+
+_PRODUCTS = {"bmm", "linear", "matmul", "mm"}
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,19 @@ class HoistCalls(Pass):
     same costs a comparison. There is one body for each set of inputs, so that a new camera path
     does not project the prompt anew.
 
-    Keeps: views, which cost nothing; what is written to, drawn at random, returned or
-    differentiated; what runs in an autocast; attention; graphs that hold the loop, for which
-    `hoist-steps` does this.
+    Keeps: what holds no large matrix product; views, which cost nothing; what is written to, drawn
+    at random, returned or differentiated; what runs in an autocast; attention; graphs that hold
+    the loop, for which `hoist-steps` does this.
     """
 
     name: ClassVar[str] = "hoist-calls"
     numerics: ClassVar[Numerics] = Numerics.EXACT
     requires: ClassVar[tuple[str, ...]] = ("find-attention", "find-poses", "find-steps")
     precedes: ClassVar[tuple[str, ...]] = ("share-blocks",)
+
+    work_min: int = 1 << 20
+    """Multiply-adds of the matrix products that a body has to save; less is not worth a boundary
+    that nothing is fused across."""
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         if any(step_of(node) for node in graph.nodes):
@@ -61,14 +67,14 @@ class HoistCalls(Pass):
         for group in sorted(set(roots.values()), key=lambda one: (len(one), _names(one))):
             own = [node for node, above in roots.items() if above <= group]
             nodes = worth_once([node for node in own if node not in outlined])
-            if nodes:
+            if nodes and sum(map(_work, nodes)) >= self.work_min:
                 name = f"invariant_{len(invariants(graph))}"
                 _outline(graph, nodes, name, ctx)
                 outlined.update(nodes)
                 said = f"for the same {_names(group)}" if group else "for the same parameters"
                 ctx.note("invariants", "rewritten", f"{_count(nodes)} run once {said}")
         if not outlined:
-            ctx.note("invariants", "kept", "every computation depends on what each call changes")
+            ctx.note("invariants", "kept", "no large product depends on what calls leave alone")
         return bool(outlined)
 
 
@@ -95,6 +101,14 @@ def _invariant(graph: Graph) -> dict[Node, Roots]:
             continue
         roots[node] = frozenset().union(*(roots[one] for one in above))
     return {node: above for node, above in roots.items() if node not in inputs}
+
+
+def _work(node: Node) -> int:
+    """Return the multiply-adds of a matrix product; 0 for what is none."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if name not in _PRODUCTS:
+        return 0
+    return hint(value(node).numel()) * hint(value(node.args[0]).shape[-1])
 
 
 def _is_recorded(result: object) -> bool:

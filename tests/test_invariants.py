@@ -6,10 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import lipass
+from lipass.cut_graph import _past_caches
 from lipass.invariants import InvariantStore
 from lipass.receipt import reset_report
 
-OPTIONS = {"preset": "exact", "inner": "eager"}
+PIPELINE = "canonicalize,find-attention,find-poses,find-steps,hoist-calls{work_min=0},share-blocks"
+OPTIONS = {"preset": "exact", "inner": "eager", "pipeline": PIPELINE}
 
 
 class Cross(nn.Module):
@@ -184,3 +186,18 @@ def test_a_few_results_of_one_body_are_kept():
     assert len(runs) == 7
     store.get(body, (inputs[0], 4))  # another size
     assert len(runs) == 8
+
+
+def test_piece_whose_cached_guards_cannot_be_checked_is_compiled_anew():
+    cached = []
+
+    def inner_compile(piece, args):
+        cached.append(torch._inductor.config.fx_graph_cache)
+        if cached[-1]:
+            raise KeyError("w2c")
+        return piece
+
+    with torch._inductor.config.patch(fx_graph_cache=True):
+        assert _past_caches(inner_compile)("piece", []) == "piece"
+        assert torch._inductor.config.fx_graph_cache
+    assert cached == [True, False]

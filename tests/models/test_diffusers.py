@@ -6,10 +6,12 @@ from zoo import ZOO
 
 import lipass
 from lipass.kernels import registry
+from lipass.passes import PIPELINES
 from lipass.receipt import current_report, reset_report
 
 pytest.importorskip("diffusers")
 
+_HOISTED = PIPELINES["exact"].replace("hoist-calls", "hoist-calls{work_min=0}")
 BUDGET_ONE = {"preset": "all", "sparse.budget": 1.0, "context.overlap_min": 0.0}
 
 
@@ -106,7 +108,9 @@ def test_prompt_of_a_real_model_is_projected_once():
     model, inputs = ZOO["wan"]()
     inputs |= {"return_dict": False}
     fast = torch.compile(
-        model.eval(), backend="light_interaction", options={"preset": "exact", "inner": "eager"}
+        model.eval(),
+        backend="light_interaction",
+        options={"preset": "exact", "inner": "eager", "pipeline": _HOISTED},
     )
     with torch.no_grad(), lipass.Session(preset="exact"):
         for step in range(4):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Block, Mini
+from mini import Block, Mini
 from torch import nn
 from torch.nn import functional as F
 
