@@ -1,4 +1,4 @@
-"""Attend to keys that lie in pieces, all of them: joined for SDPA, or read where they lie.
+"""Attend to all keys of one piece or several: joined for SDPA, or read where they lie.
 
 Models join text, history and current keys in front of each attention call. The compiled
 block-sparse kernel reads segments where they lie, so with a plan that visits every block it is
@@ -44,8 +44,8 @@ def why_not_apart(device: torch.device, dtype: torch.dtype, tokens: tuple[int, .
         return f"keys in pieces are read on a CPU only, got {device.type}"
     if dtype not in native.DTYPES:
         return f"keys in pieces are read in fp32, bf16 and fp16, got {dtype}"
-    if not 2 <= len(tokens) <= PIECES_MAX:
-        return f"its keys must be 2 to {PIECES_MAX} pieces, got {len(tokens)}"
+    if not 1 <= len(tokens) <= PIECES_MAX:
+        return f"its keys must be 1 to {PIECES_MAX} pieces, got {len(tokens)}"
     if min(tokens) == 0:
         return "one of its pieces is empty"
     return native.why_not_loaded()

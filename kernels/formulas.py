@@ -6,15 +6,20 @@ bytes = number_bytes * rows * (2 * copied + pooled)
 
           q_slots           visited   copied                           pooled
 joined    Lq                Lk        Lk                               -
-apart     Lq and idle lanes Lk        -                                -
+apart     Lq and idle lanes Lk        Lk, as tiles of the kernel       -
 sparse    Lq and idle lanes Lv        what its provider cannot read    Lq + Lk
                                       where it lies
 ```
+
+Blocks at the end of an axis hold fewer tokens than a tile. The compiled kernel skips what they
+lack, so a visited block counts with the mean of all; gathering copies whole tiles.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,15 +70,18 @@ def work_of(
         sizes = Sizes(rows, number_bytes, q_grid.tokens, layout.tokens, copied, 0)
     elif form == "apart":
         slots = _with_idle_lanes(q_grid.tokens)
-        sizes = Sizes(rows, number_bytes, slots, layout.tokens, 0, 0)
+        sizes = Sizes(rows, number_bytes, slots, layout.tokens, layout.tokens, 0)
     else:
-        visited = min(visited_blocks * layout.block_tokens, layout.tokens)
-        slots, copied = q_grid.block_tokens, q_grid.blocks * visited
-        if compiled:
-            slots = _with_idle_lanes(slots)
-            copied = 0 if _lies_in_runs(layout) else min(copied, layout.tokens)
         pooled = q_grid.tokens + layout.tokens
-        sizes = Sizes(rows, number_bytes, q_grid.blocks * slots, visited, copied, pooled)
+        if compiled:
+            visited = visited_blocks * layout.tokens // layout.blocks
+            slots = sum(n * _with_idle_lanes(tokens) for tokens, n in _block_sizes(q_grid))
+            copied = 0 if _lies_in_runs(layout) else min(q_grid.blocks * visited, layout.tokens)
+        else:
+            visited = min(visited_blocks * layout.block_tokens, layout.tokens)
+            slots = q_grid.blocks * q_grid.block_tokens
+            copied = q_grid.blocks * visited
+        sizes = Sizes(rows, number_bytes, slots, visited, copied, pooled)
     flops, moved = _counters()
     return float(flops(*sizes)), float(moved(*sizes))
 
@@ -97,6 +105,16 @@ def _counters() -> tuple[Callable[..., float], Callable[..., float]]:
 
 def _with_idle_lanes(queries: int) -> int:
     return -(-queries // _LANES) * _LANES
+
+
+def _block_sizes(grid: BlockGrid) -> list[tuple[int, int]]:
+    """Say how many tokens blocks hold, and how many blocks hold as many."""
+    axes = []
+    for size, step in zip(grid.grid, grid.tile, strict=True):
+        whole, rest = divmod(size, step)
+        axes.append([(step, whole), (rest, 1 if rest else 0)])
+    kinds = itertools.product(*axes)
+    return [(math.prod(n for n, _ in kind), math.prod(n for _, n in kind)) for kind in kinds]
 
 
 def _lies_in_runs(layout: KvLayout) -> bool:

@@ -24,13 +24,14 @@ def attend_to_all(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> 
 
     Args:
         q: queries `[B, H, Lq, D]`.
-        k: keys `[B, H, L, D]`, one tensor a piece.
+        k: keys `[B, H, L, D]`, one tensor a piece; some may be empty, not all.
         v: values like `k`.
         scale: softmax scale.
 
     Returns:
         Output `[B, H, Lq, D]`, in memory `[B, Lq, H, D]`, and what ran: `native` or `sdpa`.
     """
+    k, v = ([part for part in parts if part.shape[2]] for parts in (k, v))
     tokens = tuple([part.shape[2] for part in k])
     if dense.why_not_apart(q.device, q.dtype, tokens) is None:
         found = _predict(q.shape, q.dtype, tokens)
@@ -47,6 +48,8 @@ def why_joined(
     It joins keys while it computes them, for less than a concatenation costs alone, and an
     operator of its own costs a call; so the gain has to be clear.
     """
+    if len(tokens) < 2:
+        return "its keys are one piece"
     if why := dense.why_not_apart(device, dtype, tokens):
         return why
     found = _predict(q_shape, dtype, tokens)

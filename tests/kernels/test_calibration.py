@@ -58,6 +58,14 @@ def test_constants_that_the_machine_beats_are_measured_again(monkeypatch, tmp_pa
     assert calibration.cpu_rates(torch.float32, 16, 1) == expected
 
 
+def test_constants_of_a_busy_machine_are_not_kept(monkeypatch, tmp_path, caplog):
+    busy = Rates(Form(5.0, 1.0, 1.0), None, Form(0.0, 1.0, 1.0))
+    monkeypatch.setattr(calibration, "measure", lambda *kind: busy)
+    assert calibration.cpu_rates(torch.float32, 16, 1) == busy
+    assert not list(tmp_path.rglob("rates_*.json"))
+    assert "busy" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2", "[1]", "{}"])
 def test_a_damaged_cache_is_measured_again(text, monkeypatch, tmp_path):
     expected = Rates(Form(0.0, 1.0, 1.0), None, Form(0.0, 1.0, 1.0))

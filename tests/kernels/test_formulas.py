@@ -20,8 +20,20 @@ def test_joined_keys_are_copied_and_all_visited():
     assert moved == 2 * TOKENS * ROWS * NUMBER_BYTES
 
 
-def test_keys_apart_are_visited_where_they_lie():
-    assert work("apart") == (4 * ROWS * 256 * TOKENS, 0)
+def test_keys_apart_become_tiles_of_the_kernel():
+    assert work("apart") == work("joined")
+
+
+def test_tokens_that_tiles_lack_are_not_counted():
+    """Three latents of 5 x 5 in tiles of 2 x 4 x 4: blocks of 32, 8, 8, 2, 16, 4, 4 and 1."""
+    layout = KvLayout.build(("current",), ((3, 5, 5),), (2, 4, 4))
+    q_grid = BlockGrid((3, 5, 5), (2, 4, 4))
+    flops, _ = work_of(ROWS, NUMBER_BYTES, layout, q_grid, "sparse", 8, True)
+    assert flops == 4 * ROWS * (8 * 32) * 75
+    gathered, _ = work_of(ROWS, NUMBER_BYTES, layout, q_grid, "sparse", 8, False)
+    assert gathered == 4 * ROWS * (8 * 32) * 75
+    half, _ = work_of(ROWS, NUMBER_BYTES, layout, q_grid, "sparse", 4, True)
+    assert half == 4 * ROWS * (8 * 32) * (75 // 2)
 
 
 def test_one_piece_is_not_copied():
@@ -32,7 +44,8 @@ def test_one_piece_is_not_copied():
 
 def test_sparse_work_is_that_of_the_visited_blocks_and_their_choice():
     flops, moved = work("sparse", tile=(1, 8, 8))
-    assert flops == 4 * ROWS * 256 * 640
+    blocks = 1 + 20 + 4
+    assert flops == 4 * ROWS * 256 * (10 * TOKENS // blocks)
     assert moved == (256 + TOKENS) * ROWS * NUMBER_BYTES
 
 

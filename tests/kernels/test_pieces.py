@@ -50,10 +50,24 @@ def test_double_precision_is_joined_and_never_timed():
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("tokens", [(300,), (4, 4, 4, 4), (0, 8)])
-def test_one_piece_many_pieces_and_an_empty_one_are_joined(tokens, monkeypatch):
-    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: FAST_APART)
+@pytest.mark.parametrize("tokens", [(300,), (0, 300), (5, 0, 300), (0, 0, 7)])
+def test_one_piece_and_empty_ones_are_read_where_they_lie(provider, tokens):
     q, k, v = call(tokens)
+    out, ran = pieces.attend_to_all(q, k, v, 0.25)
+    expected = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
+    assert ran == provider
+    torch.testing.assert_close(out, expected)
+
+
+def test_one_piece_is_left_to_the_inner_compiler(monkeypatch):
+    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: FAST_APART)
+    sizes = (1, 3, 256, 64), torch.float32, torch.device("cpu"), (1280,)
+    assert pieces.why_joined(*sizes) == "its keys are one piece"
+
+
+def test_many_pieces_are_joined(monkeypatch):
+    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: FAST_APART)
+    q, k, v = call((4, 4, 4, 4))
     out, ran = pieces.attend_to_all(q, k, v, 0.25)
     expected = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
     assert ran == "sdpa"

@@ -88,8 +88,8 @@ def double(q, a, b):
     [
         (masked, "it has a mask"),
         (grouped, "shared by groups of q"),
-        (in_one_piece, "must be 2 to 3 pieces, got 1"),
-        (in_four_pieces, "must be 2 to 3 pieces, got 4"),
+        (in_one_piece, "its keys are one piece"),
+        (in_four_pieces, "must be 1 to 3 pieces, got 4"),
         (double, "got torch.float64"),
     ],
 )
@@ -104,7 +104,7 @@ def test_what_is_faster_joined_stays_joined(trace, apply, monkeypatch):
     monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: rates)
     records, _ = apply(trace(attend, heads(4, 6, 4)), TEXT)
     assert not records[-1].changed
-    assert reasons(records) == ["predicted 21.48 ms in pieces vs 0.00 ms joined"]
+    assert reasons(records) == ["predicted 22.76 ms in pieces vs 0.00 ms joined"]
 
 
 def test_sparse_sites_are_left_alone(mini, inputs, trace, apply):
