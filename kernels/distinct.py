@@ -52,7 +52,7 @@ def attend_distinct(
     """Attend to every key, those that are equal as one of their common weight.
 
     Args:
-        q: queries `[B, H, Lq, D]` on a CPU.
+        q: queries `[B, H, Lq, D]`.
         k: keys `[B, H, L, D]`.
         v: values like `k`.
         distinct: result of `distinct_keys`.
@@ -62,7 +62,7 @@ def attend_distinct(
         Output `[B, H, Lq, D]`, in memory `[B, Lq, H, D]`, and what ran: `merged` or `sdpa`.
     """
     equal = k.shape[2] - distinct + 1
-    if equal < _EQUAL_KEYS_MIN:
+    if equal < _EQUAL_KEYS_MIN or q.device.type != "cpu":
         return token_major(F.scaled_dot_product_attention(q, k, v, scale=scale)), "sdpa"
     bias = torch.zeros(1, distinct)
     bias[0, -1] = math.log(equal)
@@ -81,13 +81,15 @@ def _attend_distinct(
     out, provider = attend_distinct(q, k, v, keys, scale)
     pairs = q.shape[0] * q.shape[1]
     merged = provider == "merged"
+    few = f"fewer than {_EQUAL_KEYS_MIN} of its keys are equal"
+    why = few if q.device.type == "cpu" else f"equal keys are merged on a CPU, got {q.device.type}"
     registry.record_call(
         registry.site_of_call(site),
         role="cross",
         provider=provider,
         visited=pairs * (keys if merged else k.shape[2]),
         total=pairs * k.shape[2],
-        kept_dense="" if merged else f"fewer than {_EQUAL_KEYS_MIN} of its keys are equal",
+        kept_dense="" if merged else why,
     )
     return out
 

@@ -108,3 +108,9 @@ def test_operators_pass_opcheck():
         (q, k, v, torch.tensor(38), 0.3, "cross"),
         test_utils=tests,
     )
+
+
+def test_other_devices_attend_to_every_key():
+    q, k, v = (x.to("meta") for x in (queries(), padded(4, 64), padded(4, 64, seed=1)))
+    out, provider = attend_distinct(q, k, v, 5, 0.25)
+    assert (out.shape, provider) == (q.shape, "sdpa")
