@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
+pytest_plugins = ["lipass.testing.fixtures"]
+
 
 @pytest.fixture(autouse=True)
 def _seed():

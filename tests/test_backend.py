@@ -8,15 +8,9 @@ from torch.nn import functional as F
 
 from lipass.backend import inner_compile, light_interaction, pipeline_of
 from lipass.config import Config
-from lipass.receipt import current_report, reset_report
+from lipass.receipt import current_report
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    reset_report()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Decode(nn.Module):

@@ -7,7 +7,6 @@ from torch._inductor.utils import fresh_cache
 
 from lipass.passes import identity
 
-pytest_plugins = ["lipass.testing.fixtures"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),

@@ -10,18 +10,10 @@ from lipass.dense_twin import pipeline_of_twin
 from lipass.kernels import registry
 from lipass.passes import PIPELINES
 from lipass.passes.core import PassPipeline
-from lipass.receipt import reset_report
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SPARSE = torch.ops.lipass.sparse_attention.default
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    reset_report()
-    registry.reset_telemetry()
-    yield
-    torch._dynamo.reset()
 
 
 class Decode(nn.Module):

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import lipass
-from lipass import receipt
 from lipass.cli import main
 from lipass.graph_breaks import GraphBreak, break_of, distinct
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Quiet(nn.Module):
@@ -94,15 +95,6 @@ def target(kind):
 
 # What `lipass inspect` calls is looked up by name.
 globals().update({f"target_{kind.__name__}": target(kind) for kind in BREAKING})
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    receipt.reset_report()
-    yield
-    receipt.reset_report()
-    torch._dynamo.reset()
 
 
 def line_of(kind):

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 from lipass.passes.core import Numerics, Pass
 from lipass.testing import assert_refuses, assert_rewrites, graph_diff, print_graph, trace
 
-pytest_plugins = ["lipass.testing.fixtures"]
-
 FACTS = "canonicalize,find-attention"
 
 

@@ -8,18 +8,12 @@ from torch.nn import functional as F
 import lipass
 from lipass.dense_twin import DenseTwin
 from lipass.kernels import registry
-from lipass.receipt import current_report, reset_report
+from lipass.receipt import current_report
 from lipass.unit import CompiledUnit
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.0)
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    reset_report()
-    yield
-    torch._dynamo.reset()
 
 
 class Decode(nn.Module):

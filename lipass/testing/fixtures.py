@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipass.kernels import registry
+from lipass.receipt import reset_report
+
 
 class MiniWorld(nn.Module):
     """Denoise 4 latents of 4x4 tokens against 6 text tokens and a history; width 32, 2 heads."""
@@ -64,7 +67,13 @@ def mini_world_inputs() -> Callable[[int], tuple[Any, ...]]:
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """Forget compiled functions in front of a test and behind it."""
-    torch._dynamo.reset()
+    """Forget compiled functions, reports and counts in front of a test and behind it."""
+
+    def forget() -> None:
+        torch._dynamo.reset()
+        reset_report()
+        registry.reset_telemetry()
+
+    forget()
     yield
-    torch._dynamo.reset()
+    forget()

@@ -47,7 +47,5 @@ def world(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    import torch
-
-    torch._dynamo.reset()
+def _fresh(fresh_dynamo):
+    pass

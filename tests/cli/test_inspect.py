@@ -67,13 +67,6 @@ def model(tmp_path):
     return path
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    import torch
-
-    torch._dynamo.reset()
-
-
 def document(capsys):
     return json.loads(capsys.readouterr().out)
 

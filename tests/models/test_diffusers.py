@@ -7,22 +7,14 @@ from zoo import ZOO
 import lipass
 from lipass.kernels import registry
 from lipass.passes import PIPELINES
-from lipass.receipt import current_report, reset_report
+from lipass.receipt import current_report
 
 pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 _HOISTED = PIPELINES["exact"].replace("hoist-calls", "hoist-calls{work_min=0}")
 BUDGET_ONE = {"preset": "all", "sparse.budget": 1.0, "context.overlap_min": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    reset_report()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-
 
 # Dynamo compiles its block alone, once for both layers, so that they share one receipt.
 SHARED_CALLS = {"hunyuan-video-1.5": 1}

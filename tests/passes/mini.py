@@ -45,11 +45,14 @@ class Mini(nn.Module):
         h = self.embed(torch.cat([latents.permute(0, 2, 3, 4, 1), rows], -1)).flatten(1, 3)
         cache = []
         for i, block in enumerate(self.blocks):
-            h, key_value = block(h, text[i], None if history is None else history[i])
+            h, key_value = self.layer(block, h, text[i], None if history is None else history[i])
             cache.append(key_value)
         if history is None:
             return cache
         return self.head(h).view(b, f, y, x, c).permute(0, 4, 1, 2, 3)
+
+    def layer(self, block, h, text, history):
+        return block(h, text, history)
 
     def chunk(self, context, x, w2c, text, sigmas):
         b, _, n = context.shape[:3]
