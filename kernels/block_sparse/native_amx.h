@@ -396,7 +396,7 @@ class TileTask {
     }
   }
 
-  // Shaping takes as long as ten products; heads of 64 and 128 need it once.
+  // Shaping clears the tiles and is slow beside a product; heads of 64 and 128 need it once.
   void shape_tiles(int64_t depth) {
     if (depth == shaped_) return;
     const Palette palette(depth);
