@@ -1,9 +1,11 @@
 """Attend over key blocks on a GPU, addressed in place, with an online softmax.
 
-One program takes up to 128 queries of one query block and walks the plan. A key block id is turned
-into tokens by arithmetic on the grids of the segments, not by a table: a second load in front of
-K and V would cost one level of the software pipeline. Differs from the kernel of arXiv 2605.31158
-in: tails are masked, any tile volume from 32 to 256, 64-bit addresses, per-key bias, log-sum-exp.
+Text, history and current keys are read where they lie and never joined: copying all keys in front
+of a call costs a share of what visiting a fifth of them does. One program takes up to 128 queries
+of one query block and walks the plan. A key block id is turned into tokens by arithmetic on the
+grids of the segments, not by a table: a second load in front of K and V would cost one level of
+the software pipeline. Differs from the kernel of arXiv 2605.31158 in: tails are masked, any tile
+volume from 32 to 256, 64-bit addresses, per-key bias, log-sum-exp.
 """
 
 from __future__ import annotations
@@ -73,8 +75,7 @@ def block_sparse_attention(
     """Attend; see `lipass.kernels.block_sparse.api`."""
     batch, heads, tokens, dim = q.shape
     q = _dense_rows(q)
-    k = _dense_rows(keys[0] if len(keys) == 1 else torch.cat(keys, 2))
-    v = _dense_rows(values[0] if len(values) == 1 else torch.cat(values, 2))
+    k, v = _segments(keys, plan.kv), _segments(values, plan.kv)
     out = empty_token_major(q)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     bias = _bias(plan, key_bias)
@@ -86,8 +87,8 @@ def block_sparse_attention(
     with torch.cuda.device_of(q):
         block_sparse_kernel[grid](
             q,
-            k,
-            v,
+            *k,
+            *v,
             out,
             lse,
             indices,
@@ -98,11 +99,9 @@ def block_sparse_attention(
             plan.q_grid.blocks,
             indices.shape[-1],
             tokens,
-            plan.kv.tokens,
             bias.stride(0) if bias is not None and bias.shape[0] > 1 else 0,
             *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
+            *(stride for part in k + v for stride in part.stride()[:3]),
             *plan.q_grid.grid,
             *segment_fields(plan.kv),
             D=dim,
@@ -158,6 +157,15 @@ def _key_tile(layout: KvLayout) -> tuple[int, int, int]:
     return tiles[0] if tiles else layout.segments[0].grid.tile
 
 
+def _segments(parts: list[Tensor], layout: KvLayout) -> list[Tensor]:
+    """Return one tensor per segment, and any for segments that the layout lacks."""
+    if len(parts) == 1:
+        ranges = [layout.token_range(number) for number in range(len(layout.segments))]
+        parts = [parts[0].narrow(2, found.start, len(found)) for found in ranges]
+    rows = [_dense_rows(part) for part in parts]
+    return rows + rows[:1] * (_SEGMENTS - len(rows))
+
+
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -175,7 +183,6 @@ _PLAIN = [
     "q_blocks",
     "width",
     "q_tokens",
-    "k_tokens",
     "size_t",
     *(
         f"{segment}{field}"
@@ -188,8 +195,12 @@ _PLAIN = [
 @triton.jit(do_not_specialize=_PLAIN)
 def block_sparse_kernel(
     q_ptr,
-    k_ptr,
-    v_ptr,
+    k_a_ptr,
+    k_b_ptr,
+    k_c_ptr,
+    v_a_ptr,
+    v_b_ptr,
+    v_c_ptr,
     out_ptr,
     lse_ptr,
     index_ptr,
@@ -200,17 +211,28 @@ def block_sparse_kernel(
     q_blocks,
     width,
     q_tokens,
-    k_tokens,
     bias_stride_b,
     q_stride_b,
     q_stride_h,
     q_stride_l,
-    k_stride_b,
-    k_stride_h,
-    k_stride_l,
-    v_stride_b,
-    v_stride_h,
-    v_stride_l,
+    k_a_stride_b,
+    k_a_stride_h,
+    k_a_stride_l,
+    k_b_stride_b,
+    k_b_stride_h,
+    k_b_stride_l,
+    k_c_stride_b,
+    k_c_stride_h,
+    k_c_stride_l,
+    v_a_stride_b,
+    v_a_stride_h,
+    v_a_stride_l,
+    v_b_stride_b,
+    v_b_stride_h,
+    v_b_stride_l,
+    v_c_stride_b,
+    v_c_stride_h,
+    v_c_stride_l,
     size_t,
     size_y,
     size_x,
@@ -250,8 +272,9 @@ def block_sparse_kernel(
 ):
     """Attend from `ROWS` queries of one query block to the key blocks of its plan.
 
-    `a`, `b` and `c` are the segments: first block and token, grid, blocks along y and x, whether
-    it is text. As arguments they stay in constant memory; loaded they would fill registers.
+    `a`, `b` and `c` are the segments: keys and values with their strides, first block and token,
+    grid, blocks along y and x, whether it is text. As arguments they stay in constant memory;
+    loaded they would fill registers.
     """
     Q_PARTS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2] // ROWS
     K_PARTS: tl.constexpr = K_TILE[0] * K_TILE[1] * K_TILE[2] // COLUMNS
@@ -275,8 +298,13 @@ def block_sparse_kernel(
     if UPCAST:
         q = q.to(tl.float32)
 
-    k_base = k_ptr + batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
-    v_base = v_ptr + batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
+    item, of = batch.to(tl.int64), head.to(tl.int64)
+    k_a = k_a_ptr + item * k_a_stride_b + of * k_a_stride_h
+    k_b = k_b_ptr + item * k_b_stride_b + of * k_b_stride_h
+    k_c = k_c_ptr + item * k_c_stride_b + of * k_c_stride_h
+    v_a = v_a_ptr + item * v_a_stride_b + of * v_a_stride_h
+    v_b = v_b_ptr + item * v_b_stride_b + of * v_b_stride_h
+    v_c = v_c_ptr + item * v_c_stride_b + of * v_c_stride_h
     plan = tl.program_id(1).to(tl.int64) * q_blocks + q_block
     visits = tl.load(count_ptr + plan)
     ids = index_ptr + plan * width
@@ -297,6 +325,10 @@ def block_sparse_kernel(
         k_x = tl.where(a2, c_x, tl.where(a1, b_x, a_x))
         n_y = tl.where(a2, c_ny, tl.where(a1, b_ny, a_ny))
         n_x = tl.where(a2, c_nx, tl.where(a1, b_nx, a_nx))
+        k_base = tl.where(a2, k_c, tl.where(a1, k_b, k_a))
+        v_base = tl.where(a2, v_c, tl.where(a1, v_b, v_a))
+        k_stride_l = tl.where(a2, k_c_stride_l, tl.where(a1, k_b_stride_l, k_a_stride_l))
+        v_stride_l = tl.where(a2, v_c_stride_l, tl.where(a1, v_b_stride_l, v_a_stride_l))
         text = tl.where(a2, c_text, tl.where(a1, b_text, a_text)) == 1
         from_t = local // (n_x * n_y) * K_TILE[0]
         from_y = local // n_x % n_y * K_TILE[1]
@@ -309,7 +341,7 @@ def block_sparse_kernel(
         in_y = tl.where(text, 0, place // K_TILE[2] % K_TILE[1])
         in_x = tl.where(text, place, place % K_TILE[2])
         exists = (in_t < k_t - from_t) & (in_y < k_y - from_y) & (in_x < k_x - from_x)
-        token = first_token + (from_t * k_y + from_y) * k_x + from_x
+        token = (from_t * k_y + from_y) * k_x + from_x
         token += (in_t * k_y + in_y) * k_x + in_x
         at = token.to(tl.int64)
         if TAILS:
@@ -323,7 +355,7 @@ def block_sparse_kernel(
             v = v.to(tl.float32)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         if BIAS:
-            bias_at = bias_ptr + batch.to(tl.int64) * bias_stride_b + at
+            bias_at = bias_ptr + item * bias_stride_b + first_token + at
             bias = tl.load(bias_at, mask=exists, other=float("-inf"))
             score += bias[None, :] * 1.4426950408889634
         elif TAILS:

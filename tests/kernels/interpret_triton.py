@@ -62,6 +62,12 @@ case.q, case.keys, case.values = (
 )
 check("strided", case, case.plan())
 
+case.keys[1], case.values[2] = case.keys[1].contiguous(), case.values[2].contiguous()
+check("each segment with strides of its own", case, case.plan())
+plan = case.plan()
+case.keys, case.values = [torch.cat(case.keys, 2)], [torch.cat(case.values, 2)]
+check("keys in one tensor", case, plan)
+
 # Rounding of the output, and of the weights before they meet the values.
 for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
     case = make_case("decode", 2, (4, 8), 3, (1, 4, 8), heads=1, dim=64, dtype=dtype)

@@ -32,7 +32,7 @@ def test_interpreted_kernel_equals_reference():
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 11
+    assert done.stdout.count("ok ") == 13
 
 
 def arguments(kernel, dtype):
@@ -47,7 +47,7 @@ def arguments(kernel, dtype):
             types[name] = pointers.get(name, f"*{dtype}")
         else:
             types[name] = "fp32" if name == "scale_log2" else "i32"
-        if name.endswith("_ptr") or re.fullmatch(r"[qkv]_stride_[bhl]", name):
+        if name.endswith("_ptr") or re.fullmatch(r"(q|[kv]_[abc])_stride_[bhl]", name):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return types, attributes
 
