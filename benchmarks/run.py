@@ -31,9 +31,10 @@ from lipass.kernels import block_sparse_attention, prepare
 from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockPlan, KvLayout, Triple
 from lipass.kernels.planning import plan_attention
+from lipass.kernels.pool.api import pool_blocks
 
 DENSITIES = (0.1, 0.2, 0.3, 0.5, 1.0)
-PROVIDERS = ("own", "gate", "mask", "flex")
+PROVIDERS = ("own", "chunk", "gate", "mask", "flex")
 
 
 class Case(NamedTuple):
@@ -65,7 +66,8 @@ class Row(NamedTuple):
     device: str
     dtype: str
     provider: str
-    """`cpu` or `cuda` for the project's own, `gate` for the operator, `mask`, `flex`."""
+    """`cpu` or `cuda` for the project's own; `chunk` for it in all steps of a chunk but the first,
+    where the means of the history are known; `gate` for the operator; `mask`, `flex`."""
     form: str
     """What ran of the own provider: native or gather on the CPU."""
     density: float
@@ -170,10 +172,10 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
     rows = []
     for budget in _budgets(case, layout, args.density):
 
-        def plan(budget: float = budget) -> BlockPlan:
+        def plan(budget: float = budget, known: Tensor | None = None) -> BlockPlan:
             return plan_attention(
                 q, keys, layout, q_grid, budget=budget, scale=scale, role=case.role,
-                sink_latents=0,
+                sink_latents=0, candidate_means=known,
             )  # fmt: skip
 
         made = plan()
@@ -184,6 +186,12 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
         if "own" in args.provider:
             calls[device.type] = lambda plan=plan: block_sparse_attention(
                 q, keys, values, plan(), scale=scale
+            )
+        if "chunk" in args.provider and case.role == "decode":
+            known = pool_blocks(keys[1], layout.segments[1].grid)
+            calls["plan of chunk"] = lambda plan=plan, known=known: plan(known=known)
+            calls["chunk"] = lambda plan=plan, known=known: block_sparse_attention(
+                q, keys, values, plan(known=known), scale=scale
             )
         if "gate" in args.provider:
             calls["gate"] = lambda budget=budget: torch.ops.lipass.sparse_attention(
@@ -203,8 +211,9 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
         density = float(made.density())
         tflop = 4e-12 * case.batch * case.heads * q_grid.tokens * layout.tokens * case.dim
         built = device.type == "cpu" and native.why_not_loaded() is None
-        for provider in [name for name in calls if name not in ("dense", "plan")]:
-            own = provider in (device.type, "gate")
+        for provider in [name for name in calls if name != "dense" and "plan" not in name]:
+            own = provider in (device.type, "chunk", "gate")
+            planning = taken.get(f"plan of {provider}", taken["plan"]) if own else 0.0
             rows.append(
                 Row(
                     case=case.name,
@@ -215,13 +224,13 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
                     device=device.type,
                     dtype=str(dtype).removeprefix("torch."),
                     provider=provider,
-                    form=("native" if built else "gather") if provider == "cpu" else "",
+                    form=("native" if built else "gather") if provider in ("cpu", "chunk") else "",
                     density=density,
                     seconds=taken[provider],
                     dense_seconds=taken["dense"],
                     speedup=taken["dense"] / taken[provider],
                     ideal=1.0 / density,
-                    select_share=min(taken["plan"] / taken[provider], 1.0) if own else 0.0,
+                    select_share=min(planning / taken[provider], 1.0),
                     tflops=tflop * density / taken[provider],
                     dense_tflops=tflop / taken["dense"],
                     launches=_launches(calls[provider]) if device.type == "cuda" else None,

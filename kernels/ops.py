@@ -7,6 +7,7 @@ what it decided is counted in `lipass.kernels.registry`.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lipass.kernels import cost, registry
 from lipass.kernels.pieces import attend_to_all
 from lipass.kernels.plan import BlockGrid, KvLayout, Triple
 from lipass.kernels.planning import plan_attention
+from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select.api import selected_blocks
 from lipass.kernels.token_major import empty_token_major, token_major
 
@@ -24,8 +26,9 @@ _library = torch.library.Library("lipass", "FRAGMENT")
 _library.define(
     "sparse_attention(Tensor q, Tensor[] k, Tensor[] v, SymInt[] q_grid, SymInt[] kv_grids, "
     "str roles, int[] tile, float budget, float scale, int sink_latents, str role, "
-    "Tensor? keep_frames, str site) -> Tensor"
+    "Tensor? keep_frames, str site, *, Tensor? history_means=None) -> Tensor"
 )
+_library.define("pool_blocks(Tensor x, SymInt[] grid, int[] tile) -> Tensor")
 
 
 class _Call(NamedTuple):
@@ -42,6 +45,7 @@ class _Call(NamedTuple):
     role: str
     keep_frames: Tensor | None
     site: str
+    history_means: Tensor | None
 
 
 def _sparse_attention(
@@ -58,6 +62,8 @@ def _sparse_attention(
     role: str,
     keep_frames: Tensor | None,
     site: str,
+    *,
+    history_means: Tensor | None = None,
 ) -> Tensor:
     """Attend from `q` to the segments `k`, `v`, sparse where that pays.
 
@@ -78,6 +84,8 @@ def _sparse_attention(
         keep_frames: `[B, T]` bool over the candidate frames; dropped ones are not visited. In
             prefill their queries see text and their own tile only.
         site: name for the counts; several, comma separated, where layers share this call.
+        history_means: result of `lipass::pool_blocks` on the history, in decode; otherwise the
+            call computes it.
 
     Returns:
         Output `[B, H, Lq, D]` in `q.dtype`, in memory `[B, Lq, H, D]`.
@@ -88,7 +96,9 @@ def _sparse_attention(
     layout, grid = resolve_layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
     site = registry.site_of_call(site)
     total = q.shape[0] * q.shape[1] * grid.blocks * layout.blocks
-    call = _Call(q, k, v, grid, layout, budget, scale, sink_latents, role, keep_frames, site)
+    call = _Call(
+        q, k, v, grid, layout, budget, scale, sink_latents, role, keep_frames, site, history_means
+    )
     _check(call)
     if keep_frames is None or layout.candidate_segment(role) is None:
         return _attend(call._replace(keep_frames=None), total, 0)
@@ -145,6 +155,7 @@ def _attend(call: _Call, total_blocks: int, dropped_latents: int) -> Tensor:
         role=call.role,
         sink_latents=call.sink_latents,
         keep_frames=call.keep_frames,
+        candidate_means=call.history_means,
     )
     chosen = registry.choose(
         "block_sparse", call.q.device, None, lambda module: module.why_not(call.q, plan)
@@ -206,7 +217,11 @@ def _without_frames(call: _Call, kept: Tensor) -> _Call:
     k[number], v[number] = _frames(k[number], grid, kept), _frames(v[number], grid, kept)
     frames = (kept.numel(), *grid.grid[1:])
     layout = call.layout.replace_grid(number, BlockGrid(frames, grid.tile))
-    call = call._replace(k=k, v=v, layout=layout)
+    means = call.history_means
+    if means is not None:
+        # Tiles that span frames are cut anew among those that stay.
+        means = _frames(means, grid, kept) if grid.tile[0] == 1 else None
+    call = call._replace(k=k, v=v, layout=layout, history_means=means)
     if call.role == "decode":
         return call
     q = _frames(call.q, call.q_grid, kept)
@@ -285,7 +300,19 @@ def _check(call: _Call) -> None:
         raise ValueError(
             f"role must be 'prefill' or 'decode', got {call.role!r}; leave other attention dense"
         )
+    means = call.history_means
+    if means is not None and call.role != "decode":
+        raise ValueError(
+            "history_means must come with role 'decode', got 'prefill'; leave them out there"
+        )
     number = call.layout.candidate_segment(call.role)
+    blocks = 0 if number is None else call.layout.segments[number].grid.blocks
+    expected = (*call.q.shape[:2], blocks, call.q.shape[3])
+    if means is not None and means.shape != expected:
+        raise ValueError(
+            f"history_means must be [B, H, N, D] = {list(expected)}, got {list(means.shape)}; "
+            "pool the history with the tile of the call"
+        )
     frames = 0 if number is None else call.layout.segments[number].grid.grid[0]
     keep = call.keep_frames
     if keep is not None and keep.shape != (call.q.shape[0], frames):
@@ -309,9 +336,27 @@ def _sparse_attention_fake(
     role: str,
     keep_frames: Tensor | None,
     site: str,
+    *,
+    history_means: Tensor | None = None,
 ) -> Tensor:
     return empty_token_major(q)
 
 
+def _pool_blocks(x: Tensor, grid: list[int], tile: list[int]) -> Tensor:
+    """Average the tokens `[B, H, L, D]` of each block, `[B, H, N, D]` fp32.
+
+    Raises:
+        ValueError: if `x` does not have the tokens of the grid.
+    """
+    return pool_blocks(x, BlockGrid(_triple(tuple(grid)), _triple(tuple(tile))))
+
+
+def _pool_blocks_fake(x: Tensor, grid: list[int], tile: list[int]) -> Tensor:
+    blocks = math.prod(-(-size // step) for size, step in zip(grid, tile, strict=True))
+    return x.new_empty(*x.shape[:2], blocks, x.shape[3], dtype=torch.float32)
+
+
 _library.impl("sparse_attention", _sparse_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("lipass::sparse_attention", _sparse_attention_fake, lib=_library)
+_library.impl("pool_blocks", _pool_blocks, "CompositeExplicitAutograd")
+torch.library.register_fake("lipass::pool_blocks", _pool_blocks_fake, lib=_library)

@@ -25,6 +25,7 @@ def plan_attention(
     role: str,
     sink_latents: int,
     keep_frames: Tensor | None = None,
+    candidate_means: Tensor | None = None,
 ) -> BlockPlan:
     """Choose what each query block visits; arguments as in `select_blocks`.
 
@@ -38,17 +39,21 @@ def plan_attention(
         role: `"prefill"` or `"decode"`.
         sink_latents: how many of the first candidate frames are always visited.
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
+        candidate_means: means of the candidate blocks `[B, H, Nc, D]` fp32 as `pool_blocks` gives
+            them, where they are known; otherwise they are computed.
     """
     candidate = layout.candidate_segment(role)
     if candidate is not None and keep_frames is None:
         plan = _plan_natively(
-            q, keys[candidate], layout, q_grid, budget, scale, role, sink_latents
+            q, keys[candidate], layout, q_grid, budget, scale, role, sink_latents, candidate_means
         )
         if plan is not None:
             return plan
     q_mean = pool_blocks(q, q_grid)
     if candidate is None:
         k_mean = q_mean[:, :, :0]
+    elif candidate_means is not None:
+        k_mean = candidate_means
     else:
         k_mean = pool_blocks(keys[candidate], layout.segments[candidate].grid)
     indices, counts = select_blocks(
@@ -85,13 +90,16 @@ def _plan_natively(
     scale: float,
     role: str,
     sink_latents: int,
+    candidate_means: Tensor | None,
 ) -> BlockPlan | None:
     """Pool and select in one compiled call; None where it is not built or does not apply."""
     if q.device.type != "cpu" or q.dtype not in native.DTYPES or native.why_not_loaded():
         return None
     check_options(layout, q_grid, budget, scale, role)
     rule = rule_of(layout, q_grid, budget, role, sink_latents, q.device)
-    indices = native.plan_blocks(q.detach(), candidates.detach(), q_grid, layout, rule)
+    indices = native.plan_blocks(
+        q.detach(), candidates.detach(), q_grid, layout, rule, candidate_means
+    )
     counts = _full_counts(tuple(indices.shape))
     shared = _shared(layout, layout.candidate_segment(role))
     return BlockPlan(indices, counts, q_grid, layout, uniform=True, shared_segments=shared)

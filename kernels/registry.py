@@ -25,7 +25,7 @@ Route = Literal["sparse", "dense"]
 
 # Best first. Modules are imported when they are asked, so that Triton loads only where it can run.
 _PROVIDERS = {
-    ("pool", "cpu"): ("vectorized", "reference"),
+    ("pool", "cpu"): ("native", "vectorized", "reference"),
     ("pool", "cuda"): ("vectorized", "reference"),
     ("block_sparse", "cpu"): ("native", "gather", "reference"),
     ("block_sparse", "cuda"): ("triton", "reference"),

@@ -83,6 +83,7 @@ def _sections(config: Config) -> dict[str, object]:
     return {
         "prune-context": config.context,
         "sparse-attention": config.sparse,
+        "pool-history": config.sparse,
         "guard-steps": config.steps,
     }
 

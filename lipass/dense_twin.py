@@ -26,7 +26,7 @@ from lipass.session import Chunk
 Compiled = Callable[..., Any]
 Bindings = tuple[tuple[str, int], ...]
 
-_LEAVES_OUT = frozenset({"prune-context", "sparse-attention", "attend-pieces"})
+_LEAVES_OUT = frozenset({"prune-context", "sparse-attention", "pool-history", "attend-pieces"})
 _EVERY_KEY = "every key of the chosen context is visited"
 
 

@@ -39,6 +39,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "hoist-calls": _load("hoist_calls", "HoistCalls"),
     "hoist-rows": _load("hoist_rows", "HoistRows"),
     "hoist-steps": _load("hoist_steps", "HoistSteps"),
+    "pool-history": _load("pool_history", "PoolHistory"),
     "prune-context": _load("prune_context", "PruneContext"),
     "sparse-attention": _load("sparse_attention", "SparseAttention"),
     "attend-pieces": _load("attend_pieces", "AttendPieces"),
@@ -73,13 +74,13 @@ FACTS = "canonicalize,find-attention,find-poses,find-steps"
 
 _FIRST = f"{FACTS},collapse-keys,hoist-rows,hoist-steps"
 _LAST = "hoist-calls,share-blocks"
-_ALL = f"{_FIRST},prune-context,sparse-attention,attend-pieces,guard-steps,{_LAST}"
+_ALL = f"{_FIRST},prune-context,sparse-attention,pool-history,attend-pieces,guard-steps,{_LAST}"
 
 PIPELINES: dict[str, str] = {
     "off": "",
     "exact": f"{_FIRST},attend-pieces,{_LAST}",
     "context": f"{_FIRST},prune-context,attend-pieces,{_LAST}",
-    "sparse": f"{_FIRST},sparse-attention,attend-pieces,{_LAST}",
+    "sparse": f"{_FIRST},sparse-attention,pool-history,attend-pieces,{_LAST}",
     "cache": f"{_FIRST},attend-pieces,guard-steps,{_LAST}",
     "all": _ALL,
     "reference": _ALL,

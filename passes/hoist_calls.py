@@ -11,6 +11,8 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+# The import registers an operator that the pass has to know.
+import lipass.kernels.ops  # noqa: F401
 from lipass.passes import match
 from lipass.passes.compat import hint, is_parameter, value
 from lipass.passes.core import Numerics, Pass, PassContext
@@ -44,9 +46,9 @@ class HoistCalls(Pass):
     same costs a comparison. There is one body for each set of inputs, so that a new camera path
     does not project the prompt anew.
 
-    Keeps: what holds no large matrix product; views, which cost nothing; what is written to, drawn
-    at random, returned or differentiated; what runs in an autocast; attention; graphs that hold
-    the loop, for which `hoist-steps` does this.
+    Keeps: what holds no large matrix product and no means of a large history; views, which cost
+    nothing; what is written to, drawn at random, returned or differentiated; what runs in an
+    autocast; attention; graphs that hold the loop, for which `hoist-steps` does this.
     """
 
     name: ClassVar[str] = "hoist-calls"
@@ -55,8 +57,8 @@ class HoistCalls(Pass):
     precedes: ClassVar[tuple[str, ...]] = ("share-blocks",)
 
     work_min: int = 1 << 20
-    """Multiply-adds of the matrix products that a body has to save; less is not worth a boundary
-    that nothing is fused across."""
+    """Multiply-adds that a body has to save; less is not worth a boundary that nothing is fused
+    across."""
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         if any(step_of(node) for node in graph.nodes):
@@ -104,7 +106,9 @@ def _invariant(graph: Graph) -> dict[Node, Roots]:
 
 
 def _work(node: Node) -> int:
-    """Return the multiply-adds of a matrix product; 0 for what is none."""
+    """Return the multiply-adds of a matrix product or the additions of means; 0 for the rest."""
+    if node.target is torch.ops.lipass.pool_blocks.default:
+        return hint(value(node.args[0]).numel())
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     if name not in _PRODUCTS:
         return 0

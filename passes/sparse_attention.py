@@ -41,7 +41,7 @@ class SparseAttention(Pass):
     name: ClassVar[str] = "sparse-attention"
     numerics: ClassVar[Numerics] = Numerics.APPROX
     requires: ClassVar[tuple[str, ...]] = ("find-attention",)
-    precedes: ClassVar[tuple[str, ...]] = ("guard-steps",)
+    precedes: ClassVar[tuple[str, ...]] = ("pool-history", "guard-steps")
 
     tile: tuple[int, ...] = (4, 4, 4)
     """Tokens of one block along `(T, Y, X)`; three more numbers are those of a query block."""

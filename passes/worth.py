@@ -16,6 +16,12 @@ _VIEWS = {
 }  # fmt: skip
 
 
+def is_view(node: Node) -> bool:
+    """Whether a call costs nothing: its result lies in the memory of its first argument."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op.startswith("call") and name in _VIEWS
+
+
 def worth_once(nodes: Sequence[Node]) -> list[Node]:
     """Drop the views that nothing is computed from, and whatever only they would need.
 
@@ -24,9 +30,8 @@ def worth_once(nodes: Sequence[Node]) -> list[Node]:
     """
     computed: set[Node] = set()
     for node in nodes:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         above = any(one in computed for one in node.all_input_nodes)
-        if above or (name not in _VIEWS and isinstance(value(node), torch.Tensor)):
+        if above or (not is_view(node) and isinstance(value(node), torch.Tensor)):
             computed.add(node)
     # A view that a chosen computation reads goes with it.
     needed = set(computed)

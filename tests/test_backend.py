@@ -143,11 +143,17 @@ EXACT = [*FACTS, "collapse-keys", "hoist-rows", "hoist-steps"]
     [
         ({"preset": "exact"}, EXACT),
         ({"preset": "context"}, [*EXACT, "prune-context"]),
-        ({"preset": "sparse"}, [*EXACT, "sparse-attention"]),
+        ({"preset": "sparse"}, [*EXACT, "sparse-attention", "pool-history"]),
         ({"preset": "cache"}, [*EXACT, "guard-steps"]),
-        ({"preset": "all"}, [*EXACT, "prune-context", "sparse-attention", "guard-steps"]),
+        (
+            {"preset": "all"},
+            [*EXACT, "prune-context", "sparse-attention", "pool-history", "guard-steps"],
+        ),
         ({"preset": "all", "sparse": False}, [*EXACT, "prune-context", "guard-steps"]),
-        ({"preset": "sparse", "context": True}, [*EXACT, "prune-context", "sparse-attention"]),
+        (
+            {"preset": "sparse", "context": True},
+            [*EXACT, "prune-context", "sparse-attention", "pool-history"],
+        ),
         ({"pipeline": "canonicalize"}, ["canonicalize"]),
     ],
 )
@@ -185,7 +191,7 @@ def test_options_reach_the_passes():
         "hoist-rows,hoist-steps,"
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
-        "budget_decode=0.2 sink_latents=2 dense_layers=0},attend-pieces,guard-steps,"
+        "budget_decode=0.2 sink_latents=2 dense_layers=0},pool-history,attend-pieces,guard-steps,"
         "hoist-calls,share-blocks"
     )
 

@@ -148,7 +148,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorL
 
 TORCH_LIBRARY_FRAGMENT(lipass_native, m) {
   m.def("plan(Tensor q, Tensor k, int[] grids, Tensor? guarded, int wanted, int before, "
-        "int after) -> Tensor");
+        "int after, Tensor? k_means) -> Tensor");
+  m.def("pool_blocks(Tensor x, int[] grid) -> Tensor");
   m.def("attend(Tensor q, Tensor[] k, Tensor[] v, Tensor indices, Tensor counts, int[] grids, "
         "float scale, Tensor? key_keep, Tensor? key_bias, bool return_lse) -> (Tensor, Tensor)");
 }
@@ -156,6 +157,7 @@ TORCH_LIBRARY_FRAGMENT(lipass_native, m) {
 TORCH_LIBRARY_IMPL(lipass_native, CPU, m) {
   m.impl("attend", attend);
   m.impl("plan", plan);
+  m.impl("pool_blocks", pool_blocks);
 }
 
 }  // namespace

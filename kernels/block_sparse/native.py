@@ -109,7 +109,14 @@ def block_sparse_attention(
     return out, lse if return_lse else None
 
 
-def plan_blocks(q: Tensor, k: Tensor, q_grid: BlockGrid, layout: KvLayout, rule: Rule) -> Tensor:
+def plan_blocks(
+    q: Tensor,
+    k: Tensor,
+    q_grid: BlockGrid,
+    layout: KvLayout,
+    rule: Rule,
+    k_means: Tensor | None = None,
+) -> Tensor:
     """Pool queries and candidate keys, and choose by their means: block ids `[B, H, Nq, S]`.
 
     Args:
@@ -118,6 +125,7 @@ def plan_blocks(q: Tensor, k: Tensor, q_grid: BlockGrid, layout: KvLayout, rule:
         q_grid: grid of the queries.
         layout: the key segments.
         rule: what follows from shapes and options; see `lipass.kernels.select`.
+        k_means: means of the blocks of `k` `[B, H, Nc, D]` fp32, if they are known.
     """
     return torch.ops.lipass_native.plan(
         q,
@@ -127,6 +135,7 @@ def plan_blocks(q: Tensor, k: Tensor, q_grid: BlockGrid, layout: KvLayout, rule:
         rule.wanted,
         rule.candidates.start,
         layout.blocks - rule.candidates.stop,
+        k_means,
     )
 
 

@@ -87,32 +87,39 @@ void pool(const Tensor& x, const Grid& grid, float* means) {
   });
 }
 
+// Means over the blocks of a grid, `[B, H, N, D]` fp32.
+inline Tensor means(const Tensor& x, const Grid& grid) {
+  const Tensor rows = x.stride(3) == 1 ? x : x.contiguous();
+  Tensor out = at::empty({x.size(0), x.size(1), grid.count(), x.size(3)},
+                         x.options().dtype(at::kFloat));
+  float* to = out.mutable_data_ptr<float>();
+  switch (x.scalar_type()) {
+    case at::kFloat: pool<float>(rows, grid, to); break;
+    case at::kBFloat16: pool<at::BFloat16>(rows, grid, to); break;
+    case at::kHalf: pool<at::Half>(rows, grid, to); break;
+    default: TORCH_CHECK(false, "x must be fp32, bf16 or fp16, got ", x.scalar_type());
+  }
+  return out;
+}
+
+// Means for lipass.kernels.pool; `grid` holds grid and tile.
+Tensor pool_blocks(const Tensor& x, at::IntArrayRef grid) { return means(x, Grid(grid.data())); }
+
 // Pool and select where no frame is dropped; see lipass.kernels.select.api. `grids` holds grid
 // and tile of the queries and of the candidates; `guarded` [Nq or 1, Nc] are visited in any case.
 // Every row visits the `before` blocks in front of the candidates, `wanted` candidates, and the
-// `after` blocks behind them.
+// `after` blocks behind them. `k_means` [B, H, Nc, D] are the means of `k` where they are known.
 Tensor plan(const Tensor& q, const Tensor& k, at::IntArrayRef grids,
-            const std::optional<Tensor>& guarded, int64_t wanted, int64_t before, int64_t after) {
+            const std::optional<Tensor>& guarded, int64_t wanted, int64_t before, int64_t after,
+            const std::optional<Tensor>& k_means) {
   const Grid q_grid(grids.data()), k_grid(grids.data() + 6);
   const int64_t rows = q_grid.count(), columns = k_grid.count(), dim = q.size(3);
   const int64_t pairs = q.size(0) * q.size(1), width = before + wanted + after;
   TORCH_CHECK(q.size(2) == q_grid.tokens() && k.size(2) == k_grid.tokens(), "q and k must have ",
               q_grid.tokens(), " and ", k_grid.tokens(), " tokens, got ", q.size(2), " and ",
               k.size(2), "; pass the tokens of the grids");
-  const Tensor q_rows = q.stride(3) == 1 ? q : q.contiguous();
-  const Tensor k_rows = k.stride(3) == 1 ? k : k.contiguous();
-  std::vector<float> q_mean(pairs * rows * dim), k_mean(pairs * columns * dim);
-  for (const bool keys : {false, true}) {
-    const Tensor& from = keys ? k_rows : q_rows;
-    const Grid& grid = keys ? k_grid : q_grid;
-    float* to = keys ? k_mean.data() : q_mean.data();
-    switch (q.scalar_type()) {
-      case at::kFloat: pool<float>(from, grid, to); break;
-      case at::kBFloat16: pool<at::BFloat16>(from, grid, to); break;
-      case at::kHalf: pool<at::Half>(from, grid, to); break;
-      default: TORCH_CHECK(false, "q must be fp32, bf16 or fp16, got ", q.scalar_type());
-    }
-  }
+  const Tensor q_mean = means(q, q_grid);
+  const Tensor k_mean = k_means ? k_means->contiguous() : means(k, k_grid);
   const Tensor guard = guarded ? guarded->contiguous() : Tensor();
   const bool* guards = guarded ? guard.const_data_ptr<bool>() : nullptr;
   const int64_t guard_stride = guarded && guard.size(0) > 1 ? columns : 0;
@@ -122,9 +129,9 @@ Tensor plan(const Tensor& q, const Tensor& k, at::IntArrayRef grids,
   at::parallel_for(0, pairs * rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<std::pair<float, int32_t>> rank(columns);
     for (int64_t at = begin; at < end; ++at) {
-      const float* query = q_mean.data() + at * dim;
+      const float* query = q_mean.const_data_ptr<float>() + at * dim;
       for (int64_t n = 0; n < columns; ++n) {
-        const float* key = k_mean.data() + (at / rows * columns + n) * dim;
+        const float* key = k_mean.const_data_ptr<float>() + (at / rows * columns + n) * dim;
         Vec sum(0.f);
         int64_t d = 0;
         for (; d + kLanes <= dim; d += kLanes) {

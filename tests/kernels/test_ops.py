@@ -13,6 +13,7 @@ from lipass.kernels import calibration, planning, registry
 from lipass.kernels.block_sparse import gather, native
 from lipass.kernels.calibration import Form, Rates
 from lipass.kernels.plan import BlockGrid
+from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select import vectorized
 
 sparse_attention = torch.ops.lipass.sparse_attention
@@ -354,3 +355,45 @@ def test_wrong_calls_are_refused(position, value, message):
     call[position] = value
     with pytest.raises(ValueError, match=message):
         sparse_attention(*call)
+
+
+@pytest.mark.parametrize("tile", [(1, 4, 4), (2, 4, 4)])
+@pytest.mark.parametrize("dropped", [(), (1, 4)])
+def test_means_of_the_history_may_be_given(tile, dropped):
+    keep = torch.ones(1, 6, dtype=torch.bool)
+    keep[0, list(dropped)] = False
+    case = make_case("decode", 6, (4, 8), 3, tile, budget=0.4, keep_frames=keep)
+    history = case.layout.segments[1].grid
+    means = torch.ops.lipass.pool_blocks(case.keys[1], list(history.grid), list(tile))
+    with registry.force("sparse"):
+        expected = sparse_attention(*arguments(case))
+        out = sparse_attention(*arguments(case), history_means=means)
+    torch.testing.assert_close(out, expected, atol=0, rtol=0)
+
+
+@pytest.mark.skipif(bool(NO_NATIVE), reason=str(NO_NATIVE))
+def test_given_means_are_what_blocks_are_chosen_by():
+    case = make_case("decode", 6, (4, 8), 3, (1, 4, 8), budget=0.2, sink_latents=0, dim=16)
+    means = torch.randn(*case.q.shape[:2], 6, 16)
+    plan = case.plan(candidate_means=means)
+    score = torch.einsum("bhqd,bhkd->bhqk", pool_blocks(case.q, case.q_grid), means)
+    chosen = score.topk(2).indices.sort().values + 1
+    torch.testing.assert_close(plan.indices[..., 1:3], chosen.int())
+
+
+@pytest.mark.parametrize(
+    ("role", "shape", "message"),
+    [
+        ("prefill", (1, 3, 4, 16), "must come with role 'decode'"),
+        ("decode", (1, 3, 5, 16), "pool the history with the tile of the call"),
+    ],
+)
+def test_means_that_do_not_fit_are_refused(role, shape, message):
+    case = make_case(role, 4, (4, 4), 3, (1, 4, 4), heads=3, dim=16)
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*arguments(case), history_means=torch.zeros(shape))
+
+
+def test_pooling_passes_opcheck():
+    x = torch.randn(1, 2, 24, 8)
+    torch.library.opcheck(torch.ops.lipass.pool_blocks.default, (x, [2, 3, 4], [1, 2, 4]))

@@ -1,24 +1,28 @@
-"""Block means: the whole-tensor form against the definition, and what a mean must satisfy."""
+"""Block means: every form against the definition, and what a mean must satisfy."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import NO_NATIVE
 
 from lipass.kernels.plan import BlockGrid
 from lipass.kernels.pool.api import pool_blocks
 
-PROVIDERS = ["reference", "vectorized"]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(NO_NATIVE), reason=str(NO_NATIVE)))
+FAST = ["vectorized", NATIVE]
+PROVIDERS = ["reference", *FAST]
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
 tiles = st.sampled_from([(4, 4, 4), (1, 8, 8), (4, 8, 4), (2, 3, 5), (1, 1, 1)])
 
 
+@pytest.mark.parametrize("provider", FAST)
 @given(grids, tiles)
-def test_vectorized_equals_reference(size, tile):
+def test_fast_forms_equal_the_reference(provider, size, tile):
     grid = BlockGrid(size, tile)
     x = torch.randn(2, 1, grid.tokens, 3)
     expected = pool_blocks(x, grid, provider="reference")
-    torch.testing.assert_close(pool_blocks(x, grid, provider="vectorized"), expected)
+    torch.testing.assert_close(pool_blocks(x, grid, provider=provider), expected)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -40,18 +44,23 @@ def test_means_accumulate_in_fp32(provider, dtype, size):
     torch.testing.assert_close(means, pool_blocks(x.double().float(), grid, provider="reference"))
 
 
+@pytest.mark.parametrize("provider", FAST)
 @pytest.mark.parametrize("size", [(4, 8, 8), (3, 7, 9)])
-def test_strided_input_is_taken_as_it_is(size):
+def test_strided_input_is_taken_as_it_is(provider, size):
     grid = BlockGrid(size, (2, 4, 4))
     x = torch.randn(2, grid.tokens, 3, 4).transpose(1, 2)
-    torch.testing.assert_close(
-        pool_blocks(x, grid, provider="vectorized"), pool_blocks(x, grid, provider="reference")
-    )
+    for strided in (x, x.mT.contiguous().mT):
+        torch.testing.assert_close(
+            pool_blocks(strided, grid, provider=provider),
+            pool_blocks(strided, grid, provider="reference"),
+        )
 
 
-def test_empty_grid_gives_no_mean():
+@pytest.mark.parametrize("provider", FAST)
+def test_empty_grid_gives_no_mean(provider):
     x = torch.zeros(1, 2, 0, 4)
-    assert pool_blocks(x, BlockGrid((1, 1, 0), (1, 1, 8))).shape == (1, 2, 0, 4)
+    grid = BlockGrid((1, 1, 0), (1, 1, 8))
+    assert pool_blocks(x, grid, provider=provider).shape == (1, 2, 0, 4)
 
 
 def test_wrong_token_count_is_refused():
