@@ -18,6 +18,7 @@ _HOME = {
     "Segment": "plan",
     "block_sparse_attention": "block_sparse.api",
     "merge_partials": "block_sparse.api",
+    "plan_attention": "planning",
     "pool_blocks": "pool.api",
     "prepare": "block_sparse.native",
     "select_blocks": "select.api",

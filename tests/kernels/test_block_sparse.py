@@ -1,6 +1,8 @@
 """Block-sparse attention: the CPU providers against dense attention, masked and whole."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,3 +262,14 @@ def test_wrong_calls_are_refused(change, message):
     call = {"q": case.q, "k": case.keys, "v": case.values, "plan": case.plan()} | change(case)
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(**call)
+
+
+def test_example_of_its_readme_runs_and_is_masked_attention():
+    text = Path(gather.__file__).with_name("README.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(code, names)
+    k, v = torch.cat(names["keys"], 2), torch.cat(names["values"], 2)
+    mask = names["plan"].to_dense_mask()
+    assert not mask.all()
+    assert_near(names["out"], F.scaled_dot_product_attention(names["q"], k, v, attn_mask=mask))
