@@ -27,6 +27,8 @@ Route = Literal["sparse", "dense"]
 _PROVIDERS = {
     ("pool", "cpu"): ("native", "vectorized", "reference"),
     ("pool", "cuda"): ("vectorized", "reference"),
+    ("select", "cpu"): ("vectorized", "reference"),
+    ("select", "cuda"): ("vectorized", "reference"),
     ("block_sparse", "cpu"): ("native", "gather", "reference"),
     ("block_sparse", "cuda"): ("triton", "reference"),
 }

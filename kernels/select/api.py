@@ -1,12 +1,12 @@
-"""Check the arguments of block selection; the whole-tensor form serves every device."""
+"""Check the arguments of block selection and send the call to a provider."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lipass.kernels import registry
 from lipass.kernels.plan import BlockGrid, KvLayout
-from lipass.kernels.select import vectorized
 from lipass.kernels.select.vectorized import selected_blocks
 
 __all__ = ["select_blocks", "selected_blocks"]
@@ -23,6 +23,7 @@ def select_blocks(
     role: str,
     sink_latents: int,
     keep_frames: Tensor | None = None,
+    provider: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the key blocks that each query block visits.
 
@@ -47,19 +48,27 @@ def select_blocks(
         role: `"prefill"` or `"decode"`.
         sink_latents: how many of the first candidate frames are always visited.
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
+        provider: implementation to use; by default the best that takes the call.
 
     Returns:
         Block ids `[B, H, Nq, S]` int32, ascending, `-1` past the counts, and the counts
         `[B, H, Nq]` int32.
 
     Raises:
-        ValueError: if an argument is out of range or does not fit the layout.
+        ValueError: if an argument is out of range or does not fit the layout, or the provider
+            refuses.
     """
     if not torch.compiler.is_compiling():
         reason = _unfit(q_mean, k_mean, layout, q_grid, budget, scale, role, keep_frames)
         if reason:
             raise ValueError(reason)
-    return vectorized.select_blocks(
+    chosen = registry.choose(
+        "select",
+        q_mean.device,
+        provider,
+        lambda module: module.why_not(q_mean, k_mean, keep_frames),
+    )
+    return chosen.module.select_blocks(
         q_mean,
         k_mean,
         layout,

@@ -10,6 +10,11 @@ from torch import Tensor
 from lipass.kernels.plan import BlockGrid, KvLayout
 
 
+def why_not(q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None) -> str | None:
+    """Refuse nothing: the definition covers every call."""
+    return None
+
+
 def select_blocks(
     q_mean: Tensor,
     k_mean: Tensor,
@@ -17,10 +22,9 @@ def select_blocks(
     q_grid: BlockGrid,
     *,
     budget: float,
-    scale: float,
     role: str,
     sink_latents: int,
-    keep_frames: Tensor | None = None,
+    keep_frames: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Choose key blocks for each query block; `lipass.kernels.select.api` states the contract.
 
@@ -32,6 +36,7 @@ def select_blocks(
     ```
 
     Blocks without a kept frame are no candidates. A query block without one visits itself.
+    The scale of the scores is positive and does not change their order, so it does not enter.
     `near` is one tile away or less, counted in key tiles from any key tile of the query block.
     """
     batch, heads, q_blocks, _ = q_mean.shape
@@ -57,7 +62,7 @@ def select_blocks(
             rest = int(alive.sum() - protected.sum())
             wanted = max(wanted, int(protected.sum()) + math.ceil(budget * rest - 1e-6))
         for h in range(heads):
-            score = (q_mean[b, h].float() @ k_mean[b, h].float().mT).cpu() * scale
+            score = (q_mean[b, h].float() @ k_mean[b, h].float().mT).cpu()
             for q in range(q_blocks):
                 if q not in asks:
                     itself = [candidates[k] for k in own[q].nonzero()[:, 0].tolist()]

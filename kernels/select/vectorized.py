@@ -27,6 +27,11 @@ class Rule(NamedTuple):
     after: Tensor
 
 
+def why_not(q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None) -> str | None:
+    """Refuse nothing: any means, mask and device will do."""
+    return None
+
+
 def select_blocks(
     q_mean: Tensor,
     k_mean: Tensor,

@@ -11,7 +11,6 @@ from kernel_cases import NO_NATIVE, cases, make_case
 from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockGrid
 from lipass.kernels.pool.api import pool_blocks
-from lipass.kernels.select import reference
 from lipass.kernels.select.api import select_blocks, selected_blocks
 from lipass.kernels.select.vectorized import rule_of
 
@@ -31,14 +30,16 @@ def visited(plan):
 @settings(max_examples=60)
 @given(cases())
 def test_vectorized_equals_reference(case):
-    expected, counts = reference.select_blocks(
-        *means(case), case.layout, case.q_grid, **case.options
+    expected, counts = select_blocks(
+        *means(case), case.layout, case.q_grid, provider="reference", **case.options
     )
-    plan = case.plan()
+    found, found_counts = select_blocks(
+        *means(case), case.layout, case.q_grid, provider="vectorized", **case.options
+    )
     width = expected.shape[-1]
-    assert torch.equal(plan.counts, counts)
-    assert torch.equal(plan.indices[..., :width], expected)
-    assert (plan.indices[..., width:] == -1).all()
+    assert torch.equal(found_counts, counts)
+    assert torch.equal(found[..., :width], expected)
+    assert (found[..., width:] == -1).all()
 
 
 @settings(max_examples=30)
@@ -173,11 +174,12 @@ def test_native_equals_reference(case, dtype):
     # Small integers: their sums are exact, so that equal scores are equal whatever the order.
     q, k = (x.mul(3).round().to(dtype) for x in (case.q, case.keys[candidate]))
     options = case.options | {"keep_frames": None}
-    expected, _ = reference.select_blocks(
+    expected, _ = select_blocks(
         pool_blocks(q, case.q_grid),
         pool_blocks(k, case.layout.segments[candidate].grid),
         case.layout,
         case.q_grid,
+        provider="reference",
         **options,
     )
     rule = rule_of(
