@@ -7,7 +7,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "native_grid.h"
@@ -16,6 +19,8 @@
 namespace {
 
 using at::Tensor;
+
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 // Two vectors of fp32; `count` of their numbers are there.
 template <typename T>
@@ -141,9 +146,12 @@ Tensor plan(const Tensor& q, const Tensor& k, at::IntArrayRef grids,
         sum.store(lanes);
         for (const float lane : lanes) score += lane;
         for (; d < dim; ++d) score += query[d] * key[d];
+        // NaN ranks last; nth_element may not be given what compares as neither more nor less.
+        score = score == score ? std::clamp(score, -kLargest, kLargest) : -kLargest;
         const bool guarded_here = guards && guards[at % rows * guard_stride + n];
         // Ascending by negated score, then by id: the order of a stable sort.
-        rank[n] = {guarded_here ? -std::numeric_limits<float>::infinity() : -score, static_cast<int32_t>(n)};
+        rank[n] = {guarded_here ? -std::numeric_limits<float>::infinity() : -score,
+                   static_cast<int32_t>(n)};
       }
       if (wanted < columns) std::nth_element(rank.begin(), rank.begin() + wanted, rank.end());
       int32_t* row = to + at * width;

@@ -33,6 +33,8 @@ def select_blocks(
     rest)` by `q_mean . k_mean` join them. Every query block visits the same number of blocks, the
     largest that any of them asks for, so that no row is padded. Candidates without a kept frame
     are absent; in prefill a query block without one visits itself and the other segments.
+    Infinite scores count as the largest or lowest fp32 number and NaN as the lowest, so that
+    protected blocks stay, absent ones stay out, and a row is ascending whatever it ranks.
 
     Source: arXiv 2605.31158, section on AR-aware sparse attention. Differs in: the sink is
     protected, neighbours come on top of the budget, means never count padding.

@@ -63,6 +63,7 @@ def select_blocks(
             wanted = max(wanted, int(protected.sum()) + math.ceil(budget * rest - 1e-6))
         for h in range(heads):
             score = (q_mean[b, h].float() @ k_mean[b, h].float().mT).cpu()
+            score = score.nan_to_num(nan=torch.finfo(torch.float32).min)
             for q in range(q_blocks):
                 if q not in asks:
                     itself = [candidates[k] for k in own[q].nonzero()[:, 0].tolist()]

@@ -57,6 +57,7 @@ def select_blocks(
         return every.expand(batch, heads, q_blocks, -1), counts
 
     score = q_mean @ k_mean.mT  # [B, H, Nq, Nc]
+    score = score.nan_to_num(nan=torch.finfo(score.dtype).min)
     if fixed.protected is not None:
         score = score.masked_fill(fixed.protected, math.inf)
     if keep_frames is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import NO_NATIVE, cases, make_case
+from kernel_cases import NATIVE, NO_NATIVE, cases, make_case
 
 from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockGrid
@@ -106,6 +106,25 @@ def test_best_scores_win_and_heads_choose_for_themselves():
         case.keys[1][:, head, 4 * frame : 4 * frame + 4] = 1.0
     rows = visited(case.plan())
     assert [row & set(range(8)) for row in rows] == [{2}] * 2 + [{5}] * 2
+
+
+@pytest.mark.parametrize("provider", ["reference", "vectorized", NATIVE])
+def test_nan_scores_rank_last_and_leave_rows_whole(provider):
+    case = make_case("decode", 8, (2, 2), 0, (1, 2, 2), budget=0.4, sink_latents=1)
+    case.keys[1][:, :, [0, 12]] = math.nan  # of the sink, and of block 3
+    case.q[:, 1, :4] = math.nan  # all that query block 0 of head 1 has
+    if provider == "native":
+        rows = case.plan().indices
+    else:
+        rows, _ = select_blocks(
+            *means(case), case.layout, case.q_grid, provider=provider, **case.options
+        )
+    assert rows.shape == (1, 2, 2, 1 + math.ceil(0.4 * 7) + 2)
+    assert (rows.diff() > 0).all()
+    assert (rows[..., 0] == 0).all()
+    assert (rows[..., -2:] == torch.tensor([8, 9])).all()
+    numbers = torch.tensor([[True, True], [False, True]])
+    assert not (rows[0, numbers] == 3).any()
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
