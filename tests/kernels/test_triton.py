@@ -1,93 +1,64 @@
 """The Triton kernel without a GPU: interpreted, and compiled ahead of time for six chips."""
 
 import functools
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from triton_cases import SHARED_KIB, compile_for, interpret, stack_bytes
 
 pytest.importorskip("triton", reason="needs Triton")
 
-HERE = Path(__file__).parent
-# Shared memory that one program may use, and the tensor core instruction that must appear.
-CHIPS = {
-    80: (163, "mma.sync"),
-    86: (99, "mma.sync"),
-    89: (99, "mma.sync"),
-    90: (227, "wgmma.mma_async"),
-    100: (227, "tcgen05.mma"),
-    120: (99, "mma.sync"),
+# The tensor core instruction that must appear.
+INSTRUCTIONS = {
+    80: "mma.sync",
+    86: "mma.sync",
+    89: "mma.sync",
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+    120: "mma.sync",
 }
 TILE = (4, 8, 4)
 
 
 def test_interpreted_kernel_equals_reference():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "interpret_triton.py")],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 13
-
-
-def arguments(kernel, dtype):
-    """Types of the kernel's arguments, and what the JIT would find divisible by 16."""
-    pointers = {"index_ptr": "*i32", "count_ptr": "*i32", "bias_ptr": "*fp32", "lse_ptr": "*fp32"}
-    types, attributes = {}, {}
-    for position, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            types[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            types[name] = pointers.get(name, f"*{dtype}")
-        else:
-            types[name] = "fp32" if name == "scale_log2" else "i32"
-        if name.endswith("_ptr") or re.fullmatch(r"(q|[kv]_[abc])_stride_[bhl]", name):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return types, attributes
+    interpret("interpret_triton.py", checks=13)
 
 
 @functools.cache
 def compiled(chip, head_dim, tails, bias, dtype="bf16", tile=TILE):
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from lipass.kernels.block_sparse import triton as provider
 
     kernel = provider.block_sparse_kernel
     volume = tile[0] * tile[1] * tile[2]
     launch = provider.launch_options(volume, volume, chip // 10)
-    types, attributes = arguments(kernel, dtype)
+    pointers = {p.name: f"*{dtype}" for p in kernel.params if p.name.endswith("_ptr")}
+    pointers |= {"index_ptr": "*i32", "count_ptr": "*i32", "bias_ptr": "*fp32", "lse_ptr": "*fp32"}
     constants = {
         "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
         "ROWS": launch.rows, "COLUMNS": launch.columns, "Q_TILE": tile, "K_TILE": tile,
         "TAILS": tails, "BIAS": bias, "UPCAST": False,
     }  # fmt: skip
-    source = ASTSource(kernel, types, constants, attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    return compile_for(
+        chip, kernel, pointers, constants, r"(q|[kv]_[abc])_stride_[bhl]",
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
 
 
 CASES = [
     pytest.param(chip, *shape, id=f"sm_{chip}-{name}")
-    for chip in CHIPS
+    for chip in SHARED_KIB
     for name, shape in {"D128-tails": (128, True, False), "D96-bias": (96, True, True)}.items()
 ] + [pytest.param(90, 64, False, False, id="sm_90-D64")]
 
 
 @pytest.mark.parametrize(("chip", "head_dim", "tails", "bias"), CASES)
 def test_compiles_within_the_chip(chip, head_dim, tails, bias):
-    kibibytes, instruction = CHIPS[chip]
     binary = compiled(chip, head_dim, tails, bias)
-    assert binary.metadata.shared <= kibibytes * 1024
+    assert binary.metadata.shared <= SHARED_KIB[chip] * 1024
     ptx = binary.asm["ptx"]
-    assert instruction in ptx
+    assert INSTRUCTIONS[chip] in ptx
     assert "cp.async" in ptx  # keys and values are fetched ahead
     assert stack_bytes(binary) == 0  # registers spill to the stack
 
@@ -96,22 +67,6 @@ def test_compiles_within_the_chip(chip, head_dim, tails, bias):
 def test_every_tile_volume_compiles(tile):
     binary = compiled(90, 64, True, False, "fp16", tile)
     assert binary.metadata.shared <= 227 * 1024
-
-
-def stack_bytes(binary):
-    """Read the stack of one thread from the binary; skip where the tool is missing."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("needs cuobjdump")
-    file = Path(os.environ.get("TMPDIR", "/tmp")) / f"lipass-{os.getpid()}.cubin"
-    file.write_bytes(binary.asm["cubin"])
-    try:
-        done = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True)
-    finally:
-        file.unlink()
-    return int(re.search(r"STACK:(\d+)", done.stdout).group(1))
 
 
 def test_refusals_name_the_reason():
