@@ -26,9 +26,9 @@ Route = Literal["sparse", "dense"]
 # Best first. Modules are imported when they are asked, so that Triton loads only where it can run.
 _PROVIDERS = {
     ("pool", "cpu"): ("native", "vectorized", "reference"),
-    ("pool", "cuda"): ("vectorized", "reference"),
+    ("pool", "cuda"): ("triton", "vectorized", "reference"),
     ("select", "cpu"): ("vectorized", "reference"),
-    ("select", "cuda"): ("vectorized", "reference"),
+    ("select", "cuda"): ("triton", "vectorized", "reference"),
     ("block_sparse", "cpu"): ("native", "gather", "reference"),
     ("block_sparse", "cuda"): ("triton", "reference"),
 }
