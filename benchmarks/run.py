@@ -4,9 +4,9 @@
     python -m benchmarks.run --json                one document; its rows are described in `Row`
     python -m benchmarks.run --plot out.png        speed-up against density
 
-Each case runs dense SDPA, the project's own kernel (planning included), SDPA with the same mask
-and FlexAttention with an equal BlockMask in turns, so that all see the same machine; figures are
-medians. Sizes for the CPU are cut down from the models that they are called after.
+Each case runs dense SDPA, the project's own kernel (planning included) and what `rivals.py` finds
+here for the same blocks in turns, so that all see the same machine; figures are medians. Sizes for
+the CPU are cut down from the models that they are called after.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import lipass.kernels.ops  # noqa: F401
 from benchmarks.environment import environment
+from benchmarks.rivals import rivals
 from lipass.kernels import block_sparse_attention, prepare
 from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockPlan, KvLayout, Triple
@@ -34,7 +35,8 @@ from lipass.kernels.planning import plan_attention
 from lipass.kernels.pool.api import pool_blocks
 
 DENSITIES = (0.1, 0.2, 0.3, 0.5, 1.0)
-PROVIDERS = ("own", "chunk", "gate", "mask", "flex")
+OWN = ("own", "chunk", "gate")
+PROVIDERS = (*OWN, "mask", "flex", "gather", "flashinfer", "sparge")
 
 
 class Case(NamedTuple):
@@ -67,7 +69,7 @@ class Row(NamedTuple):
     dtype: str
     provider: str
     """`cpu` or `cuda` for the project's own; `chunk` for it in all steps of a chunk but the first,
-    where the means of the history are known; `gate` for the operator; `mask`, `flex`."""
+    where the means of the history are known; `gate` for the operator; the rest are rivals."""
     form: str
     """What ran of the own provider: native or gather on the CPU."""
     density: float
@@ -142,6 +144,8 @@ def main() -> int:
                 rows.append(row)
                 if not args.json:
                     print(_line(row), flush=True)
+    for line in _summary(rows):
+        print(line, file=sys.stderr)
     if args.json:
         found = [row._asdict() for row in rows]
         document = {"schema_version": 4, "environment": environment(), "rows": found}
@@ -168,7 +172,8 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
     keys, values = ([random(part.grid.tokens) for part in layout.segments] for _ in range(2))
     scale = case.dim**-0.5
     all_keys, all_values = torch.cat(keys, 2), torch.cat(values, 2)
-    flex = _flex(q, all_keys, all_values, scale) if "flex" in args.provider else None
+    torch.compiler.reset()  # FlexAttention is compiled for the shapes of each case
+    others = rivals(q, all_keys, all_values, scale)
     rows = []
     for budget in _budgets(case, layout, args.density):
 
@@ -198,13 +203,11 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
                 q, keys, values, list(q_grid.grid), [n for grid in grids for n in grid],
                 ",".join(roles), list(case.tile), budget, scale, 0, case.role, None, "bench",
             )  # fmt: skip
-        if "mask" in args.provider:
-            mask = made.to_dense_mask()
-            calls["mask"] = lambda mask=mask: F.scaled_dot_product_attention(
-                q, all_keys, all_values, attn_mask=mask, scale=scale
-            )
-        if flex is not None:
-            calls["flex"] = flex(made)
+        for name in [name for name in others if name in args.provider]:
+            try:
+                calls[name] = others[name](made)
+            except ValueError as error:
+                print(f"{case.name}: {error}", file=sys.stderr)
         taken = dict(
             zip(calls, _interleaved(list(calls.values()), args.repeats, device), strict=True)
         )
@@ -212,7 +215,7 @@ def _time_case(case: Case, dtype: torch.dtype, args: argparse.Namespace) -> list
         tflop = 4e-12 * case.batch * case.heads * q_grid.tokens * layout.tokens * case.dim
         built = device.type == "cpu" and native.why_not_loaded() is None
         for provider in [name for name in calls if name != "dense" and "plan" not in name]:
-            own = provider in (device.type, "chunk", "gate")
+            own = provider in (device.type, *OWN)
             planning = taken.get(f"plan of {provider}", taken["plan"]) if own else 0.0
             rows.append(
                 Row(
@@ -253,31 +256,6 @@ def _budgets(case: Case, layout: KvLayout, densities: list[float]) -> list[float
     return found
 
 
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Callable[[BlockPlan], Callable[[], object]]:
-    """Compile FlexAttention for these shapes; give the call for the mask of a plan."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch.compiler.reset()
-    attend = torch.compile(flex_attention, dynamic=False)
-
-    def call(plan: BlockPlan) -> Callable[[], object]:
-        visited = torch.zeros(*plan.indices.shape[:3], plan.kv.blocks, dtype=torch.bool)
-        visited = visited.to(q.device).scatter(-1, plan.indices.long(), True)
-        q_block = plan.q_grid.block_of_token(q.device)
-        k_block = plan.kv.block_of_token(q.device)
-
-        def mask(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
-            return visited[b, h, q_block[q_at], k_block[k_at]]
-
-        shape = (*q.shape[:2], q.shape[2], k.shape[2])
-        blocks = create_block_mask(mask, *shape, device=q.device.type)
-        return lambda: attend(q, k, v, block_mask=blocks, scale=scale)
-
-    return call
-
-
 def _interleaved(calls: list[Callable], repeats: int, device: torch.device) -> list[float]:
     """Return the median seconds of each call; taking turns, so that all see the same machine."""
     seconds: list[list[float]] = [[] for _ in calls]
@@ -311,6 +289,23 @@ def _launches(call: Callable) -> int:
         call()
         torch.cuda.synchronize()
     return len([event for event in profiler.events() if event.device_type.name == "CUDA"])
+
+
+def _summary(rows: list[Row]) -> list[str]:
+    """Say on how many rows the gate keeps what it is for, and who is faster than the kernel."""
+    calls: dict[tuple[str, str, float], dict[str, Row]] = {}
+    for row in rows:
+        calls.setdefault((row.case, row.dtype, row.density), {})[row.provider] = row
+    gated = [found for found in calls.values() if "gate" in found]
+    lines = []
+    if gated:
+        least = min(found["gate"].speedup for found in gated)
+        lines.append(f"gate: at least {least:.2f}x of dense on {len(gated)} rows")
+    for rival in sorted({row.provider for row in rows} - {*OWN, "cpu", "cuda"}):
+        both = [found for found in gated if rival in found]
+        faster = sum(found["gate"].seconds < found[rival].seconds for found in both)
+        lines.append(f"gate: faster than {rival} on {faster} of {len(both)} rows")
+    return lines
 
 
 def _line(row: Row) -> str:
