@@ -310,7 +310,7 @@ def _summary(rows: list[Row]) -> list[str]:
 
 def _line(row: Row) -> str:
     return (
-        f"{row.case:<18} {row.dtype:<9} {row.provider:<5} {row.form:<7} density {row.density:.2f}"
+        f"{row.case:<18} {row.dtype:<9} {row.provider:<10} {row.form:<7} density {row.density:.2f}"
         f"  {row.seconds * 1e3:9.2f} ms  dense {row.dense_seconds * 1e3:9.2f} ms"
         f"  {row.speedup:5.2f}x = {row.speedup / row.ideal:.2f} of ideal"
         f"  select {row.select_share:.0%}"
