@@ -39,6 +39,7 @@ class InvariantStore:
     def get(self, body: Compiled, args: tuple[Any, ...]) -> Any:
         """Return the results of a body for these inputs."""
         if any(isinstance(a, Tensor) and a.is_inference() for a in args):
+            current_report().invariants_untold += 1
             return self._compute(body, args)
         entries = self._entries.setdefault(body, deque(maxlen=_ENTRIES))
         for entry in tuple(entries):

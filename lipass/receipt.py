@@ -105,6 +105,8 @@ class Report:
         recompiles: graphs compiled again for a function that had one.
         invariants_computed: runs of what `hoist-calls` outlined, in sessions.
         invariants_kept: calls of it that were answered without a run.
+        invariants_untold: runs with inputs of `torch.inference_mode`, of which torch does not tell
+            whether they were written to.
         graph_breaks: where Dynamo cut a function into graphs that passes see one by one.
     """
 
@@ -118,6 +120,7 @@ class Report:
     recompiles: int = 0
     invariants_computed: int = 0
     invariants_kept: int = 0
+    invariants_untold: int = 0
     graph_breaks: list[GraphBreak] = field(default_factory=list)
 
     def add_site(self, site: SiteRecord) -> None:
@@ -162,6 +165,7 @@ class Report:
             "recompiles": self.recompiles,
             "invariants_computed": self.invariants_computed,
             "invariants_kept": self.invariants_kept,
+            "invariants_untold": self.invariants_untold,
             "graph_breaks": [asdict(found) for found in self.graph_breaks],
         }
 

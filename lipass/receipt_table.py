@@ -37,6 +37,11 @@ def _summary(report: Report) -> str:
     if report.invariants_computed:
         computed, kept = report.invariants_computed, report.invariants_kept
         lines.append(f"invariants: {computed} computed, {kept} kept")
+    if report.invariants_untold:
+        lines.append(
+            f"invariants: {report.invariants_untold} computed in torch.inference_mode, where none "
+            "can be kept; torch.no_grad() lets a session keep them"
+        )
     return "\n".join(lines)
 
 

@@ -153,6 +153,8 @@ def test_inference_tensors_compute_in_each_call(model):
             torch.testing.assert_close(compiled(x, text), model(x, text), atol=1e-6, rtol=1e-6)
             text.mul_(2)
     assert counts(session) == (3, 0)
+    assert lipass.report().invariants_untold == 3
+    assert "torch.no_grad() lets a session keep them" in lipass.report().table()
 
 
 def test_results_die_with_their_inputs_and_with_the_session(model, fast):
