@@ -107,7 +107,7 @@ def _providers() -> Iterator[dict]:
     """Ask every provider of every kernel whether it takes a call of one tile, on every device."""
     import torch
 
-    for operation in ("pool", "block_sparse"):
+    for operation in ("pool", "select", "block_sparse"):
         package = importlib.import_module(f"lipass.kernels.{operation}")
         for found in pkgutil.iter_modules(package.__path__):
             for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
@@ -136,6 +136,8 @@ def _one_tile(operation: str, device: str) -> tuple:
     x = torch.zeros(1, 1, grid.tokens, 64, device=device)
     if operation == "pool":
         return x, grid
+    if operation == "select":
+        return x, x, None
     indices = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
     layout = KvLayout((Segment("current", grid),))
     return x, BlockPlan(indices, torch.ones_like(indices[..., 0]), grid, layout)

@@ -35,13 +35,14 @@ def test_doctor_prints_one_document(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"]
-    assert {line["operation"] for line in found["providers"]} == {"pool", "block_sparse"}
+    operations = {line["operation"] for line in found["providers"]}
+    assert operations == {"pool", "select", "block_sparse"}
 
 
 def test_doctor_finds_the_reference_everywhere(capsys):
     main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
-    assert sum("reference   cpu     yes" in line for line in lines) == 2
+    assert sum("reference   cpu     yes" in line for line in lines) == 3
 
 
 def test_progress_stays_off_stdout_and_reports_the_end(capsys):
