@@ -25,6 +25,8 @@ from lipass.passes.worth import worth_once
 Roots = frozenset[Node]
 
 _PRODUCTS = {"bmm", "linear", "matmul", "mm"}
+# Of their other arguments calls of these names read sizes or a dtype and no number.
+_OF_THE_FIRST = {"expand_as", "reshape_as", "type_as", "view_as"}
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ def _inputs_above(node: Node) -> set[Node]:
     while stack:
         above = stack.pop()
         if site_of(above) is None:
-            fresh = [one for one in above.all_input_nodes if one not in seen]
+            name = above.target if above.op == "call_method" else ""
+            read = above.args[:1] if name in _OF_THE_FIRST else above.all_input_nodes
+            fresh = [one for one in read if isinstance(one, Node) and one not in seen]
             seen.update(fresh)
             stack += fresh
     return {

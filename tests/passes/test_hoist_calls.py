@@ -65,6 +65,26 @@ return (%k)
     )
 
 
+def test_prompt_whose_dtype_alone_the_queries_take_is_outlined(trace, apply):
+    """As Wan's conditioning does with the embedding of the time."""
+
+    class Typed(Net):
+        def forward(self, x, text):
+            return super().forward(x.type_as(text), text)
+
+    records, _ = apply(trace(Typed(), (X, PROMPT)), TEXT)
+    assert said(records) == [("rewritten", "3 calls run once for the same text")]
+
+
+def test_prompt_that_the_queries_are_computed_from_stays(trace, apply):
+    class Modulated(Net):
+        def forward(self, x, text):
+            return super().forward(x + text.mean(), text)
+
+    records, _ = apply(trace(Modulated(), (X, PROMPT)), TEXT)
+    assert not records[-1].changed
+
+
 def test_outlined_call_computes_the_same_to_the_bit(trace, apply):
     net = Net()
     gm = trace(net, (X, PROMPT))
