@@ -22,15 +22,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .codec import Codec
 from .data import load_recordings
+from .learner import Learner, Pace, working_copy
 from .model import TinyWorld
 from .own_rollouts import OwnRollouts
 from .train import ROOMS
 from .train_batches import Batch, LatentWalks, Sampler, latent_walks
-from .train_world import faster_dtype, optimizers, prefill, velocity_loss, working_copy
+from .train_world import faster_dtype, prefill, velocity_loss
 from .weights import load
 
 
@@ -86,39 +87,16 @@ def picture_error(codec: Codec, chunks: Tensor, targets: Tensor) -> Tensor:
     return (decode(chunks) - recorded).abs().mean()
 
 
-class FreeTrainer:
-    """Model, moving average and optimizers; its state can be saved and resumed."""
+class FreeTrainer(Learner):
+    """Runs the stage under a wall-clock budget; `losses` are those of pictures and velocity."""
 
     def __init__(
         self, model: TinyWorld, codec: Codec, options: FreeOptions = FreeOptions()
     ) -> None:
+        pace = Pace(options.peak_rate, 30, 1 / 3, options.average_steps)
+        super().__init__(model, pace)
         self.options = options
-        self.model, self.average = model, copy.deepcopy(model).requires_grad_(False)
         self.codec = copy.deepcopy(codec).bfloat16().requires_grad_(False)
-        self.optimizers = optimizers(model)
-        self.generator = torch.Generator()
-        self.step, self.elapsed_s = 0, 0.0
-        self.losses: list[tuple[float, float, float]] = []
-
-    def state(self) -> dict:
-        """Everything a resumed run needs but the rollouts, which begin anew."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "step": self.step,
-            "elapsed_s": self.elapsed_s,
-            "losses": self.losses,
-        }
-
-    def load(self, state: dict) -> None:
-        """Resume from `state`."""
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
-        self.losses = state["losses"]
 
     def run(
         self,
@@ -142,14 +120,14 @@ class FreeTrainer:
         while self.elapsed_s < seconds:
             begin = time.perf_counter()
             draw = random.Random(self.step)
-            with torch.no_grad():
-                torch._foreach_copy_(list(working.parameters()), list(self.model.parameters()))
+            self.refresh(working)
             picture = self._free_step(working, rollouts, draw.choice(options.free_context))
             batch = recorded.draw(draw.choice(options.anchor_context))
             prefilled = prefill(working, batch, self.generator)
             velocity = velocity_loss(prefilled, batch, self.generator)
             velocity.backward()
-            self._update(working, 1 - self.elapsed_s / seconds)
+            self.take_gradient(working)
+            self.update(1 - self.elapsed_s / seconds)
             self.elapsed_s += time.perf_counter() - begin
             self.losses.append((self.elapsed_s, picture, float(velocity.detach())))
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
@@ -164,23 +142,6 @@ class FreeTrainer:
         error = picture_error(self.codec, chunks, batch.targets[:, 0].transpose(1, 2))
         (self.options.picture_weight * error).backward()
         return float(error.detach())
-
-    def _update(self, working: TinyWorld, left: float) -> None:
-        """Step with the gradient in `working` and `left` of the time; average the weights."""
-        for p, used in zip(self.model.parameters(), working.parameters(), strict=True):
-            assert used.grad is not None
-            p.grad, used.grad = used.grad.float(), None
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.step += 1
-        rate = self.options.peak_rate * min(1.0, self.step / 30) * max(0.02, left)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        decay = 1 - 1 / min(self.options.average_steps, 1 + self.step / 3)
-        with torch.no_grad():
-            for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(now, 1 - decay)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,11 +1,9 @@
 """Train the world model on latents of recorded walks and on its own rollouts.
 
 The model predicts clean latents; the squared error is weighted by 1/sigma^2, which is the velocity
-loss. Several target chunks share one prefilled context. Matrices are trained by Muon, the rest by
-AdamW; weights are kept in fp32 and used in whichever of fp32 and bf16 this machine is faster in.
+loss. Several target chunks share one prefilled context.
 """
 
-import copy
 import itertools
 import random
 import time
@@ -14,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from .learner import Learner, Pace, working_copy
 from .model import CHUNK_LATENTS, KeyValue, Rotary, TinyWorld
-from .muon import Muon
 from .own_rollouts import OwnRollouts
 from .train_batches import Batch, LatentWalks, Sampler
 
@@ -88,27 +86,6 @@ def continue_rollouts(prefilled: Prefilled, batch: Batch, rollouts: OwnRollouts)
     rollouts.append(x)
 
 
-def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the rest; the schedule sets the rate."""
-    matrices = [
-        p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name
-        and "modulation" not in name
-    ]  # fmt: skip
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        Muon(matrices, lr=1.0),
-        torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
-def working_copy(model: TinyWorld, dtype: torch.dtype) -> TinyWorld:
-    """Copy a model to compute in `dtype`; noise levels are embedded in fp32 as before."""
-    working = copy.deepcopy(model).to(dtype)
-    working.frequencies = model.frequencies
-    return working
-
-
 def faster_dtype(model: TinyWorld, batch: Batch) -> torch.dtype:
     """Time a training step in fp32 and in bf16; CPUs differ by a factor of two either way."""
     seconds = {}
@@ -163,37 +140,11 @@ class Phase:
     share_own: float
 
 
-class Trainer:
+class Trainer(Learner):
     """Runs the phases under a wall-clock budget; its state can be saved and resumed."""
 
-    def __init__(self, model: TinyWorld, seed: int = 0, peak_rate: float = 2e-3) -> None:
-        self.model = model
-        self.average = copy.deepcopy(model).requires_grad_(False)
-        self.optimizers = optimizers(model)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.peak_rate = peak_rate
-        self.step, self.elapsed_s = 0, 0.0
-        self.losses: list[tuple[float, float]] = []
-
-    def state(self) -> dict:
-        """Everything a resumed run needs."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "step": self.step,
-            "elapsed_s": self.elapsed_s,
-            "losses": self.losses,
-        }
-
-    def load(self, state: dict) -> None:
-        """Resume from `state`."""
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
-        self.losses = state["losses"]
+    def __init__(self, model: TinyWorld, peak_rate: float = 2e-3) -> None:
+        super().__init__(model, Pace(peak_rate, 150, average_share=1 / 4, average_steps=500))
 
     def run(
         self, phases: list[Phase], seconds: float, progress, checkpoint_s: float = 120
@@ -213,22 +164,19 @@ class Trainer:
             draw = random.Random(self.step)
             context_latents = draw.choice(phase.context_latents)
             source = rollouts if draw.random() < phase.share_own else recorded
-            with torch.no_grad():
-                torch._foreach_copy_(list(working.parameters()), list(self.model.parameters()))
+            self.refresh(working)
             batch = source.draw(context_latents)
             prefilled = prefill(working, batch, self.generator)
             loss = velocity_loss(prefilled, batch, self.generator)
             loss.backward()
             if source is rollouts:
                 continue_rollouts(prefilled, batch, rollouts)
-            for p, used in zip(self.model.parameters(), working.parameters(), strict=True):
-                assert used.grad is not None
-                p.grad, used.grad = used.grad.float(), None
+            self.take_gradient(working)
             self.elapsed_s, mean_loss = average_over_ranks(
                 [p.grad for p in self.model.parameters() if p.grad is not None],
                 begin + time.perf_counter() - clock, float(loss.detach()),
             )  # fmt: skip
-            self._update(1 - self.elapsed_s / seconds)
+            self.update(1 - self.elapsed_s / seconds)
             self.losses.append((self.elapsed_s, mean_loss))
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
@@ -251,17 +199,3 @@ class Trainer:
             dist.all_reduce(votes)
             dtype = torch.bfloat16 if float(votes) > ranks / 2 else torch.float32
         return recorded, rollouts, working_copy(self.model, dtype)
-
-    def _update(self, left: float) -> None:
-        """Take one optimizer step with `left` of the time remaining and average the weights."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        rate = self.peak_rate * min(1.0, (self.step + 1) / 150) * max(0.02, left)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        self.step += 1
-        decay = min(0.998, 1 - 1 / (1 + self.step / 4))
-        with torch.no_grad():
-            for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(now, 1 - decay)

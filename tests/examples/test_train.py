@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lipass.examples.tinyworld.codec import Codec
+from lipass.examples.tinyworld.learner import working_copy
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld
 from lipass.examples.tinyworld.own_rollouts import OwnRollouts
 from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
@@ -19,7 +20,6 @@ from lipass.examples.tinyworld.train_world import (
     faster_dtype,
     prefill,
     velocity_loss,
-    working_copy,
 )
 
 FRAMES = 20

@@ -1,0 +1,107 @@
+"""What all trainings of the model share: optimizers, a moving average and a state to resume from.
+
+Matrices are trained by Muon, the rest by AdamW; weights are kept in fp32 and used in whichever of
+fp32 and bf16 this machine is faster in.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .model import TinyWorld
+from .muon import Muon
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a training learns, and over how many of its steps weights are averaged.
+
+    The rate rises to `peak_rate` in `warm_up_steps` and falls with the time that is left. The
+    average is over about the latest `average_share` of all steps, and at most `average_steps`.
+    """
+
+    peak_rate: float
+    warm_up_steps: int
+    average_share: float
+    average_steps: int
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest; the schedule sets the rate."""
+    matrices = [
+        p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name
+        and "modulation" not in name
+    ]  # fmt: skip
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        Muon(matrices, lr=1.0),
+        torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def working_copy(model: TinyWorld, dtype: torch.dtype) -> TinyWorld:
+    """Copy a model to compute in `dtype`; noise levels are embedded in fp32 as before."""
+    working = copy.deepcopy(model).to(dtype)
+    working.frequencies = model.frequencies
+    return working
+
+
+class Learner:
+    """Model, moving average and optimizers; `losses` are rows of seconds and losses."""
+
+    def __init__(self, model: TinyWorld, pace: Pace, seed: int = 0) -> None:
+        self.model, self.pace = model, pace
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.optimizers = optimizers(model)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.step, self.elapsed_s = 0, 0.0
+        self.losses: list[tuple[float, ...]] = []
+
+    def state(self) -> dict:
+        """Everything a resumed run needs but own rollouts, which begin anew."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "losses": self.losses,
+        }
+
+    def load(self, state: dict) -> None:
+        """Resume from `state`."""
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.losses = state["losses"]
+
+    def refresh(self, working: TinyWorld) -> None:
+        """Copy the weights to the model that computes."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(working.parameters()), list(self.model.parameters()))
+
+    def take_gradient(self, working: TinyWorld) -> None:
+        """Move the gradient from the model that computes to the weights."""
+        for p, used in zip(self.model.parameters(), working.parameters(), strict=True):
+            assert used.grad is not None
+            p.grad, used.grad = used.grad.float(), None
+
+    def update(self, left: float) -> None:
+        """Take one optimizer step with share `left` of the time remaining; average the weights."""
+        pace = self.pace
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.step += 1
+        rate = pace.peak_rate * min(1.0, self.step / pace.warm_up_steps) * max(0.02, left)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        decay = 1 - 1 / min(pace.average_steps, 1 + self.step * pace.average_share)
+        with torch.no_grad():
+            for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay)
