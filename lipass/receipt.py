@@ -16,8 +16,9 @@ from lipass.policy.plan import ChunkPlan
 
 SCHEMA_VERSION = 1
 
-# A chunk record holds a line a history latent; a session may run for hours.
-_CHUNKS_KEPT = 256
+# A chunk record holds a decision for each history latent, some 200 bytes; a session may run for
+# hours, and its history grows all the time.
+_CHUNKS_KEPT, _DECISIONS_KEPT = 256, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Report:
 
     sites: dict[str, SiteRecord] = field(default_factory=dict)
     passes: list[PassRecord] = field(default_factory=list)
-    chunks: deque[ChunkRecord] = field(default_factory=lambda: deque(maxlen=_CHUNKS_KEPT))
+    chunks: deque[ChunkRecord] = field(default_factory=deque)
     chunks_forgotten: int = 0
     sessions: int = 0
     compile_s: float = 0.0
@@ -142,9 +143,14 @@ class Report:
         self.compile_s += seconds
 
     def add_chunk(self, record: ChunkRecord) -> None:
-        """Record a finished chunk; the oldest is forgotten when there are many."""
-        self.chunks_forgotten += len(self.chunks) == self.chunks.maxlen
+        """Record a finished chunk; the oldest are forgotten when there are many."""
         self.chunks.append(record)
+        decisions = sum(one.plan.history_latents for one in self.chunks)
+        while len(self.chunks) > _CHUNKS_KEPT or (
+            decisions > _DECISIONS_KEPT and len(self.chunks) > 1
+        ):
+            decisions -= self.chunks.popleft().plan.history_latents
+            self.chunks_forgotten += 1
 
     def open_session(self) -> int:
         """Count a session and give its number."""
@@ -201,9 +207,7 @@ def report() -> Report:
     """
     live = current_report()
     sites = {name: _measured(site) for name, site in live.sites.items()}
-    return replace(
-        live, sites=sites, passes=list(live.passes), chunks=deque(live.chunks, _CHUNKS_KEPT)
-    )
+    return replace(live, sites=sites, passes=list(live.passes), chunks=deque(live.chunks))
 
 
 def _measured(site: SiteRecord) -> SiteRecord:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from dataclasses import replace
@@ -135,6 +136,26 @@ def test_old_chunks_are_forgotten_and_counted():
     assert len(current_report().chunks) == 256
     assert current_report().chunks_forgotten == 46
     assert "46 earlier chunks not shown" in current_report().table()
+
+
+def test_chunks_of_long_histories_are_forgotten_sooner():
+    """A chunk is recorded with a decision for each latent, so many chunks would be a leak."""
+    filled()
+    plan = current_report().chunks[-1].plan
+    frames = plan.context.frames
+    frames = frames * (4000 // len(frames))
+    plan = dataclasses.replace(plan, context=dataclasses.replace(plan.context, frames=frames))
+    before = len(current_report().chunks) + current_report().chunks_forgotten
+    for _ in range(50):
+        current_report().add_chunk(ChunkRecord(1, plan, 0.1, 0, 0))
+    kept = current_report().chunks
+    assert 1 < len(kept) <= 4
+    assert len(kept) + current_report().chunks_forgotten == before + 50
+    endless = dataclasses.replace(
+        plan, context=dataclasses.replace(plan.context, frames=frames * 10)
+    )
+    current_report().add_chunk(ChunkRecord(1, endless, 0.1, 0, 0))
+    assert [chunk.plan for chunk in current_report().chunks] == [endless]
 
 
 def test_sessions_are_numbered():

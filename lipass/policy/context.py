@@ -33,7 +33,7 @@ from lipass.policy.revisit import left_since
 _SAME_VIEW = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FrameDecision:
     """What happens to one history latent.
 
