@@ -36,7 +36,7 @@ def rivals(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Rival]:
     """
     found: dict[str, Rival] = {
         "mask": lambda plan: _mask(q, k, v, scale, plan),
-        "flex": _flex(q, k, v, scale),
+        "flex": lambda plan: _flex(q, k, v, scale, plan),
     }
     if q.device.type == "cpu":
         found["gather"] = lambda plan: (
@@ -49,38 +49,27 @@ def rivals(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Rival]:
     return found
 
 
-def visited_blocks(plan: BlockPlan) -> Tensor:
-    """Return which key blocks each query block visits, `[B, H, Nq, Nk]` bool; counts are full."""
-    visited = torch.zeros(
-        *plan.indices.shape[:3], plan.kv.blocks, dtype=torch.bool, device=plan.indices.device
-    )
-    return visited.scatter(-1, plan.indices.long(), True)
-
-
 def _mask(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -> Call:
     """Dense attention with a mask of elements."""
     mask = plan.to_dense_mask()
     return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Rival:
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -> Call:
     """FlexAttention, compiled, with a block mask that is equal to the plan."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def call(plan: BlockPlan) -> Call:
-        attend = torch.compile(flex_attention, dynamic=False)
-        visited = visited_blocks(plan)
-        q_block = plan.q_grid.block_of_token(q.device)
-        k_block = plan.kv.block_of_token(q.device)
+    attend = torch.compile(flex_attention, dynamic=False)
+    visited = plan.visited()
+    q_block = plan.q_grid.block_of_token(q.device)
+    k_block = plan.kv.block_of_token(q.device)
 
-        def mask(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
-            return visited[b, h, q_block[q_at], k_block[k_at]]
+    def mask(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
+        return visited[b, h, q_block[q_at], k_block[k_at]]
 
-        shape = (*q.shape[:2], q.shape[2], k.shape[2])
-        blocks = create_block_mask(mask, *shape, device=q.device.type)
-        return lambda: attend(q, k, v, block_mask=blocks, scale=scale)
-
-    return call
+    shape = (*q.shape[:2], q.shape[2], k.shape[2])
+    blocks = create_block_mask(mask, *shape, device=q.device.type)
+    return lambda: attend(q, k, v, block_mask=blocks, scale=scale)
 
 
 def flashinfer(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -> Call:
@@ -98,7 +87,7 @@ def flashinfer(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -
     workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
     wrapper: Any = VariableBlockSparseAttentionWrapper(workspace)
     wrapper.plan(
-        block_mask_map=visited_blocks(plan).flatten(0, 1),
+        block_mask_map=plan.visited().flatten(0, 1),
         block_row_sz=q_sizes,
         block_col_sz=k_sizes,
         num_qo_heads=pairs,
@@ -124,7 +113,7 @@ def sparge(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Call:
     rows = _in_tiles(q, plan.q_grid.token_index(q.device))
     keys, values = (_in_tiles(x, plan.kv.token_index(q.device)) for x in (k, v))
     parts = volumes[1] // _SPARGE_BLOCK[1]
-    mask = visited_blocks(plan).repeat_interleave(parts, -1).to(torch.int8)
+    mask = plan.visited().repeat_interleave(parts, -1).to(torch.int8)
     return lambda: block_sparse_sage2_attn_cuda(rows, keys, values, mask_id=mask)
 
 

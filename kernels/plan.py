@@ -252,14 +252,18 @@ class BlockPlan:
     shared_segments: tuple[int, ...] = ()
     """Segments that every query block is known to visit whole."""
 
-    def to_dense_mask(self) -> Tensor:
-        """Element mask that dense attention would need, `[B, H, Lq, Lk]` bool. For tests."""
+    def visited(self) -> Tensor:
+        """Whether a query block visits a key block, `[B, H, Nq, Nk]` bool. Not for hot loops."""
         device, blocks = self.indices.device, self.kv.blocks
         entry = torch.arange(self.indices.shape[-1], device=device)
         column = torch.where(entry < self.counts[..., None], self.indices.long(), blocks)
         visited = torch.zeros(*self.indices.shape[:3], blocks + 1, dtype=torch.bool, device=device)
-        visited = visited.scatter(-1, column, True)[..., :blocks]
-        mask = visited[:, :, self.q_grid.block_of_token(device)]
+        return visited.scatter(-1, column, True)[..., :blocks]
+
+    def to_dense_mask(self) -> Tensor:
+        """Element mask that dense attention would need, `[B, H, Lq, Lk]` bool. For tests."""
+        device = self.indices.device
+        mask = self.visited()[:, :, self.q_grid.block_of_token(device)]
         mask = mask[..., self.kv.block_of_token(device)]
         return mask if self.key_keep is None else mask & self.key_keep[:, None, None]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.rivals import flashinfer, rivals, sparge, visited_blocks
+from benchmarks.rivals import flashinfer, rivals, sparge
 from lipass.kernels import BlockGrid, KvLayout, plan_attention
 
 SCALE = 0.25
@@ -94,10 +94,3 @@ def test_sparge_is_given_the_plan(call, monkeypatch):
     q, k, v, plan = call((6, 4, 4), (1, 4, 4))
     with pytest.raises(ValueError, match="whole blocks of 128 tokens, got \\(16, 16\\)"):
         sparge(q, k, v, plan)
-
-
-def test_visited_blocks_are_those_of_the_plan(call):
-    _, _, _, plan = call((6, 4, 4), (1, 4, 4))
-    visited = visited_blocks(plan)
-    assert visited.shape == (2, 3, 4, 10)
-    assert (visited.sum(-1) == plan.counts).all()
