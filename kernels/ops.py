@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lipass.kernels import cost, registry
 from lipass.kernels.pieces import attend_to_all
 from lipass.kernels.plan import BlockGrid, KvLayout, Triple
-from lipass.kernels.planning import plan_attention
+from lipass.kernels.planning import check_means, plan_attention
 from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select.api import selected_blocks
 from lipass.kernels.token_major import empty_token_major, token_major
@@ -306,13 +306,8 @@ def _check(call: _Call) -> None:
             "history_means must come with role 'decode', got 'prefill'; leave them out there"
         )
     number = call.layout.candidate_segment(call.role)
-    blocks = 0 if number is None else call.layout.segments[number].grid.blocks
-    expected = (*call.q.shape[:2], blocks, call.q.shape[3])
-    if means is not None and means.shape != expected:
-        raise ValueError(
-            f"history_means must be [B, H, N, D] = {list(expected)}, got {list(means.shape)}; "
-            "pool the history with the tile of the call"
-        )
+    if means is not None:
+        check_means(means, call.q, call.layout, number)
     frames = 0 if number is None else call.layout.segments[number].grid.grid[0]
     keep = call.keep_frames
     if keep is not None and keep.shape != (call.q.shape[0], frames):

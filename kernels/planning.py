@@ -41,8 +41,13 @@ def plan_attention(
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
         candidate_means: means of the candidate blocks `[B, H, Nc, D]` fp32 as `pool_blocks` gives
             them, where they are known; otherwise they are computed.
+
+    Raises:
+        ValueError: if an option is out of range, or something does not fit the layout.
     """
     candidate = layout.candidate_segment(role)
+    if candidate_means is not None:
+        check_means(candidate_means, q, layout, candidate)
     if candidate is not None and keep_frames is None:
         plan = _plan_natively(
             q, keys[candidate], layout, q_grid, budget, scale, role, sink_latents, candidate_means
@@ -79,6 +84,21 @@ def plan_attention(
         uniform=keep_frames is None,
         shared_segments=_shared(layout, candidate),
     )
+
+
+def check_means(means: Tensor, q: Tensor, layout: KvLayout, candidate: int | None) -> None:
+    """Check that means are those of the blocks of a segment.
+
+    Raises:
+        ValueError: if they are not `[B, H, N, D]` fp32.
+    """
+    blocks = 0 if candidate is None else layout.segments[candidate].grid.blocks
+    expected = (*q.shape[:2], blocks, q.shape[3])
+    if means.shape != expected or means.dtype != torch.float32:
+        raise ValueError(
+            f"means of the candidates must be [B, H, N, D] = {list(expected)} fp32, got "
+            f"{list(means.shape)} {means.dtype}; pool the keys with the tile of the call"
+        )
 
 
 def _plan_natively(

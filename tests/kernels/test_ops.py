@@ -385,13 +385,20 @@ def test_given_means_are_what_blocks_are_chosen_by():
     ("role", "shape", "message"),
     [
         ("prefill", (1, 3, 4, 16), "must come with role 'decode'"),
-        ("decode", (1, 3, 5, 16), "pool the history with the tile of the call"),
+        ("decode", (1, 3, 5, 16), "pool the keys with the tile of the call"),
     ],
 )
 def test_means_that_do_not_fit_are_refused(role, shape, message):
     case = make_case(role, 4, (4, 4), 3, (1, 4, 4), heads=3, dim=16)
     with pytest.raises(ValueError, match=message):
         sparse_attention(*arguments(case), history_means=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("means", [torch.zeros(1, 3, 3, 16), torch.zeros(1, 3, 4, 16).half()])
+def test_means_that_do_not_fit_never_reach_a_kernel(means):
+    case = make_case("decode", 4, (4, 4), 3, (1, 4, 4), heads=3, dim=16)
+    with pytest.raises(ValueError, match=r"\[1, 3, 4, 16\] fp32, got"):
+        case.plan(candidate_means=means)
 
 
 def test_pooling_passes_opcheck():
