@@ -31,7 +31,7 @@ _TILE, _QUERY_TILE = (1, 8, 8), (4, 8, 8)
 # Reusing steps costs this model nothing against the renderer, so looser than the default 0.8.
 _REVISIT_OVERLAP = 0.65
 # Half of the training contexts had no sink, so its place is better given to memory.
-_SINK_LATENTS, _MEMORY_LATENTS = 0, 5
+_SINK_LATENTS, _MEMORY_LATENTS = 0, 3
 # Its newest latents are much alike: a longer window costs time and shows nothing new.
 _WINDOW_CHUNKS_MAX = 1
 _STEPS = 4
@@ -78,17 +78,20 @@ class Contender:
         w2c: Tensor,
         text: list[KeyValue],
         history: list[KeyValue] | None = None,
+        walls: Tensor | None = None,
     ) -> Any:
         """Call the compiled model; the context length is the one dimension that varies."""
         torch._dynamo.mark_dynamic(w2c, 1)
         if history is None:
             torch._dynamo.mark_dynamic(latents, 2)
             torch._dynamo.mark_dynamic(sigma, 1)
+            if walls is not None:
+                torch._dynamo.mark_dynamic(walls, 2)
         else:
             for pair in history:
                 for tensor in pair:
                     torch._dynamo.mark_dynamic(tensor, 2)
-        return self.compiled(latents, sigma, w2c, text, history)
+        return self.compiled(latents, sigma, w2c, text, history, walls)
 
     def session(self) -> "lipass.Session | None":
         """A new session for one rollout; the exact presets need none."""
@@ -102,13 +105,15 @@ class Contender:
         graphs = _graphs_compiled()
         session = self.session()
         if session is None:
-            rollout = roll_out(self, text, scenario.given, scenario.w2c, seed=scenario.room.seed)
+            rollout = roll_out(
+                self, text, scenario.given, scenario.w2c, scenario.walls, seed=scenario.room.seed
+            )
             plans: list[dict] = []
         else:
             with session:
                 rollout = roll_out(
-                    self, text, scenario.given, scenario.w2c, seed=scenario.room.seed,
-                    session=session,
+                    self, text, scenario.given, scenario.w2c, scenario.walls,
+                    seed=scenario.room.seed, session=session,
                 )  # fmt: skip
             chunks = [c for c in lipass.report().chunks if c.session == session.number]
             plans = [c.plan.to_dict() for c in chunks]
@@ -210,7 +215,7 @@ def baselines(
     given = len(scenario.given)
     truth = scenario.truth[given:]
     blind = roll_out(
-        model, text, scenario.given, scenario.w2c, seed=scenario.room.seed,
+        model, text, scenario.given, scenario.w2c, scenario.walls, seed=scenario.room.seed,
         retriever=lambda w2c, _: list(range(max(0, len(w2c) - WINDOW_LATENTS), len(w2c))),
     )  # fmt: skip
     shown = {

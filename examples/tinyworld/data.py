@@ -15,16 +15,19 @@ from torch import Tensor
 
 from lipass.policy.trajectory import parse_trajectory
 
-from .world import Attributes, draw_attributes, make_room, place, random_walk, render
+from .world import Attributes, bare, draw_attributes, make_room, place, random_walk, render
 
 FRAMES = 48
+# Two prompts and the bare room.
+VIEWS = 3
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One walk under two prompts.
+    """One walk under two prompts, and through the bare room.
 
-    `frames [2, FRAMES, 3, P, P]` uint8, `w2c [FRAMES, 4, 4]`, `attributes` one per prompt.
+    `frames [VIEWS, FRAMES, 3, P, P]` uint8, the bare room last, `w2c [FRAMES, 4, 4]`, `attributes`
+    one per prompt.
     """
 
     seed: int
@@ -72,7 +75,9 @@ def record(seed: int, pixels: int = 64) -> Recording:
     walk = draw_walk(seed)
     first = Attributes() if float(torch.rand((), generator=generator)) < 0.3 else None
     attributes = (first or draw_attributes(generator), draw_attributes(generator))
-    frames = render(make_room(seed), walk, list(attributes), pixels)
+    room = make_room(seed)
+    frames = render(room, walk, list(attributes), pixels)
+    frames += render(bare(room), walk, [Attributes()], pixels)
     return Recording(
         seed, np.stack([(f * 255 + 0.5).byte().numpy() for f in frames]), walk, attributes
     )
@@ -91,6 +96,16 @@ def record_rooms(seeds: range, folder: Path, workers: int, progress) -> None:
 
 
 def load_recordings(folder: Path, seeds: range) -> list[Recording]:
-    """Load the recordings of `seeds` that are in `folder`."""
+    """Load the recordings of `seeds` that are in `folder`.
+
+    Raises:
+        ValueError: recordings of an earlier version, without the bare room.
+    """
     paths = (folder / f"{seed}.pt" for seed in seeds)
-    return [Recording(**torch.load(p, weights_only=False)) for p in paths if p.exists()]
+    recordings = [Recording(**torch.load(p, weights_only=False)) for p in paths if p.exists()]
+    views = {len(r.frames) for r in recordings}
+    if views - {VIEWS}:
+        raise ValueError(
+            f"a recording holds {VIEWS} views of its walk, got {min(views)}; remove {folder}"
+        )
+    return recordings

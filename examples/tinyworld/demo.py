@@ -101,6 +101,9 @@ def _measure(job: Scope, model, codec, scenes: list[Scenario], text) -> tuple[di
                 lambda preset, scene=scene: advance(f"{scene.path} {preset}"),
             )  # fmt: skip
             rows += new
+            if scene.regime == "free":
+                told = codec.decode(scene.walls[len(scene.given) :])
+                frames[("bare walls", *scene.key)] = _bytes(told)
             if job.with_baselines and scene.regime == "explored":
                 for row, shown in baselines(scene, contenders[0], text, codec):
                     rows.append(row)

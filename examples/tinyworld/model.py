@@ -155,6 +155,7 @@ class TinyWorld(nn.Module):
         self.config = config
         width = config.width
         self.embed = nn.Linear(config.latent_channels + 6, width)
+        self.embed_walls = nn.Linear(config.latent_channels, width, bias=False)
         self.words = nn.Embedding(len(VOCABULARY), config.text_width)
         self.sigma_mlp = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.to_rows = nn.Linear(width, 6 * width)
@@ -167,6 +168,7 @@ class TinyWorld(nn.Module):
             nn.init.zeros_(block.proj.weight)
             nn.init.zeros_(block.down.weight)
         nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.embed_walls.weight)
 
     def text(self, tokens: Tensor) -> list[KeyValue]:
         """Encode prompts `[B, TEXT_TOKENS]` into one (k, v) a block; once per prompt."""
@@ -180,6 +182,7 @@ class TinyWorld(nn.Module):
         w2c: Tensor,
         text: list[KeyValue],
         history: list[KeyValue] | None = None,
+        walls: Tensor | None = None,
     ) -> Tensor | list[KeyValue]:
         """Prefill (no history) or decode (with history).
 
@@ -190,6 +193,8 @@ class TinyWorld(nn.Module):
                 the chunk's first view.
             text: one (k, v) `[B, H, TEXT_TOKENS, D]` a block, from `text`.
             history: one (k, v) `[B, H, n*Y*X, D]` a block, from a prefill.
+            walls: what the same views as those of `latents` would show of the unfurnished and
+                unpainted room, encoded alike. None and zeros do not tell the plan.
 
         Returns:
             Prefill: the history, one (k, v) a block. Decode: velocity `[B, C, 4, Y, X]`.
@@ -197,6 +202,8 @@ class TinyWorld(nn.Module):
         n = w2c.shape[1] - CHUNK_LATENTS
         own = w2c[:, :n] if history is None else w2c[:, n:]
         x = self._tokens(latents, own)
+        if walls is not None:
+            x = x + self.embed_walls(walls.permute(0, 2, 3, 4, 1).flatten(2, 3))
         angles = (sigma[..., None] * self.frequencies).float()
         rows = self.sigma_mlp(torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype))
         rows = self.to_rows(F.silu(rows)).unflatten(-1, (6, -1))

@@ -24,12 +24,16 @@ _SHORT_SIGMAS = (SIGMAS[0], SIGMAS[-2], SIGMAS[-1])
 
 @dataclass
 class _Lane:
-    """A rollout along frames `first` to `end` of a walk: `latents [F, C, Y, X]` so far."""
+    """A rollout along frames `first` to `end` of a walk: `latents [F, C, Y, X]` so far.
+
+    `told`: it is given the bare walls, as in the free regime.
+    """
 
     walk: int
     variant: int
     first: int
     end: int
+    told: bool
     latents: Tensor
 
 
@@ -63,14 +67,15 @@ class OwnRollouts:
     def _start(self) -> _Lane:
         walk, variant = int(self._rand() * len(self.walks.w2c)), int(self._rand() * 2)
         first, end, given = 0, self.walks.w2c.shape[1], CHUNK_LATENTS
-        if float(self._rand()) > self.free_share:
+        explored = float(self._rand()) > self.free_share
+        if explored:
             given *= 2 + int(self._rand() * 7)
             given = min(given, end - 2 * CHUNK_LATENTS)
         elif self.free_chunks is not None:
             first = int(self._rand() * (end - 2 * CHUNK_LATENTS + 1))
             end = min(end, first + (1 + self.free_chunks) * CHUNK_LATENTS)
         recorded = self.walks.latents[walk, variant, first : first + given]
-        return _Lane(walk, variant, first, end, recorded.float())
+        return _Lane(walk, variant, first, end, not explored, recorded.float())
 
     def draw(self, context_latents: int) -> Batch:
         """Draw the next chunk of some lanes with `context_latents` of context, if they have it."""
@@ -95,6 +100,8 @@ class OwnRollouts:
         w2c = walks.w2c[lane.walk, lane.first :]
         camera = relative_to(w2c[start : start + chunk], w2c[start])
         tokens = walks.tokens[lane.walk, lane.variant]
+        walls = walks.walls[lane.walk, lane.first :].float() * lane.told
+        walls_target = walls[start : start + chunk]
         return (
             lane.latents[chosen],
             target.expand(self.targets, *target.shape),
@@ -103,6 +110,8 @@ class OwnRollouts:
             tokens,
             tokens,
             torch.tensor(0.0),
+            walls[chosen],
+            walls_target.expand(self.targets, *walls_target.shape),
         )
 
     def sigmas(self) -> tuple[float, ...]:

@@ -59,6 +59,7 @@ def generate_chunk(
     context: Tensor,
     w2c: Tensor,
     text: list[KeyValue],
+    walls: Tensor | None = None,
 ) -> Tensor:
     """One whole chunk in one function: prefill, then the denoising loop.
 
@@ -69,12 +70,14 @@ def generate_chunk(
         context: clean latents `[B, C, n, Y, X]`.
         w2c: cameras `[B, n + 4, 4, 4]`, context then chunk.
         text: encoded prompt, one (k, v) a block.
+        walls: latents of the bare room `[B, C, n + 4, Y, X]`, or None.
     """
     b, _, n = context.shape[:3]
-    history = model(context, torch.zeros(b, n, device=noise.device), w2c, text)
+    seen, query = (None, None) if walls is None else (walls[:, :, :n], walls[:, :, n:])
+    history = model(context, torch.zeros(b, n, device=noise.device), w2c, text, walls=seen)
     x = noise
     for i in range(sigmas.shape[0] - 1):
-        velocity = model(x, sigmas[i].expand(b, CHUNK_LATENTS), w2c, text, history)
+        velocity = model(x, sigmas[i].expand(b, CHUNK_LATENTS), w2c, text, history, query)
         x = x + (sigmas[i + 1] - sigmas[i]) * velocity
     return x
 
@@ -118,6 +121,7 @@ def roll_out(
     text: list[KeyValue],
     given: Tensor,
     w2c: Tensor,
+    walls: Tensor | None = None,
     *,
     seed: int,
     session=None,
@@ -126,6 +130,7 @@ def roll_out(
 ) -> Rollout:
     """Generate the latents after `given [M, C, Y, X]` along `w2c [F, 4, 4]`.
 
+    `walls [F, C, Y, X]` are latents of the bare room, for a model that is to know its plan.
     `session` is a `lipass.Session` or None; `retriever` is the loop's own choice of context, used
     where no session or its context policy is on.
     """
@@ -137,13 +142,15 @@ def roll_out(
         own = retriever(w2c[:start], query)
         if session is None:
             steps = [Step(*pair, False) for pair in itertools.pairwise(SIGMAS)]
-            record, x = _chunk(model, text, latents, w2c, start, noise, own, steps)
+            record, x = _chunk(model, text, latents, w2c, walls, start, noise, own, steps)
         else:
             with session.chunk(
                 poses=w2c[:start], query=query, latents=torch.stack(latents), own_context=own
             ) as chunk:
                 steps = chunk.steps(SIGMAS)
-                record, x = _chunk(model, text, latents, w2c, start, noise, chunk.context, steps)
+                record, x = _chunk(
+                    model, text, latents, w2c, walls, start, noise, chunk.context, steps
+                )
         out.chunks.append(record)
         latents.extend(x[0].transpose(0, 1))
         if progress is not None:
@@ -157,6 +164,7 @@ def _chunk(
     text: list[KeyValue],
     latents: list[Tensor],
     w2c: Tensor,
+    walls: Tensor | None,
     start: int,
     noise: Tensor,
     context: list[int],
@@ -165,13 +173,18 @@ def _chunk(
     clean = torch.stack([latents[i] for i in context], 1)[None]
     poses = torch.cat([w2c[context], w2c[start : start + CHUNK_LATENTS]])
     poses = relative_to(poses, w2c[start])[None]
+    seen = query = None
+    if walls is not None:
+        seen = walls[context].transpose(0, 1)[None]
+        query = walls[start : start + CHUNK_LATENTS].transpose(0, 1)[None]
     begin = time.perf_counter()
-    history = model(clean, torch.zeros(1, len(context)), poses, text)
+    history = model(clean, torch.zeros(1, len(context)), poses, text, None, seen)
     middle = time.perf_counter()
     x, computed = noise, 0
     for step in steps:
         level = torch.full((1, CHUNK_LATENTS), step.sigma)
-        x = x + (step.sigma_next - step.sigma) * model(x, level, poses, text, history)
+        velocity = model(x, level, poses, text, history, query)
+        x = x + (step.sigma_next - step.sigma) * velocity
         computed += not step.reused
     end = time.perf_counter()
     kv_bytes = sum(t.numel() * t.element_size() for pair in history for t in pair)

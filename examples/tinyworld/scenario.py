@@ -1,7 +1,8 @@
 """Scenarios: a held-out room, a camera path and how much of it is recorded.
 
 Explored: a recorded walk fills the history and the rest of the path sees only what was recorded,
-so the renderer is the truth. Free: one chunk is given and everything else imagined.
+so the renderer is the truth. Free: one chunk and the plan of the room are given, and everything
+else imagined.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from lipass.policy.trajectory import parse_trajectory
 from .camera import STEP_DEG, STEP_M, invert
 from .codec import Codec
 from .model import CHUNK_LATENTS
-from .world import Attributes, Room, make_room, place, random_walk, render
+from .world import Attributes, Room, bare, make_room, place, random_walk, render
 
 CHUNKS = 16
 PATHS = ("left/right", "forward/back", "loop")
@@ -27,7 +28,8 @@ class Scenario:
     """One rollout to make.
 
     `w2c [64, 4, 4]`; `truth [64, 3, P, P]` in 0..1; `given [M, C, Y, X]` latents of the recorded
-    part.
+    part; `walls [64, C, Y, X]` latents of the bare room along all of the path, zero in the
+    explored regime, where memory has to do without them.
     """
 
     path: str
@@ -37,6 +39,7 @@ class Scenario:
     w2c: Tensor
     truth: Tensor
     given: Tensor
+    walls: Tensor
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -74,4 +77,6 @@ def make_scenario(
     attributes = attributes or Attributes()
     w2c, given = camera_path(path, regime, room)
     truth = render(room, w2c, [attributes], pixels)[0]
-    return Scenario(path, regime, room, attributes, w2c, truth, codec.encode(truth[:given]))
+    walls = codec.encode(render(bare(room), w2c, [Attributes()], pixels)[0])
+    walls = walls * (regime == "free")
+    return Scenario(path, regime, room, attributes, w2c, truth, codec.encode(truth[:given]), walls)

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from .codec import Codec
-from .data import load_recordings, record_rooms
+from .data import VIEWS, load_recordings, record_rooms
 from .model import BASE, SMALL, TinyWorld
+from .ranks import train_together
 from .train_batches import LatentWalks, latent_walks
 from .train_codec import measure, refine_decoder, train_codec
 from .train_world import Phase, Trainer, Walks
@@ -55,7 +54,7 @@ def _rooms(folder: Path, seeds: range) -> list:
 
 
 def _frames(recordings: list, every: int) -> Tensor:
-    stacked = np.concatenate([r.frames[:, ::every] for r in recordings], 1)
+    stacked = np.concatenate([r.frames[:2, ::every] for r in recordings], 1)
     return torch.from_numpy(stacked.reshape(-1, *stacked.shape[2:]))
 
 
@@ -68,7 +67,7 @@ def encode_walks(codec: Codec, recordings: list, half: bool, path: Path) -> None
     for recording in recordings:
         frames = torch.from_numpy(recording.frames).flatten(0, 1).float() / 255
         frames = F.avg_pool2d(frames, 2) if half else frames
-        rows.append(codec.encode(frames).unflatten(0, (2, -1)).half())
+        rows.append(codec.encode(frames).unflatten(0, (VIEWS, -1)).half())
     torch.save(torch.stack(rows), path)
 
 
@@ -120,10 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     for half in (False,) if args.init else (True, False):
         encode_walks(codec, recordings, half, _latents(args.out, half))
     recordings = [dataclasses.replace(r, frames=r.frames[:0]) for r in recordings]
-    if args.processes == 1:
-        _train(0, args, recordings, codec_db)
-    else:
-        mp.spawn(_train, (args, recordings, codec_db), nprocs=args.processes)
+    train_together(_train, args, recordings, codec_db)
     refine(codec, args.out, _CODEC_SHARE * args.seconds)
 
 
@@ -144,13 +140,7 @@ def _latents(out: Path, half: bool) -> Path:
 
 
 def _train(rank: int, args: argparse.Namespace, recordings: list, codec_db: float) -> None:
-    """Train as one of several processes with a thread each, which beats one with several."""
-    if args.processes > 1:
-        torch.set_num_threads(1)
-        store = torch.distributed.FileStore(str(args.out / f"store-{os.getppid()}"))
-        torch.distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=args.processes
-        )
+    """Train the model as one of `args.processes`."""
     torch.manual_seed(0)
     size = SMALL if args.size == "small" else BASE
     trainer = Trainer(TinyWorld(size), peak_rate=_FINISHING_RATE if args.init else _RATE)

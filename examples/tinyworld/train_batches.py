@@ -21,13 +21,15 @@ class LatentWalks:
     """Latents of all recordings.
 
     `latents [R, 2, F, C, Y, X]` half precision (two prompts), `w2c [R, F, 4, 4]`,
-    `tokens [R, 2, TEXT_TOKENS]`, `similarity [R, F, F]` of every pair of views.
+    `tokens [R, 2, TEXT_TOKENS]`, `similarity [R, F, F]` of every pair of views, `walls
+    [R, F, C, Y, X]` the half-precision latents of the bare room.
     """
 
     latents: Tensor
     w2c: Tensor
     tokens: Tensor
     similarity: Tensor
+    walls: Tensor
 
 
 def prompt_of(attributes: Attributes) -> str:
@@ -36,13 +38,13 @@ def prompt_of(attributes: Attributes) -> str:
 
 
 def latent_walks(recordings: list, latents: Tensor) -> LatentWalks:
-    """Collect what training samples from."""
+    """Collect what training samples from; `latents [R, 3, F, C, Y, X]`, the bare room last."""
     w2c = torch.stack([r.w2c for r in recordings])
     tokens = torch.stack(
         [torch.stack([tokenize(prompt_of(a)) for a in r.attributes]) for r in recordings]
     )
     similarity = torch.stack([view_similarity(w, w) for w in w2c])
-    return LatentWalks(latents, w2c, tokens, similarity)
+    return LatentWalks(latents[:, :2], w2c, tokens, similarity, latents[:, 2])
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Batch:
     `context [B, n, C, Y, X]`, `targets [B, J, 4, C, Y, X]`, `w2c_context [B, n, 4, 4]` and
     `w2c_targets [B, J, 4, 4, 4]` relative to the first target view, `tokens [B, TEXT_TOKENS]` of
     the context and `target_tokens` of the targets. `context_noise [B]` is the highest noise level
-    of the context.
+    of the context. `walls_context` and `walls_targets`, shaped as `context` and `targets`, are
+    latents of the bare room, or zeros where the model is not told of it.
     """
 
     context: Tensor
@@ -62,6 +65,8 @@ class Batch:
     tokens: Tensor
     target_tokens: Tensor
     context_noise: Tensor
+    walls_context: Tensor
+    walls_targets: Tensor
 
 
 class Sampler:
@@ -104,6 +109,8 @@ class Sampler:
         # One sample in ten changes its prompt between context and target.
         target_variant = 1 - variant if float(self._rand()) < 0.1 else variant
         w2c = walks.w2c[walk]
+        # Half of the samples are not told the walls: memory has to do without them.
+        walls = walks.walls[walk].float() * (float(self._rand()) < 0.5)
         return (
             walks.latents[walk, variant, chosen].float(),
             torch.stack(
@@ -114,4 +121,6 @@ class Sampler:
             walks.tokens[walk, variant],
             walks.tokens[walk, target_variant],
             torch.tensor(CONTEXT_NOISE),
+            walls[chosen],
+            torch.stack([walls[s : s + chunk] for s in starts]),
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from .learner import Learner, Pace, working_copy
 from .model import CHUNK_LATENTS, KeyValue, Rotary, TinyWorld
 from .own_rollouts import OwnRollouts
+from .ranks import average_over_ranks, rank_of
 from .train_batches import Batch, LatentWalks, Sampler
 
 SIGMA_SHIFT = 5.0
@@ -32,8 +33,13 @@ class Prefilled:
     text: list[KeyValue]
     w2c_context: Tensor
 
-    def velocity(self, x: Tensor, sigma: Tensor, w2c: Tensor, text: list[KeyValue]) -> Tensor:
-        """Predict for `x [B * J, C, 4, Y, X]` at `w2c [B, J, 4, 4, 4]`, `J` chunks a context."""
+    def velocity(
+        self, x: Tensor, sigma: Tensor, w2c: Tensor, walls: Tensor, text: list[KeyValue]
+    ) -> Tensor:
+        """Predict for `x [B * J, C, 4, Y, X]`, `J` chunks a context.
+
+        `w2c [B, J, 4, 4, 4]` and `walls [B, J, 4, C, Y, X]` are those of the chunks.
+        """
         chunks = w2c.shape[1]
 
         def repeat(pairs: list[KeyValue]) -> list[KeyValue]:
@@ -42,7 +48,10 @@ class Prefilled:
 
         cameras = torch.cat([self.w2c_context.repeat_interleave(chunks, 0), w2c.flatten(0, 1)], 1)
         dtype = self.history[0][0].dtype
-        return self.model(x.to(dtype), sigma, cameras, repeat(text), repeat(self.history)).float()
+        walls = walls.flatten(0, 1).transpose(1, 2).to(dtype)
+        return self.model(
+            x.to(dtype), sigma, cameras, repeat(text), repeat(self.history), walls
+        ).float()
 
 
 def prefill(model: TinyWorld, batch: Batch, generator: torch.Generator) -> Prefilled:
@@ -54,7 +63,8 @@ def prefill(model: TinyWorld, batch: Batch, generator: torch.Generator) -> Prefi
     text = model.text(batch.tokens)
     w2c = torch.cat([batch.w2c_context, batch.w2c_targets[:, 0]], 1)
     dtype = text[0][0].dtype
-    history = model(context.transpose(1, 2).to(dtype), level, w2c, text)
+    walls = batch.walls_context.transpose(1, 2).to(dtype)
+    history = model(context.transpose(1, 2).to(dtype), level, w2c, text, walls=walls)
     return Prefilled(model, history, text, batch.w2c_context)
 
 
@@ -70,8 +80,9 @@ def velocity_loss(prefilled: Prefilled, batch: Batch, generator: torch.Generator
     noisy = (1 - s) * targets + s * noise
     text = prefilled.model.text(batch.target_tokens)
     velocity = prefilled.velocity(
-        noisy, sigma[:, None].expand(-1, CHUNK_LATENTS), batch.w2c_targets, text
-    )
+        noisy, sigma[:, None].expand(-1, CHUNK_LATENTS), batch.w2c_targets,
+        batch.walls_targets, text,
+    )  # fmt: skip
     return (velocity - (noise - targets)).square().mean()
 
 
@@ -81,7 +92,9 @@ def continue_rollouts(prefilled: Prefilled, batch: Batch, rollouts: OwnRollouts)
     x = rollouts.noise()
     for sigma, sigma_next in itertools.pairwise(rollouts.sigmas()):
         level = torch.full((len(x), CHUNK_LATENTS), sigma)
-        velocity = prefilled.velocity(x, level, batch.w2c_targets[:, :1], prefilled.text)
+        velocity = prefilled.velocity(
+            x, level, batch.w2c_targets[:, :1], batch.walls_targets[:, :1], prefilled.text
+        )
         x = x + (sigma_next - sigma) * velocity
     rollouts.append(x)
 
@@ -99,27 +112,6 @@ def faster_dtype(model: TinyWorld, batch: Batch) -> torch.dtype:
             times.append(time.perf_counter() - begin)
         seconds[dtype] = min(times)
     return min(seconds, key=seconds.__getitem__)
-
-
-def rank_of() -> tuple[int, int]:
-    """Rank of this process and number of processes that train together."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def average_over_ranks(gradients: list[Tensor], *numbers: float) -> list[float]:
-    """Average gradients and a few numbers over all processes, in one exchange."""
-    _, ranks = rank_of()
-    if ranks == 1:
-        return list(numbers)
-    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor(numbers)])
-    dist.all_reduce(flat)
-    flat /= ranks
-    means = flat.split([g.numel() for g in gradients] + [len(numbers)])
-    for gradient, mean in zip(gradients, means, strict=False):
-        gradient.copy_(mean.view_as(gradient))
-    return flat[-len(numbers) :].tolist()
 
 
 Walks = Callable[[], LatentWalks]

@@ -82,6 +82,16 @@ def make_room(seed: int) -> Room:
     return Room(seed, layout, size, boxes, surfaces)
 
 
+def bare(room: Room) -> Room:
+    """Return the hall of a room unfurnished and unpainted: what its plan tells."""
+    surfaces = torch.zeros_like(room.surfaces[:6])
+    shade = torch.tensor([0.6, 0.6, 0.95, 0.3, 0.6, 0.6])
+    surfaces[:, :6] = shade[:, None]
+    # A picture of negative size is not shown.
+    surfaces[:, 16:18] = -20.0
+    return Room(room.seed, "bare", room.size_m, room.boxes[:0], surfaces)
+
+
 def _furniture(layout: str, size: Tensor, uniform) -> Tensor:
     width, height, depth = size.tolist()
     boxes = []

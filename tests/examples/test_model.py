@@ -9,7 +9,7 @@ from lipass.examples.tinyworld.camera import relative_to
 from lipass.examples.tinyworld.metrics import affected_psnr_db, psnr_db, revisits
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld, tokenize
 from lipass.examples.tinyworld.rollout import SIGMAS, generate_chunk, retrieve, roll_out
-from lipass.examples.tinyworld.scenario import make_scenario
+from lipass.examples.tinyworld.scenario import REGIMES, make_scenario
 from lipass.examples.tinyworld.weights import load
 from lipass.policy.trajectory import parse_trajectory
 
@@ -66,6 +66,19 @@ def test_order_of_context_latents_does_not_matter():
     assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_walls_that_no_weight_reads_change_nothing_and_others_do():
+    model = tiny()
+    context, w2c, text = inputs(model)
+    noise, sigmas = torch.randn(1, 16, 4, 4, 4), torch.tensor(SIGMAS)
+    walls = torch.randn(1, 16, 9, 4, 4)
+    told = generate_chunk(model, noise, sigmas, context, w2c, text, walls)
+    unread = generate_chunk(model, noise, sigmas, context, w2c, text)
+    assert not torch.allclose(told, unread, atol=1e-3)
+    torch.nn.init.zeros_(model.embed_walls.weight)
+    told = generate_chunk(model, noise, sigmas, context, w2c, text, walls)
+    assert torch.equal(told, unread)
+
+
 def test_padding_words_are_equal_keys():
     model = tiny()
     key, value = model.text(tokenize("a room")[None])[0]
@@ -104,6 +117,28 @@ def test_psnr_is_of_the_mean_error_and_affected_ignores_equal_chunks():
     assert psnr_db(x, x) == 100.0
 
 
+def test_the_free_regime_alone_is_told_the_walls():
+    _, codec = load()
+    free, explored = (make_scenario("left/right", regime, 9001, codec) for regime in REGIMES[::-1])
+    assert len(free.walls) == len(free.w2c)
+    assert free.walls.abs().amax((1, 2, 3)).min() > 0.5
+    assert not explored.walls.any()
+
+
+def test_free_rollout_keeps_the_corners_that_the_walls_tell_of():
+    model, codec = load()
+    scenario = make_scenario("left/right", "free", 9001, codec)
+    frames = 8 * CHUNK_LATENTS
+    text = model.text(tokenize("a room at day in clear air in plain light")[None])
+    shown = []
+    for walls in (scenario.walls, None):
+        made = roll_out(model, text, scenario.given, scenario.w2c[:frames], walls, seed=9001)
+        shown.append(codec.decode(made.latents)[CHUNK_LATENTS:])
+    told, untold = (psnr_db(x, scenario.truth[CHUNK_LATENTS:frames]) for x in shown)
+    assert told > 21.0
+    assert told > untold + 2.0
+
+
 def test_codec_reconstructs_a_held_out_room():
     _, codec = load()
     scenario = make_scenario("left/right", "explored", 9001, codec)
@@ -116,7 +151,7 @@ def test_shipped_model_remembers_a_room():
     scenario = make_scenario("left/right", "explored", 9001, codec)
     frames = len(scenario.given) + 2 * CHUNK_LATENTS
     text = model.text(tokenize("a room at day in clear air in plain light")[None])
-    made = roll_out(model, text, scenario.given, scenario.w2c[:frames], seed=0)
+    made = roll_out(model, text, scenario.given, scenario.w2c[:frames], scenario.walls, seed=0)
     new = slice(len(scenario.given), frames)
     shown, truth = codec.decode(made.latents)[new], scenario.truth[new]
     still = scenario.truth[new.start - 1 : new.start].expand_as(truth)

@@ -45,6 +45,27 @@ def run(call, model, given, *, seed: int, prompt: str = "a room", **options) -> 
         return roll_out(call, text_of(model, prompt), given, PATH, seed=seed, session=session)
 
 
+def test_walls_go_with_the_latents_that_the_session_keeps(model, given):
+    walls = torch.randn(len(PATH), 16, 4, 4)
+    calls = []
+
+    def call(latents, sigma, w2c, text, history=None, told=None):
+        calls.append((history is None, told))
+        return model(latents, sigma, w2c, text, history, told)
+
+    with lipass.Session(**OPTIONS) as session:
+        made = roll_out(
+            call, text_of(model, "a room"), given, PATH, walls, seed=0, session=session
+        )
+    prefills = [told for prefill, told in calls if prefill]
+    assert any(len(chunk.context) < chunk.start for chunk in made.chunks)
+    for chunk, told in zip(made.chunks, prefills, strict=True):
+        assert torch.equal(told[0].transpose(0, 1), walls[chunk.context])
+    own = [told for prefill, told in calls if not prefill]
+    assert torch.equal(own[0][0].transpose(0, 1), walls[16:20])
+    assert torch.equal(own[-1][0].transpose(0, 1), walls[-4:])
+
+
 def test_first_and_last_step_compute_in_every_chunk(compiled, model, given):
     with lipass.Session(**OPTIONS) as session:
         roll_out(compiled, text_of(model, "a room"), given, PATH, seed=0, session=session)

@@ -4,15 +4,18 @@ import pytest
 import torch
 
 from lipass.examples.tinyworld.codec import Codec
+from lipass.examples.tinyworld.data import VIEWS, load_recordings, record
 from lipass.examples.tinyworld.learner import working_copy
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld
 from lipass.examples.tinyworld.own_rollouts import OwnRollouts
 from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
-from lipass.examples.tinyworld.train_free import (
-    FreeOptions,
-    FreeTrainer,
-    imagine,
-    picture_error,
+from lipass.examples.tinyworld.train_pictures import picture_error
+from lipass.examples.tinyworld.train_rollouts import RolloutOptions, RolloutTrainer, imagine
+from lipass.examples.tinyworld.train_unseen import (
+    UnseenOptions,
+    UnseenSampler,
+    UnseenTrainer,
+    predict,
 )
 from lipass.examples.tinyworld.train_world import (
     Phase,
@@ -33,7 +36,19 @@ def walks() -> LatentWalks:
     w2c = torch.eye(4).expand(3, FRAMES, 4, 4).contiguous()
     w2c[..., 0, 3] = torch.arange(FRAMES) * 0.1
     tokens = torch.zeros(3, 2, 32, dtype=torch.long)
-    return LatentWalks(latents, w2c, tokens, torch.eye(FRAMES).expand(3, -1, -1).contiguous())
+    similarity = torch.eye(FRAMES).expand(3, -1, -1).contiguous()
+    walls = torch.randn(3, FRAMES, 16, 4, 4, generator=generator).half()
+    return LatentWalks(latents, w2c, tokens, similarity, walls)
+
+
+def walls_of(walks: LatentWalks, latents: torch.Tensor) -> torch.Tensor:
+    """Walls `[n, C, Y, X]` of the views that recorded `latents [n, C, Y, X]` are of."""
+    recorded = walks.latents.float().flatten(3)
+    found = []
+    for latent in latents:
+        walk, _, frame = (recorded == latent.flatten()).all(-1).nonzero()[0].tolist()
+        found.append(walks.walls[walk, frame].float())
+    return torch.stack(found)
 
 
 def test_a_recorded_batch_has_its_context_outside_its_targets(walks):
@@ -42,6 +57,40 @@ def test_a_recorded_batch_has_its_context_outside_its_targets(walks):
     assert batch.targets.shape == (4, 1, CHUNK_LATENTS, 16, 4, 4)
     for context, target in zip(batch.context, batch.targets[:, 0], strict=True):
         assert not any(torch.equal(x, y) for x in context for y in target)
+
+
+def test_half_of_the_recorded_samples_are_told_the_walls_of_their_views(walks):
+    batch = Sampler(walks, batch=16, targets=2, seed=0).draw(8)
+    told = [bool(walls.any()) for walls in batch.walls_context]
+    assert 4 <= sum(told) <= 12
+    for i, known in enumerate(told):
+        expected = walls_of(walks, batch.context[i]) * known
+        assert torch.equal(batch.walls_context[i], expected)
+        for j in range(2):
+            expected = walls_of(walks, batch.targets[i, j]) * known
+            assert torch.equal(batch.walls_targets[i, j], expected)
+
+
+def test_unseen_targets_lie_where_the_context_does_not_look(walks):
+    sampler = UnseenSampler(walks, contexts=16, targets=2, seed=0)
+    walks.similarity[:, :, : FRAMES // 2] = 1.0
+    batch = sampler.draw(CHUNK_LATENTS)
+    assert batch.context.shape == (16, CHUNK_LATENTS, 16, 4, 4)
+    assert batch.targets.shape == (16, 2, CHUNK_LATENTS, 16, 4, 4)
+    apart = set()
+    unseen = 0
+    for row in range(16):
+        assert torch.equal(batch.walls_context[row], walls_of(walks, batch.context[row]))
+        for target, walls in zip(batch.targets[row], batch.walls_targets[row], strict=True):
+            assert torch.equal(walls, walls_of(walks, target))
+            frames = [
+                int((walks.latents.float() == x).flatten(3).all(-1).nonzero()[0, 2])
+                for x in target
+            ]
+            apart |= set(torch.tensor(frames).diff().tolist())
+            unseen += sum(frame >= FRAMES // 2 for frame in frames)
+    assert apart == {1, 2, 4}
+    assert unseen > 0.75 * batch.targets[:, :, :, 0, 0, 0].numel()
 
 
 def test_a_rollout_keeps_what_was_generated_and_starts_anew_at_the_end_of_its_walk(walks):
@@ -54,6 +103,9 @@ def test_a_rollout_keeps_what_was_generated_and_starts_anew_at_the_end_of_its_wa
         truth = walks.latents[lane.walk, lane.variant, start : start + CHUNK_LATENTS].float()
         assert torch.equal(batch.targets[0, 0], truth)
         assert torch.equal(batch.targets[0, 0], batch.targets[0, 1])
+        walls = walks.walls[lane.walk].float() * lane.told
+        assert torch.equal(batch.walls_targets[0, 1], walls[start : start + CHUNK_LATENTS])
+        assert torch.equal(batch.walls_context[0], walls[start - CHUNK_LATENTS : start])
         assert torch.equal(batch.context[0], before[-CHUNK_LATENTS:])
         rollouts.append(torch.zeros_like(rollouts.noise()))
         if rollouts.lanes[0] is not lane:
@@ -120,6 +172,13 @@ def test_a_free_rollout_begins_anywhere_in_its_walk_and_ends_after_its_chunks(wa
     assert not any(a is b for a, b in zip(first, rollouts.lanes, strict=True))
 
 
+def test_a_rollout_is_told_the_walls_if_it_is_free(walks):
+    for free_share in (0.0, 1.0):
+        rollouts = OwnRollouts(walks, lanes=4, batch=4, targets=1, seed=0, free_share=free_share)
+        batch = rollouts.draw(CHUNK_LATENTS)
+        assert batch.walls_targets.any() == batch.walls_context.any() == bool(free_share)
+
+
 def test_an_imagined_chunk_has_the_gradient_of_its_last_step_alone(walks):
     torch.manual_seed(0)
     model, calls = TinyWorld(TINY), []
@@ -144,18 +203,46 @@ def test_the_error_of_pictures_is_absolute_and_reaches_the_imagined_chunk_alone(
     assert picture_error(codec, chunks, chunks) == 0
 
 
-def test_training_on_free_rollouts_runs_and_resumes(walks):
+@pytest.mark.parametrize("last", [False, True])
+def test_unseen_views_are_predicted_from_noise_and_at_the_last_level(last, walks):
     torch.manual_seed(0)
-    options = FreeOptions(lanes=2, anchors=1, free_context=(4, 8), anchor_context=(4, 8))
-    trainer = FreeTrainer(TinyWorld(TINY), Codec(), options)
-    before = trainer.average.head.weight.clone()
+    model, levels = TinyWorld(TINY), []
+    model.register_forward_pre_hook(lambda _, args: levels.append(float(args[1].flatten()[0])))
+    batch = UnseenSampler(walks, contexts=2, targets=2, seed=0).draw(CHUNK_LATENTS)
+    chunks = predict(model, batch, torch.Generator(), last=last)
+    assert chunks.shape == (4, 16, CHUNK_LATENTS, 4, 4)
+    assert chunks.requires_grad
+    assert levels == pytest.approx([0.0, 1.0, 0.625] if last else [0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        (RolloutTrainer, RolloutOptions(lanes=2, context=(4, 8), anchors=1, anchor_context=(4,))),
+        (UnseenTrainer, UnseenOptions(contexts=2, anchors=1, anchor_context=(4, 8))),
+    ],
+)
+def test_training_on_pictures_runs_and_resumes(trainer, options, walks):
+    torch.manual_seed(0)
+    first = trainer(TinyWorld(TINY), Codec(), options)
+    before = first.average.head.weight.clone()
     saves = []
-    trainer.run(walks, 1.5, lambda state: saves.append(state.step))
-    assert trainer.step > 0
-    assert saves == [trainer.step]
-    assert not torch.equal(trainer.average.head.weight, before)
-    again = FreeTrainer(TinyWorld(TINY), Codec(), options)
-    again.load(trainer.state())
-    again.run(walks, trainer.elapsed_s + 0.5, lambda state: None)
-    assert again.step > trainer.step
+    first.run(walks, 1.5, lambda state: saves.append(state.step))
+    assert first.step > 0
+    assert saves == [first.step]
+    assert not torch.equal(first.average.head.weight, before)
+    again = trainer(TinyWorld(TINY), Codec(), options)
+    again.load(first.state())
+    again.run(walks, first.elapsed_s + 0.5, lambda state: None)
+    assert again.step > first.step
     assert all(torch.isfinite(p).all() for p in again.model.parameters())
+    assert again.model.embed_walls.weight.abs().max() > 0
+
+
+def test_recordings_of_an_earlier_version_are_refused(tmp_path):
+    recording = record(0, pixels=8)
+    assert recording.frames.shape[:2] == (VIEWS, len(recording.w2c))
+    fields = recording.__dict__ | {"frames": recording.frames[:2]}
+    torch.save(fields, tmp_path / "0.pt")
+    with pytest.raises(ValueError, match="3 views of its walk, got 2; remove"):
+        load_recordings(tmp_path, range(1))

@@ -53,6 +53,20 @@ def test_box_hides_the_wall_behind_it():
     assert surface.item() == 6
 
 
+def test_bare_room_shows_the_walls_of_a_room_and_nothing_else():
+    room = make_room(9001)
+    plain = world.bare(room)
+    assert torch.equal(plain.size_m, room.size_m)
+    poses = torch.stack([look(2.0, 2.0, yaw) for yaw in (0.0, 45.0)])
+    frames = render(plain, poses, [Attributes()], 16)[0]
+    grey = frames.amax(1) - frames.amin(1)
+    assert grey.max() < 0.01
+    # Wall ahead, floor below and ceiling above differ; a wall is one shade from side to side.
+    floor, wall, ceiling = frames[0, 0, -1, 8], frames[0, 0, 8, 8], frames[0, 0, 0, 8]
+    assert floor < wall - 0.2 < ceiling - 0.4
+    assert frames[0, 0, 8].max() - frames[0, 0, 8].min() < 0.15
+
+
 def test_same_pose_gives_the_same_picture():
     room = make_room(9001)
     frames = render(room, torch.stack([look(2, 2, 30.0)] * 2), [Attributes()], 16)[0]

@@ -1,0 +1,170 @@
+"""What the stages that train pictures share: the loop, the loss and the command line.
+
+The velocity loss asks for the mean of all that may follow: where an edge may lie in several places
+that is a ramp. These stages decode what the model imagines and take the absolute error, which asks
+for the median, in which an edge at an unknown place is still an edge. Recorded contexts keep the
+velocity loss beside it, so that what memory determines stays as it was.
+"""
+
+import argparse
+import copy
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .codec import Codec
+from .data import load_recordings
+from .learner import Learner, Pace, working_copy
+from .model import TinyWorld
+from .ranks import average_over_ranks, rank_of, train_together
+from .train import ROOMS
+from .train_batches import LatentWalks, Sampler, latent_walks
+from .train_world import faster_dtype, prefill, velocity_loss
+from .weights import load
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Sizes and rates of a stage.
+
+    A step draws, beside what it imagines, `anchors` recorded contexts of one of `anchor_context`
+    latents with `anchor_targets` chunks each. `picture_weight` weighs the absolute error of frames
+    in 0..1 against the velocity loss of these. The rate falls linearly from `peak_rate`; weights
+    are averaged over about `average_steps`.
+    """
+
+    anchors: int = 2
+    anchor_targets: int = 3
+    anchor_context: tuple[int, ...] = (4, 8, 8, 12, 20)
+    picture_weight: float = 4.0
+    peak_rate: float = 8e-4
+    average_steps: int = 200
+
+
+def picture_error(codec: Codec, chunks: Tensor, targets: Tensor) -> Tensor:
+    """Mean absolute error of the decoded frames of chunks `[B, C, F, Y, X]`, in 0..1.
+
+    `codec` may be of any precision and has no gradient itself.
+    """
+
+    def decode(latents: Tensor) -> Tensor:
+        frames = latents.transpose(1, 2).flatten(0, 1)
+        return codec.decode(frames.to(codec.latent_mean.dtype)).float()
+
+    with torch.no_grad():
+        recorded = decode(targets)
+    return (decode(chunks) - recorded).abs().mean()
+
+
+class PictureTrainer(Learner):
+    """Runs a stage under a wall-clock budget; `losses` are those of pictures and velocity.
+
+    A stage says what is imagined: `begin` prepares its sampler, `imagined` draws a batch and gives
+    the chunks `[B, C, F, Y, X]` that the model makes of it, with a gradient, and their targets.
+    """
+
+    def __init__(self, model: TinyWorld, codec: Codec, options: PictureOptions) -> None:
+        super().__init__(model, Pace(options.peak_rate, 30, 1 / 3, options.average_steps))
+        self.options = options
+        self.codec = copy.deepcopy(codec).bfloat16().requires_grad_(False)
+
+    def begin(self, walks: LatentWalks, seed: int) -> None:
+        """Prepare to draw from `walks`."""
+        raise NotImplementedError
+
+    def imagined(self, model: TinyWorld, draw: random.Random) -> tuple[Tensor, Tensor]:
+        """Give imagined chunks and their targets; `draw` is the same in all processes."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        walks: LatentWalks,
+        seconds: float,
+        progress: Callable[["PictureTrainer"], None],
+        checkpoint_s: float = 200,
+    ) -> None:
+        """Train until `seconds` of training time have passed over all runs."""
+        options, (rank, ranks) = self.options, rank_of()
+        seed = ranks * self.step + rank
+        self.generator.manual_seed(seed)
+        self.begin(walks, seed)
+        recorded = Sampler(walks, batch=options.anchors, targets=options.anchor_targets, seed=seed)
+        example = Sampler(walks, batch=1, targets=1, seed=0).draw(options.anchor_context[0])
+        working = working_copy(self.model, faster_dtype(self.model, example))
+        saved = time.perf_counter()
+        while self.elapsed_s < seconds:
+            begin = time.perf_counter()
+            # The same draw in all processes, which wait for each other.
+            draw = random.Random(self.step)
+            self.refresh(working)
+            picture = picture_error(self.codec, *self.imagined(working, draw))
+            (options.picture_weight * picture).backward()
+            batch = recorded.draw(draw.choice(options.anchor_context))
+            velocity = velocity_loss(
+                prefill(working, batch, self.generator), batch, self.generator
+            )
+            velocity.backward()
+            self.take_gradient(working)
+            self.elapsed_s, *losses = average_over_ranks(
+                [p.grad for p in self.model.parameters() if p.grad is not None],
+                self.elapsed_s + time.perf_counter() - begin,
+                float(picture.detach()), float(velocity.detach()),
+            )  # fmt: skip
+            self.update(1 - self.elapsed_s / seconds)
+            self.losses.append((self.elapsed_s, *losses))
+            if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
+                saved = time.perf_counter()
+                progress(self)
+
+
+def run_stage(
+    name: str, trainer: Callable[[TinyWorld, Codec], PictureTrainer], argv: list[str] | None
+) -> None:
+    """Run or resume a stage from the command line.
+
+    It reads the rooms and latents that `train` leaves in `--out` and writes `name.safetensors`
+    and `name.checkpoint` there.
+    """
+    parser = argparse.ArgumentParser(prog=f"train_{name}")
+    parser.add_argument("--seconds", type=float, default=2400, help="training time in all")
+    parser.add_argument("--init", type=Path, required=True, help="weights to start from")
+    parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    train_together(_train, parser.parse_args(argv), name, trainer)
+
+
+def _train(rank: int, args: argparse.Namespace, name: str, make) -> None:
+    torch.manual_seed(0)
+    _, codec = load()
+    trainer = make(TinyWorld(), codec)
+    for model in (trainer.model, trainer.average):
+        model.load_state_dict(load_file(args.init))
+    checkpoint = args.out / f"{name}.checkpoint"
+    if checkpoint.exists():
+        trainer.load(torch.load(checkpoint))
+    recordings = load_recordings(args.out / "rooms", range(ROOMS))
+    walks = latent_walks(recordings, torch.load(args.out / "latents-full.pt"))
+
+    def save(state: PictureTrainer) -> None:
+        if rank:
+            return
+        partial = checkpoint.with_suffix(".partial")
+        torch.save(state.state(), partial)
+        partial.rename(checkpoint)
+        save_file(state.average.state_dict(), args.out / f"{name}.safetensors")
+        _, picture, velocity = (sum(x) / len(x) for x in zip(*state.losses[-100:], strict=True))
+        print(
+            f"step {state.step}, {state.elapsed_s:.0f} of {args.seconds:.0f} s, "
+            f"pictures {picture:.4f}, velocity {velocity:.4f}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    trainer.run(walks, args.seconds, save)
