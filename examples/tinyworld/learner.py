@@ -6,8 +6,10 @@ fp32 and bf16 this machine is faster in.
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from .model import TinyWorld
@@ -70,6 +72,13 @@ class Learner:
             "elapsed_s": self.elapsed_s,
             "losses": self.losses,
         }
+
+    def save(self, checkpoint: Path, weights: Path) -> None:
+        """Write the state to `checkpoint`, whole or not at all, and the average to `weights`."""
+        partial = checkpoint.with_suffix(".partial")
+        torch.save(self.state(), partial)
+        partial.rename(checkpoint)
+        save_file(self.average.state_dict(), weights)
 
     def load(self, state: dict) -> None:
         """Resume from `state`."""

@@ -156,10 +156,7 @@ def _train(rank: int, args: argparse.Namespace, recordings: list, codec_db: floa
     def save(state: Trainer) -> None:
         if rank:
             return
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state.state(), partial)
-        partial.rename(checkpoint)
-        save_file(state.average.state_dict(), args.out / f"{args.size}.safetensors")
+        state.save(checkpoint, args.out / f"{args.size}.safetensors")
         recent = [loss for _, loss in state.losses[-100:]]
         mean = sum(recent) / len(recent)
         _bar("world", state.elapsed_s / seconds, f"step {state.step}, loss {mean:.4f}")

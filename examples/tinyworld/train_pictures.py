@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .codec import Codec
@@ -156,10 +156,7 @@ def _train(rank: int, args: argparse.Namespace, name: str, make) -> None:
     def save(state: PictureTrainer) -> None:
         if rank:
             return
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state.state(), partial)
-        partial.rename(checkpoint)
-        save_file(state.average.state_dict(), args.out / f"{name}.safetensors")
+        state.save(checkpoint, args.out / f"{name}.safetensors")
         _, picture, velocity = (sum(x) / len(x) for x in zip(*state.losses[-100:], strict=True))
         print(
             f"step {state.step}, {state.elapsed_s:.0f} of {args.seconds:.0f} s, "

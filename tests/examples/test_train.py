@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.data import VIEWS, load_recordings, record
@@ -222,7 +223,7 @@ def test_unseen_views_are_predicted_from_noise_and_at_the_last_level(last, walks
         (UnseenTrainer, UnseenOptions(contexts=2, anchors=1, anchor_context=(4, 8))),
     ],
 )
-def test_training_on_pictures_runs_and_resumes(trainer, options, walks):
+def test_training_on_pictures_runs_and_resumes(trainer, options, walks, tmp_path):
     torch.manual_seed(0)
     first = trainer(TinyWorld(TINY), Codec(), options)
     before = first.average.head.weight.clone()
@@ -232,7 +233,10 @@ def test_training_on_pictures_runs_and_resumes(trainer, options, walks):
     assert saves == [first.step]
     assert not torch.equal(first.average.head.weight, before)
     again = trainer(TinyWorld(TINY), Codec(), options)
-    again.load(first.state())
+    first.save(tmp_path / "checkpoint", tmp_path / "weights")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "weights"]
+    assert torch.equal(load_file(tmp_path / "weights")["head.weight"], first.average.head.weight)
+    again.load(torch.load(tmp_path / "checkpoint"))
     again.run(walks, first.elapsed_s + 0.5, lambda state: None)
     assert again.step > first.step
     assert all(torch.isfinite(p).all() for p in again.model.parameters())
