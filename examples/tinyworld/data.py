@@ -103,9 +103,9 @@ def load_recordings(folder: Path, seeds: range) -> list[Recording]:
     """
     paths = (folder / f"{seed}.pt" for seed in seeds)
     recordings = [Recording(**torch.load(p, weights_only=False)) for p in paths if p.exists()]
-    views = {len(r.frames) for r in recordings}
-    if views - {VIEWS}:
+    if other := {len(r.frames) for r in recordings} - {VIEWS}:
         raise ValueError(
-            f"a recording holds {VIEWS} views of its walk, got {min(views)}; remove {folder}"
+            f"a recording must hold {VIEWS} views of its walk, got {min(other)} in {folder}; "
+            "record anew in an empty folder"
         )
     return recordings

@@ -77,6 +77,9 @@ def make_scenario(
     attributes = attributes or Attributes()
     w2c, given = camera_path(path, regime, room)
     truth = render(room, w2c, [attributes], pixels)[0]
-    walls = codec.encode(render(bare(room), w2c, [Attributes()], pixels)[0])
-    walls = walls * (regime == "free")
-    return Scenario(path, regime, room, attributes, w2c, truth, codec.encode(truth[:given]), walls)
+    latents = codec.encode(truth[:given])
+    if regime == "free":
+        walls = codec.encode(render(bare(room), w2c, [Attributes()], pixels)[0])
+    else:
+        walls = latents.new_zeros(len(w2c), *latents.shape[1:])
+    return Scenario(path, regime, room, attributes, w2c, truth, latents, walls)

@@ -54,7 +54,7 @@ def _rooms(folder: Path, seeds: range) -> list:
 
 
 def _frames(recordings: list, every: int) -> Tensor:
-    stacked = np.concatenate([r.frames[:2, ::every] for r in recordings], 1)
+    stacked = np.concatenate([r.frames[: VIEWS - 1, ::every] for r in recordings], 1)
     return torch.from_numpy(stacked.reshape(-1, *stacked.shape[2:]))
 
 

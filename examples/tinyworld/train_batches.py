@@ -38,13 +38,13 @@ def prompt_of(attributes: Attributes) -> str:
 
 
 def latent_walks(recordings: list, latents: Tensor) -> LatentWalks:
-    """Collect what training samples from; `latents [R, 3, F, C, Y, X]`, the bare room last."""
+    """Collect what training samples from; `latents [R, VIEWS, F, C, Y, X]`, the bare room last."""
     w2c = torch.stack([r.w2c for r in recordings])
     tokens = torch.stack(
         [torch.stack([tokenize(prompt_of(a)) for a in r.attributes]) for r in recordings]
     )
     similarity = torch.stack([view_similarity(w, w) for w in w2c])
-    return LatentWalks(latents[:, :2], w2c, tokens, similarity, latents[:, 2])
+    return LatentWalks(latents[:, :-1], w2c, tokens, similarity, latents[:, -1])
 
 
 @dataclass

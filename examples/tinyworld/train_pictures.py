@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ from .ranks import average_over_ranks, rank_of, train_together
 from .train import ROOMS
 from .train_batches import LatentWalks, Sampler, latent_walks
 from .train_world import faster_dtype, prefill, velocity_loss
-from .weights import load
+
+_LATENTS, _CODEC = "latents-full.pt", "codec-refined.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def picture_error(codec: Codec, chunks: Tensor, targets: Tensor) -> Tensor:
     return (decode(chunks) - recorded).abs().mean()
 
 
-class PictureTrainer(Learner):
+class PictureTrainer(Learner, ABC):
     """Runs a stage under a wall-clock budget; `losses` are those of pictures and velocity.
 
     A stage says what is imagined: `begin` prepares its sampler, `imagined` draws a batch and gives
@@ -76,13 +78,13 @@ class PictureTrainer(Learner):
         self.options = options
         self.codec = copy.deepcopy(codec).bfloat16().requires_grad_(False)
 
+    @abstractmethod
     def begin(self, walks: LatentWalks, seed: int) -> None:
         """Prepare to draw from `walks`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def imagined(self, model: TinyWorld, draw: random.Random) -> tuple[Tensor, Tensor]:
         """Give imagined chunks and their targets; `draw` is the same in all processes."""
-        raise NotImplementedError
 
     def run(
         self,
@@ -96,8 +98,9 @@ class PictureTrainer(Learner):
         seed = ranks * self.step + rank
         self.generator.manual_seed(seed)
         self.begin(walks, seed)
-        recorded = Sampler(walks, batch=options.anchors, targets=options.anchor_targets, seed=seed)
-        example = Sampler(walks, batch=1, targets=1, seed=0).draw(options.anchor_context[0])
+        anchors = {"batch": options.anchors, "targets": options.anchor_targets, "seed": seed}
+        recorded = Sampler(walks, **anchors)
+        example = Sampler(walks, **anchors).draw(options.anchor_context[0])
         working = working_copy(self.model, faster_dtype(self.model, example))
         saved = time.perf_counter()
         while self.elapsed_s < seconds:
@@ -130,20 +133,28 @@ def run_stage(
 ) -> None:
     """Run or resume a stage from the command line.
 
-    It reads the rooms and latents that `train` leaves in `--out` and writes `name.safetensors`
-    and `name.checkpoint` there.
+    It reads the rooms, latents and codec that `train` leaves in `--out` and writes
+    `name.safetensors` and `name.checkpoint` there.
     """
-    parser = argparse.ArgumentParser(prog=f"train_{name}")
+    parser = argparse.ArgumentParser(prog=f"train_{name}", description=trainer.__doc__)
     parser.add_argument("--seconds", type=float, default=2400, help="training time in all")
     parser.add_argument("--init", type=Path, required=True, help="weights to start from")
     parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    train_together(_train, parser.parse_args(argv), name, trainer)
+    args = parser.parse_args(argv)
+    missing = [part for part in ("rooms", _LATENTS, _CODEC) if not (args.out / part).exists()]
+    if missing:
+        parser.error(
+            f"--out must hold what the training from nothing leaves, got {args.out} without "
+            f"{', '.join(missing)}; run python -m lipass.examples.tinyworld.train first"
+        )
+    train_together(_train, args, name, trainer)
 
 
 def _train(rank: int, args: argparse.Namespace, name: str, make) -> None:
     torch.manual_seed(0)
-    _, codec = load()
+    codec = Codec()
+    codec.load_state_dict(load_file(args.out / _CODEC))
     trainer = make(TinyWorld(), codec)
     for model in (trainer.model, trainer.average):
         model.load_state_dict(load_file(args.init))
@@ -151,7 +162,7 @@ def _train(rank: int, args: argparse.Namespace, name: str, make) -> None:
     if checkpoint.exists():
         trainer.load(torch.load(checkpoint))
     recordings = load_recordings(args.out / "rooms", range(ROOMS))
-    walks = latent_walks(recordings, torch.load(args.out / "latents-full.pt"))
+    walks = latent_walks(recordings, torch.load(args.out / _LATENTS))
 
     def save(state: PictureTrainer) -> None:
         if rank:

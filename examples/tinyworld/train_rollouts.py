@@ -4,7 +4,7 @@ A rollout that goes on from what it imagined must not pass its errors on: the la
 the sampler, in rollouts that advance while the model learns, is compared with the recording.
 
 `python -m lipass.examples.tinyworld.train_rollouts --init WEIGHTS` resumes where it stopped; it
-needs the rooms and latents that `train` leaves in `build/tinyworld`.
+needs what `train` leaves in `build/tinyworld`.
 """
 
 import itertools

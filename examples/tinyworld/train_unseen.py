@@ -6,7 +6,7 @@ the sampler's first prediction or the one at its last noise level: what `train_r
 a fraction of its cost.
 
 `python -m lipass.examples.tinyworld.train_unseen --init WEIGHTS` resumes where it stopped; it
-needs the rooms and latents that `train` leaves in `build/tinyworld`.
+needs what `train` leaves in `build/tinyworld`.
 """
 
 import random

@@ -100,7 +100,10 @@ def continue_rollouts(prefilled: Prefilled, batch: Batch, rollouts: OwnRollouts)
 
 
 def faster_dtype(model: TinyWorld, batch: Batch) -> torch.dtype:
-    """Time a training step in fp32 and in bf16; CPUs differ by a factor of two either way."""
+    """Time a training step in fp32 and in bf16; CPUs differ by a factor of two either way.
+
+    Processes that train together vote, so that none waits for another's slower choice.
+    """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         working = working_copy(model, dtype)
@@ -111,7 +114,11 @@ def faster_dtype(model: TinyWorld, batch: Batch) -> torch.dtype:
             velocity_loss(prefill(working, batch, generator), batch, generator).backward()
             times.append(time.perf_counter() - begin)
         seconds[dtype] = min(times)
-    return min(seconds, key=seconds.__getitem__)
+    votes = torch.tensor(float(seconds[torch.bfloat16] < seconds[torch.float32]))
+    _, ranks = rank_of()
+    if ranks > 1:
+        dist.all_reduce(votes)
+    return torch.bfloat16 if float(votes) > ranks / 2 else torch.float32
 
 
 Walks = Callable[[], LatentWalks]
@@ -186,8 +193,4 @@ class Trainer(Learner):
             walks, lanes=4 * batch, batch=batch, targets=phase.targets, seed=seed
         )
         dtype = faster_dtype(self.model, recorded.draw(phase.context_latents[0]))
-        if ranks > 1:
-            votes = torch.tensor([float(dtype == torch.bfloat16)])
-            dist.all_reduce(votes)
-            dtype = torch.bfloat16 if float(votes) > ranks / 2 else torch.float32
         return recorded, rollouts, working_copy(self.model, dtype)

@@ -30,15 +30,18 @@ def inputs(model: TinyWorld, n: int = 5):
     return torch.randn(1, 16, n, 4, 4), w2c, text
 
 
-def test_whole_chunk_equals_prefill_and_steps():
+@pytest.mark.parametrize("told", [False, True])
+def test_whole_chunk_equals_prefill_and_steps(told):
     model = tiny()
     context, w2c, text = inputs(model)
     noise, sigmas = torch.randn(1, 16, 4, 4, 4), torch.tensor(SIGMAS)
-    whole = generate_chunk(model, noise, sigmas, context, w2c, text)
-    history = model(context, torch.zeros(1, 5), w2c, text)
+    walls = torch.randn(1, 16, 9, 4, 4) if told else None
+    seen, query = walls.split((5, 4), 2) if told else (None, None)
+    whole = generate_chunk(model, noise, sigmas, context, w2c, text, walls)
+    history = model(context, torch.zeros(1, 5), w2c, text, walls=seen)
     x = noise
     for sigma, after in itertools.pairwise(SIGMAS):
-        velocity = model(x, torch.full((1, CHUNK_LATENTS), sigma), w2c, text, history)
+        velocity = model(x, torch.full((1, CHUNK_LATENTS), sigma), w2c, text, history, query)
         x = x + (after - sigma) * velocity
     assert torch.allclose(whole, x, atol=1e-6)
 

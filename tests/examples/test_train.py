@@ -1,5 +1,8 @@
 """Training: what a batch holds, how own rollouts go on, and that a few steps run and resume."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +21,7 @@ from lipass.examples.tinyworld.train_unseen import (
     UnseenTrainer,
     predict,
 )
+from lipass.examples.tinyworld.train_unseen import main as train_unseen
 from lipass.examples.tinyworld.train_world import (
     Phase,
     Trainer,
@@ -243,10 +247,38 @@ def test_training_on_pictures_runs_and_resumes(trainer, options, walks, tmp_path
     assert again.model.embed_walls.weight.abs().max() > 0
 
 
+def test_two_processes_average_their_gradients_and_numbers(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import argparse, pathlib, sys, torch\n"
+        "from lipass.examples.tinyworld.ranks import average_over_ranks, rank_of, train_together\n"
+        "def train(rank, args, offset):\n"
+        "    assert rank_of() == (rank, 2)\n"
+        "    gradients = [torch.full((2, 3), float(rank)), torch.full((4,), rank + offset)]\n"
+        "    numbers = average_over_ranks(gradients, 2.0 * rank, 7.0)\n"
+        "    means = [sorted(set(g.flatten().tolist())) for g in gradients]\n"
+        "    (args.out / str(rank)).write_text(repr((means, numbers)))\n"
+        "if __name__ == '__main__':\n"
+        "    out = pathlib.Path(sys.argv[1])\n"
+        "    train_together(train, argparse.Namespace(processes=2, out=out), 10.0)\n"
+    )
+    subprocess.run([sys.executable, script, tmp_path], check=True, cwd=tmp_path)
+    for rank in "01":
+        assert (tmp_path / rank).read_text() == "([[0.5], [10.5]], [1.0, 7.0])"
+
+
+def test_a_stage_says_what_its_folder_lacks(tmp_path, capsys):
+    (tmp_path / "rooms").mkdir()
+    with pytest.raises(SystemExit):
+        train_unseen(["--init", "weights", "--out", str(tmp_path)])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "without latents-full.pt, codec-refined.safetensors; run python -m" in said
+
+
 def test_recordings_of_an_earlier_version_are_refused(tmp_path):
     recording = record(0, pixels=8)
     assert recording.frames.shape[:2] == (VIEWS, len(recording.w2c))
     fields = recording.__dict__ | {"frames": recording.frames[:2]}
     torch.save(fields, tmp_path / "0.pt")
-    with pytest.raises(ValueError, match="3 views of its walk, got 2; remove"):
+    with pytest.raises(ValueError, match=r"3 views of its walk, got 2 .*empty folder"):
         load_recordings(tmp_path, range(1))
