@@ -44,8 +44,8 @@ def light_interaction(
     plain = config.preset == "off" and config.pipeline is None
     if plain and not any(_sections(config).values()):
         return inner_compile(gm, example_inputs, config.inner)
+    from lipass.compile.unit import compile_unit
     from lipass.passes.identity import code_uuid
-    from lipass.unit import compile_unit
 
     pipeline = pipeline_of(config)
     inner = functools.partial(inner_compile, inner=config.inner)

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lipass.graph_breaks import GraphBreak, distinct
+from lipass.compile.graph_breaks import GraphBreak, distinct
 from lipass.policy.plan import ChunkPlan
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lipass.graph_breaks import GraphBreak
+    from lipass.compile.graph_breaks import GraphBreak
     from lipass.receipt import ChunkRecord, PassRecord, Report, SiteRecord
 
 _WIDTH = 80

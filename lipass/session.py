@@ -1,8 +1,8 @@
 """Carry what no graph can show from the user's loop to the compiled model: chunks, poses, steps.
 
 `Session` is the only stateful object of the project. Its state is keyed by stream, chunk and
-region, lives in the chunk and dies with it. `lipass.scope` knows what is open where the model is
-being called.
+region, lives in the chunk and dies with it. `lipass.runtime.scope` knows what is open where the
+model is being called.
 
     with lipass.Session(preset="all") as session:
         with session.chunk(poses=history_w2c, query=new_w2c, latents=history) as chunk:
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from lipass.config import Config
 from lipass.errors import LipassError
-from lipass.invariants import InvariantStore
 from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
 from lipass.policy.steps import PlannedStep, StepPlan, plan_steps
 from lipass.receipt import ChunkRecord, current_report
-from lipass.scope import Branch, enter, leave, open_items
-from lipass.step import Step, StepState
+from lipass.runtime.invariants import InvariantStore
+from lipass.runtime.scope import Branch, enter, leave, open_items
+from lipass.runtime.step import Step, StepState
 
 
 class Session:

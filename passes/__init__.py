@@ -31,20 +31,20 @@ def _load(module: str, name: str) -> Callable[[], type[Pass]]:
 
 
 PASSES: dict[str, Callable[[], type[Pass]]] = {
-    "canonicalize": _load("canonicalize", "Canonicalize"),
-    "collapse-keys": _load("collapse_keys", "CollapseKeys"),
-    "find-attention": _load("find_attention", "FindAttention"),
-    "find-poses": _load("find_poses", "FindPoses"),
-    "find-steps": _load("find_steps", "FindSteps"),
-    "hoist-calls": _load("hoist_calls", "HoistCalls"),
-    "hoist-rows": _load("hoist_rows", "HoistRows"),
-    "hoist-steps": _load("hoist_steps", "HoistSteps"),
-    "pool-history": _load("pool_history", "PoolHistory"),
-    "prune-context": _load("prune_context", "PruneContext"),
-    "sparse-attention": _load("sparse_attention", "SparseAttention"),
-    "attend-pieces": _load("attend_pieces", "AttendPieces"),
-    "guard-steps": _load("guard_steps", "GuardSteps"),
-    "share-blocks": _load("share_blocks", "ShareBlocks"),
+    "canonicalize": _load("facts.canonicalize", "Canonicalize"),
+    "collapse-keys": _load("exact.collapse_keys", "CollapseKeys"),
+    "find-attention": _load("facts.find_attention", "FindAttention"),
+    "find-poses": _load("facts.find_poses", "FindPoses"),
+    "find-steps": _load("facts.find_steps", "FindSteps"),
+    "hoist-calls": _load("exact.hoist_calls", "HoistCalls"),
+    "hoist-rows": _load("exact.hoist_rows", "HoistRows"),
+    "hoist-steps": _load("exact.hoist_steps", "HoistSteps"),
+    "pool-history": _load("approx.pool_history", "PoolHistory"),
+    "prune-context": _load("approx.prune_context", "PruneContext"),
+    "sparse-attention": _load("approx.sparse_attention", "SparseAttention"),
+    "attend-pieces": _load("exact.attend_pieces", "AttendPieces"),
+    "guard-steps": _load("approx.guard_steps", "GuardSteps"),
+    "share-blocks": _load("exact.share_blocks", "ShareBlocks"),
 }
 """Pass name to a thunk that imports and returns its class."""
 

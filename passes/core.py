@@ -17,7 +17,7 @@ import torch.fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lipass.passes import GROUP, PASSES, registered
-from lipass.passes.compat import fake_mode_of
+from lipass.passes.graph.compat import fake_mode_of
 from lipass.passes.identity import uuid_of, uuid_of_pipeline
 
 

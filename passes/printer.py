@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from lipass.passes.compat import invoke_subgraph, is_parameter, value
-from lipass.passes.match import is_call
-from lipass.passes.site import module_path
+from lipass.passes.graph.calls import is_call
+from lipass.passes.graph.compat import invoke_subgraph, is_parameter, value
+from lipass.passes.graph.names import module_path
 
 _DTYPES = {
     torch.float32: "f32",

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch.fx
 
-from lipass.passes.compat import trace_artifact
 from lipass.passes.core import Note, Pass, PassContext, PassError, PassPipeline
-from lipass.passes.match import has_effect
+from lipass.passes.graph.compat import trace_artifact
+from lipass.passes.graph.names import module_path
+from lipass.passes.graph.writes import has_effect
+from lipass.passes.integrity import check_integrity, snapshot
 from lipass.passes.printer import print_graph
-from lipass.passes.site import module_path
-from lipass.passes.verify import snapshot, verify
 
 _GRAPHS = itertools.count()
 
 
 @dataclass(frozen=True)
-class PassRecord:
+class PassRun:
     """Record one run of one pass."""
 
     name: str
@@ -41,7 +41,7 @@ class PassRecord:
 
 def run_pipeline(
     pipeline: PassPipeline, gm: torch.fx.GraphModule, ctx: PassContext, *, diff: bool = False
-) -> list[PassRecord]:
+) -> list[PassRun]:
     """Run passes in order on `gm.graph`, in place.
 
     With `LIPASS_DUMP=dir` the graph after every pass is written to `dir/graph_<i>/01_<pass>.txt`,
@@ -71,7 +71,7 @@ def run_pipeline(
             trace_artifact(f"lipass_{one.name}", lambda: print_graph(gm.graph))
         notes = tuple(ctx.notes[first_note:])
         records.append(
-            PassRecord(one.name, one.numerics.value, changed, seconds, notes, lines, before, text)
+            PassRun(one.name, one.numerics.value, changed, seconds, notes, lines, before, text)
         )
     gm.recompile()
     return records
@@ -85,7 +85,7 @@ def _run_one(one: Pass, graph: torch.fx.Graph, ctx: PassContext) -> bool:
         ctx.failing = None
         if changed:
             graph.eliminate_dead_code(has_effect)
-            verify(graph, before, ctx)
+            check_integrity(graph, before, ctx)
     except Exception as error:
         where = ""
         if ctx.failing is not None:

@@ -116,7 +116,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_off_is_the_inner_compiler_and_nothing_else(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lipass.unit", None)
+    monkeypatch.setitem(sys.modules, "lipass.compile.unit", None)
     gm = torch.fx.symbolic_trace(lambda x: x + 1)
     options = {"preset": "off", "inner": "eager"}
     assert light_interaction(gm, [torch.ones(1)], options=options).__self__ is gm

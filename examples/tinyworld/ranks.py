@@ -28,6 +28,9 @@ def _join(rank: int, train: Callable[..., None], store: str, args, *rest) -> Non
         "gloo", store=dist.FileStore(store), rank=rank, world_size=args.processes
     )
     train(rank, args, *rest)
+    # A group that is left to the end of the interpreter now and then aborts it.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def rank_of() -> tuple[int, int]:

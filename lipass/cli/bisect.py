@@ -183,9 +183,9 @@ def _compiled(
     import torch
 
     from lipass.backend import inner_compile
+    from lipass.compile.unit import compile_unit
     from lipass.config import Config
     from lipass.passes.core import PassPipeline
-    from lipass.unit import compile_unit
 
     config, pipeline = Config.resolve(None, options), PassPipeline(passes)
     inner = functools.partial(inner_compile, inner=config.inner)

@@ -52,7 +52,7 @@ def flops(node: torch.fx.Node) -> int:
     from torch.fx.node import map_arg
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lipass.passes.compat import fake_mode_of, hint, unguarded, value
+    from lipass.passes.graph.compat import fake_mode_of, hint, unguarded, value
 
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name == _ATTENTION:
@@ -73,7 +73,7 @@ def predictions(gm: torch.fx.GraphModule) -> Iterator[tuple[str, SitePrediction]
     """Predict every `lipass::sparse_attention` call of a rewritten graph, by site name."""
     import torch.fx
 
-    from lipass.passes.site import names_of
+    from lipass.passes.graph.names import names_of
 
     call = torch.ops.lipass.sparse_attention.default
     for module in gm.modules():
@@ -84,7 +84,7 @@ def predictions(gm: torch.fx.GraphModule) -> Iterator[tuple[str, SitePrediction]
 
 
 def _attention_flops(node: torch.fx.Node) -> int:
-    from lipass.passes.compat import hint, value
+    from lipass.passes.graph.compat import hint, value
 
     given = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
     q, k, v = (value(given[name]).shape for name in ("query", "key", "value"))
@@ -100,7 +100,7 @@ def _predict(node: torch.fx.Node) -> SitePrediction:
     from lipass.kernels import cost, registry
     from lipass.kernels.ops import resolve_layout
     from lipass.kernels.select.api import selected_blocks
-    from lipass.passes.compat import hint, value
+    from lipass.passes.graph.compat import hint, value
 
     args: tuple[Any, ...] = node.args
     q, _, _, q_sizes, kv_sizes, roles, tile, budget, _, sink, role, keep, _ = args

@@ -71,7 +71,7 @@ def _chosen(sites: list[dict[str, Any]], wanted: str | None) -> list[list[dict[s
 
 def _lines(group: list[dict[str, Any]], document: dict[str, Any]) -> Iterator[str]:
     from lipass.cli.inspect_table import group_name, shape, work
-    from lipass.passes.site import without_repeat
+    from lipass.passes.graph.names import without_repeat
 
     site = group[0]
     title = group_name(group) + (f" ({len(group)} sites)" if len(group) > 1 else "")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch.fx
 
     from lipass.cli.tracing import Trace, TracedGraph
+    from lipass.passes.attention.site import AttentionSite
     from lipass.passes.core import PassPipeline
-    from lipass.passes.site import AttentionSite
 
 SCHEMA_VERSION = 2
 
@@ -107,7 +107,7 @@ class Findings:
 
 def sizes(grid: Iterable[Any] | None) -> list[int | str] | None:
     """Return a grid as JSON: numbers, and symbols as text."""
-    from lipass.passes.compat import is_symbolic
+    from lipass.passes.graph.compat import is_symbolic
 
     if grid is None:
         return None
@@ -115,7 +115,8 @@ def sizes(grid: Iterable[Any] | None) -> list[int | str] | None:
 
 
 def _sites(traced: TracedGraph, index: int) -> list[dict[str, Any]]:
-    from lipass.passes.site import sites, without_repeat
+    from lipass.passes.attention.site import sites
+    from lipass.passes.graph.names import without_repeat
 
     actions = {}
     for record in traced.records:
@@ -158,7 +159,7 @@ def _segments(site: AttentionSite) -> list[dict[str, Any]]:
 
 def _steps(traced: TracedGraph, index: int) -> list[dict[str, Any]]:
     """List the denoising steps of an unrolled loop, or the call that is one as a whole."""
-    from lipass.passes.site import step_of
+    from lipass.passes.graph.marks import step_of
 
     members: dict[tuple[int, int], int] = {}
     for node in traced.facts.graph.nodes:
@@ -178,7 +179,7 @@ def _steps(traced: TracedGraph, index: int) -> list[dict[str, Any]]:
 
 
 def _poses(graph: torch.fx.Graph, index: int) -> list[dict[str, Any]]:
-    from lipass.passes.site import poses
+    from lipass.passes.attention.site import poses
 
     return [
         {
@@ -196,7 +197,7 @@ def _inputs(graph: torch.fx.Graph) -> list[dict[str, Any]]:
     """List the tensors that a call passes; parameters are counted on one line."""
     import torch
 
-    from lipass.passes.compat import hint, is_parameter, value
+    from lipass.passes.graph.compat import hint, is_parameter, value
 
     rows, parameters = [], 0
     for node in graph.find_nodes(op="placeholder"):
@@ -211,7 +212,9 @@ def _inputs(graph: torch.fx.Graph) -> list[dict[str, Any]]:
 
 def _layers(graph: torch.fx.Graph) -> list[dict[str, Any]]:
     """Group the nodes by layer: the module path up to its first number, and the step."""
-    from lipass.passes.site import module_path, site_of, step_of
+    from lipass.passes.attention.site import site_of
+    from lipass.passes.graph.marks import step_of
+    from lipass.passes.graph.names import module_path
 
     layers: dict[tuple[int | None, str], dict[str, Any]] = {}
     for node in graph.nodes:

@@ -129,7 +129,7 @@ def script_of(traced: TracedGraph, index: int, target: str, pipeline: PassPipeli
     call = f"compare(Before(), After(), inputs(), tolerance={_tolerance(traced)})"
     if classes.uses_lipass:
         classes.imports |= {
-            "import lipass.unit  # registers the operators",
+            "import lipass.compile.unit  # registers the operators",
             "from lipass.kernels.view_overlap.api import chosen_by_caller",
         }
         call = f"with chosen_by_caller():  # every latent is kept\n        code = {call}"
@@ -258,7 +258,7 @@ def _drawn(node: Node, poses: set[str]) -> str:
     """Return the expression that makes an input of the graph."""
     import torch
 
-    from lipass.passes.compat import hint, value
+    from lipass.passes.graph.compat import hint, value
 
     given = value(node)
     if isinstance(given, torch.Tensor):
@@ -281,7 +281,7 @@ def _drawn(node: Node, poses: set[str]) -> str:
 def _bytes(inputs: list[Node]) -> str:
     import torch
 
-    from lipass.passes.compat import hint, value
+    from lipass.passes.graph.compat import hint, value
 
     tensors = [value(node) for node in inputs if isinstance(value(node), torch.Tensor)]
     return f"{sum(hint(t.numel()) * t.itemsize for t in tensors) / 1e6:.1f} MB in all"
@@ -294,8 +294,8 @@ def _tolerance(traced: TracedGraph) -> float:
     """
     import torch
 
-    from lipass.passes.compat import value
-    from lipass.passes.equivalence import TOLERANCE
+    from lipass.passes.graph.compat import value
+    from lipass.passes.graph.equivalence import TOLERANCE
 
     if all(record.numerics == "exact" for record in traced.records if record.changed):
         return 0.0
@@ -305,6 +305,6 @@ def _tolerance(traced: TracedGraph) -> float:
 
 
 def _poses(graph: Graph) -> list[tuple[Node, Any]]:
-    from lipass.passes.site import poses
+    from lipass.passes.attention.site import poses
 
     return poses(graph)

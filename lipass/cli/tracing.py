@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lipass.cli import UsageError
 from lipass.cli.target import Target, load, raised
+from lipass.compile.graph_breaks import GraphBreak, break_of, distinct
 from lipass.errors import LipassError
-from lipass.graph_breaks import GraphBreak, break_of, distinct
 
 if TYPE_CHECKING:
     import torch.fx
 
     from lipass.passes.core import PassPipeline
-    from lipass.passes.runner import PassRecord
+    from lipass.passes.runner import PassRun
 
 _FACTS = ("canonicalize", "find-attention", "find-poses", "find-steps")
 
@@ -37,7 +37,7 @@ class TracedGraph:
     original: torch.fx.GraphModule
     facts: torch.fx.GraphModule
     rewritten: torch.fx.GraphModule
-    records: list[PassRecord]
+    records: list[PassRun]
 
 
 @dataclass
@@ -126,7 +126,7 @@ def trace_calls(
     import torch
     from torch._dynamo.utils import graph_break_reasons
 
-    import lipass.unit  # noqa: F401 (registers the ops that passes insert)
+    import lipass.compile.unit  # noqa: F401 (registers the ops that passes insert)
 
     trace = Trace()
 

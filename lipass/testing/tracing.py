@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.fx
 
-import lipass.unit  # noqa: F401 (registers the operators that passes insert)
+import lipass.compile.unit  # noqa: F401 (registers the operators that passes insert)
 from lipass.passes.core import Note, Pass, PassContext, PassPipeline, pass_class
 from lipass.passes.printer import print_graph
-from lipass.passes.runner import PassRecord, run_pipeline
+from lipass.passes.runner import PassRun, run_pipeline
 
 Pipeline = str | Pass | PassPipeline
 
@@ -30,7 +30,7 @@ class Traced:
 
     gm: torch.fx.GraphModule
     before: str
-    records: list[PassRecord]
+    records: list[PassRun]
     outputs: Any
 
     @property
@@ -75,7 +75,7 @@ def run_passes(
         ValueError: if Dynamo makes no graph, or several of one call.
     """
     passes = as_pipeline(pipeline)
-    made: list[tuple[torch.fx.GraphModule, str, list[PassRecord]]] = []
+    made: list[tuple[torch.fx.GraphModule, str, list[PassRun]]] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         first = print_graph(gm.graph)

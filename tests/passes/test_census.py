@@ -6,8 +6,8 @@ from spellings import FACTS, NAMED, NEAR_MISSES, SPARSE, SPELLINGS, args, heads,
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from lipass.passes.match import SDPA, is_call
-from lipass.passes.site import sites
+from lipass.passes.attention.site import SDPA, sites
+from lipass.passes.graph.calls import is_call
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

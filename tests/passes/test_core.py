@@ -4,8 +4,8 @@ from typing import ClassVar
 import pytest
 
 from lipass.passes import PASSES, PIPELINES
+from lipass.passes.approx.sparse_attention import SparseAttention
 from lipass.passes.core import Numerics, Pass, PassPipeline
-from lipass.passes.sparse_attention import SparseAttention
 
 ALL = PIPELINES["all"]
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import lipass
-import lipass.unit
-from lipass.passes.site import step_of
+import lipass.compile.unit
+from lipass.passes.graph.marks import step_of
 
 TEXT = "canonicalize,find-attention,find-steps,hoist-steps,guard-steps"
 

@@ -1,0 +1,1 @@
+"""Turn one graph of Dynamo into what runs in its place."""

@@ -1,0 +1,155 @@
+"""Run a graph without what leaves keys out, in chunks where nothing is left to leave out.
+
+Where a session has chosen a short context, no mask drops a latent and no block is skipped; the
+operators of the passes then only stand between attention and what the inner compiler would have
+fused with it. So such graphs are compiled twice: rewritten, and with the model's own attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Graph, GraphModule
+
+from lipass.kernels import registry
+from lipass.kernels.ops import resolve_layout
+from lipass.passes.core import PassPipeline
+from lipass.passes.graph.compat import symbols_of, value
+from lipass.passes.graph.marks import region_name
+from lipass.passes.graph.names import names_of
+from lipass.session import Chunk
+
+Compiled = Callable[..., Any]
+Bindings = tuple[tuple[str, int], ...]
+
+_LEAVES_OUT = frozenset({"prune-context", "sparse-attention", "pool-history", "attend-pieces"})
+_EVERY_KEY = "every key of the chosen context is visited"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention call of the rewritten graph, for the counts."""
+
+    names: tuple[str, ...]
+    role: str
+    budget: float
+    masked: bool
+    """Whether a mask may drop latents."""
+    in_step: bool
+    """Whether it is part of an outlined step, which may be reused."""
+    blocks: Callable[[Bindings], int]
+
+
+def pipeline_of_twin(pipeline: PassPipeline) -> PassPipeline | None:
+    """Return the passes of the twin, or None where none of them leaves keys out."""
+    kept = tuple(one for one in pipeline if one.name not in _LEAVES_OUT)
+    names = {one.name for one in pipeline}
+    if not names & {"prune-context", "sparse-attention"}:
+        return None
+    return PassPipeline(kept)
+
+
+class DenseTwin:
+    """Stand in for a rewritten graph where it would visit every key, and count as it would.
+
+    Attributes:
+        compiled: the graph as the model wrote it, equal layers and steps outlined.
+    """
+
+    def __init__(self, compiled: Compiled, rewritten: GraphModule) -> None:
+        self.compiled = compiled
+        self._calls = [_describe(node, in_step) for node, in_step in _operators(rewritten)]
+        self._sizes = _sizes_in_arguments(rewritten.graph)
+        steps = rewritten.graph.find_nodes(op="call_module")
+        self._steps = sum(region_name(node) is not None for node in steps)
+
+    def why_dense(self, chunk: Chunk) -> str | None:
+        """Say why the rewritten graph would visit every key in this chunk, or return None."""
+        if chunk.session.config.context is None and any(call.masked for call in self._calls):
+            return None
+        if all(call.budget == 1.0 for call in self._calls):
+            return _EVERY_KEY
+        return chunk.plan.dense_reason
+
+    def run(self, args: tuple[Any, ...], chunk: Chunk, reason: str) -> Any:
+        """Run the model's own attention and count it."""
+        outputs = self.compiled(*args)
+        sizes = tuple([(name, _read(args, place)) for name, place in self._sizes])
+        computed = self._steps
+        if self._steps:
+            computed -= len(chunk.step_plan(self._steps).reused)
+        for call in self._calls:
+            blocks = call.blocks(sizes)
+            for name in call.names * (computed if call.in_step else 1):
+                registry.record_call(
+                    name,
+                    role=call.role,
+                    provider="sdpa",
+                    visited=blocks,
+                    total=blocks,
+                    kept_dense=reason,
+                )
+        return outputs
+
+
+def leaves_out(gm: GraphModule) -> bool:
+    """Whether passes have put in a call that may leave keys out."""
+    return next(_operators(gm), None) is not None
+
+
+def _operators(gm: GraphModule) -> Iterator[tuple[torch.fx.Node, bool]]:
+    """List the sparse calls of a rewritten graph, and whether they are part of a step."""
+    target = torch.ops.lipass.sparse_attention.default
+    steps = {str(n.target) for n in gm.graph.find_nodes(op="call_module") if region_name(n)}
+    for path, module in gm.named_modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=target):
+                yield node, path.partition(".")[0] in steps
+
+
+def _describe(node: torch.fx.Node, in_step: bool) -> _Call:
+    args: tuple[Any, ...] = node.args
+    q, _, _, q_grid, kv_grids, roles, tile, budget, _, _, role, keep, site = args
+    batch, heads = value(q).shape[:2]
+
+    @functools.lru_cache(maxsize=64)
+    def blocks(sizes: Bindings) -> int:
+        known = dict(sizes)
+        queries, keys = (
+            tuple(_number(value(size), known) for size in grid) for grid in (q_grid, kv_grids)
+        )
+        layout, grid = resolve_layout(queries, keys, roles, tuple(tile))
+        return _number(batch, known) * _number(heads, known) * grid.blocks * layout.blocks
+
+    return _Call(tuple(names_of(site)), role, budget, keep is not None, in_step, blocks)
+
+
+def _number(size: int | torch.SymInt, known: dict[str, int]) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({one: known[str(one)] for one in expression.free_symbols}))
+
+
+def _sizes_in_arguments(graph: Graph) -> tuple[tuple[str, tuple[int, int | None]], ...]:
+    """Say for each symbol which argument it is, or the size of which axis of which argument."""
+    found: dict[str, tuple[int, int | None]] = {}
+    for n, node in enumerate(graph.find_nodes(op="placeholder")):
+        given = value(node)
+        if isinstance(given, torch.Tensor):
+            for axis, size in enumerate(given.shape):
+                if symbols_of(size) == {str(size)}:
+                    found.setdefault(str(size), (n, axis))
+        elif isinstance(given, torch.SymInt) and symbols_of(given) == {str(given)}:
+            found[str(given)] = (n, None)
+    return tuple(sorted(found.items()))
+
+
+def _read(args: tuple[Any, ...], place: tuple[int, int | None]) -> int:
+    number, axis = place
+    return int(args[number] if axis is None else args[number].shape[axis])

@@ -1,0 +1,231 @@
+"""Build what runs in place of one graph: passes, inner compiler, host guard."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx
+
+# Importing ops registers an operator that passes insert; so does the import of view_overlap.
+import lipass.kernels.ops  # noqa: F401
+from lipass import kernels, session
+from lipass.compile.cut_graph import compile_pieces, outlined
+from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
+from lipass.compile.graph_breaks import break_of
+from lipass.config import Config
+from lipass.errors import LipassError
+from lipass.kernels import registry
+from lipass.kernels.calibration import cpu_rates
+from lipass.kernels.view_overlap.api import chosen_by_caller
+from lipass.passes import runner
+from lipass.passes.attention.site import AttentionSite, sites
+from lipass.passes.core import Note, PassContext, PassError, PassPipeline
+from lipass.passes.graph.compat import is_symbolic, undisturbed
+from lipass.passes.graph.marks import region_name
+from lipass.passes.graph.names import names_of, without_repeat
+from lipass.receipt import PassRecord, SiteRecord, current_report
+
+Compiled = Callable[..., Any]
+InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
+
+_REWRITERS = ("prune-context", "sparse-attention")
+_ATTENTION = (
+    torch.ops.lipass.sparse_attention.default,
+    torch.ops.lipass.attend_pieces.default,
+)
+
+
+class CompiledUnit:
+    """Call a compiled graph as the session that is open wants it.
+
+    Attributes:
+        region: name under which the session stores the outputs of a graph that is one denoising
+            step; None for other graphs, which always compute.
+        twin: what runs instead where nothing is left out; None where nothing ever is.
+    """
+
+    def __init__(self, compiled: Compiled, region: str | None = None) -> None:
+        self.compiled = compiled
+        self.region = region
+        self.twin: DenseTwin | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph, or answer from what is stored."""
+        step = session.current_step() if self.region else None
+        if self.region is None or step is None:
+            return self._compute(args)
+        if step.reused and (stored := step.lookup(self.region)) is not None:
+            return stored
+        outputs = self._compute(args)
+        step.store(self.region, outputs)
+        return outputs
+
+    def _compute(self, args: tuple[Any, ...]) -> Any:
+        chunk = session.current_chunk()
+        if self.twin is not None and chunk is not None:
+            reason = self.twin.why_dense(chunk)
+            if reason is not None:
+                return self.twin.run(args, chunk, reason)
+        with contextlib.ExitStack() as scopes:
+            scopes.enter_context(registry.one_call())
+            if chunk is None:
+                return self.compiled(*args)
+            if chunk.plan.dense_reason is not None:
+                scopes.enter_context(registry.force("dense"))
+            if chunk.session.config.context is not None:
+                scopes.enter_context(chosen_by_caller())
+            return self.compiled(*args)
+
+
+def compile_unit(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    config: Config,
+    pipeline: PassPipeline,
+    inner_compile: InnerCompile,
+) -> Compiled:
+    """Run the passes on a graph, compile it, and record both in the report.
+
+    Raises:
+        LipassError: when a pass fails, or when `strict` is set and a site stays dense.
+    """
+    begin = time.perf_counter()
+    ctx = PassContext.of(gm.graph)
+    twin_passes = pipeline_of_twin(pipeline)
+    untouched = None if twin_passes is None else _copy(gm)
+    try:
+        records = runner.run_pipeline(pipeline, gm, ctx)
+    except PassError as error:
+        raise LipassError(str(error)) from error
+    report = current_report()
+    if (why := getattr(gm, "compile_subgraph_reason", None)) and why.graph_break:
+        report.add_graph_break(break_of(why))
+    for record in records:
+        notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
+        report.add_pass(PassRecord(record.name, record.changed, record.seconds, notes))
+    found = [
+        replace(site, name=name)
+        for graph in _graphs(gm)
+        for _, site in sites(graph)
+        for name in names_of(site.name)
+    ]
+    for site in found:
+        report.add_site(_site_record(site, ctx.notes))
+    if config.strict:
+        _refuse_dense(found, pipeline, ctx.notes)
+    _prepare_kernels(gm)
+    compiled = _compile(gm, example_inputs, inner_compile)
+    if twin_passes and untouched and isinstance(compiled, CompiledUnit) and leaves_out(gm):
+        runner.run_pipeline(twin_passes, untouched, PassContext.of(untouched.graph))
+        twin = _compile(untouched, example_inputs, inner_compile)
+        compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
+    report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
+    return compiled
+
+
+def _compile(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], inner_compile: InnerCompile
+) -> Compiled:
+    region = region_name(gm.graph.output_node())
+    asks = region is not None or bool(outlined(gm.graph)) or _has_operators(gm)
+    if outlined(gm.graph):
+        compiled = compile_pieces(gm, example_inputs, inner_compile)
+    else:
+        compiled = inner_compile(gm, example_inputs)
+    return CompiledUnit(compiled, region and _unit_name()) if asks else compiled
+
+
+def _copy(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return torch.fx.GraphModule(gm, graph)
+
+
+def _has_operators(gm: torch.fx.GraphModule) -> bool:
+    """Whether passes have put an operator in that counts its calls or asks the session."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lipass"
+        for graph in _graphs(gm)
+        for node in graph.nodes
+    )
+
+
+def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
+    """Build and measure what runs on the CPU: everybody waits for a compilation, not a frame."""
+    calls = [
+        node.meta["example_value"]
+        for graph in _graphs(gm)
+        for node in graph.nodes
+        if node.target in _ATTENTION
+    ]
+    kinds = {(out.dtype, int(out.shape[3])) for out in calls if out.device.type == "cpu"}
+    if not kinds:
+        return
+    kernels.prepare()
+    with undisturbed():
+        for dtype, dim in kinds:
+            cpu_rates(dtype, dim, torch.get_num_threads())
+
+
+def _graphs(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:
+    """List the graph and those of the modules that passes outlined from it."""
+    return [m.graph for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
+
+
+def _site_record(site: AttentionSite, notes: list[Note]) -> SiteRecord:
+    action, reason = "kept", "no pass of the pipeline rewrites attention"
+    own = [note for note in notes if without_repeat(note.site) == without_repeat(site.name)]
+    # What no pass was to make sparse may still be read in another way.
+    for names in (("collapse-keys", "attend-pieces"), _REWRITERS):
+        for note in own:
+            if note.pass_name in names:
+                action, reason = note.action, note.reason
+    return SiteRecord(
+        name=site.name,
+        source=site.where,
+        role=site.role,
+        grid=site.q_grid and tuple(_plain(size) for size in site.q_grid),
+        segments=tuple(segment.role for segment in site.segments),
+        action=action,
+        reason=reason,
+    )
+
+
+def _plain(size: int | torch.SymInt) -> int | str:
+    return str(size) if is_symbolic(size) else int(size)
+
+
+def _refuse_dense(found: list[AttentionSite], pipeline: PassPipeline, notes: list[Note]) -> None:
+    """Raise if the pipeline makes attention sparse and could not where it should have."""
+    if not any(one.name == "sparse-attention" for one in pipeline):
+        return
+    records = [_site_record(site, notes) for site in found if site.role not in ("cross", "text")]
+    dense = [r for r in records if r.action == "kept" and "dense_layers" not in r.reason]
+    if dense:
+        lines = "\n".join(
+            f"  {r.name} ({r.source or 'no source line'}): {r.reason}" for r in dense
+        )
+        raise LipassError(
+            f"strict: every attention over latents must become sparse, got {len(dense)} that stay "
+            f"dense:\n{lines}\nfix the cause, name the layers in sparse.dense_layers, or set "
+            "strict to False"
+        )
+
+
+def _compile_id() -> Any:
+    return torch._guards.CompileContext.current_compile_id()
+
+
+def _is_recompile() -> bool:
+    return bool(getattr(_compile_id(), "frame_compile_id", 0))
+
+
+def _unit_name() -> str:
+    """Name this compilation, such as `3/0`, so that graphs do not share stored outputs."""
+    return re.sub(r"\s", "", str(_compile_id()))

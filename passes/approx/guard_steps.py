@@ -1,0 +1,112 @@
+"""Turn each denoising step into a region that may be skipped at run time, compiled once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch.fx import Graph, Node
+
+from lipass.passes.attention.site import set_site, sites
+from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.graph.marks import set_region, step_of
+from lipass.passes.graph.names import without_repeat
+from lipass.passes.graph.outline import body_of, foreign, put_calls
+from lipass.passes.graph.region import Region, alias, difference, impurity, interruption, region_of
+
+STEP_MODULE = "denoise_step"
+
+
+@dataclass(frozen=True)
+class GuardSteps(Pass):
+    """Outline the repeats of a denoising step; the unit calls each behind a guard.
+
+    Unrolled loop::
+
+        %v = <model>(%x, %sigma, ..);    %x_1 = add(%x, mul(-0.1, %v))
+        %v_1 = <model>(%x_1, %sigma_1, ..)
+
+        %step_0 = denoise_step(%x, %sigma, ..);   %x_1 = add(%x, mul(-0.1, getitem(%step_0, 0)))
+        %step_1 = denoise_step(%x_1, %sigma_1, ..)
+
+    Loop in Python: a graph with decode sites is one step; the whole call is marked as the region
+    and no node changes.
+
+    The guard returns the outputs of the last computed step instead of computing; with the Euler
+    rule that is exactly the shorter list of sigmas.
+
+    Keeps: steps that write to their inputs or draw random numbers, steps whose outputs share
+    memory with an input, steps that are used before they are complete, graphs without decode
+    sites.
+    """
+
+    name: ClassVar[str] = "guard-steps"
+    numerics: ClassVar[Numerics] = Numerics.APPROX
+    requires: ClassVar[tuple[str, ...]] = ("find-attention", "find-steps")
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
+        members: dict[int, list[Node]] = defaultdict(list)
+        for node in graph.nodes:
+            if step := step_of(node):
+                members[step.index].append(node)
+        if not members:
+            _guard_call(graph, ctx)
+            return False
+        regions = [region_of(members[i]) for i in sorted(members)]
+        if why := _refusal(graph, regions):
+            ctx.note("steps", "kept", why)
+            return False
+        _outline(graph, regions, ctx)
+        ctx.note("steps", "rewritten", f"{len(regions)} steps call one module behind a guard")
+        return True
+
+
+def _guard_call(graph: Graph, ctx: PassContext) -> None:
+    """Mark the whole call as the region, where it is one denoising step."""
+    if not any(site.role == "decode" for _, site in sites(graph)):
+        ctx.note("call", "kept", "it has no decode site, so it is no denoising step")
+        return
+    nodes = tuple(graph.nodes)
+    inputs = tuple(node for node in nodes if node.op == "placeholder")
+    outputs = tuple(graph.output_node().all_input_nodes)
+    whole = Region(nodes, inputs, outputs, ())
+    if why := impurity(whole) or alias(whole):
+        ctx.note("call", "kept", f"it is not pure: {why}")
+        return
+    set_region(graph.output_node(), "call")
+    ctx.note("call", "rewritten", "the whole call is one denoising step behind a guard")
+
+
+def _refusal(graph: Graph, regions: list[Region]) -> str | None:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for i, region in enumerate(regions):
+        if why := impurity(region) or alias(region):
+            return f"step {i} is not pure: {why}"
+        if i and (why := difference(regions[0], region)):
+            return f"steps 0 and {i} differ: {why}"
+        if why := foreign(region) or interruption(region, order):
+            return f"step {i} cannot be outlined: {why}"
+    return None
+
+
+def _outline(graph: Graph, regions: list[Region], ctx: PassContext) -> None:
+    body = body_of(regions, ctx)
+    _drop_repeats(body.module.graph)
+    body.module.recompile()
+    graph.owning_module.add_module(STEP_MODULE, body.module)
+
+    def call(index: int, args: list[Node]) -> Node:
+        made = graph.call_module(STEP_MODULE, tuple(args))
+        set_region(made, f"step {index}")
+        return made
+
+    put_calls(graph, regions, body, call)
+
+
+def _drop_repeats(body: Graph) -> None:
+    """Name the sites of the body without the number of the call, because all calls share them."""
+    for node, site in sites(body):
+        name = without_repeat(site.name)
+        node.args = tuple(name if arg == site.name else arg for arg in node.args)
+        set_site(node, replace(site, name=name))

@@ -1,0 +1,99 @@
+"""Replace attention over latents by the block-sparse call, which takes keys in pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Graph, Node
+
+# The import registers an operator that the pass has to know.
+import lipass.kernels.distinct  # noqa: F401
+from lipass.passes.attention import match
+from lipass.passes.attention.match import Operands
+from lipass.passes.attention.site import AttentionSite, sites
+from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.graph.emit import refuse_training, replace_attention
+
+_TILE, _BUDGET, _SINK = 6, 7, 9
+
+
+@dataclass(frozen=True)
+class SparseAttention(Pass):
+    """Call `lipass::sparse_attention` at prefill and decode sites; the concatenations fall away.
+
+    ::
+
+        %key = cat([%text_k, %hist_k, %k], 2);  %value = cat([%text_v, %hist_v, %v], 2)
+        %o = scaled_dot_product_attention(%q, %key, %value)
+
+        %o = lipass.sparse_attention(%q, [%text_k, %hist_k, %k], [%text_v, %hist_v, %v],
+               [4, 8, 8], [1, 1, 32, n, 8, 8, 4, 8, 8], 'text,history,current', [4, 4, 4],
+               0.3, 0.125, 1, 'decode', None, 'blocks.0.attn')
+
+    A site that `prune-context` rewrote gets tile, budget and sink here and keeps its frames.
+
+    Keeps: sites of role cross, text and other, whose keys are no latent grid; `dense_layers`;
+    calls whose gradient is recorded.
+    """
+
+    name: ClassVar[str] = "sparse-attention"
+    numerics: ClassVar[Numerics] = Numerics.APPROX
+    requires: ClassVar[tuple[str, ...]] = ("find-attention",)
+    precedes: ClassVar[tuple[str, ...]] = ("pool-history", "guard-steps")
+
+    tile: tuple[int, ...] = (4, 4, 4)
+    """Tokens of one block along `(T, Y, X)`; three more numbers are those of a query block."""
+    budget_prefill: float = 1.0
+    """Share of the unprotected blocks that prefill visits."""
+    budget_decode: float = 1.0
+    """Share of the history blocks that decode visits."""
+    sink_latents: int = 0
+    """Leading latents whose blocks are always visited."""
+    dense_layers: tuple[int, ...] = ()
+    """Attention calls that stay dense, counted from 0 in the order of one model call."""
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
+        changed = False
+        layers: dict[str, int] = {}
+        for node, site in sites(graph):
+            ctx.failing = node
+            if node.target is torch.ops.lipass.attend_distinct.default:
+                continue  # cross-attention, which collapse-keys has rewritten
+            if site.role not in ("prefill", "decode"):
+                ctx.note(site.name, "kept", f"{site.role}: {site.reason}")
+                continue
+            call = site.name.partition("@")[2] or site.role
+            layer = layers[call] = layers.get(call, -1) + 1
+            if layer in self.dense_layers:
+                ctx.note(site.name, "kept", f"layer {layer} is in dense_layers")
+                continue
+            if why := refuse_training(node):
+                ctx.note(site.name, "kept", why)
+                continue
+            self._rewrite(node, site, ctx)
+            changed = True
+        ctx.failing = None
+        return changed
+
+    def _rewrite(self, node: Node, site: AttentionSite, ctx: PassContext) -> None:
+        budget = self.budget_prefill if site.role == "prefill" else self.budget_decode
+        ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
+        if node.target is torch.ops.lipass.sparse_attention.default:
+            node.update_arg(_TILE, list(self.tile))
+            node.update_arg(_BUDGET, budget)
+            node.update_arg(_SINK, self.sink_latents)
+            return
+        operands = match.attention(node)
+        assert isinstance(operands, Operands)
+        replace_attention(
+            node,
+            site,
+            operands,
+            ctx,
+            tile=self.tile,
+            budget=budget,
+            sink_latents=self.sink_latents,
+            keep_frames=None,
+        )

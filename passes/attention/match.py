@@ -1,0 +1,130 @@
+"""Recognise nodes in canonical form, or say in a `Refusal` why they are something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from lipass.passes.attention.site import pieces_of
+from lipass.passes.attention.walk import same_values
+from lipass.passes.graph.calls import is_call
+from lipass.passes.graph.compat import Size, guard, known_true, value
+from lipass.passes.graph.writes import memory_written, storage, writes_between
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Say why a matcher does not match."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Hold the operands of an attention call; `keys[i]` and `values[i]` are one segment."""
+
+    q: Node
+    keys: tuple[Node, ...]
+    values: tuple[Node, ...]
+    scale: float
+    groups: int = 1
+    """Heads of q that share one head of k and v."""
+
+    def tensors(self) -> tuple[Node, ...]:
+        """List q and all pieces; a node may come more than once."""
+        return (self.q, *self.keys, *self.values)
+
+    def map(self, nodes: Mapping[Node, Node]) -> Operands:
+        """Return the same operands in a copy of the graph."""
+        keys, values = (tuple(nodes[x] for x in part) for part in (self.keys, self.values))
+        return Operands(nodes[self.q], keys, values, self.scale, self.groups)
+
+
+def attention(node: Node) -> Operands | Refusal:
+    """Match a canonical attention call that is a plain softmax over all keys."""
+    if "attn_mask" in node.kwargs:
+        return Refusal("it has a mask")
+    if node.kwargs.get("dropout_p", 0.0) != 0.0:
+        return Refusal(f"dropout is {node.kwargs['dropout_p']}")
+    if node.kwargs.get("is_causal", False) is not False:
+        return Refusal("it is causal")
+    q, k, v = node.args[:3]
+    if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)):
+        return Refusal("its operands are not tensors of the graph")
+    ranks = [value(x).dim() for x in (q, k, v)]
+    if ranks != [4, 4, 4]:
+        return Refusal(f"q, k, v must be [B, H, L, D], got ranks {ranks}")
+    if not known_true(value(q).shape[3] == value(v).shape[3]):
+        return Refusal("head dims of q and v differ")
+    groups = _groups(value(q), value(k)) if node.kwargs.get("enable_gqa", False) else 1
+    if groups is None:
+        return Refusal("heads of q are no whole number of groups of the heads of k (enable_gqa)")
+    heads = value(q).shape[1] // groups
+    if not (_is_batch(k, value(q).shape[0], heads) and _is_batch(v, value(q).shape[0], heads)):
+        return Refusal("q and k differ in batch or heads")
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        scale = value(q).shape[3] ** -0.5
+    if not isinstance(scale, float):
+        return Refusal("its scale is not a constant")
+    keys, values = _pieces(node, 0, k), _pieces(node, 1, v)
+    if len(keys) != len(values):
+        return Refusal(f"k is made of {len(keys)} pieces and v of {len(values)}")
+    for i, (key, val) in enumerate(zip(keys, values, strict=True)):
+        # torch does not tie the two sizes to each other when both come from inputs
+        if not guard(value(key).shape[2] == value(val).shape[2]):
+            return Refusal(f"pieces {i} of k and v differ in length")
+    dtypes = {value(x).dtype for x in (node, q, *keys, *values)}
+    if len(dtypes) > 1:
+        return Refusal(f"its dtypes differ: {', '.join(sorted(map(str, dtypes)))}")
+    if pieces_of(node) is None and (
+        why := _written_late(node, (k, *keys)) or _written_late(node, (v, *values))
+    ):
+        return Refusal(why)
+    return Operands(q, keys, values, scale, groups)
+
+
+def _groups(q: torch.Tensor, k: torch.Tensor) -> int | None:
+    """Return how many heads of q share one of k; None if they cannot be grouped."""
+    q_heads, k_heads = q.shape[1], k.shape[1]
+    if not (isinstance(q_heads, int) and isinstance(k_heads, int)) or q_heads % k_heads:
+        return None
+    return q_heads // k_heads
+
+
+def _is_batch(tensor: Node, batch: Size, heads: Size) -> bool:
+    shape = value(tensor).shape
+    return known_true(shape[0] == batch) and known_true(shape[1] == heads)
+
+
+def _written_late(call: Node, tensors: tuple[Node, ...]) -> str | None:
+    """Say what writes to keys between their concatenation and the call, which reads the pieces."""
+    memory = {storage(value(tensor)) for tensor in tensors}
+    since = same_values(tensors[0])
+    for node in writes_between(since, call):
+        if memory_written(node) & memory:
+            return f"%{node.name} writes to its keys or values in place"
+    return None
+
+
+def _pieces(call: Node, index: int, tensor: Node) -> tuple[Node, ...]:
+    """Return the pieces of the keys (index 0) or the values of a call."""
+    named = pieces_of(call)
+    if named is None:
+        return _segments(tensor)
+    nodes = {node.name: node for node in call.graph.nodes}
+    return tuple(nodes[name] for name in named[index])
+
+
+def _segments(tensor: Node) -> tuple[Node, ...]:
+    """Return the inputs of a concatenation along the tokens, or the tensor itself."""
+    tensor = same_values(tensor)
+    if is_call(tensor, torch.cat) and tensor.args[1] == 2:
+        pieces = tensor.args[0]
+        if isinstance(pieces, (list, tuple)) and all(isinstance(p, Node) for p in pieces):
+            return tuple(pieces)
+    return (tensor,)

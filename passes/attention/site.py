@@ -1,0 +1,101 @@
+"""Keep what is true about a graph in `node.meta`, behind one accessor per kind of fact.
+
+Facts say what is there, never what to do: deleting all of them leaves a correct, less optimised
+graph. A fact holds sizes and names but no nodes, so that a rewrite cannot leave it dangling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.fx
+
+from lipass.passes.graph.compat import Size
+
+SDPA = torch.nn.functional.scaled_dot_product_attention
+"""The one spelling of attention that `canonicalize` leaves."""
+
+Grid = tuple[Size, Size, Size]
+
+_SITE, _POSES, _PIECES = "lipass_site", "lipass_poses", "lipass_pieces"
+
+
+@dataclass(frozen=True)
+class KeySegment:
+    """Describe one run of keys of an attention call."""
+
+    role: str
+    """`text`, `history` or `current`."""
+    tokens: Size
+    grid: Grid
+    """Latent grid `(T, Y, X)`, row-major; `(1, 1, L)` for text."""
+    why: str
+    """What the role was concluded from."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Describe one attention call."""
+
+    name: str
+    """Module path, `@i` for the i-th repeat of the call, `#i` for the i-th in a module, role."""
+    where: str
+    """`file.py:line` of the call, or nothing."""
+    role: str
+    """`prefill`, `decode`, `cross`, `text` or `other`."""
+    q_grid: Grid | None
+    segments: tuple[KeySegment, ...]
+    """Runs of keys in order; empty if the role is `other`."""
+    scale: float
+    reason: str = ""
+    """Why the role is `other`, and for the rest what the role was concluded from."""
+    proof: str = ""
+    """What shows that q has the tokens of `q_grid`, in its order."""
+
+
+@dataclass(frozen=True)
+class PoseInput:
+    """Describe a graph input that holds world-to-camera matrices `[B, F, 4, 4]`."""
+
+    history_latents: Size
+    """Leading cameras, of the context."""
+    current_latents: Size
+    """Trailing cameras, of the frames being denoised."""
+    why: str
+
+
+def site_of(node: torch.fx.Node) -> AttentionSite | None:
+    """Return the fact about an attention call, if there is one."""
+    site: AttentionSite | None = node.meta.get(_SITE)
+    return site
+
+
+def set_site(node: torch.fx.Node, site: AttentionSite) -> None:
+    """Attach the fact about an attention call."""
+    node.meta[_SITE] = site
+
+
+def sites(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, AttentionSite]]:
+    """List the attention calls of a graph in order."""
+    return [(node, node.meta[_SITE]) for node in graph.nodes if _SITE in node.meta]
+
+
+def pieces_of(node: torch.fx.Node) -> tuple[tuple[str, ...], ...] | None:
+    """Return the names of the nodes that the keys and the values of a call consist of, if set."""
+    pieces: tuple[tuple[str, ...], ...] | None = node.meta.get(_PIECES)
+    return pieces
+
+
+def set_pieces(node: torch.fx.Node, pieces: tuple[tuple[str, ...], ...]) -> None:
+    """Say which nodes hold the keys and the values of a call, where no concatenation does."""
+    node.meta[_PIECES] = pieces
+
+
+def set_poses(placeholder: torch.fx.Node, poses: PoseInput) -> None:
+    """Attach the fact that a placeholder holds cameras."""
+    placeholder.meta[_POSES] = poses
+
+
+def poses(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, PoseInput]]:
+    """List the camera inputs of a graph."""
+    return [(node, node.meta[_POSES]) for node in graph.nodes if _POSES in node.meta]

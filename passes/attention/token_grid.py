@@ -1,0 +1,98 @@
+"""Infer the latent grid of a token sequence from the reshape that made the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from lipass.passes.attention.match import Refusal
+from lipass.passes.attention.products import View
+from lipass.passes.attention.site import Grid
+from lipass.passes.attention.walk import upstream
+from lipass.passes.graph.compat import Size, known_true, value
+
+_MERGES = {"reshape", "flatten"}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Name the call that merges the axes of a grid into tokens."""
+
+    node: Node
+    grid: Grid
+    axes: tuple[int, int, int]
+    """The axes of its input that are `(T, Y, X)`."""
+
+    def same_order(self, other: Merge) -> bool:
+        """Whether both make tokens of one grid in one order, whatever moved the axes before."""
+        if self.node is other.node:
+            return True
+        mine, theirs = (View(m.node.args[0], m.axes).source() for m in (self, other))  # type: ignore
+        sizes = zip(self.grid, other.grid, strict=True)
+        return mine.axes == theirs.axes and all(known_true(a == b) for a, b in sizes)
+
+
+def infer(tokens_of: Node, tokens: Size) -> Grid | Refusal:
+    """Return the grid that `merge` finds, or why there is none."""
+    found = merge(tokens_of, tokens)
+    return found.grid if isinstance(found, Merge) else found
+
+
+def other_order(q: Node, key: Node, tokens: Size) -> str:
+    """Say that keys are tokens in another order than the queries, or nothing."""
+    mine, theirs = merge(q, tokens), merge(key, tokens)
+    if isinstance(mine, Refusal) or isinstance(theirs, Refusal):
+        return "no reshape shows that it has the grid of q"
+    if mine.same_order(theirs):
+        return ""
+    grids = [f"({', '.join(map(str, x.grid))})" for x in (mine, theirs)]
+    return f"q and k are tokens of different grids, {grids[0]} and {grids[1]}"
+
+
+def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
+    """Find `(T, Y, X)` with `T * Y * X == tokens`, proven for all sizes of the graph.
+
+    Walks up, nearest first and without crossing an attention, to a reshape that merges three
+    neighbouring axes `(T, Y, X)` into the tokens, at once (`[B, C, T, Y, X] -> [B, C, L]`) or
+    in two steps (`(Y, X)` first). The order of the axes is the order of the tokens.
+
+    Args:
+        tokens_of: a tensor made from the tokens, such as q.
+        tokens: its number of tokens.
+    """
+    pairs: list[tuple[Size, Size]] = []
+    for node in upstream(tokens_of):
+        if node.op != "call_method" or node.target not in _MERGES:
+            continue
+        above, below = value(node.args[0]).shape, value(node).shape
+        if sum(known_true(size == tokens) for size in below) > 1:
+            continue  # features or batch may be what was merged
+        for i in _merged(above, below, 3):
+            if known_true(above[i] * above[i + 1] * above[i + 2] == tokens) and len(above) >= 5:
+                return Merge(node, (above[i], above[i + 1], above[i + 2]), (i, i + 1, i + 2))
+        for i in _merged(above, below, 2):
+            if known_true(above[i] * above[i + 1] == tokens):
+                pairs.append((above[i], above[i + 1]))
+            for latents, per_latent in pairs:
+                whole = known_true(above[i] * above[i + 1] == per_latent)
+                if whole and i > 0 and known_true(above[i - 1] == latents):
+                    return Merge(node, (latents, above[i], above[i + 1]), (i - 1, i, i + 1))
+    return Refusal("no reshape from [.., T, Y, X, ..] to its tokens is upstream of q")
+
+
+def _merged(above: torch.Size, below: torch.Size, count: int) -> list[int]:
+    """List the axes of `above` from which `count` axes are one of `below`, all others equal."""
+    if len(above) - len(below) != count - 1:
+        return []
+    return [
+        i
+        for i in range(len(below))
+        if _equal(above[:i], below[:i]) and _equal(above[i + count :], below[i + 1 :])
+    ]
+
+
+def _equal(a: torch.Size, b: torch.Size) -> bool:
+    # `==` of two shapes would guard on the sizes of this call
+    return all(known_true(x == y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,64 @@
+"""Walk from queries and keys up to what they are made of."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from lipass.passes.attention.site import SDPA
+from lipass.passes.graph.calls import is_call
+from lipass.passes.graph.compat import Size, known_true, value
+
+_SAME_VALUES = {"contiguous", "detach", "clone", "to"}
+
+
+def same_values(node: Node) -> Node:
+    """Walk up through copies and casts to the same dtype and shape."""
+    while node.op == "call_method" and node.target in _SAME_VALUES:
+        above = node.args[0]
+        if not isinstance(above, Node) or value(above).dtype != value(node).dtype:
+            break
+        node = above
+    return node
+
+
+def upstream(node: Node) -> Iterator[Node]:
+    """Iterate over what a node is computed from, nearest first, without crossing an attention."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    heap, seen = [(-order[node], node.name)], {node.name}
+    by_name = {n.name: n for n in order}
+    while heap:
+        current = by_name[heapq.heappop(heap)[1]]
+        yield current
+        if is_call(current, SDPA):
+            continue
+        for above in current.all_input_nodes:
+            if above.name not in seen:
+                seen.add(above.name)
+                heapq.heappush(heap, (-order[above], above.name))
+
+
+def shares_tokens(a: Node, b: Node, tokens: Size) -> bool:
+    """Whether two tensors are computed from one computed tensor of that many tokens.
+
+    Tokens are one axis `L` or neighbouring axes whose product is `L`, as in `[B, F, YX, C]`.
+    """
+    theirs = {n for n in upstream(b) if n.op not in ("placeholder", "get_attr")}
+    return any(n in theirs and _has_tokens(n, tokens) for n in upstream(a))
+
+
+def _has_tokens(node: Node, tokens: Size) -> bool:
+    tensor = value(node)
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    for start in range(tensor.dim()):
+        product: Size = 1
+        for size in tensor.shape[start : start + 3]:
+            product = product * size
+            if known_true(product == tokens):
+                return True
+    return False

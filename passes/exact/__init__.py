@@ -1,0 +1,1 @@
+"""Passes that keep the result, to the bit or to rounding."""

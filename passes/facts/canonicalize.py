@@ -1,0 +1,201 @@
+"""Give attention, concatenation and views one spelling each, for later passes to match."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Graph, Node
+
+from lipass.passes.attention.join_late import join_late
+from lipass.passes.attention.match import Refusal
+from lipass.passes.attention.one_spelling import other_spelling, spell_as_sdpa, wrong
+from lipass.passes.attention.site import SDPA, AttentionSite, set_site
+from lipass.passes.attention.softmax_attention import Spelled
+from lipass.passes.core import Numerics, Pass, PassContext, PassError
+from lipass.passes.graph.calls import is_call
+from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.equivalence import Incomparable
+from lipass.passes.graph.modes import place_switches
+from lipass.passes.graph.names import call_line, module_path
+from lipass.passes.graph.writes import has_effect, storage, writes_between
+
+_SDPA_NAMES = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+    "scale",
+    "enable_gqa",
+)
+_SDPA_DEFAULTS = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
+_SDPA_TARGETS = (SDPA, torch.ops.aten.scaled_dot_product_attention.default)
+_CAT_TARGETS = (torch.cat, torch.concat, torch.concatenate)
+_MAYBE_NOTHING = {"reshape", "flatten", "contiguous", "to", "expand", "permute", "transpose"}
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Rewrite spellings; aliasing and mutation stay as they are, and values but for rounding.
+
+    Attention takes q, k, v by position and only what differs from the default by keyword::
+
+        %o = scaled_dot_product_attention(query=%q, key=%k, value=%v, dropout_p=0.0)
+        %o = scaled_dot_product_attention(%q, %k, %v)
+
+    Concatenation has a non-negative dim by position and is flat::
+
+        %kv = cat([%hist, %cur], dim=-2);  %k = cat([%text, %kv], dim=2)
+        %k = cat([%text, %hist, %cur], 2)
+
+    Attention written by hand, of flash_attn and of FlexAttention without masks becomes SDPA::
+
+        %p = softmax(%q @ %k.mT * 0.125, -1);  %o = %p @ %v
+        %o = scaled_dot_product_attention(%q, %k, %v)
+
+    Keys and values that are moved, cast or stacked behind their concatenation are concatenated
+    last. `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten,
+    contiguous, to, expand, permute or transpose that returns its input is removed.
+
+    Keeps: `view(dtype)`; a no-op whose result is a graph output; an inner concatenation with other
+    users or with a write between it and the outer one; attention that is more than a plain softmax
+    over its keys, or whose SDPA call gives another result on small inputs. Such attention becomes
+    a site of role `other` with the reason.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    numerics: ClassVar[Numerics] = Numerics.REORDERED
+
+    verify: bool = True
+    """Compare attention in another spelling with its SDPA call before it is rewritten."""
+    strict: bool = False
+    """Raise where that comparison fails."""
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
+        changed = False
+        place_switches(graph)
+        for node in ctx.visit(list(graph.nodes)):
+            changed |= _spell_attention(node) or _spell_cat(node) or _spell_view(node)
+            changed |= _drop_nothing(node)
+        for node in ctx.visit(list(graph.nodes)):
+            changed |= self._spell_as_sdpa(node, ctx)
+        if changed:
+            # what was replaced still reads the keys, and keys with other readers are left alone
+            graph.eliminate_dead_code(has_effect)
+        for node in ctx.visit([node for node in graph.nodes if is_call(node, SDPA)]):
+            changed |= join_late(node, ctx)
+        return changed
+
+    def _spell_as_sdpa(self, node: Node, ctx: PassContext) -> bool:
+        found = other_spelling(node)
+        if found is None:
+            return False
+        name = module_path(node) or "attention"
+        why = found.reason if isinstance(found, Refusal) else self._wrong(found, name)
+        if why:
+            set_site(node, AttentionSite(name, call_line(node), "other", None, (), 1.0, why))
+            ctx.note(name, "kept", why)
+            return False
+        assert isinstance(found, Spelled)
+        spell_as_sdpa(found, ctx)
+        ctx.note(name, "rewritten", f"{found.how} is scaled_dot_product_attention")
+        return True
+
+    def _wrong(self, spelled: Spelled, name: str) -> str:
+        """Say how the SDPA call differs from what it is to replace, or nothing."""
+        if not self.verify:
+            return ""
+        try:
+            why = wrong(spelled)
+        except Incomparable as error:
+            # an operator of a library is what its name says, and may need a GPU to run
+            why = None if spelled.opaque else str(error)
+        if why and self.strict:
+            raise PassError(f"strict: {name} must equal its SDPA call, but {why}; report this")
+        return f"its SDPA call is not equal: {why}" if why else ""
+
+
+def _spell_attention(node: Node) -> bool:
+    if node.op != "call_function" or node.target not in _SDPA_TARGETS:
+        return False
+    given = {**dict(zip(_SDPA_NAMES, node.args, strict=False)), **node.kwargs}
+    args = tuple(given.pop(name) for name in _SDPA_NAMES[:3])
+    kwargs = {k: v for k, v in given.items() if v is None or v != _SDPA_DEFAULTS[k]}
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if (node.target, node.args, node.kwargs) == (SDPA, args, kwargs):
+        return False
+    node.target, node.args, node.kwargs = SDPA, args, kwargs
+    return True
+
+
+def _spell_cat(node: Node) -> bool:
+    if node.op != "call_function" or node.target not in _CAT_TARGETS:
+        return False
+    pieces = node.args[0] if node.args else node.kwargs["tensors"]
+    dim = (
+        node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    )
+    if "out" in node.kwargs or not isinstance(pieces, (list, tuple)) or not isinstance(dim, int):
+        return False
+    dim %= value(node).dim()
+    flat: list[Any] = []
+    for piece in pieces:
+        flat.extend(piece.args[0] if _is_inner_cat(piece, node, dim) else [piece])
+    if node.target is torch.cat and node.args == (flat, dim) and not node.kwargs:
+        return False
+    node.target, node.args, node.kwargs = torch.cat, (flat, dim), {}
+    return True
+
+
+def _is_inner_cat(piece: object, outer: Node, dim: int) -> bool:
+    """Whether a concatenation can be part of the outer one, which reads the pieces later."""
+    if not isinstance(piece, Node) or not is_call(piece, torch.cat):
+        return False
+    if piece.args[1:] != (dim,) or len(piece.users) > 1:
+        return False
+    return next(writes_between(piece, outer), None) is None
+
+
+def _spell_view(node: Node) -> bool:
+    if not is_call(node, "view") or not isinstance(value(node), torch.Tensor):
+        return False
+    if any(isinstance(arg, torch.dtype) for arg in node.args) or node.kwargs:
+        return False
+    node.target = "reshape"
+    return True
+
+
+def _drop_nothing(node: Node) -> bool:
+    if node.op != "call_method" or node.target not in _MAYBE_NOTHING:
+        return False
+    source = node.args[0]
+    if not isinstance(source, Node) or any(user.op == "output" for user in node.users):
+        return False
+    if not _same_tensor(value(node), value(source)):
+        return False
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+    return True
+
+
+def _same_tensor(a: object, b: object) -> bool:
+    """Whether two fake tensors are the same view of the same memory."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    if a.layout != torch.strided or b.layout != torch.strided:
+        return False
+    if a.dim() != b.dim() or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if storage(a) != storage(b):
+        return False
+    pairs = [*zip(a.shape, b.shape, strict=True), *zip(a.stride(), b.stride(), strict=True)]
+    return all(known_true(x == y) for x, y in [*pairs, (a.storage_offset(), b.storage_offset())])

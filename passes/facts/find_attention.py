@@ -1,0 +1,216 @@
+"""Say what every attention call attends to: which keys are text, history, current; what grid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch.fx import Graph, Node
+
+from lipass.passes.attention import check_site, match, segments, token_grid
+from lipass.passes.attention.cache_pieces import cut_cache
+from lipass.passes.attention.cameras import camera_of
+from lipass.passes.attention.match import Operands, Refusal
+from lipass.passes.attention.segments import NAME_THEM
+from lipass.passes.attention.site import (
+    SDPA,
+    AttentionSite,
+    Grid,
+    KeySegment,
+    pieces_of,
+    set_site,
+    site_of,
+)
+from lipass.passes.attention.token_grid import other_order
+from lipass.passes.core import Numerics, Pass, PassContext, PassError
+from lipass.passes.graph.calls import is_call
+from lipass.passes.graph.compat import Size, guard, value
+from lipass.passes.graph.names import call_line, module_path
+
+ROLES = ("text", "history", "current")
+
+
+@dataclass(frozen=True)
+class FindAttention(Pass):
+    """Attach an `AttentionSite` to every attention call; rewrite nothing.
+
+    ::
+
+        %key = cat([%l_text_kv_0_0_, %l_history_0_0_, %k], 2)
+        %o = scaled_dot_product_attention(%q, %key, %value)
+          decode, q (4, 8, 8), keys text (1, 1, 32) | history (n, 8, 8) | current (4, 8, 8)
+
+    The rules, per piece of a concatenated key:
+
+    * current: as many tokens as q, and computed from a tensor of that many tokens that q is
+      computed from too, no attention in between.
+    * history: the current piece of an earlier attention call; or whole latents (its length divides
+      by `Y * X`, proven or made a guard) of which there is evidence that they are latents: a
+      length that varies between calls, or a camera input `[B, F, 4, 4]` with
+      `F = T_history + T_current`. Where cameras belong to one piece, a length that varies is no
+      evidence for another.
+    * text: any other piece whose length is no whole number of latents, or whose latents have no
+      cameras where another piece's have.
+
+    The call is `decode` if it has history, `prefill` if not and its own keys are returned or are
+    history to a later call, `cross` if no key is current, `text` if q has no grid and all keys are
+    its own.
+
+    Slices of preallocated caches are cut where the call wrote to them: history | current.
+
+    Keeps (role `other`): masks, dropout and causal attention; operands of mixed dtypes or
+    broadcast; k and v cut differently, or written to once they are joined; q without a token grid;
+    own keys whose grid is another one; a piece that could be text or history: `segments` names the
+    pieces then; a site that its sparse call at budget 1.0 does not equal on small inputs.
+    """
+
+    name: ClassVar[str] = "find-attention"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+
+    token_grid: tuple[int, ...] | None = None
+    """Tokens per latent `(Y, X)`, or `(T, Y, X)` of q, where the graph does not show them."""
+    segments: tuple[str, ...] = ()
+    """Role of each piece of the keys, for graphs in which text and history look alike."""
+    verify: bool = True
+    """Compare sites with their sparse call at budget 1.0, the first of each form."""
+    strict: bool = False
+    """Raise where that comparison fails."""
+
+    def __post_init__(self) -> None:
+        if self.token_grid is not None and len(self.token_grid) not in (2, 3):
+            raise ValueError(
+                f"token_grid must be (Y, X) or (T, Y, X), got {self.token_grid}; use 8x8 or none"
+            )
+        if unknown := set(self.segments) - set(ROLES):
+            raise ValueError(
+                f"segments must be of {', '.join(ROLES)}, got {', '.join(sorted(unknown))}"
+            )
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
+        calls = [node for node in graph.nodes if is_call(node, SDPA) or site_of(node)]
+        names = _names(calls)
+        owners: dict[Node, Node] = {}
+        compared: dict[object, str | None] = {}
+        for node in calls:
+            if is_call(node, SDPA):
+                cut_cache(node, ctx)
+        for node in ctx.visit(calls):
+            site = self._describe(node, names[node], owners)
+            if site.role in ("prefill", "decode"):
+                operands = match.attention(node)
+                assert isinstance(operands, Operands)
+                owners[segments.origin(operands.keys[-1])] = node
+                if why := self._wrong(node, operands, site, compared):
+                    site = replace(site, role="other", segments=(), reason=why)
+            set_site(node, site)
+            ctx.note(site.name, "found", f"{site.role}: {site.reason}")
+        return False
+
+    def _wrong(
+        self,
+        node: Node,
+        operands: Operands,
+        site: AttentionSite,
+        compared: dict[object, str | None],
+    ) -> str | None:
+        """Say how the site's block-sparse call at budget 1.0 differs; once for each form."""
+        # pieces of a cache are proven by where it is written, at sizes that cannot be made small
+        if not self.verify or pieces_of(node) is not None:
+            return None
+        form = check_site.form(node, operands, site)
+        if form not in compared:
+            compared[form] = check_site.wrong(node, operands, site)
+        why = compared[form]
+        if why and self.strict:
+            raise PassError(f"strict: {site.name} must equal its sparse call at budget 1.0, {why}")
+        return why and f"its sparse call at budget 1.0 is not equal: {why}"
+
+    def _describe(self, node: Node, name: str, owners: dict[Node, Node]) -> AttentionSite:
+        def site(
+            role: str, reason: str, grid: Grid | None = None, segments: tuple[KeySegment, ...] = ()
+        ) -> AttentionSite:
+            scale = operands.scale if isinstance(operands, Operands) else 1.0
+            # one module makes a prefill site in one graph and a decode site in another
+            full = f"{name}:{role}" if role in ("prefill", "decode") else name
+            proof = ""
+            if grid is not None and isinstance(operands, Operands):
+                proof = self._proof(operands, q_tokens)
+            return AttentionSite(full, call_line(node), role, grid, segments, scale, reason, proof)
+
+        refused = site_of(node)
+        if refused is not None and not is_call(node, SDPA):
+            return replace(refused, name=name)
+        operands = match.attention(node)
+        if isinstance(operands, Refusal):
+            return site("other", operands.reason)
+        q_tokens: Size = value(operands.q).shape[2]
+        own = [segments.is_current_piece(operands.q, key, q_tokens) for key in operands.keys]
+        grid = self._grid(operands.q, q_tokens)
+        if isinstance(grid, Refusal):
+            return site("text" if all(own) and not self.token_grid else "other", grid.reason)
+        if not any(own):
+            return site("cross", "no key is made from the tokens of q", grid)
+        named = self._named(len(operands.keys))
+        if isinstance(named, Refusal):
+            return site("other", named.reason)
+        filmed = [camera_of(key, grid) for key in operands.keys]
+        pieces: list[KeySegment] = []
+        for i, key in enumerate(operands.keys):
+            if own[i] and not self.token_grid and (why := other_order(operands.q, key, q_tokens)):
+                return site("other", f"key piece {i} of {value(key).shape[2]}: {why}")
+            camera = filmed[i] if not own[i] else ""
+            elsewhere = any(filmed[:i] + filmed[i + 1 :]) and not camera
+            found = segments.segment(key, own[i], grid, owners, named[i], camera, elsewhere)
+            if isinstance(found, Refusal):
+                return site("other", f"key piece {i} of {value(key).shape[2]}: {found.reason}")
+            pieces.append(found)
+        roles = [piece.role for piece in pieces]
+        if roles.count("history") > 1:
+            return site("other", f"keys are {' | '.join(roles)}; {NAME_THEM}")
+        if roles.count("current") != 1 or roles[-1] != "current":
+            return site("other", f"keys are {' | '.join(roles)}; the last must be current, once")
+        if "history" in roles:
+            return site("decode", "it has history keys", grid, tuple(pieces))
+        if why := segments.returned(operands.keys[-1], node):
+            return site("prefill", why, grid, tuple(pieces))
+        return site("other", "it has no history keys and its own keys are used nowhere else")
+
+    def _named(self, pieces: int) -> tuple[str | None, ...] | Refusal:
+        """Return what `segments` calls each piece; history may be absent, as it is in prefill."""
+        without = tuple(role for role in self.segments if role != "history")
+        for named in ((None,) * pieces if not self.segments else self.segments, without):
+            if len(named) == pieces:
+                return named
+        return Refusal(f"segments names {len(self.segments)} pieces, the keys have {pieces}")
+
+    def _proof(self, operands: Operands, tokens: Size) -> str:
+        found = token_grid.merge(operands.q, tokens)
+        if self.token_grid is not None or isinstance(found, Refusal):
+            return "given by token_grid"
+        return f"%{found.node.name} merges T, Y, X"
+
+    def _grid(self, q: Node, tokens: Size) -> Grid | Refusal:
+        if self.token_grid is None:
+            return token_grid.infer(q, tokens)
+        *latents, y, x = self.token_grid
+        grid = (latents[0] if latents else tokens // (y * x), y, x)
+        if not guard(grid[0] * y * x == tokens):
+            return Refusal(f"token_grid {self.token_grid} does not give the {tokens} tokens of q")
+        return grid
+
+
+def _names(calls: list[Node]) -> dict[Node, str]:
+    """Name each call by its module path; several calls in one module count `#1`, `#2`, ..."""
+    paths = {node: _path(node) for node in calls}
+    total, seen, names = Counter(paths.values()), Counter[str](), {}
+    for node, path in paths.items():
+        seen[path] += 1
+        names[node] = f"{path}#{seen[path]}" if total[path] > 1 else path
+    return names
+
+
+def _path(node: Node) -> str:
+    path = module_path(node)
+    return path if path and not path.startswith("@") else f"attention{path}"

@@ -1,0 +1,237 @@
+"""Find the denoising loop where a graph holds it unrolled."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import networkx as nx
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.graph.compat import hint, value
+from lipass.passes.graph.marks import StepMark, set_step
+from lipass.passes.graph.region import Region, difference, region_of
+from lipass.passes.graph.writes import memory_written, storage, writes_between
+
+# Heun's rule under classifier-free guidance, each branch a call of its own.
+_CALLS_MAX = 4
+
+Continues = Callable[[Region, Region], bool]
+
+
+@dataclass(frozen=True)
+class FindSteps(Pass):
+    """Attach a `StepMark` to every node of a repeated model call that is a denoising step.
+
+    ::
+
+        %v = <model>(%x, %sigma, ..)            step 0 of 2
+        %x_1 = add(%x, mul(-0.1, %v))
+        %v_1 = <model>(%x_1, %sigma_1, ..)      step 1 of 2
+
+    Dynamo marks the calls of one module `@1, @2, ...`. A step is one of them, or the same few in
+    each step: the branches of classifier-free guidance, or the slopes of Heun's rule with what
+    lies between. Consecutive ones are steps if they are isomorphic (same operations, same
+    constants, inputs of the same shapes) and each continues from the one before. One of its inputs
+    is computed, outside the calls, from an output of the step before and
+
+    - the input in the same place there, before it was scaled or copied (`x + c * v`; multistep
+      rules read older outputs too), or
+    - a tensor of its size that no call has made, while another input, the noise level, comes from
+      outside (`x0 + sigma * noise`).
+
+    Keeps: calls with other constants or shapes, such as the prefill in front of the loop; calls
+    that do not continue from one another, such as a block whose weights are shared.
+    """
+
+    name: ClassVar[str] = "find-steps"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
+        refusals = []
+        for calls in _repeated_calls(graph):
+            loop = _Loop(graph, calls)
+            run = next(loop.runs(), None)
+            if run is None:
+                refusals += loop.refusals()
+                continue
+            for index, step in enumerate(run):
+                for node in step.region.nodes:
+                    set_step(node, StepMark(index, len(run)))
+            size = run[0].last - run[0].first + 1
+            where = f"calls {_name(calls[run[0].first])} to {_name(calls[run[-1].last])}"
+            each = f", {size} a step" if size > 1 else ""
+            ctx.note("steps", "found", f"{len(run)} steps: {where} of {len(calls)}{each}")
+            return False
+        ctx.note("steps", "kept", "; ".join(refusals) or "no module call is repeated")
+        return False
+
+
+def _repeated_calls(graph: Graph) -> list[list[list[Node]]]:
+    """Group the outermost module calls by module, in order; only modules called more than once."""
+    calls: dict[str, dict[str, list[Node]]] = defaultdict(lambda: defaultdict(list))
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack and node.op.startswith("call"):
+            key = next(iter(stack))
+            calls[key.partition("@")[0]][key].append(node)
+    return [list(group.values()) for group in calls.values() if len(group) > 1]
+
+
+class _Candidate(NamedTuple):
+    """What may be a step: the calls from `first` to `last`, and what lies between."""
+
+    region: Region
+    first: int
+    last: int
+
+
+class _Loop:
+    """The calls of one module, and the arithmetic around them."""
+
+    def __init__(self, graph: Graph, calls: list[list[Node]]) -> None:
+        self.calls = calls
+        self.regions = [region_of(nodes) for nodes in calls]
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        inside = {node for nodes in calls for node in nodes}
+        # What is computed from what without another call.
+        self.around = nx.DiGraph()
+        self.around.add_nodes_from(graph.nodes)
+        outside = [node for node in graph.nodes if node not in inside]
+        self.around.add_edges_from((x, node) for node in outside for x in node.all_input_nodes)
+        outputs = {node for region in self.regions for node in region.outputs}
+        self.made = self._below(outputs) | outputs
+
+    def runs(self) -> Iterator[list[_Candidate]]:
+        """Iterate over runs of steps, those of the fewest calls first."""
+        sizes = range(1, min(_CALLS_MAX, len(self.calls) // 2) + 1)
+        for run in (run for size in sizes for run in self._isomorphic(size)):
+            rules = (self._is_updated, self._is_noised_again)
+            if any(_broken(run, continues) is None for continues in rules):
+                yield run
+
+    def refusals(self) -> list[str]:
+        """Say why the single calls are no steps."""
+        broken = [_broken(run, self._is_updated) for run in self._isomorphic(1)]
+        refusals = [self._refusal(at) for at in broken if at is not None]
+        why = next(
+            filter(None, itertools.starmap(difference, itertools.pairwise(self.regions))), ""
+        )
+        return refusals + ([f"calls of {_name(self.calls[0])}: {why}"] if why else [])
+
+    def _refusal(self, at: int) -> str:
+        said = f"call {_name(self.calls[at])} does not continue from {_name(self.calls[at - 1])}"
+        memory = {storage(value(node)) for node in self.regions[at].inputs}
+        for node in writes_between(self.calls[at - 1][-1], self.calls[at][0]):
+            if memory_written(node) & memory:
+                return f"{said}: %{node.name} writes to its input in place; write `x = x + ..`"
+        return said
+
+    def _isomorphic(self, size: int) -> list[list[_Candidate]]:
+        """Cut the calls into maximal runs of isomorphic candidates, runs of one left out."""
+        runs: list[list[_Candidate]] = []
+        for offset in range(size):
+            own: list[list[_Candidate]] = []
+            for first in range(offset, len(self.calls) - size + 1, size):
+                last = first + size - 1
+                step = _Candidate(self._joined(first, last), first, last)
+                if own and difference(own[-1][-1].region, step.region) is None:
+                    own[-1].append(step)
+                else:
+                    own.append([step])
+            runs += own
+        return sorted((run for run in runs if len(run) > 1), key=len, reverse=True)
+
+    def _joined(self, first: int, last: int) -> Region:
+        """Return the region of some calls and of what one computes for a later one."""
+        if first == last:
+            return self.regions[first]
+        nodes = {node for call in self.calls[first : last + 1] for node in call}
+        for a, b in itertools.combinations(self.regions[first : last + 1], 2):
+            nodes |= self._below(a.outputs) & self._above(b.inputs)
+        return region_of(sorted(nodes, key=self.order.__getitem__))
+
+    def _is_updated(self, a: Region, b: Region) -> bool:
+        """Whether an input of `b` is that of `a` and an output, put together."""
+        for mine, theirs in _changed(a, b):
+            origins = self._origins(mine)
+            if self._joins(theirs, a, origins | self._below(origins)):
+                return True
+        return False
+
+    def _is_noised_again(self, a: Region, b: Region) -> bool:
+        """Whether an input of `b` is an output of `a` and noise, which no call has made."""
+        changed = _changed(a, b)
+        if all(theirs in self.made for _, theirs in changed):
+            return False
+        noise = set(self.around) - self.made
+        return any(self._joins(theirs, a, noise) for _, theirs in changed)
+
+    def _joins(self, node: Node, a: Region, others: set[Node]) -> bool:
+        """Whether what `a` gives meets one of `others`, alike in size, on the way to `node`."""
+        given = self._below(a.outputs) | set(a.outputs)
+        for above in self._above([node]) - set(a.nodes):
+            size = _elements(above)
+            full = {x for x in self.around.predecessors(above) if _elements(x) == size}
+            if size > 1 and len(full) > 1 and full & given and full & others:
+                return True
+        return False
+
+    def _origins(self, node: Node) -> set[Node]:
+        """Return a node and what it is a copy or a scaled form of."""
+        found = {node}
+        while above := list(self.around.predecessors(node)):
+            size = max(map(_elements, above))
+            full = [x for x in above if _elements(x) == size]
+            if len(full) > 1 or not size:
+                break
+            (node,) = full
+            found.add(node)
+        return found
+
+    def _above(self, nodes: Iterable[Node]) -> set[Node]:
+        return {x for node in nodes for x in (node, *nx.ancestors(self.around, node))}
+
+    def _below(self, nodes: Iterable[Node]) -> set[Node]:
+        return {x for node in nodes for x in nx.descendants(self.around, node)}
+
+
+def _broken(run: list[_Candidate], continues: Continues) -> int | None:
+    """Return the first call of a run that does not continue from the ones before."""
+    pairs = itertools.pairwise(run)
+    return next((b.first for a, b in pairs if not continues(a.region, b.region)), None)
+
+
+def _changed(a: Region, b: Region) -> list[tuple[Node, Node]]:
+    """Pair the inputs in which two isomorphic regions differ."""
+    pairs = zip(a.inputs, b.inputs, strict=True)
+    return [(mine, theirs) for mine, theirs in pairs if not _equal(mine, theirs)]
+
+
+def _equal(x: Node, y: Node) -> bool:
+    """Whether two nodes compute the same of the same, such as one entry of a list of levels."""
+    if x is y or x.op == "placeholder" or (x.op, x.target) != (y.op, y.target):
+        return x is y
+    first, second = (map_arg((node.args, node.kwargs), lambda _: None) for node in (x, y))
+    inputs = zip(x.all_input_nodes, y.all_input_nodes, strict=False)
+    return first == second and all(itertools.starmap(_equal, inputs))
+
+
+def _elements(node: Node) -> int:
+    """Count the elements of a tensor, or of all tensors in a tuple, as they are now."""
+    tensors = [x for x in pytree.tree_leaves(value(node)) if isinstance(x, torch.Tensor)]
+    return sum(hint(tensor.numel()) for tensor in tensors)
+
+
+def _name(call: list[Node]) -> str:
+    """Name a call by its repeat, such as `@1`."""
+    _, at, repeat = next(iter(call[0].meta["nn_module_stack"])).partition("@")
+    return f"@{repeat}" if at else "@0"

@@ -1,0 +1,156 @@
+"""Insert nodes whose metadata is true from the start."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from lipass.passes.attention.match import Operands
+from lipass.passes.attention.site import AttentionSite, Grid, set_site
+from lipass.passes.core import PassContext
+from lipass.passes.graph.compat import Size, known_true, sizes_of, unguarded, value
+from lipass.passes.graph.marks import set_step, step_of
+from lipass.passes.graph.modes import entered, inside
+
+
+@dataclass(frozen=True)
+class Emitter:
+    """Insert calls in front of a node and compute their fake values."""
+
+    before: Node
+    ctx: PassContext
+    inside: bool = True
+    """Whether the calls belong to the module and the step of `before`."""
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """Insert one call."""
+        with self.before.graph.inserting_before(self.before):
+            node = self.before.graph.call_function(target, args, kwargs)
+        return self._describe(node, lambda given, named: target(*given, **named))
+
+    def method(self, name: str, tensor: Node, *args: Any) -> Node:
+        """Insert a call of a method of a tensor."""
+        with self.before.graph.inserting_before(self.before):
+            node = self.before.graph.call_method(name, (tensor, *args))
+        return self._describe(node, lambda given, _: getattr(given[0], name)(*given[1:]))
+
+    def like(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """Insert the call of another node with other arguments."""
+        with self.before.graph.inserting_before(self.before):
+            made = self.before.graph.create_node(node.op, node.target, args, kwargs)
+        if node.op == "call_method":
+            name = str(node.target)
+            return self._describe(
+                made, lambda given, named: getattr(given[0], name)(*given[1:], **named)
+            )
+        target: Any = node.target
+        return self._describe(made, lambda given, named: target(*given, **named))
+
+    def _describe(self, node: Node, run: Callable[..., Any]) -> Node:
+        if self.inside:
+            for key in {"nn_module_stack", "stack_trace"} & self.before.meta.keys():
+                node.meta[key] = self.before.meta[key]
+            if step := step_of(self.before):
+                set_step(node, step)
+        mode = self.ctx.fake_mode
+        with inside(entered(self.before)), mode, unguarded(mode), torch.no_grad():
+            node.meta["example_value"] = run(
+                map_arg(node.args, value), map_arg(node.kwargs, value)
+            )
+        return node
+
+    def size(self, size: Size, tensor: Node, dim: int) -> int | Node:
+        """Return a size as a constant or a node; `tensor` has it as its axis `dim`."""
+        return size if isinstance(size, int) else self.given(size) or self._axis(tensor, dim)
+
+    def grid(self, grid: Grid, tensor: Node) -> list[int | Node]:
+        """Return `(T, Y, X)` as constants or nodes; `tensor` `[B, H, T*Y*X, D]` has the tokens."""
+        # the graph was specialised on the height and width of a latent, or it is now
+        t, y, x = grid[0], int(grid[1]), int(grid[2])
+        if isinstance(t, int):
+            return [t, y, x]
+        if node := self.given(t):
+            return [node, y, x]
+        return [self(operator.floordiv, self._axis(tensor, 2), y * x), y, x]
+
+    def given(self, size: Size) -> Node | None:
+        """Return the input of the graph that is this size, if there is one."""
+        for node in self.before.graph.find_nodes(op="placeholder"):
+            if isinstance(value(node), torch.SymInt) and known_true(value(node) == size):
+                found: Node = node
+                return found
+        return None
+
+    def symbol(self, name: str) -> Node | None:
+        """Return a node of the size of this name: an input, or the axis of an input."""
+        for node in self.before.graph.find_nodes(op="placeholder"):
+            if isinstance(value(node), torch.SymInt) and str(value(node)) == name:
+                found: Node = node
+                return found
+        for node in self.before.graph.find_nodes(op="placeholder"):
+            for axis, size in enumerate(sizes_of(value(node))):
+                if str(size) == name:
+                    return self._axis(node, axis)
+        return None
+
+    def _axis(self, tensor: Node, dim: int) -> Node:
+        return self(torch.ops.aten.sym_size.int, tensor, dim)
+
+
+def refuse_training(node: Node) -> str | None:
+    """Say that a call is differentiated, which `lipass::sparse_attention` cannot be, or None."""
+    if value(node).requires_grad:
+        return "its gradient is recorded; call the model under torch.no_grad()"
+    return None
+
+
+def replace_attention(
+    node: Node,
+    site: AttentionSite,
+    operands: Operands,
+    ctx: PassContext,
+    *,
+    tile: tuple[int, ...],
+    budget: float,
+    sink_latents: int,
+    keep_frames: Node | None,
+) -> None:
+    """Put `lipass::sparse_attention` in place of an attention call and move its fact along."""
+    assert site.q_grid is not None
+    emit = Emitter(node, ctx)
+    kv_grids: list[int | Node] = []
+    for key, segment in zip(operands.keys, site.segments, strict=True):
+        if segment.role == "text":
+            kv_grids += [1, 1, emit.size(segment.tokens, key, 2)]
+        else:
+            kv_grids += emit.grid(segment.grid, key)
+    call = emit(
+        torch.ops.lipass.sparse_attention.default,
+        operands.q,
+        [_heads_of_q(piece, operands.groups, emit) for piece in operands.keys],
+        [_heads_of_q(piece, operands.groups, emit) for piece in operands.values],
+        emit.grid(site.q_grid, operands.q),
+        kv_grids,
+        ",".join(segment.role for segment in site.segments),
+        list(tile),
+        budget,
+        site.scale,
+        sink_latents,
+        site.role,
+        keep_frames,
+        site.name,
+    )
+    set_site(call, site)
+    node.replace_all_uses_with(call)
+    node.graph.erase_node(node)
+
+
+def _heads_of_q(piece: Node, groups: int, emit: Emitter) -> Node:
+    """Repeat the heads of keys that are shared by groups of heads of q."""
+    return piece if groups == 1 else emit.method("repeat_interleave", piece, groups, 1)

@@ -1,0 +1,58 @@
+"""Mark nodes of a graph as denoising steps, guarded regions and results that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.fx
+
+_STEP, _REGION, _INVARIANT = "lipass_step", "lipass_region", "lipass_invariant"
+
+
+@dataclass(frozen=True)
+class StepMark:
+    """Say which denoising step of an unrolled loop a node belongs to."""
+
+    index: int
+    steps: int
+
+
+def step_of(node: torch.fx.Node) -> StepMark | None:
+    """Return the step that a node belongs to, if any."""
+    step: StepMark | None = node.meta.get(_STEP)
+    return step
+
+
+def set_step(node: torch.fx.Node, step: StepMark) -> None:
+    """Attach the step that a node belongs to."""
+    node.meta[_STEP] = step
+
+
+def clear_step(node: torch.fx.Node) -> None:
+    """Take a node out of its step; it then runs in front of the loop."""
+    node.meta.pop(_STEP, None)
+
+
+def region_name(node: torch.fx.Node) -> str | None:
+    """Return the name of the guarded region that a node stands for, if any.
+
+    A call of an outlined step is `step 0`, `step 1`, ...; the output node is `call` if the whole
+    graph is the region.
+    """
+    name: str | None = node.meta.get(_REGION)
+    return name
+
+
+def set_region(node: torch.fx.Node, name: str) -> None:
+    """Mark a node as standing for a guarded region."""
+    node.meta[_REGION] = name
+
+
+def set_invariant(call: torch.fx.Node) -> None:
+    """Mark the call of a body that runs again only where its inputs have changed."""
+    call.meta[_INVARIANT] = True
+
+
+def invariants(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """List the calls of such bodies, in order."""
+    return [node for node in graph.find_nodes(op="call_module") if _INVARIANT in node.meta]

@@ -1,0 +1,160 @@
+"""Describe and compare regions of a graph, such as the repeats of one module call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx import Node
+
+from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.modes import half_inside
+from lipass.passes.graph.names import without_repeat
+from lipass.passes.graph.writes import memory_written, storage, writes_between
+
+_RANDOM = re.compile(
+    r"^(rand|normal|bernoulli|multinomial|poisson|exponential|dropout|alpha_drop)"
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Hold the nodes of a region in order, with what goes in and out."""
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    """Nodes outside that the region reads, in the order of first use."""
+    outputs: tuple[Node, ...]
+    """Nodes of the region that are used outside."""
+    form: tuple[object, ...]
+    """What the nodes compute, without their names: equal for isomorphic regions."""
+
+
+def region_of(nodes: list[Node], anonymous: Callable[[str], str] = without_repeat) -> Region:
+    """Describe a region; arithmetic on sizes from outside stays there, as repeats share it.
+
+    Args:
+        nodes: the nodes in order.
+        anonymous: takes out of a text argument what may differ between isomorphic regions.
+    """
+    inside: dict[Node, int] = {}
+    for node in nodes:
+        if not _is_size_arithmetic(node) or any(above in inside for above in node.all_input_nodes):
+            inside[node] = len(inside)
+    inputs: dict[Node, int] = {}
+
+    def form(arg: Any) -> object:
+        if isinstance(arg, Node):
+            if arg in inside:
+                return ("node", inside[arg])
+            return ("input", inputs.setdefault(arg, len(inputs)))
+        if isinstance(arg, (list, tuple)):
+            return (type(arg).__name__, *(form(item) for item in arg))
+        if isinstance(arg, dict):
+            return tuple((key, form(item)) for key, item in arg.items())
+        if isinstance(arg, slice):
+            return ("slice", form(arg.start), form(arg.stop), form(arg.step))
+        if isinstance(arg, str):
+            return anonymous(arg)
+        # 1 == 1.0 == True, but they are not the same argument
+        return (type(arg).__name__, arg)
+
+    forms = tuple((n.op, n.target, form(n.args), form(n.kwargs)) for n in inside)
+    outputs = tuple(n for n in inside if any(user not in inside for user in n.users))
+    return Region(tuple(inside), tuple(inputs), outputs, forms)
+
+
+def _is_size_arithmetic(node: Node) -> bool:
+    """Whether a node computes a size from sizes alone."""
+    if node.op != "call_function" or not isinstance(value(node), (torch.SymInt, int)):
+        return False
+    return all(isinstance(value(above), (torch.SymInt, int)) for above in node.all_input_nodes)
+
+
+def difference(
+    a: Region, b: Region, equal: Callable[[bool | torch.SymBool], bool] = known_true
+) -> str | None:
+    """Say where two regions differ, or return None if one can stand for the other.
+
+    Args:
+        a: the region that would be compiled.
+        b: the region that it would stand for.
+        equal: whether sizes count as equal; `holds_now` for sizes that need a guard.
+    """
+    if len(a.nodes) != len(b.nodes):
+        return f"they have {len(a.nodes)} and {len(b.nodes)} nodes"
+    for first, second, mine, other in zip(a.form, b.form, a.nodes, b.nodes, strict=True):
+        if first != second:
+            return f"%{mine.name} and %{other.name} differ"
+    for mine, other in zip(a.inputs, b.inputs, strict=True):
+        if mine is not other and not _same_kind(value(mine), value(other), equal):
+            return f"inputs %{mine.name} and %{other.name} differ in shape or dtype"
+    return None
+
+
+def _same_kind(a: Any, b: Any, equal: Callable[[bool | torch.SymBool], bool]) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b) and equal(a == b)
+    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
+        return False
+    return all(equal(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def impurity(region: Region) -> str | None:
+    """Say what keeps a region from being skipped or repeated at will, or return None.
+
+    Writing to memory that the region itself made is harmless.
+    """
+    if region.nodes and (why := half_inside(region.nodes)):
+        return why
+    given = {storage(value(node)) for node in region.inputs} - {None}
+    for node in region.nodes:
+        if memory_written(node) & given:
+            return f"%{node.name} writes to an input"
+        name = getattr(node.target, "__name__", str(node.target))
+        if _RANDOM.match(name) and _is_active(node):
+            return f"%{node.name} draws random numbers"
+    return None
+
+
+def _is_active(node: Node) -> bool:
+    """Whether a dropout does anything: its arguments are (x, p, training, inplace)."""
+    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+    return training is not False
+
+
+def alias(region: Region) -> str | None:
+    """Say which output shares memory with an input, or return None."""
+    memory = {storage(value(node)): node.name for node in region.inputs}
+    for node in region.outputs:
+        at = storage(value(node))
+        if at is not None and at in memory:
+            return f"%{node.name} shares memory with %{memory[at]}"
+    return None
+
+
+def alias_between(region: Region) -> str | None:
+    """Say which two outputs share memory, or return None."""
+    memory: dict[int, str] = {}
+    for node in region.outputs:
+        at = storage(value(node))
+        if at is not None and memory.setdefault(at, node.name) != node.name:
+            return f"%{node.name} shares memory with %{memory[at]}"
+    return None
+
+
+def interruption(region: Region, order: dict[Node, int]) -> str | None:
+    """Say why a region cannot run where its last node stands, or return None."""
+    last, inside = order[region.nodes[-1]], set(region.nodes)
+    for node in writes_between(region.nodes[0], region.nodes[-1]):
+        if node not in inside:
+            return f"it is interrupted by %{node.name}, which writes to its input"
+    for node in region.outputs:
+        for user in node.users:
+            if user not in inside and order[user] < last:
+                return f"it is used by %{user.name} before it is complete"
+    return None

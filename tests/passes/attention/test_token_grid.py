@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lipass.passes.attention import token_grid
+from lipass.passes.attention.match import Refusal
+from lipass.passes.attention.site import SDPA
+from lipass.passes.graph.calls import is_call
+
+
+def attend(tokens):
+    q = tokens.unflatten(-1, (2, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.fixture
+def grid(trace, apply):
+    def run(fn, args, grown=None):
+        gm = trace(fn, args, grown)
+        apply(gm, "canonicalize")
+        call = next(node for node in gm.graph.nodes if is_call(node, SDPA))
+        found = token_grid.infer(call.args[0], call.args[0].meta["example_value"].shape[2])
+        return found.reason if isinstance(found, Refusal) else tuple(map(str, found))
+
+    return run
+
+
+def latents(frames=3, rows=4, columns=5):
+    return torch.randn(1, 16, frames, rows, columns)
+
+
+REFUSED = "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q"
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: attend(x.flatten(2).mT),
+        lambda x: attend(x.reshape(1, 16, -1).mT),
+        lambda x: attend(x.permute(0, 2, 3, 4, 1).flatten(1, 3)),
+        lambda x: attend(x.permute(0, 2, 3, 4, 1).reshape(1, 60, 16)),
+        lambda x: attend(x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(1, 2)),
+        lambda x: attend(x.flatten(3).permute(0, 2, 3, 1).reshape(1, 60, 16)),
+        lambda x: attend(F.layer_norm(x.flatten(2).mT, (16,)) * 2 + 1),
+    ],
+)
+def test_reshapes_that_make_tokens(grid, fn):
+    assert grid(fn, (latents(),)) == ("3", "4", "5")
+
+
+def test_patch_convolution(grid):
+    conv = nn.Conv3d(4, 16, (1, 2, 2), stride=(1, 2, 2))
+    x = torch.randn(1, 4, 3, 8, 10)
+    assert grid(lambda x: attend(conv(x).flatten(2).mT), (x,)) == ("3", "4", "5")
+
+
+def test_frames_that_vary(grid):
+    fn = lambda x: attend(x.flatten(2).mT)  # noqa: E731
+    t, y, x = grid(fn, (latents(3),), (latents(6),))
+    assert t.startswith("s")
+    assert (y, x) == ("4", "5")
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: attend(x.flatten(2).mT),
+        lambda x: attend(x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(1, 2)),
+    ],
+)
+def test_frames_that_vary_and_are_now_as_many_as_rows(grid, fn):
+    t, *_ = grid(fn, (latents(3),), (latents(4),))
+    assert t.startswith("s")
+
+
+def test_nearest_reshape_wins(grid):
+    def fn(x):
+        tokens = x.flatten(2).mT
+        return attend(tokens.reshape(1, 3, 2, 10, 16).flatten(1, 3))
+
+    assert grid(fn, (latents(),)) == ("3", "2", "10")
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: attend(x.flatten(2).mT[:, :59]),
+        lambda x: attend(torch.cat([x.flatten(2).mT, x.new_zeros(1, 6, 16)], 1)),
+        lambda x: attend(x[:, :, 0].flatten(2).mT),
+        lambda x: attend(x.transpose(1, 2).reshape(3, 16, 20).mT),
+        lambda x: attend(x.sum((2, 3)).mT),
+    ],
+)
+def test_tokens_that_are_not_all_of_a_grid(grid, fn):
+    assert grid(fn, (latents(),)) == REFUSED
+
+
+def test_grid_behind_an_attention_does_not_count(grid):
+    def fn(x):
+        first = attend(x.flatten(2).mT)
+        return attend(first.transpose(1, 2).flatten(2)[:, :30])
+
+    assert grid(fn, (latents(),)) == ("3", "4", "5")
+
+
+def test_features_are_no_grid(grid):
+    def fn(x):
+        return attend(x.reshape(1, 24, 2, 3, 4).flatten(2))
+
+    assert grid(fn, (torch.randn(1, 24, 24),)) == REFUSED

@@ -1,0 +1,428 @@
+import re
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch.nn import functional as F
+
+from lipass.passes.attention.site import sites
+
+TEXT = "canonicalize,find-attention"
+HISTORY = 8  # latents
+
+
+def heads(tokens):
+    """`[B, L, C]` to `[B, H, L, D]`."""
+    return tokens.unflatten(-1, (2, 8)).transpose(1, 2)
+
+
+def latents(frames=4):
+    return torch.randn(1, 16, frames, 4, 4)
+
+
+def kv(tokens, h=2):
+    return torch.randn(1, h, tokens, 8)
+
+
+def attend(x, *keys, key_dim=2, **options):
+    """Attend from latents `[B, C, T, Y, X]` to other keys and their own."""
+    q = heads(x.flatten(2).mT)
+    key = torch.cat([*keys, q * 2], key_dim)
+    value = torch.cat([*(k + 1 for k in keys), q * 3], key_dim)
+    return F.scaled_dot_product_attention(q, key, value, **options)
+
+
+def describe(gm):
+    lines = []
+    for _, site in sites(gm.graph):
+        lines.append(f"{site.name}: {site.role}, {site.reason}; q {site.q_grid}")
+        lines += [f"  {s.role} {tuple(map(str, s.grid))}: {s.why}" for s in site.segments]
+    return re.sub(r"\bs\d+\b", "n", "\n".join(lines)).replace("'", "") + "\n"
+
+
+@pytest.fixture
+def found(trace, apply):
+    def run(fn, args, grown=None, text=TEXT):
+        gm = trace(fn, args, grown)
+        apply(gm, text)
+        return [(site.role, site.reason) for _, site in sites(gm.graph)]
+
+    return run
+
+
+@pytest.fixture
+def grown():
+    """Decode inputs at two lengths of the history, so that the length is dynamic."""
+    return tuple((latents(), kv(6), kv(16 * n)) for n in (HISTORY, HISTORY + 4))
+
+
+def test_decode(trace, apply, mini, inputs):
+    gm = trace(mini, inputs(4).decode, inputs(8).decode)
+    apply(gm, TEXT)
+    assert_expected_inline(
+        describe(gm),
+        """\
+blocks.0:decode: decode, it has history keys; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  history ((n//16), 4, 4): l_w2c_ has a camera for each of its latents
+  current (4, 4, 4): made from the tokens of q
+blocks.1:decode: decode, it has history keys; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  history ((n//16), 4, 4): l_w2c_ has a camera for each of its latents
+  current (4, 4, 4): made from the tokens of q
+""",
+    )
+
+
+def test_prefill(trace, apply, mini, inputs):
+    gm = trace(mini, inputs(4).prefill)
+    apply(gm, TEXT)
+    assert_expected_inline(
+        describe(gm),
+        """\
+blocks.0:prefill: prefill, its keys are returned; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  current (4, 4, 4): made from the tokens of q
+""",
+    )
+
+
+def test_unrolled_chunk(trace, apply, mini, inputs):
+    gm = trace(mini.chunk, inputs(4).chunk)
+    apply(gm, TEXT)
+    assert_expected_inline(
+        describe(gm),
+        """\
+blocks.0:prefill: prefill, its keys are history to later calls; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  current (4, 4, 4): made from the tokens of q
+blocks.0@1:decode: decode, it has history keys; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  history (4, 4, 4): keys of blocks.0:prefill
+  current (4, 4, 4): made from the tokens of q
+blocks.1@1:decode: decode, it has history keys; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  history (4, 4, 4): l_w2c_ has a camera for each of its latents
+  current (4, 4, 4): made from the tokens of q
+blocks.0@2:decode: decode, it has history keys; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  history (4, 4, 4): keys of blocks.0:prefill
+  current (4, 4, 4): made from the tokens of q
+blocks.1@2:decode: decode, it has history keys; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  history (4, 4, 4): l_w2c_ has a camera for each of its latents
+  current (4, 4, 4): made from the tokens of q
+blocks.0@3:decode: decode, it has history keys; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  history (4, 4, 4): keys of blocks.0:prefill
+  current (4, 4, 4): made from the tokens of q
+blocks.1@3:decode: decode, it has history keys; q (4, 4, 4)
+  text (1, 1, 6): no whole number of latents of 16
+  history (4, 4, 4): l_w2c_ has a camera for each of its latents
+  current (4, 4, 4): made from the tokens of q
+""",
+    )
+
+
+def test_pass_annotates_and_changes_nothing(trace, apply, mini, inputs):
+    records, _ = apply(trace(mini, inputs(4).decode), TEXT)
+    assert [record.changed for record in records] == [True, False]
+
+
+def test_history_of_a_length_that_varies(found, grown):
+    assert found(attend, *grown) == [("decode", "it has history keys")]
+
+
+def test_history_with_a_camera_for_each_latent(found):
+    def fn(x, text, history, w2c):
+        return attend(x, text, history) * w2c.sum()
+
+    args = (latents(), kv(6), kv(16 * HISTORY), torch.randn(1, HISTORY + 4, 4, 4))
+    assert found(fn, args) == [("decode", "it has history keys")]
+
+
+def test_history_guards_its_length(trace, apply, grown):
+    gm = trace(attend, *grown)
+    apply(gm, TEXT)
+    ((_, site),) = sites(gm.graph)
+    tokens = site.segments[1].tokens
+    env = tokens.node.shape_env
+    assert any("Mod" in str(guard.expr) for guard in env.guards)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout_p": 0.1}, "dropout is 0.1"),
+        ({"is_causal": True}, "it is causal"),
+        ({"attn_mask": torch.zeros(1)}, "it has a mask"),
+    ],
+)
+def test_attention_that_is_no_plain_softmax(found, grown, options, reason):
+    mask = options.pop("attn_mask", None)
+
+    def fn(x, text, history):
+        extra = {} if mask is None else {"attn_mask": x.new_zeros(64, 1)}
+        return attend(x, text, history, **extra, **options)
+
+    assert found(fn, *grown) == [("other", reason)]
+
+
+def test_data_dependent_mask(found, grown):
+    def fn(x, text, history):
+        return attend(x, text, history, attn_mask=x.sum() > history[0, 0, :1, :1])
+
+    assert found(fn, *grown) == [("other", "it has a mask")]
+
+
+def test_grouped_heads(found):
+    def fn(x, k):
+        q = heads(x.flatten(2).mT)
+        return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+    assert found(fn, (latents(), kv(6, h=1))) == [("cross", "no key is made from the tokens of q")]
+
+
+def test_heads_that_are_no_groups(trace, apply):
+    gm = trace(attend, (latents(), kv(6)))
+    (call,) = gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    call.kwargs = {"enable_gqa": True}
+    call.args[1].meta["example_value"] = call.args[1].meta["example_value"].repeat(1, 2, 1, 1)
+    apply(gm, TEXT)
+    reason = "heads of q are no whole number of groups of the heads of k (enable_gqa)"
+    assert [site.reason for _, site in sites(gm.graph)] == [reason]
+
+
+def test_three_dimensional_operands(found):
+    def fn(x):
+        q = x.flatten(2).mT
+        return F.scaled_dot_product_attention(q, q, q)
+
+    reason = "q, k, v must be [B, H, L, D], got ranks [3, 3, 3]"
+    assert found(fn, (latents(),)) == [("other", reason)]
+
+
+def test_values_of_another_width(found):
+    def fn(x, k):
+        q = heads(x.flatten(2).mT)
+        return F.scaled_dot_product_attention(q, k, k[..., :4])
+
+    assert found(fn, (latents(), kv(64))) == [("other", "head dims of q and v differ")]
+
+
+def test_keys_written_after_they_were_joined(found, grown):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        own = q * 2
+        key = torch.cat([text, history, own], 2)
+        own.mul_(2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    reason = "%mul_ writes to its keys or values in place"
+    assert found(fn, *grown) == [("other", reason)]
+
+
+def test_joined_keys_that_are_written(found, grown):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([text, history, q * 2], 2)
+        key[:, :, 0] = 0
+        return F.scaled_dot_product_attention(q, key, key)
+
+    ((role, reason),) = found(fn, *grown)
+    assert role == "other"
+    assert reason.endswith("writes to its keys or values in place")
+
+
+def test_keys_written_before_they_are_joined(found, grown):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        own = q * 2
+        own.mul_(2)
+        key = torch.cat([text, history, own], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    assert found(fn, *grown) == [("decode", "it has history keys")]
+
+
+def test_history_of_another_dtype(found):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([text, history, q], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    args = [(latents(), kv(6), kv(16 * n).half()) for n in (HISTORY, HISTORY + 4)]
+    reason = "its dtypes differ: torch.float16, torch.float32"
+    assert found(fn, *args) == [("other", reason)]
+
+
+def test_keys_that_are_broadcast(found):
+    def fn(x, k):
+        q = heads(x.flatten(2).mT).expand(3, -1, -1, -1)
+        return F.scaled_dot_product_attention(q, k, k)
+
+    assert found(fn, (latents(), kv(64))) == [("other", "q and k differ in batch or heads")]
+
+
+def test_cat_along_heads_is_no_segment(found):
+    def fn(x, history):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([history, q], 1)
+        q = torch.cat([q, q], 1)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    ((role, _),) = found(fn, (latents(), kv(64)))
+    assert role == "other"
+
+
+def test_values_cut_differently_from_keys(found):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([text, history, q], 2)
+        value = torch.cat([text, torch.cat([history, q], 2).relu()], 2)
+        return F.scaled_dot_product_attention(q, key, value)
+
+    args = (latents(), kv(6), kv(16 * HISTORY))
+    assert found(fn, args) == [("other", "k is made of 3 pieces and v of 2")]
+
+
+def test_values_in_another_order(found):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        key, value = torch.cat([text, history, q], 2), torch.cat([history, text, q], 2)
+        return F.scaled_dot_product_attention(q, key, value)
+
+    args = (latents(), kv(6), kv(16 * HISTORY))
+    assert found(fn, args) == [("other", "pieces 0 of k and v differ in length")]
+
+
+def test_query_without_a_grid(found):
+    def fn(x, text, history):
+        q = heads(x)
+        key = torch.cat([text, history, q], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    args = (torch.randn(1, 64, 16), kv(6), kv(128))
+    reason = "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q"
+    assert found(fn, args) == [("other", reason)]
+
+
+def test_token_grid_option_gives_what_the_graph_does_not_show(found):
+    def fn(x, text, history, w2c):
+        q = heads(x)
+        key = torch.cat([text, history, q], 2)
+        return F.scaled_dot_product_attention(q, key, key) * w2c.sum()
+
+    args = (torch.randn(1, 64, 16), kv(6), kv(128), torch.randn(1, 12, 4, 4))
+    text = "canonicalize,find-attention{token_grid=4x4}"
+    assert found(fn, args, text=text) == [("decode", "it has history keys")]
+
+
+def test_token_grid_option_that_does_not_fit(found, grown):
+    text = "canonicalize,find-attention{token_grid=5x5}"
+    reason = "token_grid (5, 5) does not give the 64 tokens of q"
+    assert found(attend, *grown, text=text) == [("other", reason)]
+
+
+def test_text_of_whole_latents_and_fixed_length_is_not_guessed(found):
+    args = (latents(), kv(32), kv(16 * HISTORY))
+    ((role, reason),) = found(attend, args)
+    assert role == "other"
+    assert reason.startswith("key piece 0 of 32: it could be text or 2 latents; name the pieces")
+
+
+def test_two_pieces_of_whole_latents_that_vary_are_not_guessed(found):
+    args, grown = ((latents(), kv(16 * n), kv(32 * n)) for n in (2, 4))
+    ((role, reason),) = found(attend, args, grown)
+    assert role == "other"
+    assert reason.startswith("keys are history | history | current; name the pieces")
+
+
+def test_cameras_tell_history_from_text_of_whole_latents(found):
+    def fn(x, text, history, w2c):
+        return attend(x, text, history) * w2c.sum()
+
+    args, grown = (
+        (latents(), kv(16 * n), kv(32 * n), torch.randn(1, 2 * n + 4, 4, 4)) for n in (2, 4)
+    )
+    assert found(fn, args, grown) == [("decode", "it has history keys")]
+
+
+def test_segments_option_names_the_pieces(found):
+    args = (latents(), kv(32), kv(16 * HISTORY))
+    text = "canonicalize,find-attention{segments=text+history+current}"
+    assert found(attend, args, text=text) == [("decode", "it has history keys")]
+
+
+def test_segments_option_leaves_out_history_in_prefill(trace, apply, mini, inputs):
+    gm = trace(mini, inputs(4).prefill)
+    apply(gm, "canonicalize,find-attention{segments=text+history+current}")
+    assert [site.role for _, site in sites(gm.graph)] == ["prefill"]
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("history+text+current", "key piece 0 of 6: history must be whole latents of 16 tokens"),
+        ("text+current", "segments names 2 pieces, the keys have 3"),
+        (
+            "text+history+history",
+            "key piece 2 of 64: it is made from the tokens of q, but segments calls it history",
+        ),
+        (
+            "text+current+current",
+            "key piece 1 of 128: "
+            "segments calls it current, but it is not made from the tokens of q",
+        ),
+    ],
+)
+def test_segments_option_that_contradicts_the_graph(found, names, reason):
+    args = (latents(), kv(6), kv(16 * HISTORY))
+    text = f"canonicalize,find-attention{{segments={names}}}"
+    assert found(attend, args, text=text) == [("other", reason)]
+
+
+def test_current_keys_must_be_last(found, grown):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([text, q, history], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    reason = "keys are text | current | history; the last must be current, once"
+    assert found(fn, *grown) == [("other", reason)]
+
+
+def test_cross_attention(found):
+    def fn(x, text):
+        return F.scaled_dot_product_attention(heads(x.flatten(2).mT), text, text)
+
+    assert found(fn, (latents(), kv(6))) == [("cross", "no key is made from the tokens of q")]
+
+
+def test_cross_attention_to_as_many_keys_as_queries(found):
+    def fn(x, text):
+        return F.scaled_dot_product_attention(heads(x.flatten(2).mT), text, text)
+
+    assert found(fn, (latents(), kv(64))) == [("cross", "no key is made from the tokens of q")]
+
+
+def test_text_self_attention(found):
+    def fn(words):
+        q = heads(words + 1)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    ((role, _),) = found(fn, (torch.randn(1, 6, 16),))
+    assert role == "text"
+
+
+def test_self_attention_without_history_is_neither_prefill_nor_decode(found):
+    reason = "it has no history keys and its own keys are used nowhere else"
+    assert found(attend, (latents(), kv(6))) == [("other", reason)]
+
+
+def test_keys_made_from_other_latents_of_the_same_size_are_not_current(found):
+    def fn(x, other):
+        key = heads(other.flatten(2).mT)
+        return F.scaled_dot_product_attention(heads(x.flatten(2).mT), key, key)
+
+    assert found(fn, (latents(), latents())) == [("cross", "no key is made from the tokens of q")]
