@@ -97,6 +97,7 @@ def _pass_options(config: Config) -> dict[str, dict[str, object]]:
     options: dict[str, dict[str, object]] = {
         "canonicalize": dict(checks),
         "find-attention": dict(checks),
+        "hoist-calls": {"counted_writes": config.counted_writes},
     }
     if context := config.context:
         options["prune-context"] = {

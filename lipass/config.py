@@ -227,6 +227,9 @@ class Config:
             trusts the matchers.
         pipeline: text of the pass pipeline; None takes the preset's.
         disable: names of passes to leave out of the pipeline.
+        counted_writes: True promises that weights and inputs are only written to in ways that
+            torch counts, so not through `Tensor.data` or numpy; projected prompts are then kept
+            from call to call of a session.
         context, sparse, steps: options of the three approximations; None is off.
     """
 
@@ -236,6 +239,7 @@ class Config:
     verify: str
     pipeline: str | None
     disable: tuple[str, ...]
+    counted_writes: bool
     context: ContextOptions | None
     sparse: SparseOptions | None
     steps: StepOptions | None
@@ -305,7 +309,7 @@ class Config:
 
     def to_options(self) -> dict[str, Any]:
         """Give the flat options that `resolve(None, ...)` turns back into this Config."""
-        names = ("preset", "inner", "strict", "verify", "disable")
+        names = ("preset", "inner", "strict", "verify", "disable", "counted_writes")
         flat: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.pipeline is not None:
             flat["pipeline"] = self.pipeline
@@ -338,6 +342,7 @@ _FIELD_KINDS: dict[str, Any] = {
     "verify": str,
     "pipeline": str,
     "disable": "tuple[str, ...]",
+    "counted_writes": bool,
     **{
         f"{name}.{field.name}": field.type
         for name, kind in _SECTION_TYPES.items()

@@ -90,6 +90,7 @@ _TOP: dict[str, Any] = {
     "verify": "first",
     "pipeline": None,
     "disable": (),
+    "counted_writes": False,
 }
 _OFF: dict[str, Any] = {"context": None, "sparse": None, "steps": None}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -71,7 +72,8 @@ class ChunkRecord:
         plan: its decisions.
         seconds: wall time between entering and leaving the chunk.
         lookups: calls answered from stored outputs.
-        misses: calls that should have been, but had nothing stored and computed.
+        misses: calls of reused steps that computed all the same.
+        why_missed: reasons of those, with how often.
     """
 
     session: int
@@ -79,6 +81,7 @@ class ChunkRecord:
     seconds: float
     lookups: int
     misses: int
+    why_missed: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""
@@ -87,6 +90,7 @@ class ChunkRecord:
             "seconds": self.seconds,
             "lookups": self.lookups,
             "misses": self.misses,
+            "why_missed": dict(self.why_missed),
             "plan": self.plan.to_dict(),
         }
 

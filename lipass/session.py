@@ -14,23 +14,21 @@ model is being called.
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
 from lipass.config import Config
 from lipass.errors import LipassError
-from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
-from lipass.policy.steps import PlannedStep, StepPlan, plan_steps
-from lipass.receipt import ChunkRecord, current_report
-from lipass.runtime.invariants import InvariantStore
-from lipass.runtime.scope import Branch, enter, leave, open_items
-from lipass.runtime.step import Step, StepState
+from lipass.policy.plan import ChunkPlan, plan_chunk
+from lipass.receipt import current_report
+from lipass.runtime.chunk import Chunk
+from lipass.runtime.results import Invariants
+from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
+
+__all__ = ["Chunk", "Session", "current", "current_chunk", "current_step"]
 
 
 class Session:
@@ -58,10 +56,10 @@ class Session:
         self.config = config if config is not None else Config.resolve(None, options)
         self.number = current_report().open_session()
         self._chunks: dict[str, int] = {}
-        self._open: dict[str, Chunk] = {}
-        self.invariants = InvariantStore()
+        self.open_chunks: dict[str, Chunk] = {}
+        self.invariants = Invariants()
         self._replay: dict[str, deque[ChunkPlan]] | None = None
-        self._entered = 0
+        self._blocks: list[Block] = []
         self._closed = False
 
     @classmethod
@@ -108,7 +106,7 @@ class Session:
         """
         if self._closed:
             raise LipassError("a chunk needs an open session, got a closed one; make a new one")
-        if stream in self._open:
+        if stream in self.open_chunks:
             raise LipassError(
                 f"a stream has one chunk at a time, got a second for {stream!r}; leave the first "
                 "`with session.chunk(...)` block, or name another stream"
@@ -133,11 +131,11 @@ class Session:
     def stream(self, name: str) -> Iterator[None]:
         """Keep the stored outputs of the model calls inside apart, e.g. those of a CFG branch.
 
-        Branches share the chunk and its plan. Without this, calls are told apart by their order
-        within a step.
+        Branches share the chunk and its plan. Without this, calls of a step are told apart by
+        what differs in their inputs, latents and noise level aside.
         """
-        branch = Branch(self, name)
-        enter(branch)
+        branch = Block(self, branch=name)
+        enter(branch, depth=2)
         try:
             yield
         finally:
@@ -145,13 +143,19 @@ class Session:
 
     def close(self) -> None:
         """Forget everything but the receipt; calling it twice is fine."""
-        for chunk in tuple(self._open.values()):
-            chunk._forget()
-        self._open.clear()
+        for chunk in tuple(self.open_chunks.values()):
+            chunk.forget()
+        self.open_chunks.clear()
         self._chunks.clear()
         self.invariants.clear()
         self._replay = None
         self._closed = True
+
+    def finish(self, plan: ChunkPlan) -> None:
+        """Count a chunk that was generated to its end."""
+        self._chunks[plan.stream] = plan.index + 1
+        if self._replay is not None:
+            self._replay[plan.stream].popleft()
 
     def _recorded(self, stream: str, poses: Tensor | None) -> ChunkPlan:
         assert self._replay is not None
@@ -171,186 +175,12 @@ class Session:
     def __enter__(self) -> Session:
         if self._closed:
             raise LipassError("a session is entered while open, got a closed one; make a new one")
-        self._entered += 1
-        enter(self)
+        block = Block(self)
+        enter(block)
+        self._blocks.append(block)
         return self
 
     def __exit__(self, *error: object) -> None:
-        leave(self)
-        self._entered -= 1
-        if self._entered == 0:
+        leave(self._blocks.pop())
+        if not self._blocks:
             self.close()
-
-
-class Chunk:
-    """One chunk of a stream; made by `Session.chunk`, used in a `with` block.
-
-    Attributes:
-        session: the session it belongs to.
-        plan: its decisions.
-    """
-
-    def __init__(self, session: Session, plan: ChunkPlan) -> None:
-        self.session = session
-        self.plan = plan
-        self.active: StepState | None = None
-        self.lookups = 0
-        self.misses = 0
-        self._stored: dict[tuple[str, str, int], Any] = {}
-        self._began = 0.0
-
-    @property
-    def index(self) -> int:
-        """Chunks of the stream before this one."""
-        return self.plan.index
-
-    @property
-    def context(self) -> list[int]:
-        """History latents that the model reads, ascending."""
-        return self.plan.context.indices
-
-    def steps(self, sigmas: Sequence[float] | Tensor) -> Iterator[Step]:
-        """Iterate over the denoising steps that the sampler takes.
-
-        In the "merge" form only computed steps come, each reaching over the reused ones behind it;
-        in the "lookup" form all come, and the compiled model answers the reused ones itself.
-
-        Args:
-            sigmas: `steps + 1` noise levels, the last one included; a tensor is never read.
-
-        Raises:
-            ValueError: fewer than two levels, or one that is not finite.
-        """
-        plan = self.step_plan(_check_sigmas(sigmas) - 1)
-        return self._iterate(plan.sequence(), sigmas)
-
-    def step_plan(self, total: int) -> StepPlan:
-        """Decide which of `total` steps compute, for a loop that is inside the compiled graph.
-
-        Raises:
-            ValueError: another number than the chunk was asked for before.
-        """
-        if self.plan.steps is None:
-            options, revisit = self.session.config.steps, self.plan.revisit
-            steps = plan_steps(total, options, allowed=revisit.allowed, reason=revisit.reason)
-            self.plan = with_steps(self.plan, steps)
-        assert self.plan.steps is not None
-        if self.plan.steps.total != total:
-            raise ValueError(
-                f"a chunk has one number of steps, got {total} after {self.plan.steps.total}; "
-                "pass sigmas of the same length"
-            )
-        return self.plan.steps
-
-    def _iterate(
-        self, sequence: tuple[PlannedStep, ...], sigmas: Sequence[float] | Tensor
-    ) -> Iterator[Step]:
-        self._stored.clear()
-        try:
-            for place, planned in enumerate(sequence):
-                # An output is kept only where the next step will ask for it.
-                wanted = place + 1 < len(sequence) and sequence[place + 1].reused
-                state = StepState(self, planned.index, planned.reused, keeps=wanted)
-                self.active = state
-                yield Step(
-                    index=planned.index,
-                    sigma=sigmas[planned.index],
-                    sigma_next=sigmas[planned.next_index],
-                    reused=planned.reused,
-                    state=state,
-                )
-        finally:
-            self.active = None
-            self._stored.clear()
-
-    def __enter__(self) -> Chunk:
-        streams = self.session._open
-        if self.plan.stream in streams:
-            raise LipassError(
-                f"a stream has one chunk at a time, got a second for {self.plan.stream!r}; leave "
-                "the first block, or name another stream"
-            )
-        streams[self.plan.stream] = self
-        self._began = time.perf_counter()
-        enter(self)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        leave(self)
-        self._forget()
-        session = self.session
-        if session._open.pop(self.plan.stream, None) is None or kind is not None:
-            return  # closed under way, or failed: the chunk may be tried again
-        session._chunks[self.plan.stream] = self.plan.index + 1
-        if session._replay is not None:
-            session._replay[self.plan.stream].popleft()
-        seconds = time.perf_counter() - self._began
-        current_report().add_chunk(
-            ChunkRecord(session.number, self.plan, seconds, self.lookups, self.misses)
-        )
-
-    def _forget(self) -> None:
-        self.active = None
-        self._stored.clear()
-
-
-def current() -> Session | None:
-    """Give the session of the innermost open step, chunk or session; None outside of all."""
-    for item in reversed(open_items()):
-        if isinstance(item, Session):
-            return item
-        if isinstance(item, StepState):
-            return item.chunk.session
-        if isinstance(item, Chunk):
-            return item.session
-    return None
-
-
-def current_chunk() -> Chunk | None:
-    """Give the chunk of the innermost open step or chunk; None outside of chunks."""
-    for item in reversed(open_items()):
-        if isinstance(item, StepState):
-            return item.chunk
-        if isinstance(item, Chunk):
-            return item
-    return None
-
-
-def current_step() -> StepState | None:
-    """Give the step that a model call belongs to; None outside of steps.
-
-    Raises:
-        LipassError: steps of several chunks are open and none is entered with `with step:`.
-    """
-    states = []
-    for item in reversed(open_items()):
-        if isinstance(item, StepState):
-            return item
-        if isinstance(item, Chunk) and item.active is not None:
-            states.append(item.active)
-    if len(states) > 1:
-        names = ", ".join(repr(state.chunk.plan.stream) for state in reversed(states))
-        raise LipassError(
-            f"a model call must belong to one step, got open steps of streams {names}; "
-            "call the model inside `with step:`"
-        )
-    return states[0] if states else None
-
-
-def _check_sigmas(sigmas: Sequence[float] | Tensor) -> int:
-    shape = list(sigmas.shape) if isinstance(sigmas, Tensor) else [len(sigmas)]
-    if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(
-            f"sigmas must be a list of at least two noise levels, got shape {shape}; "
-            "include the last one, usually 0"
-        )
-    if not isinstance(sigmas, Tensor):
-        for sigma in sigmas:
-            if isinstance(sigma, float) and not math.isfinite(sigma):
-                raise ValueError(f"sigmas must be finite, got {sigma}; check the schedule")
-    return shape[0]

@@ -17,7 +17,7 @@ import torch.fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lipass.passes import GROUP, PASSES, registered
-from lipass.passes.graph.compat import fake_mode_of
+from lipass.passes.graph.compat import Frame, fake_mode_of, frame_being_compiled
 from lipass.passes.identity import uuid_of, uuid_of_pipeline
 
 
@@ -60,6 +60,8 @@ class PassContext:
     """Names of the passes that ran, in order."""
     failing: torch.fx.Node | None = None
     """Node that the running pass works on, named if it fails."""
+    frame: Frame = field(default_factory=Frame)
+    """What is known of the function that the graph is of."""
 
     @classmethod
     def of(cls, graph: torch.fx.Graph) -> PassContext:
@@ -67,7 +69,7 @@ class PassContext:
 
         The inputs that a backend is called with are in another mode, and modes do not mix.
         """
-        return cls(fake_mode_of(graph))
+        return cls(fake_mode_of(graph), frame=frame_being_compiled(graph))
 
     def note(self, site: str, action: str, reason: str) -> None:
         """Add a note of the running pass."""

@@ -12,10 +12,10 @@ import torch._inductor.config
 import torch.fx
 from torch.fx.passes.split_module import split_module
 
-from lipass import session
 from lipass.passes.graph.compat import fake_mode_of, value
 from lipass.passes.graph.marks import invariants, region_name
-from lipass.runtime.step_loop import StepLoop
+from lipass.runtime.graph_loop import GraphLoop
+from lipass.runtime.scope import current
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
@@ -57,10 +57,11 @@ def compile_pieces(
             gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True
         )
     }
+    compiler = _PieceCompiler(pieces, given, _past_caches(inner_compile))
     with fake_mode_of(gm.graph):
-        _PieceCompiler(pieces, given, _past_caches(inner_compile)).compile_all()
+        compiler.compile_all()
     compiled: Compiled = pieces.forward
-    return compiled
+    return compiler.loop.running(compiled) if compiler.loop.steps else compiled
 
 
 def _past_caches(inner_compile: InnerCompile) -> InnerCompile:
@@ -119,7 +120,7 @@ class _PieceCompiler:
         self.inner_compile = inner_compile
         self.names = [str(node.target) for node in pieces.graph.find_nodes(op="call_module")]
         calls = [call for name in self.names for call in outlined(self._graph(name))]
-        self.loop = StepLoop(sum(region_name(call) is not None for call in calls))
+        self.loop = GraphLoop(sum(region_name(call) is not None for call in calls))
         self.step: Compiled | None = None
         self.steps = 0
 
@@ -178,7 +179,7 @@ class _PieceCompiler:
             self.step = self.inner_compile(body, args)
         loop, step, index = self.loop, self.step, self.steps
         self.steps += 1
-        return lambda *given: loop.run(index, step, given)
+        return lambda *given: loop.step(index, step, given)
 
     def _invariant(self, body: torch.fx.GraphModule, args: list[Any]) -> Compiled:
         """Return a body whose results the session keeps."""
@@ -186,7 +187,7 @@ class _PieceCompiler:
         compiled = body.forward if small else self.inner_compile(body, args)
 
         def run(*given: Any) -> Any:
-            now = session.current()
+            now = current()
             return compiled(*given) if now is None else now.invariants.get(compiled, given)
 
         return run

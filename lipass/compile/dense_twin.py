@@ -22,7 +22,8 @@ from lipass.passes.core import PassPipeline
 from lipass.passes.graph.compat import symbols_of, value
 from lipass.passes.graph.marks import region_name
 from lipass.passes.graph.names import names_of
-from lipass.session import Chunk
+from lipass.runtime.chunk import Chunk
+from lipass.runtime.scope import current_step
 
 Compiled = Callable[..., Any]
 Bindings = tuple[tuple[str, int], ...]
@@ -81,7 +82,7 @@ class DenseTwin:
         outputs = self.compiled(*args)
         sizes = tuple([(name, _read(args, place)) for name, place in self._sizes])
         computed = self._steps
-        if self._steps:
+        if self._steps and current_step() is None:
             computed -= len(chunk.step_plan(self._steps).reused)
         for call in self._calls:
             blocks = call.blocks(sizes)

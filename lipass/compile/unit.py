@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch.fx
 
 # Importing ops registers an operator that passes insert; so does the import of view_overlap.
 import lipass.kernels.ops  # noqa: F401
-from lipass import kernels, session
+from lipass import kernels
 from lipass.compile.cut_graph import compile_pieces, outlined
 from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.compile.graph_breaks import break_of
@@ -27,9 +26,10 @@ from lipass.passes import runner
 from lipass.passes.attention.site import AttentionSite, sites
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
 from lipass.passes.graph.compat import is_symbolic, undisturbed
-from lipass.passes.graph.marks import region_name
+from lipass.passes.graph.marks import StepInputs, step_inputs_of
 from lipass.passes.graph.names import names_of, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
+from lipass.runtime.scope import current_chunk, current_step
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
@@ -45,29 +45,25 @@ class CompiledUnit:
     """Call a compiled graph as the session that is open wants it.
 
     Attributes:
-        region: name under which the session stores the outputs of a graph that is one denoising
-            step; None for other graphs, which always compute.
+        inputs: what its inputs are if the graph is one denoising step, which the session may
+            answer from what an earlier one returned; None for graphs that always compute.
         twin: what runs instead where nothing is left out; None where nothing ever is.
     """
 
-    def __init__(self, compiled: Compiled, region: str | None = None) -> None:
+    def __init__(self, compiled: Compiled, inputs: StepInputs | None = None) -> None:
         self.compiled = compiled
-        self.region = region
+        self.inputs = inputs
         self.twin: DenseTwin | None = None
 
     def __call__(self, *args: Any) -> Any:
-        """Run the graph, or answer from what is stored."""
-        step = session.current_step() if self.region else None
-        if self.region is None or step is None:
+        """Run the graph, or answer from what is kept."""
+        step = current_step() if self.inputs is not None else None
+        if self.inputs is None or step is None:
             return self._compute(args)
-        if step.reused and (stored := step.lookup(self.region)) is not None:
-            return stored
-        outputs = self._compute(args)
-        step.store(self.region, outputs)
-        return outputs
+        return step.call(self, self.inputs, args, self._compute)
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
-        chunk = session.current_chunk()
+        chunk = current_chunk()
         if self.twin is not None and chunk is not None:
             reason = self.twin.why_dense(chunk)
             if reason is not None:
@@ -132,13 +128,13 @@ def compile_unit(
 def _compile(
     gm: torch.fx.GraphModule, example_inputs: list[Any], inner_compile: InnerCompile
 ) -> Compiled:
-    region = region_name(gm.graph.output_node())
-    asks = region is not None or bool(outlined(gm.graph)) or _has_operators(gm)
+    inputs = step_inputs_of(gm.graph.output_node())
+    asks = inputs is not None or bool(outlined(gm.graph)) or _has_operators(gm)
     if outlined(gm.graph):
         compiled = compile_pieces(gm, example_inputs, inner_compile)
     else:
         compiled = inner_compile(gm, example_inputs)
-    return CompiledUnit(compiled, region and _unit_name()) if asks else compiled
+    return CompiledUnit(compiled, inputs) if asks else compiled
 
 
 def _copy(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -224,8 +220,3 @@ def _compile_id() -> Any:
 
 def _is_recompile() -> bool:
     return bool(getattr(_compile_id(), "frame_compile_id", 0))
-
-
-def _unit_name() -> str:
-    """Name this compilation, such as `3/0`, so that graphs do not share stored outputs."""
-    return re.sub(r"\s", "", str(_compile_id()))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from lipass.runtime.scope import branch_name, enter, leave
+from lipass.passes.graph.marks import StepInputs
+from lipass.runtime.results import Miss
+from lipass.runtime.scope import Block, branch_name, enter, leave
 
 if TYPE_CHECKING:
-    from lipass.session import Chunk
+    from lipass.runtime.chunk import Chunk
+    from lipass.runtime.steps import StepLoop
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Step:
     """One denoising step, as the sampler sees it.
 
     Use it as `with step:` where the steps of several chunks are open at once, to say which of them
-    the model is called for.
+    the model is called for; and where steps were taken as a list before the model was called.
 
     Attributes:
         index: number in the full list of steps.
@@ -35,66 +37,74 @@ class Step:
     state: StepState = field(repr=False, compare=False)
 
     def __enter__(self) -> Step:
-        enter(self.state)
+        self.state.enter()
         return self
 
     def __exit__(self, *error: object) -> None:
-        leave(self.state)
+        self.state.leave()
 
 
 class StepState:
     """What the compiled model asks about the step it is called in.
 
-    Calls are keyed by stream, region and their order within the step, so that two calls of one
-    region (the branches of classifier-free guidance) never answer for each other.
-
     Attributes:
-        chunk: the chunk it belongs to.
+        loop: the loop of steps it belongs to.
         index: number of the step.
-        reused: answer with `lookup` instead of computing.
+        reused: answer with a kept output where one answers the call.
     """
 
-    def __init__(self, chunk: Chunk, index: int, reused: bool, *, keeps: bool) -> None:
-        self.chunk = chunk
+    def __init__(
+        self, loop: StepLoop, index: int, sigma: Any, reused: bool, *, keeps: bool
+    ) -> None:
+        self.loop = loop
         self.index = index
+        self.sigma = sigma
         self.reused = reused
         self._keeps = keeps
-        self._calls: dict[tuple[str, str], int] = {}
+        self._blocks: list[Block] = []
 
-    def lookup(self, region: str) -> Any | None:
-        """Give the stored outputs of a region, or None where it has to compute.
+    @property
+    def chunk(self) -> Chunk:
+        """The chunk it belongs to."""
+        return self.loop.chunk
 
-        Each call stands for one call of the region. The outputs are copies.
+    def call(
+        self,
+        owner: object,
+        inputs: StepInputs,
+        args: tuple[Any, ...],
+        compute: Callable[[tuple[Any, ...]], Any],
+    ) -> Any:
+        """Answer a call of the graph `owner`, or compute it and keep it for the steps behind.
+
+        Args:
+            owner: what tells one compiled graph from another.
+            inputs: what each of its inputs is.
+            args: the inputs of this call.
+            compute: runs the graph.
         """
-        if not self.reused:
-            return None
+        self.loop.calls += 1
+        if not self.reused and not self._keeps:
+            return compute(args)
         branch = branch_name(self.chunk.session)
-        order = self._calls.get((branch, region), 0)
-        outputs = self.chunk._stored.get((branch, region, order))
-        if outputs is None:
-            self.chunk.misses += 1
-            return None
-        self._calls[branch, region] = order + 1
-        self.chunk.lookups += 1
-        return _copy(outputs)
-
-    def store(self, region: str, outputs: Any) -> None:
-        """Keep a copy of the outputs of one call, where a later step will ask for them."""
-        branch = branch_name(self.chunk.session)
-        order = self._calls.get((branch, region), 0)
-        self._calls[branch, region] = order + 1
+        if self.reused:
+            found = self.loop.find(owner, branch, inputs, args, self)
+            if not isinstance(found, Miss):
+                self.chunk.lookups += 1
+                return found
+            self.chunk.miss(found)
+        outputs = compute(args)
         if self._keeps:
-            self.chunk._stored[branch, region, order] = _copy(outputs)
+            self.loop.keep(owner, branch, inputs, args, outputs, self)
+        return outputs
 
+    def enter(self) -> None:
+        """Open a block in which calls belong to this step."""
+        self.loop.take(self)
+        block = Block(self.chunk.session, self.chunk, self)
+        enter(block, depth=2)
+        self._blocks.append(block)
 
-def _copy(outputs: Any) -> Any:
-    """Copy tensors inside tuples, lists and dicts: a caller may write into what it was given."""
-    if isinstance(outputs, Tensor):
-        return outputs.detach().clone()
-    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
-        return type(outputs)(*map(_copy, outputs))
-    if isinstance(outputs, tuple | list):
-        return type(outputs)(map(_copy, outputs))
-    if isinstance(outputs, dict):
-        return {key: _copy(value) for key, value in outputs.items()}
-    return outputs
+    def leave(self) -> None:
+        """Close the latest block."""
+        leave(self._blocks.pop())

@@ -8,9 +8,11 @@ from typing import ClassVar
 
 from torch.fx import Graph, Node
 
+from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.site import set_site, sites
+from lipass.passes.attention.step_inputs import step_inputs
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.graph.marks import set_region, step_of
+from lipass.passes.graph.marks import StepInputs, set_region, set_step_inputs, step_of
 from lipass.passes.graph.names import without_repeat
 from lipass.passes.graph.outline import body_of, foreign, put_calls
 from lipass.passes.graph.region import Region, alias, difference, impurity, interruption, region_of
@@ -30,15 +32,17 @@ class GuardSteps(Pass):
         %step_0 = denoise_step(%x, %sigma, ..);   %x_1 = add(%x, mul(-0.1, getitem(%step_0, 0)))
         %step_1 = denoise_step(%x_1, %sigma_1, ..)
 
-    Loop in Python: a graph with decode sites is one step; the whole call is marked as the region
-    and no node changes.
+    Loop in Python: a graph with decode sites and a noise level is one step; the whole call is
+    marked as the region and no node changes. A graph may be both: inside of a loop over
+    `Chunk.steps` its own is not guarded, as the slopes of Heun's rule are not steps.
 
     The guard returns the outputs of the last computed step instead of computing; with the Euler
     rule that is exactly the shorter list of sigmas.
 
     Keeps: steps that write to their inputs or draw random numbers, steps whose outputs share
-    memory with an input, steps that are used before they are complete, graphs without decode
-    sites.
+    memory with an input, steps that are used before they are complete; functions that change what
+    lies outside of the graph, which a skipped call would not change; graphs without decode sites;
+    calls that are no whole function, or have no noise level.
     """
 
     name: ClassVar[str] = "guard-steps"
@@ -50,11 +54,18 @@ class GuardSteps(Pass):
         for node in graph.nodes:
             if step := step_of(node):
                 members[step.index].append(node)
-        if not members:
-            _guard_call(graph, ctx)
-            return False
+        whole = _guard_call(graph, ctx)
         regions = [region_of(members[i]) for i in sorted(members)]
-        if why := _refusal(graph, regions):
+        changed = bool(regions) and self._guard_loop(graph, regions, ctx)
+        if isinstance(whole, StepInputs):
+            where = ", where the loop is in Python" if members else ""
+            ctx.note("call", "rewritten", f"the whole call is one step behind a guard{where}")
+        elif not members:
+            ctx.note("call", "kept", whole.reason)
+        return changed
+
+    def _guard_loop(self, graph: Graph, regions: list[Region], ctx: PassContext) -> bool:
+        if why := _outside(ctx) or _refusal(graph, regions):
             ctx.note("steps", "kept", why)
             return False
         _outline(graph, regions, ctx)
@@ -62,20 +73,31 @@ class GuardSteps(Pass):
         return True
 
 
-def _guard_call(graph: Graph, ctx: PassContext) -> None:
+def _guard_call(graph: Graph, ctx: PassContext) -> StepInputs | Refusal:
     """Mark the whole call as the region, where it is one denoising step."""
     if not any(site.role == "decode" for _, site in sites(graph)):
-        ctx.note("call", "kept", "it has no decode site, so it is no denoising step")
-        return
+        return Refusal("it has no decode site, so it is no denoising step")
+    if not ctx.frame.is_whole:
+        return Refusal("a graph break cuts it: part would be reused, part computed")
     nodes = tuple(graph.nodes)
     inputs = tuple(node for node in nodes if node.op == "placeholder")
     outputs = tuple(graph.output_node().all_input_nodes)
     whole = Region(nodes, inputs, outputs, ())
     if why := impurity(whole) or alias(whole):
-        ctx.note("call", "kept", f"it is not pure: {why}")
-        return
-    set_region(graph.output_node(), "call")
-    ctx.note("call", "rewritten", "the whole call is one denoising step behind a guard")
+        return Refusal(f"it is not pure: {why}")
+    if why := _outside(ctx):
+        return Refusal(why)
+    given = step_inputs(graph)
+    if isinstance(given, StepInputs):
+        set_region(graph.output_node(), "call")
+        set_step_inputs(graph.output_node(), given)
+    return given
+
+
+def _outside(ctx: PassContext) -> str | None:
+    if not ctx.frame.changes:
+        return None
+    return f"it is not pure: a skipped call would not change {', '.join(ctx.frame.changes)}"
 
 
 def _refusal(graph: Graph, regions: list[Region]) -> str | None:

@@ -43,7 +43,11 @@ class HoistCalls(Pass):
         %o = scaled_dot_product_attention(%q, %k, ..)
 
     While a session is open, an outlined body runs again only where one of its inputs is another
-    object or was written to (`lipass.runtime.invariants`); otherwise it runs in every call.
+    object or was written to (`lipass.runtime.results`); otherwise it runs in every call.
+
+    torch counts writes, but not those through `Tensor.data` and numpy, by which adapters are often
+    merged. So products are kept only where `counted_writes` promises that there are none; without
+    it only means of a history are, which choose blocks and are no part of the result.
 
     Inputs that stay, by what the graph shows: parameters; the cameras; and what keys are computed
     from that no query is computed from, such as an encoded prompt. An input that changes all the
@@ -60,6 +64,8 @@ class HoistCalls(Pass):
     requires: ClassVar[tuple[str, ...]] = ("find-attention", "find-poses", "find-steps")
     precedes: ClassVar[tuple[str, ...]] = ("share-blocks",)
 
+    counted_writes: bool = False
+    """Weights and inputs are only written to in ways that torch counts."""
     work_min: int = 1 << 20
     """Multiply-adds that a body has to save; less is not worth a boundary that nothing is fused
     across."""
@@ -68,7 +74,7 @@ class HoistCalls(Pass):
         if any(step_of(node) for node in graph.nodes):
             ctx.note("invariants", "kept", "the loop is in the graph, where hoist-steps sees it")
             return False
-        roots = _invariant(graph)
+        roots = _invariant(graph, self.counted_writes)
         outlined: set[Node] = set()
         for group in sorted(set(roots.values()), key=lambda one: (len(one), _names(one))):
             own = [node for node, above in roots.items() if above <= group]
@@ -84,11 +90,11 @@ class HoistCalls(Pass):
         return bool(outlined)
 
 
-def _invariant(graph: Graph) -> dict[Node, Roots]:
+def _invariant(graph: Graph, counted_writes: bool) -> dict[Node, Roots]:
     """Map calls, in order, to the inputs beside parameters that alone determine them."""
     roots: dict[Node, Roots] = {}
     for node in graph.find_nodes(op="placeholder"):
-        if is_parameter(node) or not isinstance(value(node), torch.Tensor):
+        if (is_parameter(node) and counted_writes) or not isinstance(value(node), torch.Tensor):
             roots[node] = frozenset()
     roots |= {node: frozenset([node]) for node in _fixed_inputs(graph)}
     written = {at for node in graph.nodes for at in memory_written(node)}
@@ -99,6 +105,8 @@ def _invariant(graph: Graph) -> dict[Node, Roots]:
         if node.op not in ("call_function", "call_method") or site_of(node) is not None:
             continue
         above = node.all_input_nodes
+        if _is_product(node) and not counted_writes:
+            continue
         if not above or not all(one in roots for one in above):
             continue
         if _memory(node) & (written | returned) or impurity(region_of([node])):
@@ -113,10 +121,14 @@ def _work(node: Node) -> int:
     """Return the multiply-adds of a matrix product or the additions of means; 0 for the rest."""
     if node.target is torch.ops.lipass.pool_blocks.default:
         return hint(value(node.args[0]).numel())
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name not in _PRODUCTS:
+    if not _is_product(node):
         return 0
     return hint(value(node).numel()) * hint(value(node.args[0]).shape[-1])
+
+
+def _is_product(node: Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _PRODUCTS
 
 
 def _is_recorded(result: object) -> bool:

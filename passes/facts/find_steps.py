@@ -47,8 +47,11 @@ class FindSteps(Pass):
     - a tensor of its size that no call has made, while another input, the noise level, comes from
       outside (`x0 + sigma * noise`).
 
+    Another input, the noise level, comes from outside the calls and differs from step to step.
+
     Keeps: calls with other constants or shapes, such as the prefill in front of the loop; calls
-    that do not continue from one another, such as a block whose weights are shared.
+    that do not continue from one another or have no noise level, such as a block whose weights
+    are shared over depth.
     """
 
     name: ClassVar[str] = "find-steps"
@@ -133,6 +136,8 @@ class _Loop:
         for node in writes_between(self.calls[at - 1][-1], self.calls[at][0]):
             if memory_written(node) & memory:
                 return f"{said}: %{node.name} writes to its input in place; write `x = x + ..`"
+        if not self._is_another_level(self.regions[at - 1], self.regions[at]):
+            return f"{said}: they have no noise level in which they differ"
         return said
 
     def _isomorphic(self, size: int) -> list[list[_Candidate]]:
@@ -161,6 +166,8 @@ class _Loop:
 
     def _is_updated(self, a: Region, b: Region) -> bool:
         """Whether an input of `b` is that of `a` and an output, put together."""
+        if not self._is_another_level(a, b):
+            return False
         for mine, theirs in _changed(a, b):
             origins = self._origins(mine)
             if self._joins(theirs, a, origins | self._below(origins)):
@@ -170,10 +177,14 @@ class _Loop:
     def _is_noised_again(self, a: Region, b: Region) -> bool:
         """Whether an input of `b` is an output of `a` and noise, which no call has made."""
         changed = _changed(a, b)
-        if all(theirs in self.made for _, theirs in changed):
+        if not self._is_another_level(a, b):
             return False
         noise = set(self.around) - self.made
         return any(self._joins(theirs, a, noise) for _, theirs in changed)
+
+    def _is_another_level(self, a: Region, b: Region) -> bool:
+        """Whether an input that no call has made differs between two calls."""
+        return any(theirs not in self.made for _, theirs in _changed(a, b))
 
     def _joins(self, node: Node, a: Region, others: set[Node]) -> bool:
         """Whether what `a` gives meets one of `others`, alike in size, on the way to `node`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.fx
 
 _STEP, _REGION, _INVARIANT = "lipass_step", "lipass_region", "lipass_invariant"
+_INPUTS = "lipass_step_inputs"
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,22 @@ class StepMark:
 
     index: int
     steps: int
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Say what each input of a graph that is one denoising step is; inputs by position."""
+
+    names: tuple[str, ...]
+    """Of all inputs, as the user's code calls them."""
+    parameters: tuple[int, ...]
+    """Weights and buffers."""
+    conditions: tuple[int, ...]
+    """Inputs that are the same in each step of a branch: text, cameras, history, sizes."""
+    levels: tuple[int, ...]
+    """Noise levels or timesteps, which change from step to step."""
+    latents: tuple[int, ...]
+    """What is denoised."""
 
 
 def step_of(node: torch.fx.Node) -> StepMark | None:
@@ -46,6 +63,17 @@ def region_name(node: torch.fx.Node) -> str | None:
 def set_region(node: torch.fx.Node, name: str) -> None:
     """Mark a node as standing for a guarded region."""
     node.meta[_REGION] = name
+
+
+def set_step_inputs(output: torch.fx.Node, inputs: StepInputs) -> None:
+    """Say of a graph that is one denoising step what its inputs are."""
+    output.meta[_INPUTS] = inputs
+
+
+def step_inputs_of(output: torch.fx.Node) -> StepInputs | None:
+    """Return what the inputs of a graph that is one denoising step are."""
+    inputs: StepInputs | None = output.meta.get(_INPUTS)
+    return inputs
 
 
 def set_invariant(call: torch.fx.Node) -> None:

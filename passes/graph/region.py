@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.compat import known_true, source_name, value
 from lipass.passes.graph.modes import half_inside
 from lipass.passes.graph.names import without_repeat
 from lipass.passes.graph.writes import memory_written, storage, writes_between
@@ -111,10 +111,11 @@ def impurity(region: Region) -> str | None:
     """
     if region.nodes and (why := half_inside(region.nodes)):
         return why
-    given = {storage(value(node)) for node in region.inputs} - {None}
+    given = {storage(value(node)): node for node in region.inputs}
+    given.pop(None, None)
     for node in region.nodes:
-        if memory_written(node) & given:
-            return f"%{node.name} writes to an input"
+        for at in memory_written(node) & set(given):
+            return f"%{node.name} writes to the input {source_name(given[at])}"
         name = getattr(node.target, "__name__", str(node.target))
         if _RANDOM.match(name) and _is_active(node):
             return f"%{node.name} draws random numbers"

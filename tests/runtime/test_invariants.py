@@ -7,11 +7,12 @@ from torch.nn import functional as F
 
 import lipass
 from lipass.receipt import reset_report
-from lipass.runtime.invariants import InvariantStore
+from lipass.runtime.results import Invariants
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-PIPELINE = "canonicalize,find-attention,find-poses,find-steps,hoist-calls{work_min=0},share-blocks"
+FACTS = "canonicalize,find-attention,find-poses,find-steps"
+PIPELINE = f"{FACTS},hoist-calls{{work_min=0 counted_writes=true}},share-blocks"
 OPTIONS = {"preset": "exact", "inner": "eager", "pipeline": PIPELINE}
 
 
@@ -105,6 +106,36 @@ def test_what_may_have_changed_is_projected_anew(model, fast, change):
     assert counts(session) == (2, 0)
 
 
+def add_through_data(model):
+    model.key.weight.data += 1.0
+
+
+def add_through_numpy(model):
+    model.key.weight.detach().numpy()[:] += 1.0
+
+
+def swap_memory(model):
+    model.key.weight.data = model.key.weight.data + 1.0
+
+
+def load(model):
+    model.load_state_dict({name: value + 1.0 for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("merge", [add_through_data, add_through_numpy, swap_memory, load])
+def test_merged_adapter_takes_effect_at_once(merge):
+    model = Cross().eval()
+    fast = torch.compile(
+        model, backend="light_interaction", options={"preset": "exact", "inner": "eager"}
+    )
+    text = torch.randn(1, 4096, 4)
+    with lipass.Session(preset="exact"), torch.no_grad():
+        for i in range(3):
+            if i == 2:
+                merge(model)
+            check(model, fast, tokens(), text)
+
+
 def test_report_counts_both(model, fast):
     reset_report()
     text = prompt()
@@ -162,13 +193,13 @@ def test_results_die_with_their_inputs_and_with_the_session(model, fast):
         for _ in range(20):
             fast(tokens(), prompt())
         gc.collect()
-        (entries,) = session.invariants._entries.values()
+        (entries,) = session.invariants._kept.values()
         assert len(entries) <= 2
-    assert not session.invariants._entries
+    assert not session.invariants._kept
 
 
 def test_a_few_results_of_one_body_are_kept():
-    store, runs = InvariantStore(), []
+    store, runs = Invariants(), []
     inputs = [prompt() for _ in range(6)]
 
     def body(text, size):

@@ -159,7 +159,7 @@ def tuple_euler(net):
 @pytest.mark.parametrize(
     ("fn", "reason"),
     [
-        (euler(Writes()), "writes to an input"),
+        (euler(Writes()), "writes to the input x"),
         (euler(Drops()), "draws random numbers"),
         (euler(Noise()), "draws random numbers"),
         (tuple_euler(Hands()), "shares memory with %l_x_"),
@@ -201,7 +201,7 @@ def test_impure_call_of_a_loop_in_python_stays(notes, mini, inputs):
 
     ((site, action, why),) = notes(fn, inputs(4).decode, TEXT)
     assert (site, action) == ("call", "kept")
-    assert why.endswith("writes to an input")
+    assert why.endswith("writes to the input latents")
 
 
 def test_several_outputs(trace, apply):
@@ -221,21 +221,21 @@ def test_several_outputs(trace, apply):
 
 def test_sizes_read_from_inputs_belong_to_their_step(trace, apply):
     class Decode(nn.Module):
-        def forward(self, x, text, history):
-            q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+        def forward(self, x, sigma, text, history):
+            q = (x * sigma).flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
             key = torch.cat([text, history, q], 2)
             out = F.scaled_dot_product_attention(q, key, key)
             return out.transpose(1, 2).flatten(2).mT.unflatten(-1, (4, 4, 4)).contiguous()
 
     model = Decode()
 
-    def fn(x, *cache):
-        for _ in range(2):
-            x = x + 0.1 * model(x, *cache)
+    def fn(x, sigmas, *cache):
+        for i in range(2):
+            x = x + 0.1 * model(x, sigmas[i], *cache)
         return x
 
     x, text = torch.randn(1, 16, 4, 4, 4), torch.randn(1, 2, 6, 8)
-    args = [(x, text, torch.randn(1, 2, n, 8)) for n in (64, 128)]
+    args = [(x, torch.ones(2), text, torch.randn(1, 2, n, 8)) for n in (64, 128)]
     gm = trace(fn, *args)
     records, _ = apply(gm, "canonicalize,find-attention,find-steps,sparse-attention,guard-steps")
     assert records[-1].changed

@@ -191,7 +191,7 @@ class Writing(Layer):
         ([Layer(), Layer(torch.relu)], "no two layers are equal; of the first two, %"),
         ([Layer(), Layer(width=9)], "differ in shape or dtype"),
         ([Noisy(), Noisy()], "draws random numbers"),
-        ([Writing(), Writing()], "writes to an input"),
+        ([Writing(), Writing()], "writes to the input"),
     ],
 )
 def test_near_misses_stay_as_they_are(layers, message, trace, apply):

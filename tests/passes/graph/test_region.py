@@ -54,7 +54,7 @@ def test_inputs_that_differ_in_shape(region):
         (lambda x: x.relu() * 2, None),
         (lambda x: x.relu().mul_(2), None),
         (lambda x: F.dropout(x, 0.1, False) + 1, None),
-        (lambda x: x.mul_(2) + 1, "%mul_ writes to an input"),
+        (lambda x: x.mul_(2) + 1, "%mul_ writes to the input x"),
         (lambda x: F.dropout(x, 0.1, True) + 1, "%dropout draws random numbers"),
         (lambda x: x + torch.rand(4), "%rand draws random numbers"),
     ],

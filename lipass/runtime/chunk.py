@@ -1,0 +1,185 @@
+"""Carry the decisions of one chunk from the user's loop to the compiled model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lipass.errors import LipassError
+from lipass.policy.plan import ChunkPlan, with_steps
+from lipass.policy.steps import StepPlan, plan_steps
+from lipass.receipt import ChunkRecord, current_report
+from lipass.runtime.scope import Block, enter, leave
+from lipass.runtime.step import StepState
+from lipass.runtime.steps import StepLoop, StepSequence
+
+if TYPE_CHECKING:
+    from lipass.session import Session
+
+
+class Chunk:
+    """One chunk of a stream; made by `Session.chunk`, used in a `with` block.
+
+    Attributes:
+        session: the session it belongs to.
+        plan: its decisions.
+        active: the step that model calls belong to; None outside of steps.
+        loop: the loop of steps that is running; None outside of one.
+        lookups: calls answered from kept outputs.
+        misses: calls of reused steps that computed; `why_missed` counts the reasons.
+    """
+
+    def __init__(self, session: Session, plan: ChunkPlan) -> None:
+        self.session = session
+        self.plan = plan
+        self.active: StepState | None = None
+        self.loop: StepLoop | None = None
+        self.lookups = 0
+        self.misses = 0
+        self.why_missed: Counter[str] = Counter()
+        self._listed = False
+        self._began = 0.0
+        self._block: Block | None = None
+
+    @property
+    def index(self) -> int:
+        """Chunks of the stream before this one."""
+        return self.plan.index
+
+    @property
+    def context(self) -> list[int]:
+        """History latents that the model reads, ascending."""
+        return self.plan.context.indices
+
+    def steps(self, sigmas: Sequence[float] | Tensor) -> StepSequence:
+        """Iterate over the denoising steps that the sampler takes.
+
+        In the "merge" form only computed steps come, each reaching over the reused ones behind it;
+        in the "lookup" form all come, and the compiled model answers the reused ones itself.
+
+        Args:
+            sigmas: `steps + 1` noise levels, the last one included; a tensor is never read.
+
+        Raises:
+            ValueError: fewer than two levels, or one that is not finite.
+        """
+        plan = self.step_plan(_check_sigmas(sigmas) - 1)
+        return StepSequence(self, plan.sequence(), sigmas)
+
+    def step_plan(self, total: int) -> StepPlan:
+        """Decide which of `total` steps compute, for a loop that is inside the compiled graph.
+
+        Raises:
+            ValueError: another number than the chunk was asked for before.
+        """
+        if self.plan.steps is None:
+            options, revisit = self.session.config.steps, self.plan.revisit
+            steps = plan_steps(total, options, allowed=revisit.allowed, reason=revisit.reason)
+            self.plan = with_steps(self.plan, steps)
+        assert self.plan.steps is not None
+        if self.plan.steps.total != total:
+            raise ValueError(
+                f"a chunk has one number of steps, got {total} after {self.plan.steps.total}; "
+                "pass sigmas of the same length"
+            )
+        return self.plan.steps
+
+    def miss(self, reason: str) -> None:
+        """Count a call that computed though its step is reused."""
+        self.misses += 1
+        self.why_missed[reason] += 1
+
+    def begin(self, loop: StepLoop) -> None:
+        """Start a loop of steps; it replaces the one before."""
+        self.loop = loop
+        self.active = None
+        self._listed = False
+
+    def end(self, loop: StepLoop) -> None:
+        """Close a loop of steps, if it is the one that runs."""
+        if self.loop is not loop:
+            return
+        steps = self.plan.steps
+        waits = steps is not None and steps.form == "lookup" and bool(steps.reused)
+        self._listed = waits and not loop.calls
+        self.loop = self.active = None
+
+    def refuse_listed_steps(self) -> None:
+        """Refuse a model call behind a loop of steps that was over before the model was called.
+
+        Raises:
+            LipassError: the steps were taken as a list, and some of them are reused.
+        """
+        if self._listed:
+            raise LipassError(
+                "a model call must belong to a step, got one after all steps of the chunk were "
+                "taken, as list(chunk.steps(...)) takes them; iterate over chunk.steps(...) "
+                "itself (tqdm may wrap it), or call the model inside `with step:`"
+            )
+
+    def forget(self) -> None:
+        """Drop what the chunk holds for later calls."""
+        if self.loop is not None:
+            self.loop.close()
+        if self._block is not None:
+            leave(self._block)
+            self._block = None
+
+    def __enter__(self) -> Chunk:
+        streams = self.session.open_chunks
+        if self.plan.stream in streams:
+            raise LipassError(
+                f"a stream has one chunk at a time, got a second for {self.plan.stream!r}; leave "
+                "the first block, or name another stream"
+            )
+        streams[self.plan.stream] = self
+        self._began = time.perf_counter()
+        self._block = Block(self.session, self)
+        enter(self._block)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.forget()
+        open_chunks = self.session.open_chunks
+        if open_chunks.get(self.plan.stream) is not self:
+            return  # closed under way: the chunk may be tried again
+        del open_chunks[self.plan.stream]
+        if kind is not None:
+            return
+        self.session.finish(self.plan)
+        seconds = time.perf_counter() - self._began
+        current_report().add_chunk(
+            ChunkRecord(
+                self.session.number,
+                self.plan,
+                seconds,
+                self.lookups,
+                self.misses,
+                dict(self.why_missed),
+            )
+        )
+
+
+def _check_sigmas(sigmas: Sequence[float] | Tensor) -> int:
+    shape = list(sigmas.shape) if isinstance(sigmas, Tensor) else [len(sigmas)]
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(
+            f"sigmas must be a list of at least two noise levels, got shape {shape}; "
+            "include the last one, usually 0"
+        )
+    if not isinstance(sigmas, Tensor):
+        for sigma in sigmas:
+            if isinstance(sigma, float) and not math.isfinite(sigma):
+                raise ValueError(f"sigmas must be finite, got {sigma}; check the schedule")
+    return shape[0]
