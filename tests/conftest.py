@@ -33,6 +33,18 @@ def _poison_empty_memory(request):
     torch.use_deterministic_algorithms(before)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz", type=int, default=20, help="random programs and scripts for each test of them"
+    )
+
+
+@pytest.fixture
+def fuzz(request):
+    """Return how many random programs a test should try."""
+    return request.config.getoption("--fuzz")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

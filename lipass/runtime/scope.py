@@ -139,8 +139,8 @@ def current_chunk() -> Chunk | None:
 def current_step() -> StepState | None:
     """Give the step that a model call belongs to; None outside of steps.
 
-    A call in a thread that no block was entered in belongs to the only step that is open in the
-    process, if there is one: an executor that computes for the loop.
+    A call in a thread that no block was entered in belongs to the only chunk that is open in the
+    process, if there is one: an executor computes for its loop.
 
     Raises:
         LipassError: steps of several chunks are open and none is entered with `with step:`; or
@@ -150,8 +150,8 @@ def current_step() -> StepState | None:
         return None
     blocks = _running(lambda one: one.chunk is not None)
     if not blocks and not _here.get():
-        steps = {id(step): step for one in tuple(_everywhere) if (step := _step(one)) is not None}
-        return next(iter(steps.values())) if len(steps) == 1 else None
+        chunks = {one.chunk for one in tuple(_everywhere) if one.chunk is not None}
+        return next(iter(chunks)).active if len(chunks) == 1 else None
     found = [one for one in blocks if _step(one) is not None]
     if len(found) > 1:
         raise LipassError(

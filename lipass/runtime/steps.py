@@ -89,7 +89,6 @@ class StepLoop:
         self.chunk = chunk
         self.calls = 0
         self._outputs = StepOutputs()
-        self._computed: StepState | None = None
         self._taken: StepState | None = None
         self._made: list[Any] = []
         self._partial = ""
