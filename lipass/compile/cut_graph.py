@@ -1,4 +1,18 @@
-"""Compile a graph in pieces: what is guarded or kept between calls apart from the rest."""
+"""Compile a graph in parts: what is guarded or kept between calls runs apart from the rest.
+
+::
+
+    graph     rays | invariant_0 | embed .. | step 0 | x_1 = x + .. | step 1 | x_2 = x_1 + ..
+    parts     0      1             2          3        4              5        6
+              |      |             |          |        |              |        |
+    compiled  yes    kept by the   yes        one      as it is:      the      as it is
+                     session                  body     too small      body
+                                              guarded  to pay         of 3
+
+Each outlined call is a part of its own, and what stands between two of them is one. All steps
+share the body of the first; `GraphLoop` says at run time which of them compute. The parts are the
+submodules of what `split_module` makes, and compiled ones take their place.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +35,7 @@ Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
 
 # Sampler arithmetic between steps: a handful of pointwise calls on the latents of one chunk.
-# Compiling each piece costs seconds and saves microseconds.
+# Compiling each part costs seconds and saves microseconds.
 _GLUE_CALLS = 16
 
 
@@ -31,13 +45,13 @@ def outlined(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     return steps + invariants(graph)
 
 
-def compile_pieces(
+def compile_parts(
     gm: torch.fx.GraphModule,
     example_inputs: list[Any],
     inner_compile: InnerCompile,
 ) -> Compiled:
-    """Cut a graph at its outlined steps and invariants, and compile the pieces; steps as one."""
-    part: dict[torch.fx.Node, int] = {}
+    """Cut a graph at its outlined steps and invariants, and compile the parts; steps as one."""
+    place: dict[torch.fx.Node, int] = {}
     current = 0
     alone = set(outlined(gm.graph))
     for node in gm.graph.nodes:
@@ -45,34 +59,34 @@ def compile_pieces(
             continue
         call = node.args[0] if node.target is operator.getitem else None
         if call in alone:
-            part[node] = part[call]
+            place[node] = place[call]
             continue
         current += node in alone
-        part[node] = current
+        place[node] = current
         current += node in alone
-    pieces = split_module(gm, torch.nn.Module(), part.__getitem__, keep_original_order=True)
+    parts = split_module(gm, torch.nn.Module(), place.__getitem__, keep_original_order=True)
     given = {
         node.name: example
         for node, example in zip(
             gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True
         )
     }
-    compiler = _PieceCompiler(pieces, given, _past_caches(inner_compile))
+    compiler = _PartCompiler(parts, given, _past_caches(inner_compile))
     with fake_mode_of(gm.graph):
         compiler.compile_all()
-    compiled: Compiled = pieces.forward
+    compiled: Compiled = parts.forward
     return compiler.loop.running(compiled) if compiler.loop.steps else compiled
 
 
 def _past_caches(inner_compile: InnerCompile) -> InnerCompile:
-    """Compile anew where torch's caches have a piece and cannot check its guards.
+    """Compile anew where torch's caches have a part and cannot check its guards.
 
-    They keep all guards of the graph, those on sizes that the piece does not see too.
+    They keep all guards of the graph, those on sizes that the part does not see too.
     """
 
-    def compile_piece(piece: torch.fx.GraphModule, args: list[Any]) -> Compiled:
+    def compile_part(part: torch.fx.GraphModule, args: list[Any]) -> Compiled:
         try:
-            return inner_compile(piece, args)
+            return inner_compile(part, args)
         except KeyError:
             inductor: Any = torch._inductor.config
             functorch: Any = torch._functorch.config
@@ -80,9 +94,9 @@ def _past_caches(inner_compile: InnerCompile) -> InnerCompile:
                 inductor.patch(fx_graph_cache=False),
                 functorch.patch(enable_autograd_cache=False),
             ):
-                return inner_compile(piece, args)
+                return inner_compile(part, args)
 
-    return compile_piece
+    return compile_part
 
 
 def _fake(given: Any, shaped: Any) -> Any:
@@ -106,63 +120,61 @@ def _fake(given: Any, shaped: Any) -> Any:
     return fake
 
 
-class _PieceCompiler:
-    """Replace each piece by its compiled form, for the inputs that its placeholders describe."""
+class _PartCompiler:
+    """Replace each part by its compiled form, for the inputs that its placeholders describe."""
 
     def __init__(
         self,
-        pieces: torch.fx.GraphModule,
+        parts: torch.fx.GraphModule,
         given: dict[str, Any],
         inner_compile: InnerCompile,
     ) -> None:
-        self.pieces = pieces
+        self.parts = parts
         self.given = given
         self.inner_compile = inner_compile
-        self.names = [str(node.target) for node in pieces.graph.find_nodes(op="call_module")]
+        self.names = [str(node.target) for node in parts.graph.find_nodes(op="call_module")]
         calls = [call for name in self.names for call in outlined(self._graph(name))]
         self.loop = GraphLoop(sum(region_name(call) is not None for call in calls))
         self.step: Compiled | None = None
         self.steps = 0
 
     def compile_all(self) -> None:
-        """Compile all pieces, in order."""
+        """Compile all parts, in order."""
         for name in self.names:
-            piece = self.pieces.get_submodule(name)
-            assert isinstance(piece, torch.fx.GraphModule)
-            compiled = self._compile(piece)
+            part = self.parts.get_submodule(name)
+            assert isinstance(part, torch.fx.GraphModule)
+            compiled = self._compile(part)
             if compiled is not None:
                 # An entry of __dict__ is found before the submodule of the same name.
-                self.pieces.__dict__[name] = compiled
+                self.parts.__dict__[name] = compiled
 
     def _graph(self, name: str) -> torch.fx.Graph:
-        graph = self.pieces.get_submodule(name).graph
+        graph = self.parts.get_submodule(name).graph
         assert isinstance(graph, torch.fx.Graph)
         return graph
 
-    def _compile(self, piece: torch.fx.GraphModule) -> Compiled | None:
-        """Compile a piece, or return None where it runs as it is."""
-        inputs = piece.graph.find_nodes(op="placeholder")
+    def _compile(self, part: torch.fx.GraphModule) -> Compiled | None:
+        """Compile a part, or return None where it runs as it is."""
+        inputs = part.graph.find_nodes(op="placeholder")
         args = [_fake(self.given.get(node.name), value(node)) for node in inputs]
-        call = next(iter(outlined(piece.graph)), None)
+        call = next(iter(outlined(part.graph)), None)
         if call is not None:
-            return self._alone(piece, call, args)
-        results = [value(node) for node in piece.graph.output_node().all_input_nodes]
+            return self._alone(part, call, args)
+        results = [value(node) for node in part.graph.output_node().all_input_nodes]
         computes = any(isinstance(result, torch.Tensor) for result in results)
-        if _calls(piece) > _GLUE_CALLS or (self.loop.steps == 0 and computes):
-            return _compile_piece(piece, args, self.inner_compile)
+        if _calls(part) > _GLUE_CALLS or (self.loop.steps == 0 and computes):
+            return _compile_part(part, args, self.inner_compile)
         return None
 
-    def _alone(
-        self, piece: torch.fx.GraphModule, call: torch.fx.Node, args: list[Any]
-    ) -> Compiled:
-        """Return a piece that is one call: reorders its inputs for the body, picks its outputs."""
-        names = [node.name for node in piece.graph.find_nodes(op="placeholder")]
+    def _alone(self, part: torch.fx.GraphModule, call: torch.fx.Node, args: list[Any]) -> Compiled:
+        """Return a part that is one call: reorders its inputs for the body, picks its outputs."""
+        names = [node.name for node in part.graph.find_nodes(op="placeholder")]
         given: Any = call.args
         order = [names.index(node.name) for node in given]
-        results: Any = piece.graph.output_node().args[0]
+        results: Any = part.graph.output_node().args[0]
         single = isinstance(results, torch.fx.Node)
         picks = [node.args[1] for node in ((results,) if single else results)]
-        body = piece.get_submodule(str(call.target))
+        body = part.get_submodule(str(call.target))
         assert isinstance(body, torch.fx.GraphModule)
         prepare = self._step if region_name(call) else self._invariant
         run = prepare(body, [args[i] for i in order])
@@ -193,18 +205,18 @@ class _PieceCompiler:
         return run
 
 
-def _calls(piece: torch.fx.GraphModule) -> int:
-    return sum(node.op.startswith("call") for node in piece.graph.nodes)
+def _calls(part: torch.fx.GraphModule) -> int:
+    return sum(node.op.startswith("call") for node in part.graph.nodes)
 
 
-def _compile_piece(
-    piece: torch.fx.GraphModule, args: list[Any], inner_compile: InnerCompile
+def _compile_part(
+    part: torch.fx.GraphModule, args: list[Any], inner_compile: InnerCompile
 ) -> Compiled:
-    """Compile a piece, which returns a tuple for the inner compiler and a bare value here."""
-    output = piece.graph.output_node()
+    """Compile a part, which returns a tuple for the inner compiler and a bare value here."""
+    output = part.graph.output_node()
     if isinstance(output.args[0], (tuple, list)):
-        return inner_compile(piece, args)
+        return inner_compile(part, args)
     output.args = ((output.args[0],),)
-    piece.recompile()
-    compiled = inner_compile(piece, args)
+    part.recompile()
+    compiled = inner_compile(part, args)
     return lambda *given: compiled(*given)[0]

@@ -1,8 +1,15 @@
-"""Run a graph without what leaves keys out, in chunks where nothing is left to leave out.
+r"""Run a graph without what leaves keys out, in chunks where nothing is left to leave out.
 
 Where a session has chosen a short context, no mask drops a latent and no block is skipped; the
 operators of the passes then only stand between attention and what the inner compiler would have
-fused with it. So such graphs are compiled twice: rewritten, and with the model's own attention.
+fused with it. So such graphs are compiled twice::
+
+    Dynamo's graph --- all passes ------------------> rewritten --- chunks with keys to leave out
+                  \-- those that leave nothing out --> twin ------- all other chunks, and counted
+                                                                   as `rewritten` would be
+
+`why_dense` chooses for a chunk. The counts come from the sparse calls of the rewritten graph,
+which are described once (`_Call`), and from the sizes of the arguments of the run.
 """
 
 from __future__ import annotations

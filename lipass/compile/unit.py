@@ -14,7 +14,7 @@ import torch.fx
 # Importing ops registers an operator that passes insert; so does the import of view_overlap.
 import lipass.kernels.ops  # noqa: F401
 from lipass import kernels
-from lipass.compile.cut_graph import compile_pieces, outlined
+from lipass.compile.cut_graph import compile_parts, outlined
 from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.compile.graph_breaks import break_of
 from lipass.config import Config
@@ -131,7 +131,7 @@ def _compile(
     inputs = step_inputs_of(gm.graph.output_node())
     asks = inputs is not None or bool(outlined(gm.graph)) or _has_operators(gm)
     if outlined(gm.graph):
-        compiled = compile_pieces(gm, example_inputs, inner_compile)
+        compiled = compile_parts(gm, example_inputs, inner_compile)
     else:
         compiled = inner_compile(gm, example_inputs)
     return CompiledUnit(compiled, inputs) if asks else compiled

@@ -1,4 +1,17 @@
-"""Find the denoising loop where a graph holds it unrolled."""
+"""Find the denoising loop where a graph holds it unrolled.
+
+::
+
+    calls of one module    @0   @1   @2   @3   @4   @5        as Dynamo marks them
+    regions                r0   r1   r2   r3   r4   r5        nodes, inputs, outputs of each
+    size 1                 r0 ? r1 ? r2 ? r3 ? r4 ? r5        prefill r0 differs: run r1 .. r5
+    size 2                 (r0 r1) ? (r2 r3) ? (r4 r5)        if no run of size 1 holds
+                                   |
+                      isomorphic, another level, and continues: _is_updated or _is_noised_again
+
+`_Loop` holds the regions and what is computed from what outside of them; `runs` tries sizes in
+order; `refusals` says for single calls where the chain breaks.
+"""
 
 from __future__ import annotations
 

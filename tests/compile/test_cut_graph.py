@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lipass.compile.cut_graph import _past_caches, compile_pieces
+from lipass.compile.cut_graph import _past_caches, compile_parts
 from lipass.passes.core import PassContext, PassPipeline
 from lipass.passes.runner import run_pipeline
 
@@ -54,7 +54,7 @@ def check():
         def backend(gm, example_inputs):
             compiled.clear()
             run_pipeline(PIPELINE, gm, PassContext.of(gm.graph))
-            return compile_pieces(gm, example_inputs, inner_compile)
+            return compile_parts(gm, example_inputs, inner_compile)
 
         fast = torch.compile(fn, backend=backend)
         with torch.no_grad():
