@@ -97,6 +97,8 @@ def _pass_options(config: Config) -> dict[str, dict[str, object]]:
     options: dict[str, dict[str, object]] = {
         "canonicalize": dict(checks),
         "find-attention": dict(checks),
+        "carry-floats": {"inner": config.inner},
+        "avoid-faults": {"inner": config.inner},
     }
     if context := config.context:
         options["prune-context"] = {
