@@ -98,6 +98,8 @@ def _pass_options(config: Config) -> dict[str, dict[str, object]]:
         "canonicalize": dict(checks),
         "find-attention": dict(checks),
         "hoist-calls": {"counted_writes": config.counted_writes},
+        "carry-floats": {"inner": config.inner},
+        "avoid-faults": {"inner": config.inner},
     }
     if context := config.context:
         options["prune-context"] = {

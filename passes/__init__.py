@@ -31,7 +31,9 @@ def _load(module: str, name: str) -> Callable[[], type[Pass]]:
 
 
 PASSES: dict[str, Callable[[], type[Pass]]] = {
+    "avoid-faults": _load("exact.avoid_faults", "AvoidFaults"),
     "canonicalize": _load("facts.canonicalize", "Canonicalize"),
+    "carry-floats": _load("exact.carry_floats", "CarryFloats"),
     "collapse-keys": _load("exact.collapse_keys", "CollapseKeys"),
     "find-attention": _load("facts.find_attention", "FindAttention"),
     "find-poses": _load("facts.find_poses", "FindPoses"),
@@ -73,7 +75,7 @@ FACTS = "canonicalize,find-attention,find-poses,find-steps"
 """Passes that find out what a graph holds, without changing what it computes."""
 
 _FIRST = f"{FACTS},collapse-keys,hoist-rows,hoist-steps"
-_LAST = "hoist-calls,share-blocks"
+_LAST = "carry-floats,avoid-faults,hoist-calls,share-blocks"
 _ALL = f"{_FIRST},prune-context,sparse-attention,pool-history,attend-pieces,guard-steps,{_LAST}"
 
 PIPELINES: dict[str, str] = {

@@ -58,6 +58,8 @@ class PassContext:
     """Name of the pass that runs."""
     done: list[str] = field(default_factory=list)
     """Names of the passes that ran, in order."""
+    constant_floats: set[str] = field(default_factory=set)
+    """Symbols of Python floats that the graph must have as constants; it is then traced again."""
     failing: torch.fx.Node | None = None
     """Node that the running pass works on, named if it fails."""
     frame: Frame = field(default_factory=Frame)

@@ -161,8 +161,8 @@ def test_sections_choose_the_passes(options, expected):
     """Whatever is chosen, keys stay in pieces, and layers are outlined last."""
     found = calls(Config.resolve(None, options))
     if "pipeline" not in options:
-        assert found[-2:] == ["hoist-calls", "share-blocks"]
-        del found[-2:]
+        assert found[-4:] == ["carry-floats", "avoid-faults", "hoist-calls", "share-blocks"]
+        del found[-4:]
         found.remove("attend-pieces")
     assert found == expected
 
@@ -192,7 +192,7 @@ def test_options_reach_the_passes():
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
         "budget_decode=0.2 sink_latents=2 dense_layers=0},pool-history,attend-pieces,guard-steps,"
-        "hoist-calls,share-blocks"
+        "carry-floats,avoid-faults,hoist-calls,share-blocks"
     )
 
 

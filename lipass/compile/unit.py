@@ -17,6 +17,7 @@ from lipass import kernels
 from lipass.compile.cut_graph import compile_parts, outlined
 from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.compile.graph_breaks import break_of
+from lipass.compile.stages import without_stages
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
@@ -25,8 +26,8 @@ from lipass.kernels.view_overlap.api import chosen_by_caller
 from lipass.passes import runner
 from lipass.passes.attention.site import AttentionSite, sites
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
-from lipass.passes.graph.compat import is_symbolic, undisturbed
-from lipass.passes.graph.marks import StepInputs, step_inputs_of
+from lipass.passes.graph.compat import is_symbolic, start_again_with_constants, undisturbed
+from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.passes.graph.names import names_of, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
 from lipass.runtime.scope import current_chunk, current_step
@@ -105,6 +106,8 @@ def compile_unit(
     for record in records:
         notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
         report.add_pass(PassRecord(record.name, record.changed, record.seconds, notes))
+    if ctx.constant_floats:
+        start_again_with_constants(ctx.constant_floats)
     found = [
         replace(site, name=name)
         for graph in _graphs(gm)
@@ -128,6 +131,7 @@ def compile_unit(
 def _compile(
     gm: torch.fx.GraphModule, example_inputs: list[Any], inner_compile: InnerCompile
 ) -> Compiled:
+    inner_compile = without_stages(inner_compile, skipped_stages(gm))
     inputs = step_inputs_of(gm.graph.output_node())
     asks = inputs is not None or bool(outlined(gm.graph)) or _has_operators(gm)
     if outlined(gm.graph):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch._higher_order_ops.invoke_subgraph
+import torch._inductor.config as inductor_config
 import torch.fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import is_from_unspecialized_nn_module_source
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -93,6 +95,39 @@ def sizes_of(given: object) -> tuple[Size, ...]:
 def symbols_of(size: Size) -> set[str]:
     """Return the names of the symbols in a size."""
     return {str(one) for one in size.node.expr.free_symbols} if is_symbolic(size) else set()
+
+
+def float_symbols(number: torch.SymFloat) -> set[str]:
+    """Return the names of the Python floats that a number is computed from."""
+    return {str(one) for one in number.node._expr.free_symbols}
+
+
+def start_again_with_constants(symbols: set[str]) -> NoReturn:
+    """Have Dynamo trace the function again with these Python floats as constants, under guards.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: always; only to be called by a backend.
+    """
+    for name in symbols:
+        TensorifyState.specialize(name)
+    raise TensorifyScalarRestartAnalysis
+
+
+def can_skip_stages() -> bool:
+    """Whether Inductor can be told to leave a stage out, and the user's shell says nothing."""
+    if not hasattr(inductor_config, "disabled_passes"):
+        return False
+    with inductor_config.patch(disabled_passes="none"):
+        return bool(inductor_config.disabled_passes == "none")
+
+
+@contextlib.contextmanager
+def stages_skipped(stages: Iterable[str]) -> Iterator[None]:
+    """Compile with Inductor without these of its stages; nothing outside is changed."""
+    config: Any = inductor_config
+    names = ",".join(filter(None, (config.disabled_passes, *sorted(stages))))
+    with config.patch(disabled_passes=names):
+        yield
 
 
 def is_parameter(placeholder: torch.fx.Node) -> bool:

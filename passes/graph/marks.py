@@ -1,4 +1,4 @@
-"""Mark nodes of a graph as denoising steps, guarded regions and results that are kept."""
+"""Mark steps, guarded regions and kept results in a graph, and how it is to be compiled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.fx
 
 _STEP, _REGION, _INVARIANT = "lipass_step", "lipass_region", "lipass_invariant"
 _INPUTS = "lipass_step_inputs"
+_SKIPPED = "lipass_skipped_stages"
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,13 @@ def set_invariant(call: torch.fx.Node) -> None:
 def invariants(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     """List the calls of such bodies, in order."""
     return [node for node in graph.find_nodes(op="call_module") if _INVARIANT in node.meta]
+
+
+def skip_stage(graph: torch.fx.Graph, stage: str) -> None:
+    """Ask that a graph is compiled without a stage of Inductor."""
+    graph.owning_module.meta.setdefault(_SKIPPED, set()).add(stage)
+
+
+def skipped_stages(gm: torch.fx.GraphModule) -> frozenset[str]:
+    """Return the stages of Inductor that a graph is to be compiled without."""
+    return frozenset(gm.meta.get(_SKIPPED, ()))
