@@ -80,7 +80,7 @@ def masked_dense(case, plan, key_bias=None):
     q, k, v = (x.double() for x in (case.q, torch.cat(case.keys, 2), torch.cat(case.values, 2)))
     score = (q @ k.mT) * case.options["scale"]
     if key_bias is not None:
-        score = score + key_bias[:, None, None]
+        score = score + (key_bias if key_bias.dim() == 3 else key_bias[:, None])[:, :, None]
     score = score.masked_fill(~plan.to_dense_mask(), -torch.inf)
     return score.softmax(-1).nan_to_num(0.0) @ v, score.logsumexp(-1)
 
