@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch.fx import Graph, Node
 
-from lipass.passes.attention.site import set_site, sites
+from lipass.passes.attention.site import rename_site, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.marks import set_region, step_of
 from lipass.passes.graph.names import without_repeat
@@ -107,6 +107,4 @@ def _outline(graph: Graph, regions: list[Region], ctx: PassContext) -> None:
 def _drop_repeats(body: Graph) -> None:
     """Name the sites of the body without the number of the call, because all calls share them."""
     for node, site in sites(body):
-        name = without_repeat(site.name)
-        node.args = tuple(name if arg == site.name else arg for arg in node.args)
-        set_site(node, replace(site, name=name))
+        rename_site(node, site, without_repeat(site.name))

@@ -12,9 +12,10 @@ from torch.fx import Graph, Node
 from lipass.passes.attention import match
 from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import PoseInput, poses, sites
+from lipass.passes.attention.sparse_call import replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import known_true, value
-from lipass.passes.graph.emit import Emitter, refuse_training, replace_attention
+from lipass.passes.graph.emit import Emitter, refuse_training
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ graph. A fact holds sizes and names but no nodes, so that a rewrite cannot leave
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.fx
 
+from lipass.passes.graph.arguments import set_arguments
 from lipass.passes.graph.compat import Size
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -73,6 +74,13 @@ def site_of(node: torch.fx.Node) -> AttentionSite | None:
 def set_site(node: torch.fx.Node, site: AttentionSite) -> None:
     """Attach the fact about an attention call."""
     node.meta[_SITE] = site
+
+
+def rename_site(node: torch.fx.Node, site: AttentionSite, name: str) -> None:
+    """Rename an attention call, and what it counts as if it is one of our operators."""
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lipass":
+        set_arguments(node, site=name)
+    set_site(node, replace(site, name=name))
 
 
 def sites(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, AttentionSite]]:
