@@ -39,6 +39,9 @@ _route: contextvars.ContextVar[tuple[Route | None, str]] = contextvars.ContextVa
 _calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
     "calls", default=None
 )
+_answers: contextvars.ContextVar[dict[str, Callable[..., Tensor]] | None] = contextvars.ContextVar(
+    "answers", default=None
+)
 _sites: dict[str, SiteCounts] = {}
 
 
@@ -94,6 +97,25 @@ def forced_route() -> Route | None:
 def forced_reason() -> str:
     """Return why `force` asks for it."""
     return _route.get()[1]
+
+
+@contextlib.contextmanager
+def answer(operation: str, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let a function of the caller stand in for an operation inside the block.
+
+    Who opens it knows more than the tensors of a call say; the operation asks `answer_of`.
+    """
+    token = _answers.set({**(_answers.get() or {}), operation: function})
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
+def answer_of(operation: str) -> Callable[..., Tensor] | None:
+    """Return what stands in for an operation, or None."""
+    answers = _answers.get()
+    return None if answers is None else answers.get(operation)
 
 
 class Choice(NamedTuple):

@@ -127,7 +127,7 @@ def script_of(traced: TracedGraph, index: int, target: str, pipeline: PassPipeli
     if classes.uses_lipass:
         classes.imports |= {
             "import lipass.compile.unit  # registers the operators",
-            "from lipass.kernels.view_overlap.api import chosen_by_caller",
+            "from lipass.runtime.chosen_context import chosen_by_caller",
         }
         call = f"with chosen_by_caller():  # every latent is kept\n        code = {call}"
     else:
