@@ -121,13 +121,13 @@ def _plan(call: Call, budget: float) -> BlockPlan:
 
 def _why_dense(call: Call) -> str:
     """Give the reason to run dense attention over the kept keys, or nothing."""
-    if call.given is None and call.budget >= 1.0:
-        return "budget 1.0 visits every block"
     route = registry.forced_route()
-    if route == "sparse":
-        return ""
     if route == "dense":
         return registry.forced_reason()
+    if call.given is None and call.budget >= 1.0:
+        return "budget 1.0 visits every block"
+    if route == "sparse":
+        return ""
     if call.given is not None:
         width = call.given.blocks.shape[3]
     else:
