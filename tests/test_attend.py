@@ -274,3 +274,65 @@ def test_a_plain_compiler_takes_it_as_one_dense_call(lse):
             out = found[0] if lse else found
             torch.testing.assert_close(out, dense(q, runs), atol=1e-5, rtol=1e-5)
     assert len(graphs) == 1
+
+
+class Planted(torch.nn.Module):
+    """A model whose adapter calls `lipass.attend`."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x, text, history, name="mine"):
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        latents = history[0].shape[2] // 16
+        runs = [
+            ("text", *text),
+            ("history", *history, (latents, 4, 4)),
+            ("current", k, v, (4, 4, 4)),
+        ]
+        return lipass.attend(q, runs, site=name).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.3])
+def test_in_a_compiled_model_it_is_a_site_of_the_graph(budget):
+    torch._dynamo.reset()
+    model = Planted().eval()
+    options = {"preset": "sparse", "sparse.budget": budget, **SPARSE}
+    compiled = torch.compile(
+        model, backend="light_interaction", options={**options, "inner": "eager"}, dynamic=True
+    )
+    with torch.no_grad(), registry.force("sparse"):
+        for latents in (8, 9):
+            x, (_, runs) = torch.randn(1, 64, 32), decode(history=latents)
+            out = compiled(x, runs[0][1:3], runs[1][1:3])
+            expected = model(x, runs[0][1:3], runs[1][1:3], "eager")
+            if budget == 1.0:
+                torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    found = site("mine")
+    assert found.reason.startswith(f"decode, budget {budget:g}")
+    assert (found.role, found.action) == ("decode", "rewritten")
+    assert found.segments == ("text", "history", "current")
+    assert registry.telemetry()["mine"].calls == 2
+    assert registry.telemetry()["mine"].sparse_calls == (2 if budget < 1 else 0)
+
+
+def test_in_a_compiled_model_a_dense_chunk_is_dense():
+    torch._dynamo.reset()
+    model = Planted().eval()
+    options = {"sparse.dense_chunks": 3, "sparse.dense_latents": 0, "sparse.budget": 0.1}
+    compiled = torch.compile(
+        model,
+        backend="light_interaction",
+        options={"preset": "sparse", **options, "inner": "eager"},
+    )
+    x, (_, runs) = torch.randn(1, 64, 32), decode()
+    session = lipass.Session(preset="sparse", **options)
+    with torch.no_grad(), session, chunk_of(session, 2), registry.force("sparse"):
+        out = compiled(x, runs[0][1:3], runs[1][1:3])
+    assert registry.telemetry()["mine"].calls == 1
+    assert registry.telemetry()["mine"].dense_calls == 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            out, model(x, runs[0][1:3], runs[1][1:3], "eager"), atol=1e-5, rtol=1e-5
+        )

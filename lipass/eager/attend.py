@@ -80,9 +80,9 @@ def attend(
     grids = {part.role: grid_of(part) for part in parts}
     own = own_grid(q, q_grid, grids)
     role = "decode" if "history" in grids else "prefill"
-    operator = torch.ops.lipass.sparse_attention
+    operators = torch.ops.lipass
     call = functools.partial(
-        torch.ops.lipass.sparse_attention_lse if return_lse else operator,
+        (operators.sparse_attention_lse if return_lse else operators.sparse_attention).default,
         q,
         [heads_of(q, part.keys) for part in parts],
         [heads_of(q, part.values) for part in parts],

@@ -13,10 +13,9 @@ import lipass.kernels.ops  # noqa: F401
 from lipass.kernels.call import resolve_layout
 from lipass.kernels.plan import BlockGrid, KvLayout
 from lipass.passes.attention.match import Operands
-from lipass.passes.attention.site import AttentionSite, set_site
+from lipass.passes.attention.site import AttentionSite, move_site
 from lipass.passes.core import PassContext
-from lipass.passes.graph.arguments import arguments, set_arguments, spelled
-from lipass.passes.graph.calls import is_call
+from lipass.passes.graph.arguments import arguments, overload_of, set_arguments, spelled
 from lipass.passes.graph.compat import value
 from lipass.passes.graph.emit import Emitter
 
@@ -52,12 +51,12 @@ class SparseCall:
     @staticmethod
     def is_one(node: Node) -> bool:
         """Whether a node calls the operator."""
-        return is_call(node, _OPERATOR)
+        return node.op == "call_function" and overload_of(node.target) is _OPERATOR
 
     @staticmethod
     def nodes(graph: Graph) -> list[Node]:
         """List the calls of a graph in order."""
-        return list(graph.find_nodes(op="call_function", target=_OPERATOR))
+        return [node for node in graph.nodes if SparseCall.is_one(node)]
 
     @classmethod
     def of(cls, node: Node) -> SparseCall:
@@ -137,7 +136,7 @@ def replace_attention(
         keep_frames=keep_frames,
         site=site.name,
     ).emit(emit)
-    set_site(made, site)
+    move_site(site, made)
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
 

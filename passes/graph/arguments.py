@@ -34,6 +34,14 @@ def set_arguments(node: Node, **changes: Any) -> None:
     node.args, node.kwargs = spelled(_overload(node), arguments(node) | changes)
 
 
+def overload_of(target: object) -> torch._ops.OpOverload | None:
+    """Return the overload that a call of an operator means; Dynamo writes some without."""
+    if isinstance(target, torch._ops.OpOverloadPacket) and target.overloads() == ["default"]:
+        target = target.default
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
 def _overload(node: Node) -> torch._ops.OpOverload:
-    assert isinstance(node.target, torch._ops.OpOverload), node.target
-    return node.target
+    found = overload_of(node.target)
+    assert found is not None, node.target
+    return found
