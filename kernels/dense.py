@@ -8,11 +8,13 @@ dense attention without the copies.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lipass.kernels import registry
 from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import ROLES, BlockGrid, BlockPlan, KvLayout, Segment
 from lipass.kernels.token_major import token_major
@@ -20,6 +22,8 @@ from lipass.kernels.token_major import token_major
 PIECES_MAX = len(ROLES)
 # As many keys as the compiled kernel takes at once (`kKeys`).
 _BLOCK_TOKENS = 128
+# Scores that `attend_plainly` holds at once.
+_SCORES = 1 << 24
 
 
 def attend_joined(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> Tensor:
@@ -38,6 +42,67 @@ def attend_apart(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> T
     return out
 
 
+def attend_biased(
+    q: Tensor, k: list[Tensor], v: list[Tensor], scale: float, bias: Tensor | None, *, lse: bool
+) -> tuple[Tensor, Tensor | None, str]:
+    """Attend to every key with a bias `[B or 1, H or 1, Lk]`, or where the log-sum-exp is needed.
+
+    Returns:
+        Token-major output, the log-sum-exp `[B, H, Lq]` fp32 or None, and what ran: `native` or
+        `triton` with a plan over all blocks, `sdpa`, or `plain`, in order of preference.
+    """
+    k, v = ([part for part in parts if part.shape[2]] for parts in (k, v))
+    tokens = tuple([part.shape[2] for part in k])
+    name = {"cpu": "native", "cuda": "triton"}.get(q.device.type)
+    module = name and registry.module_of("block_sparse", name)
+    if tokens and name and module and not isinstance(module, str):
+        plan = plan_of_all(*q.shape[:3], tokens, q.device)
+        if module.why_not(q, plan) is None:
+            out, log_sums = module.block_sparse_attention(
+                q, k, v, plan, scale=scale, key_bias=bias, return_lse=lse
+            )
+            return out, log_sums if lse else None, name
+    key, value = (torch.cat(parts, 2) if parts else q[:, :, :0] for parts in (k, v))
+    shift = None if bias is None else bias.float()[:, :, None]
+    # Only a CPU takes a mask that is more precise than the queries; log m in bf16 is 1 % off.
+    if not lse and (q.dtype == torch.float32 or q.device.type == "cpu"):
+        out = F.scaled_dot_product_attention(q, key, value, attn_mask=shift, scale=scale)
+        return token_major(out), None, "sdpa"
+    out, log_sums = attend_plainly(q, key, value, scale, shift)
+    return out, log_sums if lse else None, "plain"
+
+
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend by products, softmax and sum in fp32, some queries at a time.
+
+    Args:
+        q: queries `[B, H, Lq, D]`.
+        k: keys `[B, H, Lk, D]`.
+        v: values like `k`.
+        scale: softmax scale.
+        shift: added to the scores, `[B or 1, H or 1, Lq or 1, Lk]` fp32, or None.
+
+    Returns:
+        Token-major output in `q.dtype`, and the log-sum-exp `[B, H, Lq]` fp32, base e. A query
+        that sees no key gives 0 and `-inf`.
+    """
+    k, v = k.float(), v.float()
+    step = max(_SCORES // max(math.prod(q.shape[:2]) * k.shape[2], 1), 1)
+    outputs, log_sums = [], []
+    for start in range(0, max(q.shape[2], 1), step):
+        score = (q[:, :, start : start + step].float() @ k.mT) * scale
+        if shift is not None:
+            rows = slice(None) if shift.shape[2] == 1 else slice(start, start + step)
+            score = score + shift[:, :, rows]
+        log_sum = score.logsumexp(-1)
+        weight = (score - log_sum.masked_fill(log_sum == -math.inf, 0.0)[..., None]).exp()
+        outputs.append((weight @ v).to(q.dtype))
+        log_sums.append(log_sum)
+    return token_major(torch.cat(outputs, 2)), torch.cat(log_sums, 2)
+
+
 def why_not_apart(device: torch.device, dtype: torch.dtype, tokens: tuple[int, ...]) -> str | None:
     """Say why no kernel reads pieces of so many tokens where they lie, or return None."""
     if device.type != "cpu":
@@ -53,7 +118,13 @@ def why_not_apart(device: torch.device, dtype: torch.dtype, tokens: tuple[int, .
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def plan_of_all(batch: int, heads: int, queries: int, tokens: tuple[int, ...]) -> BlockPlan:
+def plan_of_all(
+    batch: int,
+    heads: int,
+    queries: int,
+    tokens: tuple[int, ...],
+    device: torch.device | None = None,
+) -> BlockPlan:
     """Visit every block of pieces of so many tokens; the roles only number them."""
     tile = (1, 1, _BLOCK_TOKENS)
     layout = KvLayout(
@@ -63,8 +134,8 @@ def plan_of_all(batch: int, heads: int, queries: int, tokens: tuple[int, ...]) -
         )
     )
     q_grid = BlockGrid((1, 1, queries), tile)
-    blocks = torch.arange(layout.blocks, dtype=torch.int32)
+    blocks = torch.arange(layout.blocks, dtype=torch.int32, device=device)
     indices = blocks.expand(batch, heads, q_grid.blocks, -1).contiguous()
-    counts = torch.full(indices.shape[:-1], layout.blocks, dtype=torch.int32)
+    counts = torch.full(indices.shape[:-1], layout.blocks, dtype=torch.int32, device=device)
     segments = tuple(range(len(tokens)))
     return BlockPlan(indices, counts, q_grid, layout, uniform=True, shared_segments=segments)

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from lipass.kernels.block_sparse import native
+from lipass.kernels.given import GivenBlocks, plan_as_given, unfit_blocks
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select.api import check_options, select_blocks
 from lipass.kernels.select.vectorized import rule_of
+
+PLANNERS = ("mean", "given")
+"""Who may choose blocks: the means of queries and keys, or the caller."""
 
 
 def plan_attention(
@@ -26,6 +30,8 @@ def plan_attention(
     sink_latents: int,
     keep_frames: Tensor | None = None,
     candidate_means: Tensor | None = None,
+    planner: str = "mean",
+    given: GivenBlocks | None = None,
 ) -> BlockPlan:
     """Choose what each query block visits; arguments as in `select_blocks`.
 
@@ -41,10 +47,21 @@ def plan_attention(
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
         candidate_means: means of the candidate blocks `[B, H, Nc, D]` fp32 as `pool_blocks` gives
             them, where they are known; otherwise they are computed.
+        planner: one of `PLANNERS`.
+        given: the choice itself, for planner `"given"`, which reads no other option.
 
     Raises:
         ValueError: if an option is out of range, or something does not fit the layout.
     """
+    if planner not in PLANNERS or (planner == "given") != (given is not None):
+        raise ValueError(
+            f"planner must be one of {', '.join(PLANNERS)}, with blocks where it is 'given', got "
+            f"{planner!r} {'without' if given is None else 'with'} blocks; use 'mean'"
+        )
+    if given is not None:
+        if why := unfit_blocks(given, q, layout, q_grid):
+            raise ValueError(why)
+        return plan_as_given(given, q, layout, q_grid)
     candidate = layout.candidate_segment(role)
     if candidate_means is not None:
         check_means(candidate_means, q, layout, candidate)

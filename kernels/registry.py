@@ -33,9 +33,14 @@ _PROVIDERS = {
     ("block_sparse", "cuda"): ("triton", "reference"),
 }
 
-_route: contextvars.ContextVar[Route | None] = contextvars.ContextVar("route", default=None)
+_route: contextvars.ContextVar[tuple[Route | None, str]] = contextvars.ContextVar(
+    "route", default=(None, "")
+)
 _calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
     "calls", default=None
+)
+_answers: contextvars.ContextVar[dict[str, Callable[..., Tensor]] | None] = contextvars.ContextVar(
+    "answers", default=None
 )
 _sites: dict[str, SiteCounts] = {}
 
@@ -70,11 +75,14 @@ class SiteCounts:
 
 
 @contextlib.contextmanager
-def force(route: Route | None) -> Iterator[None]:
-    """Bypass the cost gate inside the block: `"sparse"` or `"dense"`; None leaves it in charge."""
+def force(route: Route | None, reason: str = "forced by registry.force") -> Iterator[None]:
+    """Bypass the cost gate inside the block: `"sparse"` or `"dense"`; None leaves it in charge.
+
+    `reason` is what the counts say of calls that `"dense"` keeps dense.
+    """
     if route not in ("sparse", "dense", None):
         raise ValueError(f"route must be 'sparse', 'dense' or None, got {route!r}")
-    token = _route.set(route)
+    token = _route.set((route, reason))
     try:
         yield
     finally:
@@ -83,7 +91,31 @@ def force(route: Route | None) -> Iterator[None]:
 
 def forced_route() -> Route | None:
     """Return the route that `force` asks for."""
-    return _route.get()
+    return _route.get()[0]
+
+
+def forced_reason() -> str:
+    """Return why `force` asks for it."""
+    return _route.get()[1]
+
+
+@contextlib.contextmanager
+def answer(operation: str, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let a function of the caller stand in for an operation inside the block.
+
+    Who opens it knows more than the tensors of a call say; the operation asks `answer_of`.
+    """
+    token = _answers.set({**(_answers.get() or {}), operation: function})
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
+def answer_of(operation: str) -> Callable[..., Tensor] | None:
+    """Return what stands in for an operation, or None."""
+    answers = _answers.get()
+    return None if answers is None else answers.get(operation)
 
 
 class Choice(NamedTuple):
@@ -109,7 +141,7 @@ def choose(
     names = _PROVIDERS.get((operation, device.type), ("reference",))
     refusals: list[tuple[str, str]] = []
     for name in names if provider is None else (provider,):
-        module = _module(operation, name)
+        module = module_of(operation, name)
         if isinstance(module, str):
             refusals.append((name, module))
             continue
@@ -122,7 +154,7 @@ def choose(
 
 
 @functools.lru_cache(maxsize=64)
-def _module(operation: str, provider: str) -> ModuleType | str:
+def module_of(operation: str, provider: str) -> ModuleType | str:
     """Import a provider, or say why that fails; once, as asking `importlib` takes 5 us a call."""
     try:
         return importlib.import_module(f"lipass.kernels.{operation}.{provider}")

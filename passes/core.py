@@ -9,10 +9,11 @@ import re
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 import torch.fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -48,6 +49,11 @@ class Note:
     reason: str
 
 
+Gate = Callable[[tuple[int, ...], torch.dtype, torch.device, tuple[int, ...]], str | None]
+"""Say why keys in pieces should be joined on this machine, or return None: for the shape of q
+`(B, H, Lq, D)`, dtype, device, and the tokens of each piece."""
+
+
 @dataclass
 class PassContext:
     """Carry what passes share while one graph is compiled."""
@@ -64,14 +70,16 @@ class PassContext:
     """Node that the running pass works on, named if it fails."""
     frame: Frame = field(default_factory=Frame)
     """What is known of the function that the graph is of."""
+    gate: Gate | None = None
+    """What is known of the speed of this machine; None is nothing. Passes measure nothing."""
 
     @classmethod
-    def of(cls, graph: torch.fx.Graph) -> PassContext:
+    def of(cls, graph: torch.fx.Graph, gate: Gate | None = None) -> PassContext:
         """Start on a graph of Dynamo, in the fake mode of its metadata.
 
         The inputs that a backend is called with are in another mode, and modes do not mix.
         """
-        return cls(fake_mode_of(graph), frame=frame_being_compiled(graph))
+        return cls(fake_mode_of(graph), frame=frame_being_compiled(graph), gate=gate)
 
     def note(self, site: str, action: str, reason: str) -> None:
         """Add a note of the running pass."""

@@ -33,7 +33,8 @@ def block_sparse_attention(
         v: values like `k`.
         plan: which key blocks each query block visits. Never read back to the host.
         scale: factor on the scores; by default `D ** -0.5`.
-        key_bias: added to the scores of each key, `[B or 1, Lk]` fp32 (log m for m merged keys).
+        key_bias: added to the scores of each key, `[B or 1, Lk]` or `[B or 1, H or 1, Lk]` fp32
+            (log m for m merged keys).
         return_lse: also return the log-sum-exp of the scores, for `merge_partials`.
         provider: implementation to use; by default the best that takes the call.
 
@@ -54,6 +55,8 @@ def block_sparse_attention(
         "block_sparse", q.device, provider, lambda module: module.why_not(q, plan)
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if key_bias is not None and key_bias.dim() == 2:
+        key_bias = key_bias[:, None]
     out, lse = chosen.module.block_sparse_attention(
         q, keys, values, plan, scale=scale, key_bias=key_bias, return_lse=return_lse
     )
@@ -90,12 +93,20 @@ def _unfit(
             f"the plan must be [B, H, Nq] = {[*q.shape[:2], plan.q_grid.blocks]}, got "
             f"{list(plan.indices.shape[:3])}; build it from these queries"
         )
-    if key_bias is not None and key_bias.shape not in (
-        (1, sum(expected)),
-        (q.shape[0], sum(expected)),
-    ):
-        return (
-            f"key_bias must be [B or 1, Lk] with Lk = {sum(expected)}, got "
-            f"{list(key_bias.shape)}; give every key a value, 0 for none"
-        )
+    if key_bias is not None and (why := unfit_bias(key_bias, q, sum(expected))):
+        return why
     return None
+
+
+def unfit_bias(key_bias: Tensor, q: Tensor, keys: int) -> str | None:
+    """Say how a bias does not fit queries `[B, H, Lq, D]` and so many keys, or return None."""
+    *outer, last = key_bias.shape
+    sizes = (q.shape[:1], q.shape[:2])[len(outer) == 2]
+    fits = len(outer) in (1, 2) and all(n in (1, m) for n, m in zip(outer, sizes, strict=True))
+    if fits and last == keys and key_bias.is_floating_point():
+        return None
+    return (
+        f"key_bias must be [B or 1, L] or [B or 1, H or 1, L] of floats with B, H, L = "
+        f"{q.shape[0]}, {q.shape[1]}, {keys}, got {list(key_bias.shape)} {key_bias.dtype}; give "
+        "every key a value, 0 for none, and write a bias of each head as [1, H, L]"
+    )

@@ -176,7 +176,8 @@ def _masked_gather(plan: BlockPlan, key_bias: Tensor | None) -> _Gather:
         seen = seen & plan.key_keep[owner, token]
     bias = torch.zeros(seen.shape)
     if key_bias is not None:
-        bias = key_bias.float().expand(batch, -1)[owner, token]
+        head = torch.arange(heads).view(1, heads, 1, 1)
+        bias = key_bias.float().expand(batch, heads, -1)[owner, head, token]
     bias = bias.masked_fill(~seen, -math.inf)
     first = torch.arange(batch * heads).view(batch, heads, 1, 1) * plan.kv.tokens
     return _Gather(None, (), 1, (token + first).flatten(0, 1), bias.flatten(0, 1))

@@ -134,7 +134,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorL
   if (key_bias) {
     bias = key_bias->to(at::kFloat).contiguous();
     call.bias = bias.const_data_ptr<float>();
-    call.bias_stride = bias.size(0) == 1 ? 0 : call.tokens;
+    call.bias_batch = bias.size(0) == 1 ? 0 : bias.stride(0);
+    call.bias_head = bias.size(1) == 1 ? 0 : bias.stride(1);
   }
   call.scale = static_cast<float>(scale);
   switch (q.scalar_type()) {

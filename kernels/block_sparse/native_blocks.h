@@ -87,13 +87,17 @@ struct Call {
   std::vector<int64_t> first_block, first_token;
   int64_t blocks = 0, tokens = 0;
   const bool* keep = nullptr;  // [B, Lk]
-  const float* bias = nullptr;  // [B or 1, Lk]
-  int64_t bias_stride = 0;
+  const float* bias = nullptr;  // [B or 1, H or 1, Lk]
+  int64_t bias_batch = 0, bias_head = 0;  // strides
   float scale = 1.f;
 
-  bool hides(int64_t b, int64_t token) const {
-    return (keep && !keep[b * tokens + token]) ||
-        (bias && bias[b * bias_stride + token] == -kInf);
+  // What is added to the scores of each key in one head.
+  const float* bias_of(int64_t b, int64_t h) const {
+    return bias ? bias + b * bias_batch + h * bias_head : nullptr;
+  }
+
+  bool hides(int64_t b, const float* shift, int64_t token) const {
+    return (keep && !keep[b * tokens + token]) || (shift && shift[token] == -kInf);
   }
 };
 
@@ -176,14 +180,15 @@ Table<T> place_blocks(const Call& call, int64_t padding) {
       T* k_to = memory + place[at] * packed_size;
       T* v_to = k_to + slots * dim;
       float* bias_to = biases ? biases + place[at] * slots : nullptr;
+      const float* shift = call.bias_of(b, h);
       int64_t keys = 0;
       call.grids[s].runs(id - call.first_block[s], [&](int64_t first, int64_t length) {
         for (int64_t token = first; token < first + length; ++token) {
           const int64_t global = call.first_token[s] + token;
-          if (masks && call.hides(b, global)) continue;
+          if (masks && call.hides(b, shift, global)) continue;
           std::copy_n(k_head + token * k_row, dim, k_to + keys * dim);
           std::copy_n(v_head + token * v_row, dim, v_to + keys * dim);
-          if (bias_to) bias_to[keys] = call.bias[b * call.bias_stride + global];
+          if (bias_to) bias_to[keys] = shift[global];
           ++keys;
         }
       });

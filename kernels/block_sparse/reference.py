@@ -42,7 +42,7 @@ def block_sparse_attention(
         values: values like `keys`.
         plan: which key blocks each query block visits.
         scale: factor on the scores.
-        key_bias: added to the scores of a key, `[B or 1, Lk]`, or None.
+        key_bias: added to the scores of a key, `[B or 1, H or 1, Lk]`, or None.
         return_lse: ignored, the log-sum-exp costs nothing here.
 
     Returns:
@@ -66,7 +66,7 @@ def block_sparse_attention(
                     continue
                 score = scale * (q[b, h, rows].float() @ k[b, h, seen].float().mT)
                 if key_bias is not None:
-                    score = score + key_bias[b % key_bias.shape[0], seen]
+                    score = score + key_bias[b % key_bias.shape[0], h % key_bias.shape[1], seen]
                 out[b, h, rows] = score.softmax(-1) @ v[b, h, seen].float()
                 lse[b, h, rows] = score.logsumexp(-1)
     return token_major(out.to(q.dtype)), lse

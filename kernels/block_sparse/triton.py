@@ -99,7 +99,7 @@ def block_sparse_attention(
             plan.q_grid.blocks,
             indices.shape[-1],
             tokens,
-            bias.stride(0) if bias is not None and bias.shape[0] > 1 else 0,
+            *_bias_strides(bias),
             *q.stride()[:3],
             *(stride for part in k + v for stride in part.stride()[:3]),
             *plan.q_grid.grid,
@@ -171,11 +171,18 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _bias(plan: BlockPlan, key_bias: Tensor | None) -> Tensor | None:
-    """Fold masked keys into the bias, `[B or 1, Lk]` fp32."""
+    """Fold masked keys into the bias, `[B or 1, H or 1, Lk]` fp32."""
     if plan.key_keep is None:
         return None if key_bias is None else key_bias.float().contiguous()
     open_keys = torch.zeros((), device=plan.key_keep.device) if key_bias is None else key_bias
-    return torch.where(plan.key_keep, open_keys.float(), -math.inf)
+    return torch.where(plan.key_keep[:, None], open_keys.float(), -math.inf).contiguous()
+
+
+def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
+    if bias is None:
+        return 0, 0
+    batch, heads = (bias.stride(axis) if bias.shape[axis] > 1 else 0 for axis in (0, 1))
+    return batch, heads
 
 
 # Sizes that change from chunk to chunk must not compile anew when one happens to be 1 or 16.
@@ -212,6 +219,7 @@ def block_sparse_kernel(
     width,
     q_tokens,
     bias_stride_b,
+    bias_stride_h,
     q_stride_b,
     q_stride_h,
     q_stride_l,
@@ -305,6 +313,7 @@ def block_sparse_kernel(
     v_a = v_a_ptr + item * v_a_stride_b + of * v_a_stride_h
     v_b = v_b_ptr + item * v_b_stride_b + of * v_b_stride_h
     v_c = v_c_ptr + item * v_c_stride_b + of * v_c_stride_h
+    bias_base = bias_ptr + item * bias_stride_b + of * bias_stride_h
     plan = tl.program_id(1).to(tl.int64) * q_blocks + q_block
     visits = tl.load(count_ptr + plan)
     ids = index_ptr + plan * width
@@ -355,8 +364,7 @@ def block_sparse_kernel(
             v = v.to(tl.float32)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         if BIAS:
-            bias_at = bias_ptr + item * bias_stride_b + first_token + at
-            bias = tl.load(bias_at, mask=exists, other=float("-inf"))
+            bias = tl.load(bias_base + first_token + at, mask=exists, other=float("-inf"))
             score += bias[None, :] * 1.4426950408889634
         elif TAILS:
             score = tl.where(exists[None, :], score, float("-inf"))

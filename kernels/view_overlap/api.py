@@ -17,21 +17,18 @@ the grid of Matrix-Game 3.0 (`lipass.policy.reference_matrixgame`).
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from lipass.kernels import registry
 
 # A grid of 32 x 24 x 20 moves scores by less than 0.025 (tests/kernels/test_view_overlap.py).
 COLUMNS, ROWS, DEPTHS = 8, 6, 4
 
 # Poses multiplied in rounded arithmetic must still score exactly 1 against themselves.
 _ROUNDING = 1e-4
-
-_chosen: contextvars.ContextVar[bool] = contextvars.ContextVar("chosen", default=False)
 
 
 def view_overlap(
@@ -113,19 +110,6 @@ def _cell_middles(cells: int, device: torch.device) -> Tensor:
     return odd / cells
 
 
-@contextlib.contextmanager
-def chosen_by_caller() -> Iterator[None]:
-    """Score every view 1 in graphs called inside: the caller has chosen what they may read.
-
-    They were scored once for the chunk; a graph asks again in prefill and at each step.
-    """
-    token = _chosen.set(True)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
 @torch.library.custom_op("lipass::view_overlap", mutates_args=())
 def view_overlap_op(
     query_w2c: Tensor,
@@ -137,10 +121,10 @@ def view_overlap_op(
 ) -> Tensor:
     """Mean of `view_overlap` over the queries: `[B, Q, 4, 4]`, `[B, M, 4, 4]` -> `[B, M]`.
 
-    All 1 inside `chosen_by_caller`.
+    `registry.answer("view_overlap", ..)` may stand in for it, with the same two tensors.
     """
-    if _chosen.get():
-        return query_w2c.new_ones(memory_w2c.shape[:-2])
+    if (known := registry.answer_of("view_overlap")) is not None:
+        return known(query_w2c, memory_w2c)
     return view_overlap(query_w2c, memory_w2c, hfov_deg, vfov_deg, near, far).mean(-2)
 
 

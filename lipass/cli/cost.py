@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch.fx
+
+    from lipass.passes.attention.sparse_call import SparseCall
 
 # Calls whose work grows with a product of sizes; what is left out is linear in its inputs.
 _PRODUCTS = frozenset(
@@ -73,14 +75,15 @@ def predictions(gm: torch.fx.GraphModule) -> Iterator[tuple[str, SitePrediction]
     """Predict every `lipass::sparse_attention` call of a rewritten graph, by site name."""
     import torch.fx
 
+    from lipass.passes.attention.sparse_call import SparseCall
     from lipass.passes.graph.names import names_of
 
-    call = torch.ops.lipass.sparse_attention.default
     for module in gm.modules():
         if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.find_nodes(op="call_function", target=call):
-                prediction = _predict(node)
-                yield from ((name, prediction) for name in names_of(str(node.args[12])))
+            for node in SparseCall.nodes(module.graph):
+                call = SparseCall.of(node)
+                prediction = _predict(call)
+                yield from ((name, prediction) for name in names_of(call.site))
 
 
 def _attention_flops(node: torch.fx.Node) -> int:
@@ -94,24 +97,20 @@ def _attention_flops(node: torch.fx.Node) -> int:
     return 2 * heads * hint(q[-2]) * hint(k[-2]) * (hint(q[-1]) + hint(v[-1]))
 
 
-def _predict(node: torch.fx.Node) -> SitePrediction:
+def _predict(call: SparseCall) -> SitePrediction:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from lipass.kernels import cost, registry
-    from lipass.kernels.ops import resolve_layout
     from lipass.kernels.select.api import selected_blocks
     from lipass.passes.graph.compat import hint, value
 
-    args: tuple[Any, ...] = node.args
-    q, _, _, q_sizes, kv_sizes, roles, tile, budget, _, sink, role, keep, _ = args
-    query = value(q)
-    q_grid, kv_grids = (tuple(hint(value(n)) for n in sizes) for sizes in (q_sizes, kv_sizes))
-    layout, grid = resolve_layout(q_grid, kv_grids, roles, tuple(tile))
-    width = selected_blocks(layout, grid, budget, role, sink)
+    query = value(call.q)
+    layout, grid = call.layout(hint)
+    width = selected_blocks(layout, grid, call.budget, call.role, call.sink_latents)
     dense = ""
-    if budget >= 1.0:
+    if call.budget >= 1.0:
         dense = "budget 1.0 visits every block"
-    elif width == layout.blocks and keep is None:
+    elif width == layout.blocks and call.keep_frames is None:
         dense = "protected blocks and budget together visit every block"
     else:
         shape = tuple(map(hint, query.shape))

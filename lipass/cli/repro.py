@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from lipass.cli.tracing import TracedGraph
     from lipass.passes.core import PassPipeline
 
-_BUDGET = 7
-"""Position of the budget among the arguments of `lipass::sparse_attention`."""
-
 _HEAD = '''\
 """Compare graph {index} of {target} in front of and behind these passes:
 
@@ -130,7 +127,7 @@ def script_of(traced: TracedGraph, index: int, target: str, pipeline: PassPipeli
     if classes.uses_lipass:
         classes.imports |= {
             "import lipass.compile.unit  # registers the operators",
-            "from lipass.kernels.view_overlap.api import chosen_by_caller",
+            "from lipass.runtime.chosen_context import chosen_by_caller",
         }
         call = f"with chosen_by_caller():  # every latent is kept\n        code = {call}"
     else:
@@ -181,9 +178,13 @@ class _Classes:
 
     def _spelled(self, graph: Graph) -> Graph:
         """Copy a graph; the copy runs on the CPU, at budgets that have names."""
+        from dataclasses import replace
+
         import torch
         from torch.fx import Graph
         from torch.fx.node import map_aggregate
+
+        from lipass.passes.attention.sparse_call import SparseCall
 
         copy = Graph()
         copy.output(copy.graph_copy(graph, {}))
@@ -197,10 +198,11 @@ class _Classes:
             if not isinstance(node.target, torch._ops.OpOverload):
                 continue
             self.uses_lipass |= node.target.namespace == "lipass"
-            if node.target is torch.ops.lipass.sparse_attention.default:
-                budget = _Budget(node.args[_BUDGET])
+            if SparseCall.is_one(node):
+                call = SparseCall.of(node)
+                budget = _Budget(call.budget)
                 self.constants.add(f"{budget} = 1.0  # {float(budget)} in the compiled graph")
-                node.args = (*node.args[:_BUDGET], budget, *node.args[_BUDGET + 1 :])
+                replace(call, budget=budget).write(node)
         return copy
 
     def _import(self, names: dict[str, Any]) -> None:

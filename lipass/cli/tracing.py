@@ -190,6 +190,7 @@ def _is_of_a_pass(error: LipassError) -> bool:
 
 
 def _run_passes(gm: torch.fx.GraphModule, pipeline: PassPipeline) -> TracedGraph:
+    from lipass.compile.gate import measured_gate
     from lipass.passes.core import PassContext, PassPipeline
     from lipass.passes.runner import run_pipeline
 
@@ -199,7 +200,8 @@ def _run_passes(gm: torch.fx.GraphModule, pipeline: PassPipeline) -> TracedGraph
     facts = _copy(gm)
     run_pipeline(finders, facts, PassContext.of(facts.graph))
     rewritten = _copy(gm)
-    records = run_pipeline(pipeline, rewritten, PassContext.of(rewritten.graph), diff=True)
+    ctx = PassContext.of(rewritten.graph, measured_gate)
+    records = run_pipeline(pipeline, rewritten, ctx, diff=True)
     return TracedGraph(gm, facts, rewritten, records)
 
 

@@ -24,7 +24,7 @@ import torch.fx
 from torch.fx import Graph, GraphModule
 
 from lipass.kernels import registry
-from lipass.kernels.ops import resolve_layout
+from lipass.passes.attention.sparse_call import SparseCall
 from lipass.passes.core import PassPipeline
 from lipass.passes.graph.compat import symbols_of, value
 from lipass.passes.graph.marks import region_name
@@ -112,29 +112,25 @@ def leaves_out(gm: GraphModule) -> bool:
 
 def _operators(gm: GraphModule) -> Iterator[tuple[torch.fx.Node, bool]]:
     """List the sparse calls of a rewritten graph, and whether they are part of a step."""
-    target = torch.ops.lipass.sparse_attention.default
     steps = {str(n.target) for n in gm.graph.find_nodes(op="call_module") if region_name(n)}
     for path, module in gm.named_modules():
         if isinstance(module, GraphModule):
-            for node in module.graph.find_nodes(op="call_function", target=target):
+            for node in SparseCall.nodes(module.graph):
                 yield node, path.partition(".")[0] in steps
 
 
 def _describe(node: torch.fx.Node, in_step: bool) -> _Call:
-    args: tuple[Any, ...] = node.args
-    q, _, _, q_grid, kv_grids, roles, tile, budget, _, _, role, keep, site = args
-    batch, heads = value(q).shape[:2]
+    call = SparseCall.of(node)
+    batch, heads = value(call.q).shape[:2]
 
     @functools.lru_cache(maxsize=64)
     def blocks(sizes: Bindings) -> int:
         known = dict(sizes)
-        queries, keys = (
-            tuple(_number(value(size), known) for size in grid) for grid in (q_grid, kv_grids)
-        )
-        layout, grid = resolve_layout(queries, keys, roles, tuple(tile))
+        layout, grid = call.layout(lambda size: _number(size, known))
         return _number(batch, known) * _number(heads, known) * grid.blocks * layout.blocks
 
-    return _Call(tuple(names_of(site)), role, budget, keep is not None, in_step, blocks)
+    names, masked = tuple(names_of(call.site)), call.keep_frames is not None
+    return _Call(names, call.role, call.budget, masked, in_step, blocks)
 
 
 def _number(size: int | torch.SymInt, known: dict[str, int]) -> int:

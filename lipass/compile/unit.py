@@ -12,17 +12,18 @@ import torch
 import torch.fx
 
 # Importing ops registers an operator that passes insert; so does the import of view_overlap.
-import lipass.kernels.ops  # noqa: F401
+import lipass.kernels.ops
+import lipass.kernels.view_overlap.api  # noqa: F401
 from lipass import kernels
 from lipass.compile.cut_graph import compile_parts, outlined
 from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
+from lipass.compile.gate import measured_gate
 from lipass.compile.graph_breaks import break_of
 from lipass.compile.stages import without_stages
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates
-from lipass.kernels.view_overlap.api import chosen_by_caller
 from lipass.passes import runner
 from lipass.passes.attention.site import AttentionSite, sites
 from lipass.passes.core import Note, PassContext, PassError, PassPipeline
@@ -30,6 +31,7 @@ from lipass.passes.graph.compat import is_symbolic, start_again_with_constants, 
 from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.passes.graph.names import names_of, without_repeat
 from lipass.receipt import PassRecord, SiteRecord, current_report
+from lipass.runtime.chosen_context import chosen_by_caller
 from lipass.runtime.scope import current_chunk, current_step
 
 Compiled = Callable[..., Any]
@@ -93,7 +95,7 @@ def compile_unit(
         LipassError: when a pass fails, or when `strict` is set and a site stays dense.
     """
     begin = time.perf_counter()
-    ctx = PassContext.of(gm.graph)
+    ctx = PassContext.of(gm.graph, measured_gate)
     twin_passes = pipeline_of_twin(pipeline)
     untouched = None if twin_passes is None else _copy(gm)
     try:
@@ -120,8 +122,11 @@ def compile_unit(
         _refuse_dense(found, pipeline, ctx.notes)
     _prepare_kernels(gm)
     compiled = _compile(gm, example_inputs, inner_compile)
+    # What `lipass.attend` has planted is dense where it has to be, and counts by itself.
+    if untouched is not None and leaves_out(untouched):
+        untouched = None
     if twin_passes and untouched and isinstance(compiled, CompiledUnit) and leaves_out(gm):
-        runner.run_pipeline(twin_passes, untouched, PassContext.of(untouched.graph))
+        runner.run_pipeline(twin_passes, untouched, PassContext.of(untouched.graph, measured_gate))
         twin = _compile(untouched, example_inputs, inner_compile)
         compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())

@@ -10,6 +10,7 @@ import torch
 import torch.fx
 
 import lipass.compile.unit  # noqa: F401 (registers the operators that passes insert)
+from lipass.compile.gate import measured_gate
 from lipass.passes.core import Note, Pass, PassContext, PassPipeline, pass_class
 from lipass.passes.printer import print_graph
 from lipass.passes.runner import PassRun, run_pipeline
@@ -79,7 +80,7 @@ def run_passes(
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         first = print_graph(gm.graph)
-        records = run_pipeline(passes, gm, PassContext.of(gm.graph), diff=True)
+        records = run_pipeline(passes, gm, PassContext.of(gm.graph, measured_gate), diff=True)
         made.append((gm, records[-1].before if records else first, records))
         return gm.forward
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch.fx import Graph, Node
 
 from lipass.passes.attention.match import Refusal
-from lipass.passes.attention.site import set_site, sites
+from lipass.passes.attention.site import rename_site, sites
 from lipass.passes.attention.step_inputs import step_inputs
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.marks import StepInputs, set_region, set_step_inputs, step_of
@@ -129,6 +129,4 @@ def _outline(graph: Graph, regions: list[Region], ctx: PassContext) -> None:
 def _drop_repeats(body: Graph) -> None:
     """Name the sites of the body without the number of the call, because all calls share them."""
     for node, site in sites(body):
-        name = without_repeat(site.name)
-        node.args = tuple(name if arg == site.name else arg for arg in node.args)
-        set_site(node, replace(site, name=name))
+        rename_site(node, site, without_repeat(site.name))

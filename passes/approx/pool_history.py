@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch.fx import Graph, Node
 
-from lipass.passes.attention.site import AttentionSite, KeySegment, sites
+from lipass.passes.attention.site import sites
+from lipass.passes.attention.sparse_call import SparseCall
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import hint, is_parameter, value
 from lipass.passes.graph.emit import Emitter
 from lipass.passes.graph.marks import step_of
 from lipass.passes.graph.worth import is_view
 from lipass.passes.graph.writes import memory_written, storage
-
-_KEYS, _TILE, _BUDGET, _ROLE = 1, 6, 7, 10
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,23 @@ class PoolHistory(Pass):
         kept: dict[str, int] = {}
         rewritten = 0
         for node, site in sites(graph):
-            found = _history(node, site)
-            if found is None:
+            call = SparseCall.of(node) if SparseCall.is_one(node) else None
+            if call is None or call.history is None:
                 continue
             ctx.failing = node
-            keys, segment = found
-            if why := self._refusal(node, keys, written):
+            keys = call.history
+            if why := self._refusal(node, call, keys, written):
                 kept[why] = kept.get(why, 0) + 1
                 continue
-            args: Any = node.args
-            tile = tuple(args[_TILE][:3])
+            tile = call.tile[:3]
             if (keys, tile) not in means:
                 behind = first_call if keys.op == "placeholder" else keys.next
                 emit = Emitter(behind, ctx, inside=False)
+                (segment,) = [one for one in site.segments if one.role == "history"]
                 grid = emit.grid(segment.grid, keys)
                 pooled = emit(torch.ops.lipass.pool_blocks.default, keys, grid, list(tile))
                 means[keys, tile] = pooled
-            node.update_kwarg("history_means", means[keys, tile])
+            replace(call, history_means=means[keys, tile]).write(node)
             rewritten += 1
         ctx.failing = None
         # Not under the name of a site: it is rewritten, wherever its means are computed.
@@ -79,8 +78,10 @@ class PoolHistory(Pass):
             ctx.note("history", "rewritten", f"{_count(rewritten)}: means once for the same keys")
         return rewritten > 0
 
-    def _refusal(self, node: Node, keys: Node, written: set[int]) -> str | None:
-        if node.args[_BUDGET] == 1.0:
+    def _refusal(self, node: Node, call: SparseCall, keys: Node, written: set[int]) -> str | None:
+        if call.planner != "mean":
+            return "its blocks are chosen by no means"
+        if call.budget == 1.0:
             return "every block of its history is visited"
         if hint(value(keys).numel()) < self.numbers_min:
             return f"its history holds less than {self.numbers_min} numbers"
@@ -95,19 +96,6 @@ class PoolHistory(Pass):
 
 def _count(calls: int) -> str:
     return "1 call" if calls == 1 else f"{calls} calls"
-
-
-def _history(node: Node, site: AttentionSite) -> tuple[Node, KeySegment] | None:
-    """Return the keys of the history of a sparse decode call."""
-    if node.target is not torch.ops.lipass.sparse_attention.default:
-        return None
-    args: Any = node.args
-    if args[_ROLE] != "decode":
-        return None
-    for keys, segment in zip(args[_KEYS], site.segments, strict=True):
-        if segment.role == "history":
-            return keys, segment
-    return None
 
 
 def _is_of_an_input(keys: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,10 +11,11 @@ from torch.fx import Graph, Node
 
 from lipass.passes.attention import match
 from lipass.passes.attention.match import Operands
-from lipass.passes.attention.site import PoseInput, poses, sites
+from lipass.passes.attention.site import AttentionSite, PoseInput, poses, sites
+from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import known_true, value
-from lipass.passes.graph.emit import Emitter, refuse_training, replace_attention
+from lipass.passes.graph.emit import Emitter, refuse_training
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,27 @@ class PruneContext(Pass):
         keep = self._keep(w2c, fact, ctx)
         for node, site in calls:
             ctx.failing = node
-            operands = match.attention(node)
-            assert isinstance(operands, Operands)
-            replace_attention(
-                node,
-                site,
-                operands,
-                ctx,
-                tile=self.tile,
-                budget=1.0,
-                sink_latents=self.sink_latents,
-                keep_frames=keep,
-            )
+            self._rewrite(node, site, keep, ctx)
             ctx.note(site.name, "rewritten", f"{site.role}, keys of kept latents only")
         return True
+
+    def _rewrite(self, node: Node, site: AttentionSite, keep: Node, ctx: PassContext) -> None:
+        if SparseCall.is_one(node):
+            call = replace(SparseCall.of(node), tile=self.tile, sink_latents=self.sink_latents)
+            replace(call, budget=1.0, keep_frames=keep).write(node)
+            return
+        operands = match.attention(node)
+        assert isinstance(operands, Operands)
+        replace_attention(
+            node,
+            site,
+            operands,
+            ctx,
+            tile=self.tile,
+            budget=1.0,
+            sink_latents=self.sink_latents,
+            keep_frames=keep,
+        )
 
     def _keep(self, w2c: Node, fact: PoseInput, ctx: PassContext) -> Node:
         """Insert the mask `[B, T]` behind the inputs, outside of all modules and steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,10 +13,9 @@ import lipass.kernels.distinct  # noqa: F401
 from lipass.passes.attention import match
 from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, sites
+from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.graph.emit import refuse_training, replace_attention
-
-_TILE, _BUDGET, _SINK = 6, 7, 9
+from lipass.passes.graph.emit import refuse_training
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,11 @@ class SparseAttention(Pass):
     def _rewrite(self, node: Node, site: AttentionSite, ctx: PassContext) -> None:
         budget = self.budget_prefill if site.role == "prefill" else self.budget_decode
         ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
-        if node.target is torch.ops.lipass.sparse_attention.default:
-            node.update_arg(_TILE, list(self.tile))
-            node.update_arg(_BUDGET, budget)
-            node.update_arg(_SINK, self.sink_latents)
+        if SparseCall.is_one(node):
+            call = SparseCall.of(node)
+            replace(call, tile=self.tile, budget=budget, sink_latents=self.sink_latents).write(
+                node
+            )
             return
         operands = match.attention(node)
         assert isinstance(operands, Operands)

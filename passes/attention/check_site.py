@@ -7,13 +7,12 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-import lipass.kernels.ops  # noqa: F401  (registers the operator)
 from lipass.kernels import registry
 from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, Grid, KeySegment
+from lipass.passes.attention.sparse_call import replace_attention
 from lipass.passes.core import PassContext
 from lipass.passes.graph.compat import value
-from lipass.passes.graph.emit import replace_attention
 from lipass.passes.graph.equivalence import Incomparable, Shape, between, difference
 from lipass.passes.graph.region import region_of
 

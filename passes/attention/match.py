@@ -9,7 +9,8 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from lipass.passes.attention.site import pieces_of
+from lipass.passes.attention.operators import argument, places_of
+from lipass.passes.attention.site import SDPA, pieces_of
 from lipass.passes.attention.walk import same_values
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, guard, known_true, value
@@ -46,13 +47,12 @@ class Operands:
 
 def attention(node: Node) -> Operands | Refusal:
     """Match a canonical attention call that is a plain softmax over all keys."""
-    if "attn_mask" in node.kwargs:
-        return Refusal("it has a mask")
-    if node.kwargs.get("dropout_p", 0.0) != 0.0:
-        return Refusal(f"dropout is {node.kwargs['dropout_p']}")
-    if node.kwargs.get("is_causal", False) is not False:
-        return Refusal("it is causal")
-    q, k, v = node.args[:3]
+    places = places_of(node)
+    if places is None:
+        return Refusal("nobody has said where its operands are")
+    if is_call(node, SDPA) and (why := _not_plain(node)):
+        return Refusal(why)
+    q, k, v = (argument(node, place) for place in places[:3])
     if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)):
         return Refusal("its operands are not tensors of the graph")
     ranks = [value(x).dim() for x in (q, k, v)]
@@ -60,13 +60,16 @@ def attention(node: Node) -> Operands | Refusal:
         return Refusal(f"q, k, v must be [B, H, L, D], got ranks {ranks}")
     if not known_true(value(q).shape[3] == value(v).shape[3]):
         return Refusal("head dims of q and v differ")
-    groups = _groups(value(q), value(k)) if node.kwargs.get("enable_gqa", False) else 1
+    grouped = node.kwargs.get("enable_gqa", False) or not is_call(node, SDPA)
+    groups = _groups(value(q), value(k)) if grouped else 1
     if groups is None:
         return Refusal("heads of q are no whole number of groups of the heads of k (enable_gqa)")
     heads = value(q).shape[1] // groups
     if not (_is_batch(k, value(q).shape[0], heads) and _is_batch(v, value(q).shape[0], heads)):
         return Refusal("q and k differ in batch or heads")
-    scale = node.kwargs.get("scale")
+    scale = places.scale
+    if scale is not None and not isinstance(scale, float):
+        scale = argument(node, scale)
     if scale is None:
         scale = value(q).shape[3] ** -0.5
     if not isinstance(scale, float):
@@ -86,6 +89,17 @@ def attention(node: Node) -> Operands | Refusal:
     ):
         return Refusal(why)
     return Operands(q, keys, values, scale, groups)
+
+
+def _not_plain(node: Node) -> str | None:
+    """Say what a call of SDPA does beside a softmax over all keys, or return None."""
+    if "attn_mask" in node.kwargs:
+        return "it has a mask"
+    if node.kwargs.get("dropout_p", 0.0) != 0.0:
+        return f"dropout is {node.kwargs['dropout_p']}"
+    if node.kwargs.get("is_causal", False) is not False:
+        return "it is causal"
+    return None
 
 
 def _groups(q: torch.Tensor, k: torch.Tensor) -> int | None:

@@ -1,15 +1,18 @@
 """Keep what is true about a graph in `node.meta`, behind one accessor per kind of fact.
 
 Facts say what is there, never what to do: deleting all of them leaves a correct, less optimised
-graph. A fact holds sizes and names but no nodes, so that a rewrite cannot leave it dangling.
+graph. A fact holds sizes, names and
+places but no nodes, so that a rewrite cannot leave it dangling.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch.fx
 
+from lipass.passes.graph.arguments import set_arguments
 from lipass.passes.graph.compat import Size
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -33,6 +36,19 @@ class KeySegment:
     """What the role was concluded from."""
 
 
+class OperandPlaces(NamedTuple):
+    """Say which arguments of a call are its operands, by position or by name.
+
+    Places stay true while what is computed in front of the call changes.
+    """
+
+    q: int | str
+    k: int | str
+    v: int | str
+    scale: int | str | float | None = None
+    """Place of the softmax scale, or the scale; `D ** -0.5` where there is none."""
+
+
 @dataclass(frozen=True)
 class AttentionSite:
     """Describe one attention call."""
@@ -51,6 +67,8 @@ class AttentionSite:
     """Why the role is `other`, and for the rest what the role was concluded from."""
     proof: str = ""
     """What shows that q has the tokens of `q_grid`, in its order."""
+    operands: OperandPlaces | None = None
+    """Where the call has its operands; None is what its operator says."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,18 @@ def site_of(node: torch.fx.Node) -> AttentionSite | None:
 def set_site(node: torch.fx.Node, site: AttentionSite) -> None:
     """Attach the fact about an attention call."""
     node.meta[_SITE] = site
+
+
+def move_site(site: AttentionSite, node: torch.fx.Node) -> None:
+    """Attach the fact of a call to the call of an operator of ours that has taken its place."""
+    set_site(node, replace(site, operands=None))
+
+
+def rename_site(node: torch.fx.Node, site: AttentionSite, name: str) -> None:
+    """Rename an attention call, and what it counts as if it is one of our operators."""
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lipass":
+        set_arguments(node, site=name)
+    set_site(node, replace(site, name=name))
 
 
 def sites(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, AttentionSite]]:

@@ -9,8 +9,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from lipass.passes.attention.site import SDPA
-from lipass.passes.graph.calls import is_call
+from lipass.passes.attention.operators import is_attention
 from lipass.passes.graph.compat import Size, known_true, value
 
 _SAME_VALUES = {"contiguous", "detach", "clone", "to"}
@@ -34,7 +33,7 @@ def upstream(node: Node) -> Iterator[Node]:
     while heap:
         current = by_name[heapq.heappop(heap)[1]]
         yield current
-        if is_call(current, SDPA):
+        if is_attention(current):
             continue
         for above in current.all_input_nodes:
             if above.name not in seen:

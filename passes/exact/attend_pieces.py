@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from lipass.kernels import pieces, prepare
+# The import registers the operator that the pass inserts.
+import lipass.kernels.pieces  # noqa: F401
 from lipass.passes.attention import match
 from lipass.passes.attention.match import Operands, Refusal
-from lipass.passes.attention.site import SDPA, pieces_of, set_site, sites
+from lipass.passes.attention.site import SDPA, move_site, pieces_of, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.calls import is_call
-from lipass.passes.graph.compat import hint, real_tensors, value
+from lipass.passes.graph.compat import hint, value
 from lipass.passes.graph.emit import Emitter, refuse_training
 
 
@@ -48,7 +49,7 @@ class AttendPieces(Pass):
                 continue
             ctx.failing = node
             operands = match.attention(node)
-            if why := _refusal(node, operands):
+            if why := _refusal(node, operands, ctx):
                 ctx.note(site.name, "kept", why)
                 continue
             assert isinstance(operands, Operands)
@@ -60,7 +61,7 @@ class AttendPieces(Pass):
                 operands.scale,
                 site.name,
             )
-            set_site(call, site)
+            move_site(site, call)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             ctx.note(site.name, "rewritten", f"dense over {len(operands.keys)} pieces of keys")
@@ -69,7 +70,7 @@ class AttendPieces(Pass):
         return changed
 
 
-def _refusal(node: Node, operands: Operands | Refusal) -> str | None:
+def _refusal(node: Node, operands: Operands | Refusal, ctx: PassContext) -> str | None:
     if isinstance(operands, Refusal):
         return operands.reason
     if pieces_of(node) is not None:
@@ -78,8 +79,8 @@ def _refusal(node: Node, operands: Operands | Refusal) -> str | None:
         return "heads of k and v are shared by groups of q"
     if why := refuse_training(node):
         return why
+    if ctx.gate is None:
+        return "nothing is known of this machine's speed"
     q = value(operands.q)
     tokens = tuple(hint(value(key).shape[2]) for key in operands.keys)
-    with real_tensors():  # the gate measures this machine
-        prepare()
-        return pieces.why_joined(tuple(map(hint, q.shape)), q.dtype, q.device, tokens)
+    return ctx.gate(tuple(map(hint, q.shape)), q.dtype, q.device, tokens)

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 import lipass.kernels.distinct  # noqa: F401
 from lipass.passes.attention import match
 from lipass.passes.attention.match import Operands, Refusal
-from lipass.passes.attention.site import SDPA, set_site, sites
+from lipass.passes.attention.site import SDPA, move_site, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import value
@@ -68,7 +68,7 @@ class CollapseKeys(Pass):
                 operands.scale,
                 site.name,
             )
-            set_site(call, site)
+            move_site(site, call)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             ctx.note(site.name, "rewritten", "equal keys at the end of the prompt count once")

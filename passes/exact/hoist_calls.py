@@ -14,9 +14,9 @@ from torch.fx.node import map_arg
 # The import registers an operator that the pass has to know.
 import lipass.kernels.ops  # noqa: F401
 from lipass.passes.attention import match
-from lipass.passes.attention.site import SDPA, poses, site_of, sites
+from lipass.passes.attention.operators import is_attention
+from lipass.passes.attention.site import poses, site_of, sites
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import hint, is_parameter, value
 from lipass.passes.graph.marks import invariants, set_invariant, step_of
 from lipass.passes.graph.outline import hidden_sizes, to_module
@@ -162,7 +162,7 @@ def _fixed_inputs(graph: Graph) -> list[Node]:
 
 def _operands(call: Node) -> tuple[list[Node], list[Node]]:
     """Return what the queries and what the pieces of the keys and values of a call are."""
-    found = match.attention(call) if is_call(call, SDPA) else None
+    found = match.attention(call) if is_attention(call) else None
     if isinstance(found, match.Operands):
         return [found.q], [*found.keys, *found.values]
     queries: list[Node] = []

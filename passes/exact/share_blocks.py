@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from lipass.passes.attention.site import set_site, site_of
+from lipass.passes.attention.site import rename_site, site_of
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import guard, holds_now, invoke_subgraph, value
 from lipass.passes.graph.names import joint_name, module_path, module_paths
@@ -177,8 +177,7 @@ def _join_sites(body: Graph, regions: list[Region]) -> None:
         if site := site_of(node):
             names = [other.name for twin in twins if (other := site_of(twin))]
             name = joint_name(names)
-            node.args = tuple(name if arg == site.name else arg for arg in node.args)
-            set_site(node, replace(site, name=name))
+            rename_site(node, site, name)
 
 
 def _free_name(module: torch.nn.Module, family: str) -> str:

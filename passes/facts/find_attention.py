@@ -12,6 +12,8 @@ from lipass.passes.attention import check_site, match, segments, token_grid
 from lipass.passes.attention.cache_pieces import cut_cache
 from lipass.passes.attention.cameras import camera_of
 from lipass.passes.attention.match import Operands, Refusal
+from lipass.passes.attention.operators import places_of
+from lipass.passes.attention.planted import describe_planted, other_calls
 from lipass.passes.attention.segments import NAME_THEM
 from lipass.passes.attention.site import (
     SDPA,
@@ -89,7 +91,8 @@ class FindAttention(Pass):
             )
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
-        calls = [node for node in graph.nodes if is_call(node, SDPA) or site_of(node)]
+        describe_planted(graph, ctx)
+        calls = other_calls(graph)
         names = _names(calls)
         owners: dict[Node, Node] = {}
         compared: dict[object, str | None] = {}
@@ -104,7 +107,7 @@ class FindAttention(Pass):
                 owners[segments.origin(operands.keys[-1])] = node
                 if why := self._wrong(node, operands, site, compared):
                     site = replace(site, role="other", segments=(), reason=why)
-            set_site(node, site)
+            set_site(node, replace(site, operands=site.operands or places_of(node)))
             ctx.note(site.name, "found", f"{site.role}: {site.reason}")
         return False
 
@@ -140,7 +143,7 @@ class FindAttention(Pass):
             return AttentionSite(full, call_line(node), role, grid, segments, scale, reason, proof)
 
         refused = site_of(node)
-        if refused is not None and not is_call(node, SDPA):
+        if refused is not None and refused.role and not is_call(node, SDPA):
             return replace(refused, name=name)
         operands = match.attention(node)
         if isinstance(operands, Refusal):

@@ -11,8 +11,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from lipass.passes.attention.match import Operands
-from lipass.passes.attention.site import AttentionSite, Grid, set_site
+from lipass.passes.attention.site import Grid
 from lipass.passes.core import PassContext
 from lipass.passes.graph.compat import Size, known_true, sizes_of, unguarded, value
 from lipass.passes.graph.marks import set_step, step_of
@@ -104,53 +103,7 @@ class Emitter:
 
 
 def refuse_training(node: Node) -> str | None:
-    """Say that a call is differentiated, which `lipass::sparse_attention` cannot be, or None."""
+    """Say that a call is differentiated, which the operators cannot be, or None."""
     if value(node).requires_grad:
         return "its gradient is recorded; call the model under torch.no_grad()"
     return None
-
-
-def replace_attention(
-    node: Node,
-    site: AttentionSite,
-    operands: Operands,
-    ctx: PassContext,
-    *,
-    tile: tuple[int, ...],
-    budget: float,
-    sink_latents: int,
-    keep_frames: Node | None,
-) -> None:
-    """Put `lipass::sparse_attention` in place of an attention call and move its fact along."""
-    assert site.q_grid is not None
-    emit = Emitter(node, ctx)
-    kv_grids: list[int | Node] = []
-    for key, segment in zip(operands.keys, site.segments, strict=True):
-        if segment.role == "text":
-            kv_grids += [1, 1, emit.size(segment.tokens, key, 2)]
-        else:
-            kv_grids += emit.grid(segment.grid, key)
-    call = emit(
-        torch.ops.lipass.sparse_attention.default,
-        operands.q,
-        [_heads_of_q(piece, operands.groups, emit) for piece in operands.keys],
-        [_heads_of_q(piece, operands.groups, emit) for piece in operands.values],
-        emit.grid(site.q_grid, operands.q),
-        kv_grids,
-        ",".join(segment.role for segment in site.segments),
-        list(tile),
-        budget,
-        site.scale,
-        sink_latents,
-        site.role,
-        keep_frames,
-        site.name,
-    )
-    set_site(call, site)
-    node.replace_all_uses_with(call)
-    node.graph.erase_node(node)
-
-
-def _heads_of_q(piece: Node, groups: int, emit: Emitter) -> Node:
-    """Repeat the heads of keys that are shared by groups of heads of q."""
-    return piece if groups == 1 else emit.method("repeat_interleave", piece, groups, 1)

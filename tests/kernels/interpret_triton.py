@@ -47,6 +47,15 @@ bias = torch.randn(2, case.layout.tokens)
 check("dropped frames in mixed tiles, ragged counts, bias per item", case, case.plan(), bias=bias)
 check("one bias for all items", case, case.plan(), bias=bias[:1])
 
+case = make_case("decode", 2, (4, 4), 3, (2, 4, 4), batch=2, heads=2, dim=16, new_frames=1)
+bias = torch.randn(2, 2, case.layout.tokens)
+check("bias per item and head", case, case.plan(), bias=bias)
+bias[:, 1, 3:19] = -torch.inf
+check("bias per head that masks keys", case, case.plan(), bias=bias[:1])
+case.q, bias = case.q.half(), bias[1:]
+case.keys, case.values = ([part.half() for part in parts] for parts in (case.keys, case.values))
+check("bias per head in fp16", case, case.plan(), bias=bias, tolerance=2e-3)
+
 case = make_case("decode", 2, (4, 4), 0, (2, 4, 4), heads=1, dim=16)
 none = dataclasses.replace(case.plan(), counts=torch.zeros_like(case.plan().counts))
 check("rows without a key", case, none)

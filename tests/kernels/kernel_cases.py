@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from lipass.kernels.block_sparse import native
 from lipass.kernels.plan import BlockGrid, KvLayout
@@ -16,6 +17,7 @@ NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(NO_NATIVE is not None, reason=f"{NO_NATIVE}")
 )
 PROVIDERS = ["reference", "gather", NATIVE]
+ROLES = {"prefill": "text,current", "decode": "text,history,current"}
 
 
 @dataclass
@@ -80,9 +82,46 @@ def masked_dense(case, plan, key_bias=None):
     q, k, v = (x.double() for x in (case.q, torch.cat(case.keys, 2), torch.cat(case.values, 2)))
     score = (q @ k.mT) * case.options["scale"]
     if key_bias is not None:
-        score = score + key_bias[:, None, None]
+        score = score + (key_bias if key_bias.dim() == 3 else key_bias[:, None])[:, :, None]
     score = score.masked_fill(~plan.to_dense_mask(), -torch.inf)
     return score.softmax(-1).nan_to_num(0.0) @ v, score.logsumexp(-1)
+
+
+def arguments(case, site="site", **changes):
+    """Spell a case as the operator's arguments."""
+    options = case.options | changes
+    grids = [size for part in case.layout.segments for size in part.grid.grid]
+    return (
+        case.q,
+        case.keys,
+        case.values,
+        list(case.q_grid.grid),
+        grids,
+        ROLES[options["role"]],
+        list(case.layout.segments[-1].grid.tile),
+        options["budget"],
+        options["scale"],
+        options["sink_latents"],
+        options["role"],
+        options["keep_frames"],
+        site,
+    )
+
+
+def dense(case, rows=None):
+    k, v = torch.cat(case.keys, 2), torch.cat(case.values, 2)
+    if rows is not None:
+        k, v = k[:, :, rows], v[:, :, rows]
+    return F.scaled_dot_product_attention(case.q, k, v, scale=case.options["scale"])
+
+
+def frame_rows(case, keep):
+    """Keys that stay when the candidate frames in `keep` do."""
+    number = case.layout.candidate_segment(case.options["role"])
+    rows = torch.ones(case.layout.tokens, dtype=torch.bool)
+    span, grid = case.layout.token_range(number), case.layout.segments[number].grid.grid
+    rows[span.start : span.stop] = keep.repeat_interleave(grid[1] * grid[2])
+    return rows
 
 
 @st.composite

@@ -25,6 +25,14 @@ def attend(case, plan, provider, **options):
     )
 
 
+def make_bias(case, kind):
+    """Draw a bias that items and heads share or not; some keys are masked by it."""
+    batch, heads, tokens = *case.q.shape[:2], case.layout.tokens
+    shapes = {"one": (1,), "item": (batch,), "head": (1, heads), "both": (batch, heads)}
+    bias = torch.randn(*shapes[kind], tokens)
+    return bias.masked_fill(torch.rand(bias.shape) < 0.1, -torch.inf)
+
+
 def assert_near(actual, expected, dtype=torch.float32):
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
@@ -32,10 +40,10 @@ def assert_near(actual, expected, dtype=torch.float32):
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @settings(max_examples=50)
-@given(case=cases(), biased=st.booleans())
-def test_any_budget_equals_masked_dense(provider, case, biased):
+@given(case=cases(), bias=st.sampled_from([None, "one", "item", "head", "both"]))
+def test_any_budget_equals_masked_dense(provider, case, bias):
     plan = case.plan()
-    bias = torch.randn(1, case.layout.tokens) if biased else None
+    bias = bias and make_bias(case, bias)
     expected, expected_lse = masked_dense(case, plan, bias)
     out, lse = attend(case, plan, provider, key_bias=bias, return_lse=True)
     assert_near(out, expected)
@@ -253,6 +261,9 @@ def test_what_needs_a_gradient_is_refused(provider):
         (lambda case: {"v": [v[:, :1] for v in case.values]}, "expand grouped or shared heads"),
         (lambda case: {"k": [k.half() for k in case.keys]}, "one dtype"),
         (lambda case: {"key_bias": torch.zeros(1, 3)}, "key_bias must be"),
+        (lambda case: {"key_bias": torch.zeros(2, case.layout.tokens)}, r"as \[1, H, L\]"),
+        (lambda case: {"key_bias": torch.zeros(1, 1, 2, case.layout.tokens)}, "key_bias must be"),
+        (lambda case: {"key_bias": torch.zeros(1, case.layout.tokens).int()}, "of floats"),
         (lambda case: {"provider": "magic"}, "magic"),
         (lambda case: {"provider": "triton"}, "triton: "),
     ],

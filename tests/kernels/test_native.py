@@ -138,6 +138,18 @@ def test_every_output_is_written_and_nothing_else_is_read(dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bias_of_each_head(dtype):
+    case = make_case("decode", 8, (8, 8), 33, (1, 8, 8), dim=64, dtype=dtype, batch=2)
+    plan, bias = case.plan(), torch.randn(2, 2, 33 + 10 * 64)
+    bias[0, 1, 40:300] = -torch.inf
+    expected, expected_lse = masked_dense(case, plan, bias)
+    out, lse = attend(case, plan, key_bias=bias, return_lse=True)
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-3)
+
+
+@needs_native
 def test_two_threads_give_what_one_gives():
     case = make_case("decode", 8, (8, 8), 33, (4, 4, 4), dim=64, heads=3)
     expected = attend(case, case.plan())

@@ -4,8 +4,7 @@ import inspect
 
 import pytest
 import torch
-from kernel_cases import NO_NATIVE, make_case, masked_dense
-from torch.nn import functional as F
+from kernel_cases import NO_NATIVE, arguments, dense, frame_rows, make_case, masked_dense
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lipass.kernels.ops
@@ -17,7 +16,6 @@ from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select import vectorized
 
 sparse_attention = torch.ops.lipass.sparse_attention
-ROLES = {"prefill": "text,current", "decode": "text,history,current"}
 
 
 @pytest.fixture(autouse=True)
@@ -31,43 +29,6 @@ def joins(monkeypatch):
     slow, fast = Form(1.0, 1e3, 1e3), Form(0.0, 1e9, 1e9)
     rates = Rates(joined=fast, apart=slow, sparse=slow)
     monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: rates)
-
-
-def arguments(case, site="site", **changes):
-    """Spell a case as the operator's arguments."""
-    options = case.options | changes
-    grids = [size for part in case.layout.segments for size in part.grid.grid]
-    return (
-        case.q,
-        case.keys,
-        case.values,
-        list(case.q_grid.grid),
-        grids,
-        ROLES[options["role"]],
-        list(case.layout.segments[-1].grid.tile),
-        options["budget"],
-        options["scale"],
-        options["sink_latents"],
-        options["role"],
-        options["keep_frames"],
-        site,
-    )
-
-
-def dense(case, rows=None):
-    k, v = torch.cat(case.keys, 2), torch.cat(case.values, 2)
-    if rows is not None:
-        k, v = k[:, :, rows], v[:, :, rows]
-    return F.scaled_dot_product_attention(case.q, k, v, scale=case.options["scale"])
-
-
-def frame_rows(case, keep):
-    """Keys that stay when the candidate frames in `keep` do."""
-    number = case.layout.candidate_segment(case.options["role"])
-    rows = torch.ones(case.layout.tokens, dtype=torch.bool)
-    span, grid = case.layout.token_range(number), case.layout.segments[number].grid.grid
-    rows[span.start : span.stop] = keep.repeat_interleave(grid[1] * grid[2])
-    return rows
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

@@ -8,6 +8,7 @@ import torch
 
 import lipass.kernels.ops
 import lipass.kernels.view_overlap.api  # noqa: F401  (both register operators)
+from lipass.compile.gate import measured_gate
 from lipass.passes.core import PassContext, PassPipeline
 from lipass.passes.runner import run_pipeline
 
@@ -55,7 +56,7 @@ def apply():
     """Run a pipeline on a graph; returns the records, with diffs, and the context."""
 
     def run(gm, text, **options):
-        ctx = PassContext.of(gm.graph)
+        ctx = PassContext.of(gm.graph, measured_gate)
         records = run_pipeline(PassPipeline.parse(text, options), gm, ctx, diff=True)
         return records, ctx
 

@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from lipass.kernels import calibration, prepare
 from lipass.kernels.calibration import Form, Rates
+from lipass.passes.core import PassContext, PassPipeline
+from lipass.passes.runner import run_pipeline
 
 TEXT = "canonicalize,find-attention,attend-pieces"
 
@@ -123,3 +125,26 @@ def test_recorded_gradient_is_refused(apply):
     torch._dynamo.reset()
     records, _ = apply(graphs[0], TEXT)
     assert any("gradient is recorded" in reason for reason in reasons(records))
+
+
+def test_passes_measure_nothing_by_themselves(trace, monkeypatch):
+    def measured(*_):
+        raise AssertionError("a pass has timed a kernel")
+
+    monkeypatch.setattr(calibration, "cpu_rates", measured)
+    gm = trace(attend, heads(4, 6, 4))
+    records = run_pipeline(PassPipeline.parse(TEXT), gm, PassContext.of(gm.graph))
+    assert reasons(records) == ["nothing is known of this machine's speed"]
+
+
+def test_the_gate_is_given(trace):
+    asked = []
+
+    def gate(q_shape, dtype, device, tokens):
+        asked.append((q_shape, dtype, device.type, tokens))
+        return "too slow here"
+
+    gm = trace(attend, heads(4, 6, 4))
+    records = run_pipeline(PassPipeline.parse(TEXT), gm, PassContext.of(gm.graph, gate))
+    assert asked == [((1, 2, 4, 8), torch.float32, "cpu", (6, 4))]
+    assert reasons(records) == ["too slow here"]

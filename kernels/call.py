@@ -1,0 +1,136 @@
+"""Hold one call of `lipass::sparse_attention` with its grids resolved, and check that it fits."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lipass.kernels.block_sparse.api import unfit_bias
+from lipass.kernels.given import GivenBlocks, unfit_blocks
+from lipass.kernels.plan import BlockGrid, KvLayout, Triple
+from lipass.kernels.planning import PLANNERS, check_means
+
+
+class Call(NamedTuple):
+    """One call; what its fields mean is said at the operator, in `lipass.kernels.ops`."""
+
+    q: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
+    q_grid: BlockGrid
+    layout: KvLayout
+    budget: float
+    scale: float
+    sink_latents: int
+    role: str
+    keep_frames: Tensor | None
+    site: str
+    history_means: Tensor | None
+    key_bias: Tensor | None
+    """`[B or 1, H or 1, Lk]`."""
+    planner: str
+    given: GivenBlocks | None
+
+    @property
+    def candidate(self) -> int | None:
+        """Segment whose blocks are chosen."""
+        return self.layout.candidate_segment(self.role)
+
+
+@functools.lru_cache(maxsize=512)
+def resolve_layout(
+    q_grid: tuple[int, ...], kv_grids: tuple[int, ...], roles: str, tile: tuple[int, ...]
+) -> tuple[KvLayout, BlockGrid]:
+    """Build the layout of keys and the grid of queries that arguments of the operator spell."""
+    names = tuple(name.strip() for name in roles.split(","))
+    if len(kv_grids) != 3 * len(names):
+        raise ValueError(
+            f"kv_grids must hold 3 numbers per role, got {len(kv_grids)} for roles {roles!r}; "
+            "write text of L tokens as 1, 1, L"
+        )
+    triples = tuple(triple(kv_grids[n : n + 3]) for n in range(0, len(kv_grids), 3))
+    if len(tile) not in (3, 6):
+        raise ValueError(
+            f"tile must be 3 sizes, or 6 with a query tile, got {tile}; try (4, 4, 4)"
+        )
+    layout = KvLayout.build(names, triples, triple(tile[:3]))
+    return layout, BlockGrid(triple(q_grid), triple(tile[-3:]))
+
+
+def triple(sizes: tuple[int, ...]) -> Triple:
+    """Check that there are three sizes."""
+    t, y, x = sizes
+    return (t, y, x)
+
+
+def check(call: Call) -> None:
+    """Raise a `ValueError` for the first rule that a call breaks."""
+    if why := _unfit_tokens(call) or _unfit_options(call) or _unfit_frames(call):
+        raise ValueError(why)
+    if call.history_means is not None:
+        check_means(call.history_means, call.q, call.layout, call.candidate)
+    why = None
+    if call.given is not None:
+        why = unfit_blocks(call.given, call.q, call.layout, call.q_grid)
+    if why is None and call.key_bias is not None:
+        why = unfit_bias(call.key_bias, call.q, call.layout.tokens)
+    if why is not None:
+        raise ValueError(why)
+
+
+def _unfit_tokens(call: Call) -> str | None:
+    tokens = [segment.grid.tokens for segment in call.layout.segments]
+    for name, parts in (("k", call.k), ("v", call.v)):
+        found = [part.shape[2] for part in parts]
+        if found != tokens:
+            return (
+                f"{name} must hold {tokens} tokens by segment as kv_grids say, got {found}; "
+                "pass one tensor per role, in order"
+            )
+    if call.q.shape[2] != call.q_grid.tokens:
+        return (
+            f"q must hold {call.q_grid.tokens} tokens as q_grid {call.q_grid.grid} says, got "
+            f"{call.q.shape[2]}; pass the grid of these queries"
+        )
+    return None
+
+
+def _unfit_options(call: Call) -> str | None:
+    if not 0.0 < call.budget <= 1.0:
+        return f"budget must be in (0, 1], got {call.budget}; 1.0 is dense attention"
+    if call.role not in ("prefill", "decode"):
+        return (
+            f"role must be 'prefill' or 'decode', got {call.role!r}; leave other attention dense"
+        )
+    if call.planner not in PLANNERS:
+        return f"planner must be one of {', '.join(PLANNERS)}, got {call.planner!r}; use 'mean'"
+    if (call.planner == "given") != (call.given is not None):
+        got = "blocks" if call.given is not None else "none"
+        return (
+            f"blocks must come with planner 'given' and with no other, got {got} with planner "
+            f"{call.planner!r}; pass both or neither"
+        )
+    return None
+
+
+def _unfit_frames(call: Call) -> str | None:
+    if call.history_means is not None and call.role != "decode":
+        return "history_means must come with role 'decode', got 'prefill'; leave them out there"
+    keep = call.keep_frames
+    if keep is None:
+        return None
+    if call.given is not None:
+        return (
+            "keep_frames must come with a planner that chooses, got it with planner 'given'; "
+            "leave the blocks of dropped frames out of the plan"
+        )
+    number = call.candidate
+    frames = 0 if number is None else call.layout.segments[number].grid.grid[0]
+    if keep.shape != (call.q.shape[0], frames):
+        return (
+            f"keep_frames must be [B, T] = [{call.q.shape[0]}, {frames}], got "
+            f"{list(keep.shape)}; it covers the history in decode and the current in prefill"
+        )
+    return None

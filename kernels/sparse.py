@@ -1,0 +1,160 @@
+"""Run one call sparse or dense, whichever pays, over the frames that are kept, and count it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lipass.kernels import cost, dense, registry
+from lipass.kernels.call import Call, check
+from lipass.kernels.frames import attend_own_frame, without_frames
+from lipass.kernels.given import plan_as_given
+from lipass.kernels.pieces import attend_to_all
+from lipass.kernels.plan import BlockPlan
+from lipass.kernels.planning import plan_attention
+from lipass.kernels.select.api import selected_blocks
+from lipass.kernels.token_major import empty_token_major, token_major
+
+Attended = tuple[Tensor, Tensor | None]
+
+
+def attend(call: Call, *, lse: bool) -> Attended:
+    """Attend, and give the log-sum-exp `[B, H, Lq]` fp32 where it is asked for.
+
+    Raises:
+        ValueError: if the call does not fit together or an option is out of range.
+    """
+    check(call)
+    total = call.q.shape[0] * call.q.shape[1] * call.q_grid.blocks * call.layout.blocks
+    keep = call.keep_frames
+    if keep is None or call.candidate is None:
+        return _attend(call._replace(keep_frames=None), total, 0, lse)
+    if keep.device.type != "cpu":
+        return _attend(call, total, 0, lse)
+    # On the host the mask can be read for free: frames that no batch item keeps leave before
+    # tiling, so that kept frames fill their tiles.
+    if keep.all():
+        return _attend(call._replace(keep_frames=None), total, 0, lse)
+    kept = keep.any(0).nonzero()[:, 0]
+    dropped = keep.shape[1] - kept.numel()
+    uniform = bool((keep.any(0) == keep.all(0)).all())
+    smaller = call._replace(
+        sink_latents=int((kept < call.sink_latents).sum()),
+        keep_frames=None if uniform else keep.index_select(1, kept),
+    )
+    if dropped == 0:
+        return _attend(smaller, total, 0, lse)
+    if call.role == "decode":
+        return _attend(without_frames(smaller, kept), total, dropped, lse)
+    return _attend_prefill_without(call, smaller, kept, total, lse)
+
+
+def _attend_prefill_without(
+    call: Call, smaller: Call, kept: Tensor, total: int, lse: bool
+) -> Attended:
+    """Attend where queries are dropped too; their rows see text and their own frame."""
+    assert call.keep_frames is not None
+    lost = (~call.keep_frames.any(0)).nonzero()[:, 0]
+    parts: list[tuple[Tensor, Attended]] = [(lost, attend_own_frame(call, lost))]
+    if kept.numel():
+        parts.append((kept, _attend(without_frames(smaller, kept), total, lost.numel(), lse)))
+    out = empty_token_major(call.q)
+    log_sums = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+    for whole, index in ((out, 0), (log_sums, 1)):
+        frames = whole.unflatten(2, (call.q_grid.grid[0], -1))
+        for rows, part in parts:
+            if (made := part[index]) is not None:
+                frames[:, :, rows] = made.reshape(frames[:, :, rows].shape)
+    return out, log_sums if lse else None
+
+
+def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> Attended:
+    """Run one call sparse or dense, whichever the gate says, and count it."""
+    count = functools.partial(
+        registry.record_call,
+        call.site,
+        role=call.role,
+        total=total_blocks,
+        dropped_latents=dropped_latents,
+    )
+    reason = _why_dense(call)
+    if reason:
+        visited = call.q.shape[0] * call.q.shape[1] * call.q_grid.blocks * call.layout.blocks
+        out, log_sums, provider = _dense(call, lse)
+        count(provider=provider, visited=visited, kept_dense=reason)
+        return out, log_sums
+    plan = _plan(call, call.budget)
+    chosen = registry.choose(
+        "block_sparse", call.q.device, None, lambda module: module.why_not(call.q, plan)
+    )
+    for name, refusal in chosen.refusals:
+        registry.record_refusal(call.site, name, refusal)
+    count(
+        provider=chosen.name,
+        visited=plan.indices.numel() if plan.uniform else plan.counts.sum(),
+    )
+    out, log_sums = chosen.module.block_sparse_attention(
+        call.q, call.k, call.v, plan, scale=call.scale, key_bias=call.key_bias, return_lse=lse
+    )
+    return out, log_sums if lse else None
+
+
+def _plan(call: Call, budget: float) -> BlockPlan:
+    if call.given is not None:
+        return plan_as_given(call.given, call.q, call.layout, call.q_grid)
+    return plan_attention(
+        call.q,
+        call.k,
+        call.layout,
+        call.q_grid,
+        budget=budget,
+        scale=call.scale,
+        role=call.role,
+        sink_latents=call.sink_latents,
+        keep_frames=call.keep_frames,
+        candidate_means=call.history_means,
+    )
+
+
+def _why_dense(call: Call) -> str:
+    """Give the reason to run dense attention over the kept keys, or nothing."""
+    route = registry.forced_route()
+    if route == "dense":
+        return registry.forced_reason()
+    if call.given is None and call.budget >= 1.0:
+        return "budget 1.0 visits every block"
+    if route == "sparse":
+        return ""
+    if call.given is not None:
+        width = call.given.blocks.shape[3]
+    else:
+        width = selected_blocks(
+            call.layout, call.q_grid, call.budget, call.role, call.sink_latents
+        )
+        if width == call.layout.blocks and call.keep_frames is None:
+            return "protected blocks and budget together visit every block"
+    q = call.q
+    return cost.predict(q.shape, q.dtype, q.device, call.layout, call.q_grid, width).why_dense
+
+
+def _dense(call: Call, lse: bool) -> tuple[Tensor, Tensor | None, str]:
+    """Attend to every kept key."""
+    if call.keep_frames is None:
+        if call.key_bias is None and not lse:
+            out, provider = attend_to_all(call.q, call.k, call.v, call.scale)
+            return out, None, provider
+        return dense.attend_biased(call.q, call.k, call.v, call.scale, call.key_bias, lse=lse)
+    mask = _plan(call._replace(sink_latents=0, history_means=None), 1.0).to_dense_mask()
+    k, v = torch.cat(call.k, 2), torch.cat(call.v, 2)
+    if call.key_bias is not None or lse:
+        bias = mask.new_zeros((), dtype=torch.float32)
+        if call.key_bias is not None:
+            bias = call.key_bias.float()[:, :, None]
+        shift = torch.where(mask, bias, -torch.inf)
+        out, log_sums = dense.attend_plainly(call.q, k, v, call.scale, shift)
+        return out, log_sums if lse else None, "plain"
+    out = F.scaled_dot_product_attention(call.q, k, v, attn_mask=mask, scale=call.scale)
+    return token_major(out), None, "sdpa"

@@ -1,0 +1,1 @@
+"""Do for eager code what passes do for graphs."""

@@ -1,0 +1,160 @@
+"""A bias of keys, and the log-sum-exp: through the operator, dense, sparse and merged."""
+
+import pytest
+import torch
+from kernel_cases import NO_NATIVE, arguments, frame_rows, make_case, masked_dense
+
+from lipass.kernels import merge_partials, registry
+from lipass.kernels.block_sparse import native
+
+sparse_attention = torch.ops.lipass.sparse_attention
+sparse_attention_lse = torch.ops.lipass.sparse_attention_lse
+
+
+def exact(case, bias=None, rows=None):
+    """Attend to all keys, or to some of them, in fp64; give output and log-sum-exp."""
+    q, k, v = (x.double() for x in (case.q, torch.cat(case.keys, 2), torch.cat(case.values, 2)))
+    score = (q @ k.mT) * case.options["scale"]
+    if bias is not None:
+        score = score + (bias if bias.dim() == 3 else bias[:, None])[:, :, None]
+    if rows is not None:
+        score = score.masked_fill(~rows, -torch.inf)
+    return score.softmax(-1) @ v, score.logsumexp(-1)
+
+
+def check(case, bias, expected, tolerance=1e-5, **changes):
+    """Compare both operators with output and log-sum-exp."""
+    call = arguments(case, **changes)
+    out, lse = sparse_attention_lse(*call, key_bias=bias)
+    alone = sparse_attention(*call, key_bias=bias)
+    for found, wanted in ((out, expected[0]), (lse, expected[1]), (alone, expected[0])):
+        torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.fixture(params=["native", "no compiler"])
+def machine(request, monkeypatch):
+    """Run with the compiled kernel and as on a machine where it can not be built."""
+    if request.param == "native" and NO_NATIVE:
+        pytest.skip(NO_NATIVE)
+    if request.param == "no compiler":
+        monkeypatch.setattr(native, "why_not_loaded", lambda: "no compiler")
+    return request.param
+
+
+BIASES = [(), (1,), (2,), (1, 3), (2, 3), (2, 1)]
+
+
+@pytest.mark.parametrize("outer", BIASES)
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_bias_of_every_shape(outer, route, machine):
+    case = make_case("decode", 6, (4, 5), 7, (1, 4, 4), batch=2, heads=3, dim=16)
+    bias = torch.randn(*outer, case.layout.tokens) if outer else None
+    plan = case.plan()
+    expected = masked_dense(case, plan, bias) if route == "sparse" else exact(case, bias)
+    with registry.force(route):
+        check(case, bias, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_bias_is_not_rounded_to_the_dtype_of_the_queries(dtype, route, machine):
+    case = make_case("decode", 6, (4, 4), 7, (1, 4, 4), dim=64, dtype=dtype)
+    bias = torch.zeros(1, case.layout.tokens)
+    bias[:, 0] = 6.2383246  # 512 keys in one; 6.25 in bf16
+    plan = case.plan()
+    expected = masked_dense(case, plan, bias) if route == "sparse" else exact(case, bias)
+    with registry.force(route):
+        out, lse = sparse_attention_lse(*arguments(case), key_bias=bias)
+        torch.testing.assert_close(lse.double(), expected[1], atol=2e-3, rtol=0)
+        torch.testing.assert_close(out.double(), expected[0], atol=1e-2, rtol=1e-2)
+
+
+def test_masked_keys_of_one_head(machine):
+    case = make_case("decode", 6, (4, 4), 7, (1, 4, 4), batch=1, heads=2)
+    bias = torch.zeros(1, 2, case.layout.tokens)
+    bias[:, 1, 3:70] = -torch.inf
+    for route, expected in (("sparse", masked_dense(case, case.plan(), bias)), ("dense", None)):
+        with registry.force(route):
+            check(case, bias, expected or exact(case, bias))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_bias_follows_the_frames_that_stay(role, route, ragged, machine):
+    keep = torch.tensor([[True, False, True, True, False], [True, False, True, not ragged, False]])
+    case = make_case(
+        role, 5, (4, 4), 3, (1, 4, 4), budget=0.999, keep_frames=keep, batch=2, sink_latents=0
+    )
+    bias = torch.randn(2, 2, case.layout.tokens)
+    with registry.force(route):
+        out, lse = sparse_attention_lse(*arguments(case), key_bias=bias)
+    for item in range(2):
+        expected = exact(case, bias, frame_rows(case, keep[item]))
+        rows = slice(None) if role == "decode" else keep[item].repeat_interleave(16)
+        for found, wanted in zip((out, lse), expected, strict=True):
+            torch.testing.assert_close(
+                found.double()[item][:, rows], wanted[item][:, rows], atol=1e-5, rtol=1e-5
+            )
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("route", ["sparse", "dense", None])
+def test_parts_of_the_keys_merge_to_the_whole(route, machine):
+    """Context parallel: each rank holds some latents of the history, one the rest as well."""
+    case = make_case("decode", 6, (4, 4), 7, (1, 4, 4), budget=1.0)
+    expected = exact(case)
+    outputs, lses = [], []
+    history, own = (case.keys[1].split(32, 2), case.values[1].split(32, 2)), (0, 2)
+    with registry.force(route):
+        for k, v in zip(*history, strict=True):
+            out, lse = sparse_attention_lse(
+                case.q, [k], [v], [2, 4, 4], [2, 4, 4], "history", [1, 4, 4], 1.0,
+                case.options["scale"], 0, "decode", None, "rank",
+            )  # fmt: skip
+            outputs.append(out)
+            lses.append(lse)
+        k, v = ([parts[n] for n in own] for parts in (case.keys, case.values))
+        out, lse = sparse_attention_lse(
+            case.q, k, v, [2, 4, 4], [1, 1, 7, 2, 4, 4], "text,current", [1, 4, 4], 1.0,
+            case.options["scale"], 0, "prefill", None, "rank",
+        )  # fmt: skip
+    merged, total = merge_partials([*outputs, out], [*lses, lse])
+    torch.testing.assert_close(merged.double(), expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(total.double(), expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_rank_without_keys_adds_nothing(machine):
+    case = make_case("decode", 0, (4, 4), 0, (1, 4, 4), budget=1.0)
+    out, lse = sparse_attention_lse(
+        case.q, case.keys[1:2], case.values[1:2], [2, 4, 4], [0, 4, 4], "history", [1, 4, 4],
+        1.0, 0.3, 0, "decode", None, "rank",
+    )  # fmt: skip
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+def test_long_rows_are_attended_some_queries_at_a_time(monkeypatch):
+    from lipass.kernels import dense
+
+    case = make_case("decode", 6, (4, 4), 7, (1, 4, 4), budget=1.0)
+    monkeypatch.setattr(native, "why_not_loaded", lambda: "no compiler")
+    monkeypatch.setattr(dense, "_SCORES", 1000)
+    check(case, None, exact(case))
+
+
+@pytest.mark.parametrize("operator", [sparse_attention, sparse_attention_lse])
+def test_operators_with_a_bias_are_well_formed(operator):
+    case = make_case("decode", 8, (4, 4), 3, (1, 4, 4))
+    bias = {"key_bias": torch.randn(1, 2, case.layout.tokens)}
+    tests = ("test_schema", "test_faketensor")
+    with registry.force("sparse"):
+        torch.library.opcheck(operator.default, arguments(case), bias, test_utils=tests)
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    case = make_case("decode", 4, (4, 4), 3, (1, 4, 4))
+    with pytest.raises(ValueError, match=r"key_bias must be .* write a bias of each head as"):
+        sparse_attention(*arguments(case), key_bias=torch.zeros(2, case.layout.tokens))
