@@ -105,6 +105,20 @@ def unguarded(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]
     return mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
 
 
+def device_of(func: object, args: tuple[Any, ...]) -> torch.device | None:
+    """Answer what device a fake tensor is on, which no mode can pass on; None for the rest."""
+    if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+        return args[0].fake_device
+    return None
+
+
+def decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run what an operator is composed of, in inference mode too; NotImplemented if of nothing."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    composed = isinstance(func, torch._ops.OpOverload) and func.has_kernel_for_dispatch_key(key)
+    return func.decompose(*args, **kwargs) if composed else NotImplemented
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Compute with real tensors in the middle of a compilation, whatever modes are on."""
