@@ -14,7 +14,7 @@ from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import PoseInput, poses, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import known_true, value
-from lipass.passes.graph.emit import Emitter, refuse_training, replace_attention
+from lipass.passes.graph.emit import Emitter, refuse_rewrite, replace_attention
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PruneContext(Pass):
         if not calls:
             ctx.note("context", "kept", "the graph has no prefill or decode site")
             return False
-        if why := next(filter(None, (refuse_training(node) for node, _ in calls)), None):
+        if why := next(filter(None, (refuse_rewrite(node) for node, _ in calls)), None):
             ctx.note("context", "kept", why)
             return False
         keep = self._keep(w2c, fact, ctx)

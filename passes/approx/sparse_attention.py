@@ -14,7 +14,7 @@ from lipass.passes.attention import match
 from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, sites
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.graph.emit import refuse_training, replace_attention
+from lipass.passes.graph.emit import refuse_rewrite, replace_attention
 
 _TILE, _BUDGET, _SINK = 6, 7, 9
 
@@ -35,7 +35,7 @@ class SparseAttention(Pass):
     A site that `prune-context` rewrote gets tile, budget and sink here and keeps its frames.
 
     Keeps: sites of role cross, text and other, whose keys are no latent grid; `dense_layers`;
-    calls whose gradient is recorded.
+    calls whose gradient is recorded or whose kernel was chosen.
     """
 
     name: ClassVar[str] = "sparse-attention"
@@ -69,7 +69,7 @@ class SparseAttention(Pass):
             if layer in self.dense_layers:
                 ctx.note(site.name, "kept", f"layer {layer} is in dense_layers")
                 continue
-            if why := refuse_training(node):
+            if why := refuse_rewrite(node):
                 ctx.note(site.name, "kept", why)
                 continue
             self._rewrite(node, site, ctx)

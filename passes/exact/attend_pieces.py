@@ -15,7 +15,7 @@ from lipass.passes.attention.site import SDPA, pieces_of, set_site, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import hint, real_tensors, value
-from lipass.passes.graph.emit import Emitter, refuse_training
+from lipass.passes.graph.emit import Emitter, refuse_rewrite
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AttendPieces(Pass):
 
     Keeps: calls that are predicted to be faster with joined keys at the sizes that are being
     compiled; sites that another pass made sparse; keys in one piece or in more than three; grouped
-    heads; devices other than CPUs; calls whose gradient is recorded.
+    heads; devices other than CPUs; calls whose gradient is recorded or whose kernel was chosen.
     """
 
     name: ClassVar[str] = "attend-pieces"
@@ -76,7 +76,7 @@ def _refusal(node: Node, operands: Operands | Refusal) -> str | None:
         return "its keys lie in a cache, in one piece"
     if operands.groups > 1:
         return "heads of k and v are shared by groups of q"
-    if why := refuse_training(node):
+    if why := refuse_rewrite(node):
         return why
     q = value(operands.q)
     tokens = tuple(hint(value(key).shape[2]) for key in operands.keys)

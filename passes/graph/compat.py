@@ -9,11 +9,15 @@ from typing import Any
 import torch
 import torch._higher_order_ops.invoke_subgraph
 import torch.fx
+import torch.nn.attention
 from torch._dynamo.source import is_from_unspecialized_nn_module_source
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Size = int | torch.SymInt
+
+# What Dynamo writes at both ends of `with sdpa_kernel(..)`; it has no public name.
+choose_kernel: Callable[..., Any] | None = getattr(torch.nn.attention, "_sdpa_kernel", None)
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
