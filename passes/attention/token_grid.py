@@ -63,7 +63,7 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
     """
     pairs: list[tuple[Size, Size]] = []
     for node in upstream(tokens_of):
-        if not is_reshape(node):
+        if not (_joins_axes(node) and is_reshape(node)):
             continue
         above, below = value(node.all_input_nodes[0]).shape, value(node).shape
         if sum(known_true(size == tokens) for size in below) > 1:
@@ -79,6 +79,15 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                 if whole and i > 0 and known_true(above[i - 1] == latents):
                     return Merge(node, (latents, above[i], above[i + 1]), (i - 1, i, i + 1))
     return Refusal("no reshape from [.., T, Y, X, ..] to its tokens is upstream of q")
+
+
+def _joins_axes(node: Node) -> bool:
+    """Whether the result of a call has fewer axes than what it is made of."""
+    tensors = [value(one) for one in (node, *node.all_input_nodes[:1])]
+    if len(tensors) < 2 or not all(isinstance(one, torch.Tensor) for one in tensors):
+        return False
+    below, above = tensors
+    return below.dim() < above.dim()
 
 
 def _merged(above: torch.Size, below: torch.Size, count: int) -> list[int]:

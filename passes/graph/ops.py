@@ -26,9 +26,6 @@ _MOVES = {"permute", "t", "transpose"}
 _EXPANSIONS = {"expand"}
 # Pointwise, but not tagged so.
 _POINTWISE = {"fill", "hardswish", "log_sigmoid_forward", "masked_fill"}
-# Made of the shape or the dtype of a tensor, not of its numbers.
-_SHAPES = {"empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like"}
-_SHAPES |= {"new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "zeros_like"}
 # By the names that people write; what these run differs from device to device.
 _NORMS = {"layer_norm", "rms_norm"}
 _LEARNED = {"batch_norm", "embedding", "group_norm", "linear"}
@@ -192,10 +189,7 @@ def reads(node: Node) -> list[Node]:
     found = trace(node)
     if found is None:
         return list(node.all_input_nodes)
-    taken = set(found.given_back)
-    for one in found.ran:
-        taken |= one.took if _base(one) not in _SHAPES else set()
-    return [above for at, above in enumerate(node.all_input_nodes) if at in taken]
+    return [above for at, above in enumerate(node.all_input_nodes) if at in found.needs]
 
 
 def draws(node: Node) -> bool:
@@ -208,7 +202,9 @@ def draws(node: Node) -> bool:
     found = trace(node)
     if found is not None:
         return any(_draws(one) for one in found.ran)
-    return any(_may_draw(one, {}) for one in overloads(node)) or _is_opaque(node)
+    packet = getattr(torch.ops.aten, name_of(node) or "nothing", None)
+    named = [getattr(packet, one) for one in packet.overloads()] if packet else []
+    return any(_may_draw(one, {}) for one in overloads(node) or named) or _is_opaque(node)
 
 
 def _draws(one: Primitive) -> bool:
@@ -228,7 +224,7 @@ def _may_draw(overload: Any, given: dict[str, Any]) -> bool:
 
 def _is_opaque(node: Node) -> bool:
     """Whether a call is of a function of Python about which nothing is to be found out."""
-    if node.op != "call_function" or overloads(node):
+    if node.op != "call_function" or hasattr(torch.ops.aten, name_of(node) or "nothing"):
         return False
     module = getattr(node.target, "__module__", None) or ""
     own = module.startswith(("torch._", "torch.autograd", "torch.amp", "torch.nn.attention"))
@@ -270,18 +266,13 @@ def _ran(node: Node, names: set[str]) -> bool:
 
 def _does(node: Node, names: set[str]) -> bool:
     """Whether a call makes one tensor of one tensor, by nothing but some operators."""
+    above = node.all_input_nodes[:1]
+    if not all(isinstance(value(one), torch.Tensor) for one in (node, *above)):
+        return False
     found = trace(node)
-    if found is None or found.written or len(node.all_input_nodes) == 0:
+    if found is None or found.written or not all(_base(one) in names for one in found.ran):
         return False
-    if not (isinstance(value(node), torch.Tensor) and _is_tensor(node.all_input_nodes[0])):
-        return False
-    if len(reads(node)) != 1 or reads(node)[0] is not node.all_input_nodes[0]:
-        return False
-    return all(_base(one) in names for one in found.ran)
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(value(node), torch.Tensor)
+    return found.needs == {0}
 
 
 def _tensors(part: Any) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ those carry what torch knows: tags, which arguments they write to, what they mul
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import weakref
 from collections.abc import Callable
@@ -46,6 +47,19 @@ class Trace:
     """Positions in `node.all_input_nodes` of the tensors in whose memory the result lies."""
     written: frozenset[int]
     """Positions of those that an operator wrote to."""
+
+    @functools.cached_property
+    def needs(self) -> frozenset[int]:
+        """Return the positions of those whose numbers the call needs, not only their shape."""
+        took = (one.took for one in self.ran if one.overload.overloadpacket not in _SHAPES)
+        return self.given_back.union(*took)
+
+
+aten = torch.ops.aten
+# Made of the shape or the dtype of a tensor, not of its numbers; no tag says so.
+_SHAPES = {aten.empty_like, aten.full_like, aten.ones_like, aten.zeros_like}
+_SHAPES |= {aten.rand_like, aten.randint_like, aten.randn_like}
+_SHAPES |= {aten.new_empty, aten.new_empty_strided, aten.new_full, aten.new_ones, aten.new_zeros}
 
 
 def trace(node: Node) -> Trace | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lipass.passes.graph import ops
 from lipass.passes.graph.writes import memory_written, mutates, storage
@@ -285,6 +286,29 @@ def test_body_of_a_subgraph_draws(trace):
 
     gm = trace(lambda x: body(x) + body(x), (X,))
     assert sum(map(ops.draws, gm.graph.nodes)) == 2
+
+
+def test_body_that_is_computed_again_draws(trace):
+    def fn(x):
+        return checkpoint(lambda y: F.dropout(y, 0.5) * 2, x, use_reentrant=False)
+
+    assert sum(map(ops.draws, trace(fn, (X,)).graph.nodes)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "count"),
+    [
+        (lambda row: F.dropout(row, 0.5), 1),
+        (lambda row: F.gumbel_softmax(row, 1.0), 1),
+        (lambda row: torch.rand_like(row), 1),
+        (lambda row: F.silu(row).sin() + 1, 0),
+    ],
+)
+def test_what_draws_inside_of_a_vmap(trace, fn, count):
+    def batched(x):
+        return torch.vmap(fn, randomness="different")(x)
+
+    assert sum(map(ops.draws, trace(batched, (X,)).graph.nodes)) == count
 
 
 def test_random_call_that_nobody_reads_stays():
