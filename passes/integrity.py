@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from lipass.passes.core import PassContext, PassError
 from lipass.passes.graph.compat import known_true, unguarded, value
 from lipass.passes.graph.modes import follow, inside
+from lipass.passes.graph.primitives import frozen
 from lipass.passes.graph.writes import mutates, storage
 
 
@@ -95,7 +96,7 @@ def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
                 continue
             if node.op == "call_module":
                 bodies.add(node.target)
-            call = _frozen((node.op, node.target, node.args, node.kwargs, value(node)))
+            call = frozen((node.op, node.target, node.args, node.kwargs, value(node)))
             call = (call, *autocasts)
             if call in settled:
                 continue
@@ -105,25 +106,6 @@ def _check_values(graph: Graph, before: Snapshot, ctx: PassContext) -> None:
                 dirty.add(node)
             else:
                 settled.add(call)
-
-
-def _frozen(part: Any) -> object:
-    """Return something hashable that is equal for calls on equal metadata."""
-    if isinstance(part, Node) and value(part) is None:
-        return part  # a submodule: another one may compute something else
-    part = value(part)
-    if isinstance(part, torch.Tensor):
-        sizes = (*part.shape, *part.stride())
-        return (part.dtype, part.device, part.dim(), *map(_frozen, sizes))
-    if isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return part.node.expr
-    if isinstance(part, (list, tuple)):
-        return (type(part), *map(_frozen, part))
-    if isinstance(part, dict):
-        return tuple((key, _frozen(item)) for key, item in part.items())
-    if isinstance(part, slice):
-        return (slice, *map(_frozen, (part.start, part.stop, part.step)))
-    return (type(part), part if part.__hash__ else id(part))
 
 
 def _is_region(node: Node) -> bool:

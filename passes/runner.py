@@ -14,7 +14,7 @@ import torch.fx
 from lipass.passes.core import Note, Pass, PassContext, PassError, PassPipeline
 from lipass.passes.graph.compat import trace_artifact
 from lipass.passes.graph.names import module_path
-from lipass.passes.graph.writes import has_effect
+from lipass.passes.graph.ops import has_effect
 from lipass.passes.integrity import check_integrity, snapshot
 from lipass.passes.printer import print_graph
 

@@ -12,25 +12,6 @@ if TYPE_CHECKING:
     from lipass.passes.attention.sparse_call import SparseCall
 
 # Calls whose work grows with a product of sizes; what is left out is linear in its inputs.
-_PRODUCTS = frozenset(
-    [
-        "linear",
-        "matmul",
-        "__matmul__",
-        "bmm",
-        "mm",
-        "addmm",
-        "baddbmm",
-        "einsum",
-        "tensordot",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-    ]
-)
 _ATTENTION = "scaled_dot_product_attention"
 
 
@@ -51,24 +32,9 @@ class SitePrediction:
 
 def flops(node: torch.fx.Node) -> int:
     """Count the FLOPs of the matrix products of one call; 0 for what is linear in its inputs."""
-    from torch.fx.node import map_arg
-    from torch.utils.flop_counter import FlopCounterMode
+    from lipass.passes.graph import ops
 
-    from lipass.passes.graph.compat import fake_mode_of, hint, unguarded, value
-
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name == _ATTENTION:
-        return _attention_flops(node)
-    if name not in _PRODUCTS or node.op == "call_module":
-        return 0
-    args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-    mode = fake_mode_of(node.graph)
-    with mode, unguarded(mode), FlopCounterMode(display=False) as counter:
-        if isinstance(node.target, str):
-            getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            node.target(*args, **kwargs)
-    return hint(counter.get_total_flops())
+    return _attention_flops(node) if ops.name_of(node) == _ATTENTION else ops.flops(node)
 
 
 def predictions(gm: torch.fx.GraphModule) -> Iterator[tuple[str, SitePrediction]]:

@@ -14,7 +14,7 @@ from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import hint, is_parameter, value
 from lipass.passes.graph.emit import Emitter
 from lipass.passes.graph.marks import step_of
-from lipass.passes.graph.worth import is_view
+from lipass.passes.graph.ops import is_view
 from lipass.passes.graph.writes import memory_written, storage
 
 

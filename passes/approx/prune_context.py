@@ -15,7 +15,7 @@ from lipass.passes.attention.site import AttentionSite, PoseInput, poses, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import known_true, value
-from lipass.passes.graph.emit import Emitter, refuse_training
+from lipass.passes.graph.emit import Emitter, refuse_rewrite
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PruneContext(Pass):
         if not calls:
             ctx.note("context", "kept", "the graph has no prefill or decode site")
             return False
-        if why := next(filter(None, (refuse_training(node) for node, _ in calls)), None):
+        if why := next(filter(None, (refuse_rewrite(node) for node, _ in calls)), None):
             ctx.note("context", "kept", why)
             return False
         keep = self._keep(w2c, fact, ctx)

@@ -15,7 +15,7 @@ from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.graph.emit import refuse_training
+from lipass.passes.graph.emit import refuse_rewrite
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SparseAttention(Pass):
     A site that `prune-context` rewrote gets tile, budget and sink here and keeps its frames.
 
     Keeps: sites of role cross, text and other, whose keys are no latent grid; `dense_layers`;
-    calls whose gradient is recorded.
+    calls whose gradient is recorded or whose kernel was chosen.
     """
 
     name: ClassVar[str] = "sparse-attention"
@@ -68,7 +68,7 @@ class SparseAttention(Pass):
             if layer in self.dense_layers:
                 ctx.note(site.name, "kept", f"layer {layer} is in dense_layers")
                 continue
-            if why := refuse_training(node):
+            if why := refuse_rewrite(node):
                 ctx.note(site.name, "kept", why)
                 continue
             self._rewrite(node, site, ctx)

@@ -14,6 +14,7 @@ from lipass.passes.attention.products import View
 from lipass.passes.attention.softmax_attention import Spelled
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.ops import name_of
 from lipass.passes.graph.writes import mutates
 
 _FLASH = re.compile(r"flash_attn")
@@ -160,7 +161,7 @@ def _returns_true(node: Node, function: Any) -> bool:
     if any(mutates(one) for one in body.graph.nodes):
         return False
     outputs = body.graph.output_node().all_input_nodes
-    return [out.target for out in outputs] in (["new_ones"], [torch.ones])
+    return [name_of(out) for out in outputs] in (["new_ones"], ["ones"])
 
 
 def _some_blocks(block_mask: tuple[Any, ...], q_tokens: Any, k_tokens: Any) -> str:

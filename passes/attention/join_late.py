@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from lipass.passes.attention.products import moved_axes
 from lipass.passes.core import PassContext
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, guard, known_true, value
 from lipass.passes.graph.emit import Emitter
+from lipass.passes.graph.ops import is_cast, is_reshape, moved_axes
 from lipass.passes.graph.writes import memory_written, storage, writes_between
-
-_CASTS = {"to", "type_as", "float", "half", "bfloat16", "double"}
-_SAME_AXES = {"contiguous", "clone", "detach", *_CASTS}
-_RESHAPES = {"reshape", "unflatten", "flatten", "unsqueeze"}
 
 
 def join_late(call: Node, ctx: PassContext) -> bool:
@@ -75,13 +71,11 @@ def _axis_above(node: Node, axis: int) -> int | None:
     """Return which axis of its input an axis of a node is, if the node leaves it whole."""
     if (moved := moved_axes(node)) is not None:
         return moved[axis]
-    if node.op != "call_method" or not isinstance(node.args[0], Node):
-        return None
-    if node.target in _SAME_AXES:
+    if is_cast(node):
         return axis
-    if node.target not in _RESHAPES or node.kwargs:
+    if not is_reshape(node):
         return None
-    above, below = value(node.args[0]).shape, value(node).shape
+    above, below = value(node.all_input_nodes[0]).shape, value(node).shape
     for i, size in enumerate(above):
         front = known_true(_volume(above[:i]) == _volume(below[:axis]))
         back = known_true(_volume(above[i + 1 :]) == _volume(below[axis + 1 :]))
@@ -106,11 +100,11 @@ def _sizes(node: Node, axis: int) -> list[int] | None:
 def _replay(step: Node, axis: int, piece: Node, emit: Emitter) -> Node:
     if (moved := moved_axes(step)) is not None:
         return emit.method("permute", piece, *moved)
-    if step.target in _RESHAPES:
+    if is_reshape(step):
         sizes = _sizes(step, axis)
         assert sizes is not None
         return emit.method("reshape", piece, *sizes)
-    if value(step).dtype == value(step.args[0]).dtype:
+    if value(step).dtype == value(piece).dtype:
         return piece
     return emit.method("to", piece, value(step).dtype)
 

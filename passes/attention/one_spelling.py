@@ -16,6 +16,7 @@ from lipass.passes.core import PassContext
 from lipass.passes.graph.compat import known_true, value
 from lipass.passes.graph.emit import Emitter
 from lipass.passes.graph.equivalence import Shape, difference
+from lipass.passes.graph.ops import is_reshape
 from lipass.passes.graph.writes import memory_written, storage, writes_between
 
 # of the copy on which a rewrite is tried; all differ, heads of k divide those of q
@@ -95,10 +96,10 @@ def _in_order(view: View, emit: Emitter) -> Node:
 
 def _before_joining(tensor: Node, root: Node) -> Node | None:
     """Return `[B, H, L, D]` if `[B*H, L, D]` is a reshape of it that `root` can look through."""
-    if not (tensor.op == "call_method" and tensor.target in ("reshape", "flatten")):
+    if not is_reshape(tensor):
         return None
-    above = tensor.args[0]
-    if not isinstance(above, Node) or value(above).dim() != 4:
+    above = tensor.all_input_nodes[0]
+    if value(above).dim() != 4:
         return None
     memory = {storage(value(above)), storage(value(tensor))}
     if any(memory_written(n) & memory for n in writes_between(tensor, root)):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from lipass.passes.graph.compat import value
-
-_MATMULS = (torch.matmul, operator.matmul, torch.bmm)
-_MATMUL_METHODS = ("matmul", "bmm", "__matmul__")
-_MOVES = ("transpose", "swapaxes", "swapdims", "permute", "mT")
+from lipass.passes.graph.ops import moved_axes, name_of
+from lipass.passes.graph.writes import mutates
 
 
 @dataclass(frozen=True)
@@ -54,17 +50,10 @@ def product(node: object) -> Product | None:
     """Read a node as a product of two tensors of one rank, or return None."""
     if not isinstance(node, Node):
         return None
-    if node.op == "call_method" and node.target == "baddbmm":
-        return _baddbmm(node)
-    if node.op == "call_function" and node.target is torch.baddbmm:
-        return _baddbmm(node)
-    if node.op == "call_function" and node.target is torch.einsum:
-        return _einsum(node)
-    if (node.op == "call_method" and node.target in _MATMUL_METHODS) or (
-        node.op == "call_function" and node.target in _MATMULS
-    ):
-        return _plain(node, operand(node, 0), operand(node, 1))
-    return None
+    kind = name_of(node)
+    if kind not in _READERS or mutates(node):
+        return None
+    return _READERS[kind](node)
 
 
 def operand(node: Node, index: int) -> Any:
@@ -72,41 +61,16 @@ def operand(node: Node, index: int) -> Any:
     if index < len(node.args):
         return node.args[index]
     names = (("input", "self", "batch1"), ("other", "mat2", "batch2"))
-    found = [node.kwargs[name] for name in names[index] if name in node.kwargs]
+    found = [node.kwargs[key] for key in names[index] if key in node.kwargs]
     return found[0] if found else None
 
 
 def ignored_input(node: Node) -> Node | None:
     """Return the tensor that a call takes and never reads, as `baddbmm` does with `beta=0`."""
-    is_baddbmm = node.target is torch.baddbmm or node.target == "baddbmm"
-    if is_baddbmm and node.kwargs.get("beta", 1) == 0:
+    if name_of(node) == "baddbmm" and node.kwargs.get("beta", 1) == 0:
         given = operand(node, 0)
         return given if isinstance(given, Node) else None
     return None
-
-
-def moved_axes(node: Node) -> tuple[int, ...] | None:
-    """Return `axes` such that a node is `above.permute(axes)`, or None if it is anything else."""
-    above = operand(node, 0) if node.op.startswith("call") else None
-    if not isinstance(above, Node) or not isinstance(value(above), torch.Tensor):
-        return None
-    rank = value(above).dim()
-    name: Any
-    args: tuple[Any, ...]
-    if node.op == "call_function" and node.target is getattr:
-        name, args = node.args[1], ()
-    else:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        args = (*node.args[1:], *(v for k, v in node.kwargs.items() if k not in ("input", "self")))
-    if name not in _MOVES:
-        return None
-    if name == "permute":
-        order = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) else args
-        return tuple(int(axis) % rank for axis in order)
-    first, second = (int(axis) % rank for axis in (args or (-2, -1)))
-    axes = list(range(rank))
-    axes[first], axes[second] = second, first
-    return tuple(axes)
 
 
 def _plain(node: Node, left: Any, right: Any, scale: float = 1.0) -> Product | None:
@@ -117,6 +81,10 @@ def _plain(node: Node, left: Any, right: Any, scale: float = 1.0) -> Product | N
         return None
     axes = tuple(range(ranks[0]))
     return Product(node, View(left, axes), View(right, axes), axes, scale)
+
+
+def _matmul(node: Node) -> Product | None:
+    return _plain(node, operand(node, 0), operand(node, 1))
 
 
 def _baddbmm(node: Node) -> Product | None:
@@ -157,3 +125,6 @@ def _einsum(node: Node) -> Product | None:
         View(second, tuple(right.index(x) for x in batch + summed + columns)),
         tuple(order.index(x) for x in out),
     )
+
+
+_READERS = {"matmul": _matmul, "bmm": _matmul, "baddbmm": _baddbmm, "einsum": _einsum}

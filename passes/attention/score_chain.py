@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.nn import functional as F
 
 from lipass.passes.attention.products import Product, operand, product
 from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.ops import (
+    argument,
+    draws,
+    is_activation,
+    is_cast,
+    is_learned,
+    is_mask,
+    name_of,
+)
 from lipass.passes.graph.writes import mutates
-
-_SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax)
-CASTS = ("to", "float", "half", "bfloat16", "double", "type_as", "type", "contiguous")
-_DROPOUT = (F.dropout, torch.dropout)
-_TIMES = (operator.mul, torch.mul, torch.multiply)
-_OVER = (operator.truediv, torch.div, torch.divide, torch.true_divide)
-_ADDED = ("add", "sub", "baddbmm")
-_MASKED = ("masked_fill", "where", "tril", "triu", "masked_scatter")
-_NO_SCORES = ("linear", "layer_norm", "rms_norm", "group_norm", "batch_norm", "embedding")
-_ACTIVATIONS = ("sigmoid", "relu", "exp", "exp2", "tanh", "elu", "silu", "gelu", "softplus")
 
 
 @dataclass
@@ -45,7 +41,7 @@ class Chain:
         """Say what makes the weights in place of softmax, or nothing."""
         if self.softmax is not None or self.activation is None:
             return ""
-        return f"its weights come from {_name(self.activation)}, not from softmax"
+        return f"its weights come from {name_of(self.activation)}, not from softmax"
 
 
 def scores(weights: Node, below: Node, chain: Chain) -> Product | None:
@@ -76,46 +72,49 @@ def _other_use(node: Node, below: Node, what: str) -> str:
 
 def _step(node: Node, chain: Chain) -> Node | None:
     """Note what one node does to the weights or the scores, and return the node above it."""
-    name = _name(node)
+    kind = name_of(node)
     above = _tensor(node)
     what = "scores" if chain.softmax else "weights"
     if node.op not in ("call_function", "call_method") or above is None:
         return None
     if mutates(node):
         chain.refuse(f"%{node.name} writes to its {what} in place")
-    if _is_softmax(node):
+    if kind == "softmax":
         if chain.softmax is not None:
             chain.refuse("its softmax is applied twice")
         if chain.activation is not None:
             chain.refuse(f"%{chain.activation.name} changes its weights")
         chain.softmax = chain.softmax or node
-        rank, axis = value(node).dim(), _argument(node, 1, "dim")
+        rank, axis = value(node).dim(), argument(node, 1, "dim")
         if not isinstance(axis, int) or axis % rank != rank - 1:
             chain.refuse(f"its softmax is over axis {axis} of {rank}, not over the keys")
         chain.narrow = value(node).dtype
-    elif node.op == "call_method" and name in CASTS:
-        pass
-    elif node.target in _DROPOUT:
-        rate, training = _argument(node, 1, "p", 0.5), _argument(node, 2, "training", True)
-        if training and rate != 0:
-            chain.refuse(f"dropout is {rate}")
-    elif node.target in (*_TIMES, *_OVER) or name in ("mul", "div", "imul", "itruediv"):
+    elif is_cast(node):
+        pass  # as dropout is where it is off
+    elif draws(node):
+        rate = argument(node, 1, "p", 0.5)
+        chain.refuse(f"dropout is {rate}" if "dropout" in kind else _drawn(node, what))
+    elif kind in ("mul", "div"):
         _note_scale(node, above, what, chain)
-    elif name in _ADDED or name in ("iadd", "isub"):
+    elif kind in ("add", "sub", "baddbmm"):
         chain.refuse(f"%{node.name} adds to its {what}")
-    elif name in _MASKED:
+    elif is_mask(node):
         chain.refuse(f"%{node.name} masks its {what}")
-    elif name in _ACTIVATIONS and chain.softmax is None:
+    elif is_activation(node) and chain.softmax is None:
         chain.activation = chain.activation or node
     else:
         chain.refuse(f"%{node.name} changes its {what}")
     return above
 
 
+def _drawn(node: Node, what: str) -> str:
+    return f"%{node.name} draws random numbers for its {what}"
+
+
 def _note_scale(node: Node, above: Node, what: str, chain: Chain) -> None:
     others = [arg for arg in (*node.args, *node.kwargs.values()) if arg is not above]
     factor = others[0] if others else None
-    divides = node.target in _OVER or _name(node) in ("div", "itruediv")
+    divides = name_of(node) == "div"
     if isinstance(factor, Node) and len(others) == 1:
         chain.refuse(f"%{factor.name} scales its {what} and is no constant")
     elif (
@@ -132,19 +131,9 @@ def _note_scale(node: Node, above: Node, what: str, chain: Chain) -> None:
         chain.scale = chain.scale / factor if divides else chain.scale * factor
 
 
-def _is_softmax(node: Node) -> bool:
-    if node.op == "call_method":
-        return node.target == "softmax"
-    return node.target in _SOFTMAX or node.target is torch.ops.aten.softmax.int
-
-
-def _argument(node: Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _tensor(node: Node) -> Node | None:
     """Return the operand that a node changes: the first of floats with as many rows."""
-    if _name(node) in _NO_SCORES or not isinstance(value(node), torch.Tensor):
+    if is_learned(node) or not isinstance(value(node), torch.Tensor):
         return None
     rows = value(node).shape[:-1]
     for arg in (operand(node, 0), *node.all_input_nodes):
@@ -156,8 +145,3 @@ def _tensor(node: Node) -> Node | None:
         if has_rows and tensor.is_floating_point():
             return arg
     return None
-
-
-def _name(node: Node) -> str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.rstrip("_")

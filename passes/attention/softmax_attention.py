@@ -11,8 +11,9 @@ from torch.fx import Node
 
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.products import Product, View, product
-from lipass.passes.attention.score_chain import CASTS, Chain, scores
+from lipass.passes.attention.score_chain import Chain, scores
 from lipass.passes.graph.compat import is_parameter, known_true, value
+from lipass.passes.graph.ops import is_cast
 from lipass.passes.graph.writes import memory_written, storage, writes_between
 
 
@@ -101,12 +102,13 @@ def _narrowed(q: View, k: View, dtype: torch.dtype) -> tuple[View, View]:
 
 def _before_cast(view: View) -> View:
     node = view.node
-    if node.op != "call_method" or node.target not in CASTS or not isinstance(node.args[0], Node):
+    if not is_cast(node):
         return view
-    above, below = value(node.args[0]).dtype, value(node).dtype
+    source = node.all_input_nodes[0]
+    above, below = value(source).dtype, value(node).dtype
     if torch.promote_types(above, below) != below:
         return view
-    return View(node.args[0], view.axes).source()
+    return View(source, view.axes).source()
 
 
 def _wrong_layout(view: View, what: str) -> str:

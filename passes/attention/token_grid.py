@@ -12,8 +12,7 @@ from lipass.passes.attention.products import View
 from lipass.passes.attention.site import Grid
 from lipass.passes.attention.walk import upstream
 from lipass.passes.graph.compat import Size, known_true, value
-
-_MERGES = {"reshape", "flatten"}
+from lipass.passes.graph.ops import is_reshape
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Merge:
         """Whether both make tokens of one grid in one order, whatever moved the axes before."""
         if self.node is other.node:
             return True
-        mine, theirs = (View(m.node.args[0], m.axes).source() for m in (self, other))  # type: ignore
+        mine, theirs = (View(m.node.all_input_nodes[0], m.axes).source() for m in (self, other))
         sizes = zip(self.grid, other.grid, strict=True)
         return mine.axes == theirs.axes and all(known_true(a == b) for a, b in sizes)
 
@@ -64,9 +63,9 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
     """
     pairs: list[tuple[Size, Size]] = []
     for node in upstream(tokens_of):
-        if node.op != "call_method" or node.target not in _MERGES:
+        if not (_joins_axes(node) and is_reshape(node)):
             continue
-        above, below = value(node.args[0]).shape, value(node).shape
+        above, below = value(node.all_input_nodes[0]).shape, value(node).shape
         if sum(known_true(size == tokens) for size in below) > 1:
             continue  # features or batch may be what was merged
         for i in _merged(above, below, 3):
@@ -80,6 +79,15 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                 if whole and i > 0 and known_true(above[i - 1] == latents):
                     return Merge(node, (latents, above[i], above[i + 1]), (i - 1, i, i + 1))
     return Refusal("no reshape from [.., T, Y, X, ..] to its tokens is upstream of q")
+
+
+def _joins_axes(node: Node) -> bool:
+    """Whether the result of a call has fewer axes than what it is made of."""
+    tensors = [value(one) for one in (node, *node.all_input_nodes[:1])]
+    if len(tensors) < 2 or not all(isinstance(one, torch.Tensor) for one in tensors):
+        return False
+    below, above = tensors
+    return below.dim() < above.dim()
 
 
 def _merged(above: torch.Size, below: torch.Size, count: int) -> list[int]:

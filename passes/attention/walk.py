@@ -11,17 +11,13 @@ from torch.fx import Node
 
 from lipass.passes.attention.operators import is_attention
 from lipass.passes.graph.compat import Size, known_true, value
-
-_SAME_VALUES = {"contiguous", "detach", "clone", "to"}
+from lipass.passes.graph.ops import is_copy
 
 
 def same_values(node: Node) -> Node:
     """Walk up through copies and casts to the same dtype and shape."""
-    while node.op == "call_method" and node.target in _SAME_VALUES:
-        above = node.args[0]
-        if not isinstance(above, Node) or value(above).dtype != value(node).dtype:
-            break
-        node = above
+    while is_copy(node):
+        node = node.all_input_nodes[0]
     return node
 
 

@@ -16,7 +16,7 @@ from lipass.passes.attention.site import SDPA, move_site, pieces_of, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import hint, value
-from lipass.passes.graph.emit import Emitter, refuse_training
+from lipass.passes.graph.emit import Emitter, refuse_rewrite
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AttendPieces(Pass):
 
     Keeps: calls that are predicted to be faster with joined keys at the sizes that are being
     compiled; sites that another pass made sparse; keys in one piece or in more than three; grouped
-    heads; devices other than CPUs; calls whose gradient is recorded.
+    heads; devices other than CPUs; calls whose gradient is recorded or whose kernel was chosen.
     """
 
     name: ClassVar[str] = "attend-pieces"
@@ -77,7 +77,7 @@ def _refusal(node: Node, operands: Operands | Refusal, ctx: PassContext) -> str 
         return "its keys lie in a cache, in one piece"
     if operands.groups > 1:
         return "heads of k and v are shared by groups of q"
-    if why := refuse_training(node):
+    if why := refuse_rewrite(node):
         return why
     if ctx.gate is None:
         return "nothing is known of this machine's speed"

@@ -16,7 +16,7 @@ from lipass.passes.attention.site import SDPA, move_site, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import value
-from lipass.passes.graph.emit import Emitter, refuse_training
+from lipass.passes.graph.emit import Emitter, refuse_rewrite
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CollapseKeys(Pass):
     padded or not; `hoist-steps` and `hoist-calls` then count once a prompt.
 
     Keeps: sites other than cross-attention; fewer keys than `keys_min`; heads of k that heads of q
-    share; devices other than CPUs; calls whose gradient is recorded.
+    share; devices other than CPUs; calls whose gradient is recorded or whose kernel was chosen.
     """
 
     name: ClassVar[str] = "collapse-keys"
@@ -88,4 +88,4 @@ class CollapseKeys(Pass):
             return f"{keys.shape[2]} keys, padded prompts have {self.keys_min} or more"
         if operands.groups > 1:
             return "heads of k and v are shared by groups of q"
-        return refuse_training(node)
+        return refuse_rewrite(node)

@@ -19,16 +19,13 @@ from lipass.passes.attention.site import poses, site_of, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import hint, is_parameter, value
 from lipass.passes.graph.marks import invariants, set_invariant, step_of
+from lipass.passes.graph.ops import flops, reads
 from lipass.passes.graph.outline import hidden_sizes, to_module
 from lipass.passes.graph.region import impurity, region_of
 from lipass.passes.graph.worth import worth_once
 from lipass.passes.graph.writes import memory_written, storage
 
 Roots = frozenset[Node]
-
-_PRODUCTS = {"bmm", "linear", "matmul", "mm"}
-# Of their other arguments calls of these names read sizes or a dtype and no number.
-_OF_THE_FIRST = {"expand_as", "reshape_as", "type_as", "view_as"}
 
 
 @dataclass(frozen=True)
@@ -121,14 +118,11 @@ def _work(node: Node) -> int:
     """Return the multiply-adds of a matrix product or the additions of means; 0 for the rest."""
     if node.target is torch.ops.lipass.pool_blocks.default:
         return hint(value(node.args[0]).numel())
-    if not _is_product(node):
-        return 0
-    return hint(value(node).numel()) * hint(value(node.args[0]).shape[-1])
+    return flops(node) // 2
 
 
 def _is_product(node: Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in _PRODUCTS
+    return flops(node) > 0
 
 
 def _is_recorded(result: object) -> bool:
@@ -178,9 +172,7 @@ def _inputs_above(node: Node) -> set[Node]:
     while stack:
         above = stack.pop()
         if site_of(above) is None:
-            name = above.target if above.op == "call_method" else ""
-            read = above.args[:1] if name in _OF_THE_FIRST else above.all_input_nodes
-            fresh = [one for one in read if isinstance(one, Node) and one not in seen]
+            fresh = [one for one in reads(above) if one not in seen]
             seen.update(fresh)
             stack += fresh
     return {

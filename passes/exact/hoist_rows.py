@@ -12,6 +12,7 @@ from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import value
 from lipass.passes.graph.emit import Emitter
 from lipass.passes.graph.names import module_path
+from lipass.passes.graph.ops import is_product
 from lipass.passes.graph.repeats import Moved, Repeat, moved, repeat_of
 from lipass.passes.graph.writes import memory_written, storage
 
@@ -45,7 +46,7 @@ class HoistRows(Pass):
             if repeat is None or repeat.times == 1:
                 continue
             calls = _calls_on_rows(node, repeat)
-            products = [call for call in calls if _is_product(call)]
+            products = [call for call in calls if is_product(call)]
             if not products:
                 ctx.note(_place(node), "kept", "no product follows the repeated rows")
                 continue
@@ -72,10 +73,6 @@ def _calls_on_rows(node: Node, repeat: Repeat) -> dict[Node, Moved]:
                 calls[current] = found
         current = current.next
     return calls
-
-
-def _is_product(node: Node) -> bool:
-    return getattr(node.target, "__name__", "") == "linear"
 
 
 def _written(node: Node, rows: tuple[Node, ...]) -> str | None:

@@ -25,6 +25,7 @@ from lipass.passes.graph.region import (
     interruption,
     region_of,
 )
+from lipass.passes.graph.settings import is_setting
 from lipass.passes.printer import print_graph
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -49,8 +50,9 @@ class ShareBlocks(Pass):
     order of the calls.
 
     Keeps: layers that differ in anything but their inputs, are smaller than `nodes_min`, write to
-    inputs or draw random numbers, share memory between inputs and outputs, read or give anything
-    but tensors and sizes, or are used before they are complete; graphs whose gradient is recorded.
+    inputs, draw random numbers or set something (`sdpa_kernel`), share memory between inputs and
+    outputs, read or give anything but tensors and sizes, or are used before they are complete;
+    graphs whose gradient is recorded.
     """
 
     name: ClassVar[str] = "share-blocks"
@@ -130,6 +132,9 @@ def _anonymous(text: str) -> str:
 def _refusal(region: Region, order: dict[Node, int]) -> str | None:
     if why := impurity(region):
         return f"not shared: {why}"
+    # The body is traced where no setting of its own holds.
+    if sets := next(filter(is_setting, region.nodes), None):
+        return f"not shared: %{sets.name} sets something for its calls"
     if why := foreign(region) or alias(region) or alias_between(region):
         return f"not shared: {why}"
     tensors = [value(node) for node in region.outputs]

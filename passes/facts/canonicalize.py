@@ -19,7 +19,8 @@ from lipass.passes.graph.compat import known_true, value
 from lipass.passes.graph.equivalence import Incomparable
 from lipass.passes.graph.modes import place_switches
 from lipass.passes.graph.names import call_line, module_path
-from lipass.passes.graph.writes import has_effect, storage, writes_between
+from lipass.passes.graph.ops import has_effect, is_other_look, name_of
+from lipass.passes.graph.writes import storage, writes_between
 
 _SDPA_NAMES = (
     "query",
@@ -38,9 +39,6 @@ _SDPA_DEFAULTS = {
     "scale": None,
     "enable_gqa": False,
 }
-_SDPA_TARGETS = (SDPA, torch.ops.aten.scaled_dot_product_attention.default)
-_CAT_TARGETS = (torch.cat, torch.concat, torch.concatenate)
-_MAYBE_NOTHING = {"reshape", "flatten", "contiguous", "to", "expand", "permute", "transpose"}
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,18 @@ class Canonicalize(Pass):
         found = other_spelling(node)
         if found is None:
             return False
-        name = module_path(node) or "attention"
-        why = found.reason if isinstance(found, Refusal) else self._wrong(found, name)
+        place = module_path(node) or "attention"
+        why = found.reason if isinstance(found, Refusal) else self._wrong(found, place)
         if why:
-            set_site(node, AttentionSite(name, call_line(node), "other", None, (), 1.0, why))
-            ctx.note(name, "kept", why)
+            set_site(node, AttentionSite(place, call_line(node), "other", None, (), 1.0, why))
+            ctx.note(place, "kept", why)
             return False
         assert isinstance(found, Spelled)
         spell_as_sdpa(found, ctx)
-        ctx.note(name, "rewritten", f"{found.how} is scaled_dot_product_attention")
+        ctx.note(place, "rewritten", f"{found.how} is scaled_dot_product_attention")
         return True
 
-    def _wrong(self, spelled: Spelled, name: str) -> str:
+    def _wrong(self, spelled: Spelled, place: str) -> str:
         """Say how the SDPA call differs from what it is to replace, or nothing."""
         if not self.verify:
             return ""
@@ -120,15 +118,15 @@ class Canonicalize(Pass):
             # an operator of a library is what its name says, and may need a GPU to run
             why = None if spelled.opaque else str(error)
         if why and self.strict:
-            raise PassError(f"strict: {name} must equal its SDPA call, but {why}; report this")
+            raise PassError(f"strict: {place} must equal its SDPA call, but {why}; report this")
         return f"its SDPA call is not equal: {why}" if why else ""
 
 
 def _spell_attention(node: Node) -> bool:
-    if node.op != "call_function" or node.target not in _SDPA_TARGETS:
+    if node.op != "call_function" or name_of(node) != SDPA.__name__:
         return False
     given = {**dict(zip(_SDPA_NAMES, node.args, strict=False)), **node.kwargs}
-    args = tuple(given.pop(name) for name in _SDPA_NAMES[:3])
+    args = tuple(given.pop(key) for key in _SDPA_NAMES[:3])
     kwargs = {k: v for k, v in given.items() if v is None or v != _SDPA_DEFAULTS[k]}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     if (node.target, node.args, node.kwargs) == (SDPA, args, kwargs):
@@ -138,7 +136,7 @@ def _spell_attention(node: Node) -> bool:
 
 
 def _spell_cat(node: Node) -> bool:
-    if node.op != "call_function" or node.target not in _CAT_TARGETS:
+    if node.op != "call_function" or name_of(node) != "cat":
         return False
     pieces = node.args[0] if node.args else node.kwargs["tensors"]
     dim = (
@@ -175,11 +173,9 @@ def _spell_view(node: Node) -> bool:
 
 
 def _drop_nothing(node: Node) -> bool:
-    if node.op != "call_method" or node.target not in _MAYBE_NOTHING:
+    if any(user.op == "output" for user in node.users) or not is_other_look(node):
         return False
-    source = node.args[0]
-    if not isinstance(source, Node) or any(user.op == "output" for user in node.users):
-        return False
+    source = node.all_input_nodes[0]
     if not _same_tensor(value(node), value(source)):
         return False
     node.replace_all_uses_with(source)

@@ -12,6 +12,7 @@ import torch
 import torch._higher_order_ops.invoke_subgraph
 import torch._inductor.config as inductor_config
 import torch.fx
+import torch.nn.attention
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import is_from_unspecialized_nn_module_source
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
@@ -19,6 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Size = int | torch.SymInt
+
+# What Dynamo writes at both ends of `with sdpa_kernel(..)`; it has no public name.
+choose_kernel: Callable[..., Any] | None = getattr(torch.nn.attention, "_sdpa_kernel", None)
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
@@ -198,6 +202,20 @@ def _changed_keys(variable: Any) -> list[str]:
 def unguarded(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]:
     """Run fake tensors without adding guards."""
     return mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
+
+
+def device_of(func: object, args: tuple[Any, ...]) -> torch.device | None:
+    """Answer what device a fake tensor is on, which no mode can pass on; None for the rest."""
+    if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+        return args[0].fake_device
+    return None
+
+
+def decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run what an operator is composed of, in inference mode too; NotImplemented if of nothing."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    composed = isinstance(func, torch._ops.OpOverload) and func.has_kernel_for_dispatch_key(key)
+    return func.decompose(*args, **kwargs) if composed else NotImplemented
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from lipass.passes.core import PassContext
 from lipass.passes.graph.compat import Size, known_true, sizes_of, unguarded, value
 from lipass.passes.graph.marks import set_step, step_of
 from lipass.passes.graph.modes import entered, inside
+from lipass.passes.graph.settings import chosen_kernel
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ class Emitter:
         return self(torch.ops.aten.sym_size.int, tensor, dim)
 
 
-def refuse_training(node: Node) -> str | None:
-    """Say that a call is differentiated, which the operators cannot be, or None."""
+def refuse_rewrite(node: Node) -> str | None:
+    """Say why no other kernel may take the place of an attention call, or None.
+
+    The user chose the one that runs, or it is differentiated, which ours cannot be.
+    """
     if value(node).requires_grad:
         return "its gradient is recorded; call the model under torch.no_grad()"
-    return None
+    return chosen_kernel(node)

@@ -107,7 +107,8 @@ def _copy_call(node: Node, graph: Graph, copies: dict[Node, Node]) -> Node:
         copies[unread].meta["example_value"] = torch.zeros(())
     copy = graph.node_copy(node, copies.__getitem__)
     copy.args, copy.kwargs = map_aggregate((copy.args, copy.kwargs), _in_fp32)
-    if copy.target in ("half", "bfloat16", "double"):
+    # `x.half()` names its dtype
+    if isinstance(copy.target, str) and _in_fp32(getattr(torch, copy.target, 0)) is torch.float32:
         copy.target = "float"
     args, kwargs = map_arg((copy.args, copy.kwargs), value)
     if copy.op == "call_method":

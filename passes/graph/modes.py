@@ -1,4 +1,4 @@
-"""Know what autocast a call is made in: a graph enters and leaves it by calls of their own."""
+"""Know in what autocast and settings calls are made: a graph enters and leaves them by calls."""
 
 from __future__ import annotations
 
@@ -11,24 +11,35 @@ import torch
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, Node
 
+from lipass.passes.graph.ops import gives_nothing
+from lipass.passes.graph.settings import Settings, is_setting, scopes
+from lipass.passes.graph.writes import mutates
+
 
 def place_switches(graph: Graph) -> None:
-    """Say of which module the calls are that enter and leave autocasts; Dynamo does not.
+    """Say of which module the calls are that enter and leave something; Dynamo does not.
 
-    An autocast belongs to the innermost module that the calls on both sides of its beginning, or
-    of its end, are made in, if all calls within it are.
+    An autocast, or a choice of kernels, belongs to the innermost module that the calls on both
+    sides of its beginning, or of its end, are made in, if all calls within it are.
     """
-    exits = graph.find_nodes(op="call_function", target=_exit_autocast)
-    for leave in exits:
-        enter = leave.args[0]
-        assert isinstance(enter, Node)
+    for enter, leave in (*_autocasts(graph), *scopes(graph)):
         within = _calls(enter.next, leave)
         sides = [_shared_stack(_beside(switch)) for switch in (enter, leave)]
         for stack in sorted(sides, key=len, reverse=True):
             if len(_shared_stack([*within, stack])) == len(stack):
                 for switch in (enter, leave):
-                    switch.meta["nn_module_stack"] = dict(stack)
+                    # the calls that only name what is set come with it
+                    for one in (switch, *switch.all_input_nodes):
+                        if not _is_call(one) and one.op.startswith("call"):
+                            one.meta["nn_module_stack"] = dict(stack)
                 break
+
+
+def _autocasts(graph: Graph) -> Iterator[tuple[Node, Node]]:
+    for leave in graph.find_nodes(op="call_function", target=_exit_autocast):
+        enter = leave.args[0]
+        assert isinstance(enter, Node)
+        yield enter, leave
 
 
 _Stack = list[tuple[Any, Any]]
@@ -55,7 +66,7 @@ def _beside(switch: Node) -> list[_Stack]:
 
 
 def _is_call(node: Node) -> bool:
-    return node.op.startswith("call") and node.target not in (_enter_autocast, _exit_autocast)
+    return node.op.startswith("call") and (not gives_nothing(node) or mutates(node))
 
 
 def _stack(node: Node) -> _Stack:
@@ -102,12 +113,29 @@ def inside(active: Iterable[Node]) -> Iterator[None]:
         yield
 
 
-def half_inside(nodes: Sequence[Node]) -> str | None:
-    """Say which autocast holds for some nodes but is not entered and left among them, or None.
+def _half_set(nodes: Sequence[Node], own: set[Node]) -> str | None:
+    if not any(map(is_setting, nodes[0].graph.nodes)):
+        return None
+    settings = Settings(nodes[0].graph)
+    for node in nodes[0].graph.nodes:
+        held = [one for one in settings.held() if one not in own] if node in own else []
+        if held:
+            return f"%{held[0].name} sets something for %{node.name}"
+        settings.follow(node)
+        if node is nodes[-1]:
+            break
+    left = next(settings.held(), None)
+    return f"%{left.name} sets something that is not put back" if left is not None else None
 
-    What is outlined runs in the autocasts that are called within it, and in no other.
+
+def half_inside(nodes: Sequence[Node]) -> str | None:
+    """Say what holds for some nodes but is not entered and left among them, or None.
+
+    What is outlined runs in the autocasts and settings that are called within it, and in no other.
     """
     graph, own = nodes[0].graph, set(nodes)
+    if why := _half_set(nodes, own):
+        return why
     if not graph.find_nodes(op="call_function", target=_enter_autocast):
         return None
     active: list[Node] = []

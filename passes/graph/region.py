@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,8 @@ from torch.fx import Node
 from lipass.passes.graph.compat import known_true, source_name, value
 from lipass.passes.graph.modes import half_inside
 from lipass.passes.graph.names import without_repeat
+from lipass.passes.graph.ops import draws
 from lipass.passes.graph.writes import memory_written, storage, writes_between
-
-_RANDOM = re.compile(
-    r"^(rand|normal|bernoulli|multinomial|poisson|exponential|dropout|alpha_drop)"
-)
 
 
 @dataclass(frozen=True)
@@ -116,16 +112,9 @@ def impurity(region: Region) -> str | None:
     for node in region.nodes:
         for at in memory_written(node) & set(given):
             return f"%{node.name} writes to the input {source_name(given[at])}"
-        name = getattr(node.target, "__name__", str(node.target))
-        if _RANDOM.match(name) and _is_active(node):
+        if draws(node):
             return f"%{node.name} draws random numbers"
     return None
-
-
-def _is_active(node: Node) -> bool:
-    """Whether a dropout does anything: its arguments are (x, p, training, inplace)."""
-    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-    return training is not False
 
 
 def alias(region: Region) -> str | None:

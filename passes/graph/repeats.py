@@ -11,17 +11,16 @@ import torch
 from torch.fx import Node
 
 from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.ops import (
+    argument,
+    is_expansion,
+    is_norm_of_rows,
+    is_pointwise,
+    is_reshape,
+    is_view,
+    name_of,
+)
 from lipass.passes.graph.writes import mutates
-
-# fmt: off
-_POINTWISE = {
-    "abs", "bfloat16", "clone", "contiguous", "cos", "detach", "double", "elu", "exp", "float",
-    "gelu", "half", "hardswish", "leaky_relu", "log", "mish", "neg", "relu", "rsqrt", "sigmoid",
-    "silu", "sin", "softplus", "sqrt", "square", "tanh", "to", "type",
-}
-# fmt: on
-_BINARY = {"add", "sub", "mul", "div", "truediv", "pow", "maximum", "minimum"}
-_PARTS = {"chunk", "split", "tensor_split", "unbind"}
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,9 @@ class Moved:
 
 def repeat_of(node: Node) -> Repeat | None:
     """Match `repeat_interleave` by a number, and `expand` with a reshape that joins the copies."""
-    if _name(node) == "repeat_interleave":
+    if name_of(node) == "repeat_interleave":
         return _interleaved(node)
-    if _name(node) in ("reshape", "flatten") and node.op == "call_method":
-        return _expanded(node)
-    return None
+    return _expanded(node) if is_reshape(node) else None
 
 
 def _interleaved(node: Node) -> Repeat | None:
@@ -64,11 +61,11 @@ def _interleaved(node: Node) -> Repeat | None:
 
 
 def _expanded(node: Node) -> Repeat | None:
-    wide = node.args[0]
-    if not isinstance(wide, Node) or wide.op != "call_method" or wide.target != "expand":
+    wide = node.all_input_nodes[0]
+    if not is_expansion(wide):
         return None
-    narrow = wide.args[0]
-    if not isinstance(narrow, Node) or value(narrow).dim() != value(wide).dim():
+    narrow = wide.all_input_nodes[0]
+    if value(narrow).dim() != value(wide).dim():
         return None
     before, after, out = value(narrow).shape, value(wide).shape, value(node).shape
     axes = [n for n, size in enumerate(before) if not known_true(size == after[n])]
@@ -91,11 +88,11 @@ def moved(node: Node, dims: Mapping[Node, int]) -> Moved | None:
         node: the call.
         dims: repeated nodes, with the axis that is repeated.
     """
-    if mutates(node) or not node.args:
+    if not node.args or mutates(node):
         return None
-    name, first = _name(node), node.args[0]
-    if name in _BINARY:
-        return _moved_binary(node, dims)
+    name, first = name_of(node), node.args[0]
+    if is_pointwise(node):
+        return _moved_pointwise(node, dims)
     if name == "cat":
         return _moved_cat(node, dims)
     if not isinstance(first, Node) or first not in dims:
@@ -103,49 +100,36 @@ def moved(node: Node, dims: Mapping[Node, int]) -> Moved | None:
     if any(other in dims for other in node.all_input_nodes if other is not first):
         return None
     dim = dims[first]
-    if name in _POINTWISE:
-        return _as_it_is(node, dim)
     if name == "linear":
         return _as_it_is(node, dim) if dim != value(first).dim() - 1 else None
-    if name in ("layer_norm", "rms_norm"):
-        shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
+    if is_norm_of_rows(node):
+        shape = argument(node, 1, "normalized_shape")
         across = len(shape) if isinstance(shape, (list, tuple)) else value(first).dim()
         return _as_it_is(node, dim) if dim < value(first).dim() - across else None
-    if name in _PARTS:
-        return _moved_parts(node, dim)
     if name == "getitem":
         return _moved_index(node, dim)
-    if name in ("unflatten", "flatten", "reshape", "unsqueeze"):
-        return _moved_view(node, name, dim)
-    return None
+    if is_view(node) and isinstance(value(node), (tuple, list)):
+        return _moved_parts(node, name, dim)
+    return _moved_view(node, name, dim) if is_reshape(node) else None
 
 
 def _as_it_is(node: Node, dim: int) -> Moved:
     return Moved(node.args, dict(node.kwargs), dim)
 
 
-def _moved_binary(node: Node, dims: Mapping[Node, int]) -> Moved | None:
-    """Both operands are rows, or one does not reach the repeated axis."""
+def _moved_pointwise(node: Node, dims: Mapping[Node, int]) -> Moved | None:
+    """Each operand is rows, or does not reach the repeated axis."""
     if any(isinstance(named, Node) for named in node.kwargs.values()):
         return None
-    rank, from_right = value(node).dim(), set()
-    for operand in node.args[:2]:
-        if not isinstance(operand, Node):
-            continue
-        tensor = value(operand)
-        if operand in dims:
-            if tensor.dim() != rank:
-                return None
-            from_right.add(dims[operand] - rank)
-    if len(from_right) != 1:
+    operands = [x for x in node.all_input_nodes if isinstance(value(x), torch.Tensor)]
+    rank = value(node).dim()
+    from_right = {dims[x] - rank for x in operands if x in dims}
+    if len(from_right) != 1 or any(value(x).dim() != rank for x in operands if x in dims):
         return None
     (at,) = from_right
-    for operand in node.args[:2]:
-        if not isinstance(operand, Node) or operand in dims:
-            continue
+    for operand in operands:
         tensor = value(operand)
-        reaches = isinstance(tensor, torch.Tensor) and tensor.dim() >= -at
-        if reaches and not known_true(tensor.shape[at] == 1):
+        if operand not in dims and tensor.dim() >= -at and not known_true(tensor.shape[at] == 1):
             return None
     return _as_it_is(node, rank + at)
 
@@ -156,7 +140,7 @@ def _moved_cat(node: Node, dims: Mapping[Node, int]) -> Moved | None:
     if not isinstance(pieces, (list, tuple)):
         return None
     found = {dims.get(piece) if isinstance(piece, Node) else None for piece in pieces}
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    axis = argument(node, 1, "dim", 0)
     if len(found) != 1 or not isinstance(axis, int):
         return None
     (dim,) = found
@@ -165,17 +149,17 @@ def _moved_cat(node: Node, dims: Mapping[Node, int]) -> Moved | None:
     return _as_it_is(node, dim)
 
 
-def _moved_parts(node: Node, dim: int) -> Moved | None:
+def _moved_parts(node: Node, name: str, dim: int) -> Moved | None:
+    """The parts of a tensor along another axis."""
     first = node.args[0]
-    axis = node.args[-1] if _name(node) == "unbind" and len(node.args) > 1 else None
-    if _name(node) != "unbind" and len(node.args) > 2:
-        axis = node.args[2]
-    axis = node.kwargs.get("dim", 0 if axis is None else axis)
+    axis = argument(node, 1 if name == "unbind" else 2, "dim", 0)
     if not isinstance(axis, int) or axis % value(first).dim() == dim:
         return None
-    if not all(_name(user) == "getitem" and isinstance(user.args[1], int) for user in node.users):
+    if not all(
+        name_of(user) == "getitem" and isinstance(user.args[1], int) for user in node.users
+    ):
         return None
-    gone = _name(node) == "unbind" and axis % value(first).dim() < dim
+    gone = name == "unbind" and axis % value(first).dim() < dim
     return _as_it_is(node, dim - gone)
 
 
@@ -208,30 +192,29 @@ def _moved_view(node: Node, name: str, dim: int) -> Moved | None:
     first = node.args[0]
     before, after = value(first).shape, value(node).shape
     if name == "unsqueeze":
-        axis = node.args[1]
+        axis = argument(node, 1, "dim")
         if not isinstance(axis, int):
             return None
         return _as_it_is(node, dim + (axis % (len(before) + 1) <= dim))
     if name == "unflatten" and not (
-        isinstance(axis := node.args[1], int) and axis % len(before) > dim
+        isinstance(axis := argument(node, 1, "dim"), int) and axis % len(before) > dim
     ):
         return None
     if len(after) <= dim or not all(map(known_true, map(_equal, before, after[: dim + 1]))):
         return None
-    if name != "reshape":
+    if name in ("unflatten", "flatten"):
         return _as_it_is(node, dim)
-    sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-    rest = list(sizes[dim + 1 :])
-    if -1 in (*sizes[:dim], *rest):
+    if name != "reshape":
         return None
-    return Moved((first, *sizes[:dim], -1, *rest), dict(node.kwargs), dim)
+    sizes = argument(node, 1, "shape", ())
+    sizes = sizes if isinstance(sizes, (list, tuple)) else node.args[1:]
+    rest = list(sizes[dim + 1 :])
+    if -1 in (*sizes[:dim], *rest) or not all(isinstance(x, (int, Node)) for x in sizes):
+        return None
+    moved_sizes = (*sizes[:dim], -1, *rest)
+    spread = moved_sizes if node.op == "call_method" else (moved_sizes,)
+    return Moved((first, *spread), {}, dim)
 
 
 def _equal(a: Any, b: Any) -> Any:
     return a == b
-
-
-def _name(node: Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return ""  # another library's operator may mean anything by a name
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")

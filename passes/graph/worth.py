@@ -8,18 +8,7 @@ import torch
 from torch.fx import Node
 
 from lipass.passes.graph.compat import value
-
-# Costs nothing, so that it is not worth a value that is kept.
-_VIEWS = {
-    "chunk", "detach", "expand", "flatten", "getattr", "getitem", "narrow", "permute", "reshape",
-    "select", "split", "squeeze", "transpose", "unbind", "unflatten", "unsqueeze", "view",
-}  # fmt: skip
-
-
-def is_view(node: Node) -> bool:
-    """Whether a call costs nothing: its result lies in the memory of its first argument."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return node.op.startswith("call") and name in _VIEWS
+from lipass.passes.graph.ops import is_view
 
 
 def worth_once(nodes: Sequence[Node]) -> list[Node]:

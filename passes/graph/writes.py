@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +12,14 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from lipass.passes.graph.compat import value, without_vmap
-
-_WRITES = {
-    operator.setitem,
-    *(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv")),
-    *(getattr(operator, f"i{name}") for name in ("mod", "pow", "matmul", "and", "or", "xor")),
-}
+from lipass.passes.graph.primitives import (
+    IN_PLACE,
+    bodies,
+    by_name,
+    overloads,
+    trace,
+    written_arguments,
+)
 
 
 def writes_between(first: Node, last: Node) -> Iterator[Node]:
@@ -38,12 +37,6 @@ def storage(tensor: object) -> int | None:
     return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
 
 
-def has_effect(node: Node) -> bool:
-    """Whether a node does something even if nobody reads its value, such as entering a vmap."""
-    module = getattr(node.target, "__module__", None) or ""
-    return node.is_impure() or mutates(node) or module.startswith("torch._functorch")
-
-
 def mutates(node: Node) -> bool:
     """Whether a node writes to one of its inputs."""
     return bool(_written(node))
@@ -58,55 +51,30 @@ def memory_written(node: Node) -> set[int]:
 
 
 def _written(node: Node) -> list[Any]:
-    """Return the arguments that a node writes to."""
-    if node.op == "call_method":
-        return [node.args[0]] if _named_in_place(str(node.target)) else []
-    if node.op != "call_function":
+    """Return the arguments that a call writes to."""
+    if not node.op.startswith("call"):
         return []
-    if getattr(node.target, "__module__", "") == "_operator":
-        writes = node.target in _WRITES and isinstance(value(node.args[0]), torch.Tensor)
-        return [node.args[0]] if writes else []
-    if node.kwargs.get("out") is not None:
-        return [node.kwargs["out"]]
-    if _argument(node, "inplace") is True:
-        return [node.args[0]]
-    schemas = _schemas(node.target)
-    if schemas:
-        found = [one for schema in schemas for one in _written_by_schema(node, schema)]
-        # What is said to write, but not where, may write anywhere.
-        anywhere = [node.all_input_nodes] if any(s.is_mutable for s in schemas) else []
-        return found or anywhere
-    return [node.args[0]] if _named_in_place(getattr(node.target, "__name__", "")) else []
+    found = _written_in_bodies(node)
+    traced = trace(node)
+    if traced is not None:
+        above = node.all_input_nodes
+        return found + [above[at] for at in sorted(traced.written)]
+    if node.target in IN_PLACE:
+        return [node.args[0]] if isinstance(value(node.args[0]), torch.Tensor) else []
+    known = overloads(node)
+    for overload in known:
+        named = by_name(overload, node.args, node.kwargs)
+        given = [named[key] for key in sorted(written_arguments(overload, named))]
+        found += [one for one in given if one is not None]
+    # What is said to write, but not where, may write anywhere.
+    anywhere = any(one._schema.is_mutable for one in known) and not found
+    return [list(node.all_input_nodes)] if anywhere else found
 
 
-def _argument(node: Node, name: str) -> Any:
-    """Return an argument of a Python function, whether it came by keyword or by position."""
-    at = _position(node.target, name)
-    return node.args[at] if at is not None and at < len(node.args) else node.kwargs.get(name)
-
-
-@functools.lru_cache(maxsize=512)
-def _position(target: Any, name: str) -> int | None:
-    if not inspect.isfunction(target):
-        return None
-    parameters = list(inspect.signature(target).parameters)
-    return parameters.index(name) if name in parameters else None
-
-
-def _schemas(target: Any) -> list[Any]:
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return [getattr(target, name)._schema for name in target.overloads()]
-    schema = getattr(target, "_schema", None)
-    return [] if schema is None else [schema]
-
-
-def _written_by_schema(node: Node, schema: Any) -> Iterator[Any]:
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            if given is not None:
-                yield given
-
-
-def _named_in_place(name: str) -> bool:
-    return name.endswith("_") and (not name.startswith("_") or name.startswith("_foreach_"))
+def _written_in_bodies(node: Node) -> list[Any]:
+    """Return everything that a call is given if a body writes to anything that it is given."""
+    for body in bodies(node):
+        given = {storage(value(one)) for one in body.graph.find_nodes(op="placeholder")} - {None}
+        if any(memory_written(one) & given for one in body.graph.nodes):
+            return [list(node.all_input_nodes)]
+    return []
