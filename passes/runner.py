@@ -70,7 +70,7 @@ def run_pipeline(
     keep_text = diff or dump.folder is not None
     text = print_graph(gm.graph) if keep_text else ""
     dump.write("dynamo", text)
-    records = []
+    records: list[PassRun] = []
     for one in pipeline:
         if keep_text:
             # again, because a guard of the last pass may have made symbols equal

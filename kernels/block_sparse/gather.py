@@ -174,7 +174,7 @@ def _masked_gather(plan: BlockPlan, key_bias: Tensor | None) -> _Gather:
     owner = torch.arange(batch).view(batch, 1, 1, 1)
     if plan.key_keep is not None:
         seen = seen & plan.key_keep[owner, token]
-    bias = torch.zeros(seen.shape)
+    bias = torch.zeros(seen.shape, dtype=torch.float32)
     if key_bias is not None:
         bias = key_bias.float().expand(batch, -1)[owner, token]
     bias = bias.masked_fill(~seen, -math.inf)

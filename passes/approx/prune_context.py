@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from lipass.passes.attention import match
-from lipass.passes.attention.match import Operands
-from lipass.passes.attention.site import PoseInput, poses, sites
+from lipass.passes.attention import cache_pieces, match, segments
+from lipass.passes.attention.match import Operands, Refusal
+from lipass.passes.attention.site import AttentionSite, PoseInput, poses, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import known_true, value
-from lipass.passes.graph.emit import Emitter, refuse_training, replace_attention
+from lipass.passes.graph.emit import Emitter, refuse_grid, refuse_training, replace_attention
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class PruneContext(Pass):
     visited. Prefill leaves out the same latents, as keys.
 
     Keeps: graphs without one camera input; histories that are all sink and window; sites of role
-    cross, text and other.
+    cross, text and other; prefill whose keys outlive the call, unless `prefill_each_chunk` says
+    that they die with the chunk: what is left out for one view may be what the next one shows.
     """
 
     name: ClassVar[str] = "prune-context"
@@ -52,6 +53,8 @@ class PruneContext(Pass):
     vfov_deg: float = 35.0
     near: float = 0.5
     far: float = 8.0
+    prefill_each_chunk: bool = False
+    """Whether a cache that prefill returns or writes is filled anew for each chunk."""
     tile: tuple[int, ...] = (4, 4, 4)
     """Tokens of one block along `(T, Y, X)`, where no later pass sets it."""
 
@@ -71,14 +74,18 @@ class PruneContext(Pass):
         if not calls:
             ctx.note("context", "kept", "the graph has no prefill or decode site")
             return False
-        if why := next(filter(None, (refuse_training(node) for node, _ in calls)), None):
+        refused = (refuse_training(node) or refuse_grid(site) for node, site in calls)
+        if why := next(filter(None, refused), None):
             ctx.note("context", "kept", why)
             return False
-        keep = self._keep(w2c, fact, ctx)
+        calls = self._without_caches(calls, ctx)
+        keep = self._keep(w2c, fact, ctx) if calls else None
         for node, site in calls:
             ctx.failing = node
-            operands = match.attention(node)
-            assert isinstance(operands, Operands)
+            operands = cache_pieces.operands(node, site, ctx)
+            if isinstance(operands, Refusal):
+                ctx.note(site.name, "kept", operands.reason)
+                continue
             replace_attention(
                 node,
                 site,
@@ -90,7 +97,22 @@ class PruneContext(Pass):
                 keep_frames=keep,
             )
             ctx.note(site.name, "rewritten", f"{site.role}, keys of kept latents only")
-        return True
+        return bool(calls)
+
+    def _without_caches(
+        self, calls: list[tuple[Node, AttentionSite]], ctx: PassContext
+    ) -> list[tuple[Node, AttentionSite]]:
+        """Leave out prefill if any of its keys outlive the call; each layer feeds the next."""
+        prefill = [(node, site) for node, site in calls if site.role == "prefill"]
+        why = "" if self.prefill_each_chunk else next(filter(None, map(_outlive, prefill)), "")
+        if not why:
+            return calls
+        for _, site in prefill:
+            told = "say prefill_each_chunk if they are computed anew for each chunk"
+            ctx.note(
+                site.name, "kept", f"keys of dropped latents would be wrong later: {why}; {told}"
+            )
+        return [call for call in calls if call not in prefill]
 
     def _keep(self, w2c: Node, fact: PoseInput, ctx: PassContext) -> Node:
         """Insert the mask `[B, T]` behind the inputs, outside of all modules and steps."""
@@ -111,6 +133,12 @@ class PruneContext(Pass):
         if isinstance(latents, int):
             return latents - self.window_latents
         return emit(operator.sub, latents, self.window_latents)
+
+
+def _outlive(call: tuple[Node, AttentionSite]) -> str:
+    node, _ = call
+    operands = match.attention(node)
+    return segments.outlives(operands.keys[-1]) if isinstance(operands, Operands) else ""
 
 
 def _history_latents(w2c: Node, fact: PoseInput, emit: Emitter) -> int | Node:

@@ -10,11 +10,12 @@ from torch.fx import Graph, Node
 
 from lipass.kernels import pieces, prepare
 from lipass.passes.attention import match
+from lipass.passes.attention.cache_pieces import is_cut
 from lipass.passes.attention.match import Operands, Refusal
-from lipass.passes.attention.site import SDPA, pieces_of, set_site, sites
+from lipass.passes.attention.site import SDPA, set_site, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.calls import is_call
-from lipass.passes.graph.compat import hint, real_tensors, value
+from lipass.passes.graph.compat import hint, undisturbed, value
 from lipass.passes.graph.emit import Emitter, refuse_training
 
 
@@ -72,7 +73,7 @@ class AttendPieces(Pass):
 def _refusal(node: Node, operands: Operands | Refusal) -> str | None:
     if isinstance(operands, Refusal):
         return operands.reason
-    if pieces_of(node) is not None:
+    if is_cut(operands, node):
         return "its keys lie in a cache, in one piece"
     if operands.groups > 1:
         return "heads of k and v are shared by groups of q"
@@ -80,6 +81,6 @@ def _refusal(node: Node, operands: Operands | Refusal) -> str | None:
         return why
     q = value(operands.q)
     tokens = tuple(hint(value(key).shape[2]) for key in operands.keys)
-    with real_tensors():  # the gate measures this machine
+    with undisturbed():  # the gate measures this machine
         prepare()
         return pieces.why_joined(tuple(map(hint, q.shape)), q.dtype, q.device, tokens)

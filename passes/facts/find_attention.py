@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch.fx import Graph, Node
 
 from lipass.passes.attention import check_site, match, segments, token_grid
-from lipass.passes.attention.cache_pieces import cut_cache
+from lipass.passes.attention.cache_pieces import cut
 from lipass.passes.attention.cameras import camera_of
 from lipass.passes.attention.match import Operands, Refusal
-from lipass.passes.attention.segments import NAME_THEM
+from lipass.passes.attention.segments import NAME_THEM, Evidence
 from lipass.passes.attention.site import (
     SDPA,
     AttentionSite,
     Grid,
     KeySegment,
-    pieces_of,
     set_site,
     site_of,
 )
+from lipass.passes.attention.sources import is_of_latents, source_of, why_not_apart
 from lipass.passes.attention.token_grid import other_order
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
@@ -93,17 +95,17 @@ class FindAttention(Pass):
         names = _names(calls)
         owners: dict[Node, Node] = {}
         compared: dict[object, str | None] = {}
-        for node in calls:
-            if is_call(node, SDPA):
-                cut_cache(node, ctx)
         for node in ctx.visit(calls):
-            site = self._describe(node, names[node], owners)
-            if site.role in ("prefill", "decode"):
-                operands = match.attention(node)
-                assert isinstance(operands, Operands)
-                owners[segments.origin(operands.keys[-1])] = node
-                if why := self._wrong(node, operands, site, compared):
-                    site = replace(site, role="other", segments=(), reason=why)
+            whole = match.attention(node) if is_call(node, SDPA) else None
+            with _dropped(graph):
+                operands = cut(whole, node, ctx) if isinstance(whole, Operands) else whole
+                site = self._describe(node, names[node], owners, whole, operands)
+                if isinstance(operands, Operands) and site.role in ("prefill", "decode"):
+                    owners[segments.origin(operands.keys[-1])] = node
+                    # pieces of a cache are proven by where it is written, at sizes that cannot
+                    # be made small
+                    if operands == whole and (why := self._wrong(node, operands, site, compared)):
+                        site = replace(site, role="other", segments=(), reason=why)
             set_site(node, site)
             ctx.note(site.name, "found", f"{site.role}: {site.reason}")
         return False
@@ -116,8 +118,7 @@ class FindAttention(Pass):
         compared: dict[object, str | None],
     ) -> str | None:
         """Say how the site's block-sparse call at budget 1.0 differs; once for each form."""
-        # pieces of a cache are proven by where it is written, at sizes that cannot be made small
-        if not self.verify or pieces_of(node) is not None:
+        if not self.verify:
             return None
         form = check_site.form(node, operands, site)
         if form not in compared:
@@ -127,7 +128,14 @@ class FindAttention(Pass):
             raise PassError(f"strict: {site.name} must equal its sparse call at budget 1.0, {why}")
         return why and f"its sparse call at budget 1.0 is not equal: {why}"
 
-    def _describe(self, node: Node, name: str, owners: dict[Node, Node]) -> AttentionSite:
+    def _describe(
+        self,
+        node: Node,
+        name: str,
+        owners: dict[Node, Node],
+        whole: Operands | Refusal | None,
+        operands: Operands | Refusal | None,
+    ) -> AttentionSite:
         def site(
             role: str, reason: str, grid: Grid | None = None, segments: tuple[KeySegment, ...] = ()
         ) -> AttentionSite:
@@ -139,30 +147,30 @@ class FindAttention(Pass):
                 proof = self._proof(operands, q_tokens)
             return AttentionSite(full, call_line(node), role, grid, segments, scale, reason, proof)
 
-        refused = site_of(node)
-        if refused is not None and not is_call(node, SDPA):
+        if operands is None or whole is None:
+            refused = site_of(node)
+            assert refused is not None
             return replace(refused, name=name)
-        operands = match.attention(node)
-        if isinstance(operands, Refusal):
-            return site("other", operands.reason)
+        if isinstance(operands, Refusal) or isinstance(whole, Refusal):
+            return site("other", whole.reason if isinstance(whole, Refusal) else "")
         q_tokens: Size = value(operands.q).shape[2]
         own = [segments.is_current_piece(operands.q, key, q_tokens) for key in operands.keys]
         grid = self._grid(operands.q, q_tokens)
         if isinstance(grid, Refusal):
             return site("text" if all(own) and not self.token_grid else "other", grid.reason)
         if not any(own):
+            apart = (why_not_apart(operands.q, key, q_tokens) for key in operands.keys)
+            if why := next(filter(None, apart), ""):
+                return site("other", why)
             return site("cross", "no key is made from the tokens of q", grid)
-        named = self._named(len(operands.keys))
-        if isinstance(named, Refusal):
-            return site("other", named.reason)
-        filmed = [camera_of(key, grid) for key in operands.keys]
+        known = self._evidence(operands, own, grid, whole)
+        if isinstance(known, Refusal):
+            return site("other", known.reason)
         pieces: list[KeySegment] = []
         for i, key in enumerate(operands.keys):
             if own[i] and not self.token_grid and (why := other_order(operands.q, key, q_tokens)):
                 return site("other", f"key piece {i} of {value(key).shape[2]}: {why}")
-            camera = filmed[i] if not own[i] else ""
-            elsewhere = any(filmed[:i] + filmed[i + 1 :]) and not camera
-            found = segments.segment(key, own[i], grid, owners, named[i], camera, elsewhere)
+            found = segments.segment(key, own[i], grid, owners, known[i])
             if isinstance(found, Refusal):
                 return site("other", f"key piece {i} of {value(key).shape[2]}: {found.reason}")
             pieces.append(found)
@@ -176,6 +184,37 @@ class FindAttention(Pass):
         if why := segments.returned(operands.keys[-1], node):
             return site("prefill", why, grid, tuple(pieces))
         return site("other", "it has no history keys and its own keys are used nowhere else")
+
+    def _evidence(
+        self, operands: Operands, own: list[bool], grid: Grid, whole: Operands
+    ) -> list[Evidence] | Refusal:
+        """Collect what cameras, caches and options say about each piece of the keys."""
+        named = self._named(len(operands.keys))
+        if isinstance(named, Refusal):
+            return named
+        filmed = [
+            "" if mine else camera_of(key, grid)
+            for key, mine in zip(operands.keys, own, strict=True)
+        ]
+        given = [source_of(key).is_given for key in operands.keys]
+        if any(film and is_given for film, is_given in zip(filmed, given, strict=True)):
+            # a prompt that the graph projects may happen to have as many tokens
+            filmed = [
+                film if is_given or is_of_latents(key, grid[1:]) else ""
+                for key, film, is_given in zip(operands.keys, filmed, given, strict=True)
+            ]
+        return [
+            Evidence(
+                named[i],
+                filmed[i],
+                any(filmed[:i] + filmed[i + 1 :]) and not filmed[i],
+                ""
+                if key in whole.keys or own[i]
+                else "it is in the cache that the call writes to",
+                self.token_grid is not None,
+            )
+            for i, key in enumerate(operands.keys)
+        ]
 
     def _named(self, pieces: int) -> tuple[str | None, ...] | Refusal:
         """Return what `segments` calls each piece; history may be absent, as it is in prefill."""
@@ -199,6 +238,16 @@ class FindAttention(Pass):
         if not guard(grid[0] * y * x == tokens):
             return Refusal(f"token_grid {self.token_grid} does not give the {tokens} tokens of q")
         return grid
+
+
+@contextlib.contextmanager
+def _dropped(graph: Graph) -> Iterator[None]:
+    """Take away again what is inserted inside; a fact is about a graph and does not change it."""
+    before = set(graph.nodes)
+    yield
+    for node in reversed(graph.nodes):
+        if node not in before:
+            graph.erase_node(node)
 
 
 def _names(calls: list[Node]) -> dict[Node, str]:

@@ -14,7 +14,15 @@ from torch.fx.node import map_arg
 from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, Grid, set_site
 from lipass.passes.core import PassContext
-from lipass.passes.graph.compat import Size, known_true, sizes_of, unguarded, value
+from lipass.passes.graph.compat import (
+    Size,
+    hint,
+    known_true,
+    sizes_of,
+    unguarded,
+    value,
+    why_no_guard,
+)
 from lipass.passes.graph.marks import set_step, step_of
 from lipass.passes.graph.modes import entered, inside
 
@@ -107,6 +115,15 @@ def refuse_training(node: Node) -> str | None:
     """Say that a call is differentiated, which `lipass::sparse_attention` cannot be, or None."""
     if value(node).requires_grad:
         return "its gradient is recorded; call the model under torch.no_grad()"
+    return None
+
+
+def refuse_grid(site: AttentionSite) -> str | None:
+    """Say that a latent may vary in height or width, which a sparse call needs fixed, or None."""
+    assert site.q_grid is not None
+    for size in site.q_grid[1:]:
+        if why := why_no_guard(size == hint(size)):
+            return f"height and width of a latent must be fixed: {why}"
     return None
 
 

@@ -10,19 +10,20 @@ from lipass.passes.attention.site import SDPA, AttentionSite, KeySegment, set_si
 
 GRID = (4, 4, 4)  # 16 tokens a latent
 X = torch.randn(1, 2, 64, 4)
+ELSEWHERE = "the cameras belong to another piece"
 
 
 def attend(x, k):
     return F.scaled_dot_product_attention(x, k, k)
 
 
-def decide(tokens, current=False, named=None, camera="", elsewhere=False, owner_grid=None):
+def decide(tokens, current=False, owner_grid=None, **known):
     """Decide on keys of an earlier call whose queries have `owner_grid`."""
     key = Graph().placeholder("key")
     key.meta["example_value"] = torch.empty(1, 2, tokens, 4)
     owner = key.graph.call_function(SDPA, (key, key, key))
     set_site(owner, AttentionSite("layer:prefill", "", "prefill", owner_grid, (), 1.0))
-    return segments.segment(key, current, GRID, {key: owner}, named, camera, elsewhere)
+    return segments.segment(key, current, GRID, {key: owner}, segments.Evidence(**known))
 
 
 @pytest.fixture
@@ -43,8 +44,15 @@ def call(trace):
         (32, {"named": "history"}, "history", (2, 4, 4), "named in segments"),
         (32, {"camera": "w2c"}, "history", (2, 4, 4), "w2c"),
         (32, {"owner_grid": (1, 8, 4)}, "history", (1, 8, 4), "keys of layer:prefill"),
+        (32, {"cache": "it is in it"}, "history", (2, 4, 4), "it is in it"),
         (6, {"camera": "w2c"}, "text", (1, 1, 6), "no whole number of latents of 16"),
-        (32, {"elsewhere": True}, "text", (1, 1, 32), "the cameras belong to another piece"),
+        (
+            32,
+            {"camera_elsewhere": True},
+            "text",
+            (1, 1, 32),
+            "the cameras belong to another piece",
+        ),
     ],
 )
 def test_role_of_a_piece(tokens, given, role, grid, why):
@@ -56,6 +64,7 @@ def test_role_of_a_piece(tokens, given, role, grid, why):
     [
         (32, {}, f"it could be text or 2 latents; {segments.NAME_THEM}"),
         (6, {"named": "history"}, "history must be whole latents of 16 tokens"),
+        (6, {"cache": "it is in it"}, "history must be whole latents of 16 tokens"),
         (64, {"named": "current"}, "but it is not made from the tokens of q"),
         (64, {"current": True, "named": "text"}, "but segments calls it text"),
     ],
