@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from lipass.passes.attention import cache_pieces, match, segments
+from lipass.passes.attention import cache_pieces, match
+from lipass.passes.attention.evidence import outlives
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.site import AttentionSite, PoseInput, poses, sites
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.compat import guard, known_true, value
 from lipass.passes.graph.emit import Emitter, refuse_grid, refuse_training, replace_attention
 
 
@@ -86,6 +87,11 @@ class PruneContext(Pass):
             if isinstance(operands, Refusal):
                 ctx.note(site.name, "kept", operands.reason)
                 continue
+            mask = _for_batch(keep, operands.q, Emitter(node, ctx)) if keep else None
+            if mask is None:
+                views, batch = value(w2c).shape[0], value(operands.q).shape[0]
+                ctx.note(site.name, "kept", f"{views} sets of cameras for a batch of {batch}")
+                continue
             replace_attention(
                 node,
                 site,
@@ -94,7 +100,7 @@ class PruneContext(Pass):
                 tile=self.tile,
                 budget=1.0,
                 sink_latents=self.sink_latents,
-                keep_frames=keep,
+                keep_frames=mask,
             )
             ctx.note(site.name, "rewritten", f"{site.role}, keys of kept latents only")
         return bool(calls)
@@ -135,10 +141,18 @@ class PruneContext(Pass):
         return emit(operator.sub, latents, self.window_latents)
 
 
+def _for_batch(keep: Node, q: Node, emit: Emitter) -> Node | None:
+    """Return the mask for each sample of q; streams stacked on the batch share their cameras."""
+    views, batch = value(keep).shape[0], value(q).shape[0]
+    if known_true(views == 1) and not known_true(batch == 1):
+        return emit.method("expand", keep, emit.size(batch, q, 0), -1)
+    return keep if guard(views == batch) else None
+
+
 def _outlive(call: tuple[Node, AttentionSite]) -> str:
     node, _ = call
     operands = match.attention(node)
-    return segments.outlives(operands.keys[-1]) if isinstance(operands, Operands) else ""
+    return outlives(operands.keys[-1]) if isinstance(operands, Operands) else ""
 
 
 def _history_latents(w2c: Node, fact: PoseInput, emit: Emitter) -> int | Node:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
 from torch.fx import Node
 
+from lipass.passes.attention.evidence import Evidence, origin
 from lipass.passes.attention.match import Refusal
-from lipass.passes.attention.products import View
 from lipass.passes.attention.site import Grid, KeySegment, site_of
 from lipass.passes.attention.sources import is_of_latents, source_of
-from lipass.passes.attention.walk import same_values, shares_tokens
-from lipass.passes.graph.calls import is_call
+from lipass.passes.attention.walk import shares_tokens
 from lipass.passes.graph.compat import (
     Size,
     divides,
@@ -24,7 +19,6 @@ from lipass.passes.graph.compat import (
     value,
     why_no_guard,
 )
-from lipass.passes.graph.writes import memory_written, storage
 
 NAME_THEM = "name the pieces with find-attention{segments=text+history+current}"
 
@@ -32,22 +26,6 @@ NAME_THEM = "name the pieces with find-attention{segments=text+history+current}"
 def is_current_piece(q: Node, key: Node, q_tokens: Size) -> bool:
     """Whether keys are made from the tokens that q is made from."""
     return known_true(value(key).shape[2] == q_tokens) and shares_tokens(q, key, q_tokens)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Hold what else is known about one piece of the keys."""
-
-    named: str | None = None
-    """What the options call it."""
-    camera: str = ""
-    """Which input has a camera for each of its latents."""
-    camera_elsewhere: bool = False
-    """Whether the cameras belong to another piece."""
-    cache: str = ""
-    """Which cache held it in front of what the call writes."""
-    grid_is_given: bool = False
-    """Whether the options give the token grid, because the graph does not show it."""
 
 
 def segment(
@@ -95,50 +73,3 @@ def segment(
         why = f"its length is not proven to be whole latents of {per_latent}"
         return Refusal(f"{why}: {declared}" if declared else why)
     return KeySegment("history", tokens, (latents, q_grid[1], q_grid[2]), why)
-
-
-def returned(key: Node, call: Node) -> str:
-    """Say how the keys of a call are used beyond it, or nothing."""
-    if why := outlives(key):
-        return why
-    for user in _users(key):
-        if is_call(user, torch.cat) and user not in call.all_input_nodes:
-            return "its keys are history to later calls"
-    return ""
-
-
-def outlives(key: Node) -> str:
-    """Say how keys are kept behind the end of the graph, or nothing."""
-    for user in _users(key):
-        if user.op == "output":
-            return "its keys are returned"
-        if cache := _cache_written(user):
-            return f"its keys are written to %{cache.name}"
-    return ""
-
-
-def _users(key: Node) -> Iterator[Node]:
-    """Iterate over the users of keys, of copies of them and of their axes in another order."""
-    key, todo = origin(key), [origin(key)]
-    while todo:
-        for user in todo.pop().users:
-            yield user
-            if origin(user) is key:
-                todo.append(user)
-
-
-def _cache_written(write: Node) -> Node | None:
-    """Return the input that a node writes to by way of a slice or not, as caches are, if any."""
-    memory = memory_written(write)
-    for node in write.graph.find_nodes(op="placeholder") if memory else ():
-        if storage(value(node)) in memory:
-            found: Node = node
-            return found
-    return None
-
-
-def origin(key: Node) -> Node:
-    """Walk up through copies and calls that only move axes."""
-    while (above := View(same_values(key), ()).source().node) is not key:
-        key = above
-    return key

@@ -30,6 +30,7 @@ _PARTS = {
     "scatter", "where", "masked_select",
 }  # fmt: skip
 """Calls whose result is not a whole tensor as it came."""
+_SCATTERS = {"slice_scatter", "select_scatter", "index_copy", "index_put", "scatter"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Source:
     """The call that projects them; None where the graph gets them as keys."""
     inputs: tuple[Node, ...] = ()
     """Inputs that hold them, where none projects them."""
-    part: Node | None = None
-    """A call that takes part of such an input, or writes to a copy of it, or repeats it."""
+    parts: tuple[Node, ...] = ()
+    """Calls that take part of such an input, write to a copy of it or repeat it, nearest first."""
 
     @property
     def is_given(self) -> bool:
@@ -52,7 +53,7 @@ class Source:
 def source_of(key: Node) -> Source:
     """Walk up from keys to what makes them."""
     inputs: list[Node] = []
-    part: Node | None = None
+    parts: list[Node] = []
     todo, seen = [key], {key}
     while todo:
         node = todo.pop()
@@ -61,12 +62,21 @@ def source_of(key: Node) -> Source:
         if node.op in ("placeholder", "get_attr"):
             inputs.append(node)
             continue
-        part = node if _is_part(node) else part
+        parts += [node] if _is_part(node) else []
         for above in _carriers(node):
             if above not in seen:
                 seen.add(above)
                 todo.append(above)
-    return Source(None, tuple(inputs), part)
+    return Source(None, tuple(inputs), tuple(parts))
+
+
+def is_cache(key: Node) -> bool:
+    """Whether keys are read from an input that the graph writes to, in place or in a copy."""
+    source = source_of(key)
+    if not source.is_given:
+        return False
+    scattered = any(_name(part) in _SCATTERS for part in source.parts)
+    return scattered or any(writers_of(node) for node in source.inputs)
 
 
 def why_not_apart(q: Node, key: Node, tokens: Size) -> str:
@@ -83,9 +93,9 @@ def why_not_apart(q: Node, key: Node, tokens: Size) -> str:
         if node in beneath and _holds_tokens(node, tokens):
             return f"its keys are made from %{node.name}, as q is, but are not the tokens of q"
     source = source_of(key)
-    if source.part is not None and source.is_given:
+    if source.parts and source.is_given:
         names = ", ".join(f"%{node.name}" for node in source.inputs)
-        return f"its keys are part of {names}, as those of a cache are (%{source.part.name})"
+        return f"its keys are part of {names}, as those of a cache are (%{source.parts[0].name})"
     return ""
 
 
@@ -128,7 +138,8 @@ def _name(node: Node) -> str:
 def _is_made(node: Node) -> bool:
     if node.op == "call_module" or isinstance(value(node), torch.nn.Parameter):
         return True
-    if node.op.startswith("call") and _name(node) in _PROJECTIONS:
+    name = _name(node) if node.op.startswith("call") else ""
+    if name in _PROJECTIONS or name.startswith("new_") or name.endswith("_like"):
         return True
     target = node.target
     # what an operator of a library does is not known; it may be a projection

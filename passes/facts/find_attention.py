@@ -12,9 +12,9 @@ from torch.fx import Graph, Node
 
 from lipass.passes.attention import check_site, match, segments, token_grid
 from lipass.passes.attention.cache_pieces import cut
-from lipass.passes.attention.cameras import camera_of
+from lipass.passes.attention.evidence import evidence_of, origin, returned
 from lipass.passes.attention.match import Operands, Refusal
-from lipass.passes.attention.segments import NAME_THEM, Evidence
+from lipass.passes.attention.segments import NAME_THEM
 from lipass.passes.attention.site import (
     SDPA,
     AttentionSite,
@@ -23,7 +23,7 @@ from lipass.passes.attention.site import (
     set_site,
     site_of,
 )
-from lipass.passes.attention.sources import is_of_latents, source_of, why_not_apart
+from lipass.passes.attention.sources import is_cache, why_not_apart
 from lipass.passes.attention.token_grid import other_order
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
@@ -48,23 +48,31 @@ class FindAttention(Pass):
     * current: as many tokens as q, and computed from a tensor of that many tokens that q is
       computed from too, no attention in between.
     * history: the current piece of an earlier attention call; or whole latents (its length divides
-      by `Y * X`, proven or made a guard) of which there is evidence that they are latents: a
-      length that varies between calls, or a camera input `[B, F, 4, 4]` with
-      `F = T_history + T_current`. Where cameras belong to one piece, a length that varies is no
-      evidence for another.
+      by `Y * X`, proven or made a guard) of which there is evidence that they are latents:
+
+      - a camera input `[B, F, 4, 4]` with `F = T_history + T_current`. Where cameras belong to
+        one piece, nothing else is evidence for another; of a piece that the graph is given and one
+        that it projects, the cameras belong to the first.
+      - a cache: it is what a cache holds in front of the tokens that the call writes to it
+        (`attention/cache_pieces.py`), or is returned or written with the keys of q behind it.
+      - a length that varies between calls, if the piece is an input that holds keys already, or
+        part of one: only views, casts and pointwise calls lie in between. Or if the graph projects
+        it from latents, as a reshape from `[.., T, Y, X, ..]` with the same `(Y, X)` shows.
     * text: any other piece whose length is no whole number of latents, or whose latents have no
-      cameras where another piece's have.
+      cameras where another piece's have, or that the graph projects from no latents: prompts vary
+      in length too, and what is wrongly called text is attended to in full.
 
-    The call is `decode` if it has history, `prefill` if not and its own keys are returned or are
-    history to a later call, `cross` if no key is current, `text` if q has no grid and all keys are
-    its own.
-
-    Slices of preallocated caches are cut where the call wrote to them: history | current.
+    The call is `decode` if it has history, `prefill` if not and its own keys are returned, written
+    to a cache or history to a later call, `text` if q has no grid and all keys are its own. It is
+    `cross` if its keys are proven to come from another source: the graph makes them from inputs
+    that the tokens of q are not made from, or is given them as one whole input that nobody writes
+    to. Slices, expansions and scattered copies of an input may be those of a cache.
 
     Keeps (role `other`): masks, dropout and causal attention; operands of mixed dtypes or
     broadcast; k and v cut differently, or written to once they are joined; q without a token grid;
     own keys whose grid is another one; a piece that could be text or history: `segments` names the
-    pieces then; a site that its sparse call at budget 1.0 does not equal on small inputs.
+    pieces then; guards that declared sizes (`mark_dynamic`) do not allow; keys of a cache that is
+    not understood; a site that its sparse call at budget 1.0 does not equal on small inputs.
     """
 
     name: ClassVar[str] = "find-attention"
@@ -101,7 +109,7 @@ class FindAttention(Pass):
                 operands = cut(whole, node, ctx) if isinstance(whole, Operands) else whole
                 site = self._describe(node, names[node], owners, whole, operands)
                 if isinstance(operands, Operands) and site.role in ("prefill", "decode"):
-                    owners[segments.origin(operands.keys[-1])] = node
+                    owners[origin(operands.keys[-1])] = node
                     # pieces of a cache are proven by where it is written, at sizes that cannot
                     # be made small
                     if operands == whole and (why := self._wrong(node, operands, site, compared)):
@@ -154,7 +162,10 @@ class FindAttention(Pass):
         if isinstance(operands, Refusal) or isinstance(whole, Refusal):
             return site("other", whole.reason if isinstance(whole, Refusal) else "")
         q_tokens: Size = value(operands.q).shape[2]
-        own = [segments.is_current_piece(operands.q, key, q_tokens) for key in operands.keys]
+        own = [
+            segments.is_current_piece(operands.q, key, q_tokens) and not is_cache(key)
+            for key in operands.keys
+        ]
         grid = self._grid(operands.q, q_tokens)
         if isinstance(grid, Refusal):
             return site("text" if all(own) and not self.token_grid else "other", grid.reason)
@@ -163,9 +174,10 @@ class FindAttention(Pass):
             if why := next(filter(None, apart), ""):
                 return site("other", why)
             return site("cross", "no key is made from the tokens of q", grid)
-        known = self._evidence(operands, own, grid, whole)
-        if isinstance(known, Refusal):
-            return site("other", known.reason)
+        named = self._named(len(operands.keys))
+        if isinstance(named, Refusal):
+            return site("other", named.reason)
+        known = evidence_of(operands, whole, own, grid, named, self.token_grid is not None)
         pieces: list[KeySegment] = []
         for i, key in enumerate(operands.keys):
             if own[i] and not self.token_grid and (why := other_order(operands.q, key, q_tokens)):
@@ -181,40 +193,9 @@ class FindAttention(Pass):
             return site("other", f"keys are {' | '.join(roles)}; the last must be current, once")
         if "history" in roles:
             return site("decode", "it has history keys", grid, tuple(pieces))
-        if why := segments.returned(operands.keys[-1], node):
+        if why := returned(operands.keys[-1], node):
             return site("prefill", why, grid, tuple(pieces))
         return site("other", "it has no history keys and its own keys are used nowhere else")
-
-    def _evidence(
-        self, operands: Operands, own: list[bool], grid: Grid, whole: Operands
-    ) -> list[Evidence] | Refusal:
-        """Collect what cameras, caches and options say about each piece of the keys."""
-        named = self._named(len(operands.keys))
-        if isinstance(named, Refusal):
-            return named
-        filmed = [
-            "" if mine else camera_of(key, grid)
-            for key, mine in zip(operands.keys, own, strict=True)
-        ]
-        given = [source_of(key).is_given for key in operands.keys]
-        if any(film and is_given for film, is_given in zip(filmed, given, strict=True)):
-            # a prompt that the graph projects may happen to have as many tokens
-            filmed = [
-                film if is_given or is_of_latents(key, grid[1:]) else ""
-                for key, film, is_given in zip(operands.keys, filmed, given, strict=True)
-            ]
-        return [
-            Evidence(
-                named[i],
-                filmed[i],
-                any(filmed[:i] + filmed[i + 1 :]) and not filmed[i],
-                ""
-                if key in whole.keys or own[i]
-                else "it is in the cache that the call writes to",
-                self.token_grid is not None,
-            )
-            for i, key in enumerate(operands.keys)
-        ]
 
     def _named(self, pieces: int) -> tuple[str | None, ...] | Refusal:
         """Return what `segments` calls each piece; history may be absent, as it is in prefill."""

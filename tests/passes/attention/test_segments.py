@@ -3,7 +3,7 @@ import torch
 from torch.fx import Graph
 from torch.nn import functional as F
 
-from lipass.passes.attention import segments
+from lipass.passes.attention import evidence, segments
 from lipass.passes.attention.cameras import camera_of
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.site import SDPA, AttentionSite, KeySegment, set_site
@@ -23,7 +23,7 @@ def decide(tokens, current=False, owner_grid=None, **known):
     key.meta["example_value"] = torch.empty(1, 2, tokens, 4)
     owner = key.graph.call_function(SDPA, (key, key, key))
     set_site(owner, AttentionSite("layer:prefill", "", "prefill", owner_grid, (), 1.0))
-    return segments.segment(key, current, GRID, {key: owner}, segments.Evidence(**known))
+    return segments.segment(key, current, GRID, {key: owner}, evidence.Evidence(**known))
 
 
 @pytest.fixture
@@ -121,9 +121,9 @@ def test_cameras_are_of_the_piece_and_of_q(call, tokens, cameras, found):
 )
 def test_keys_that_are_used_beyond_the_call(call, fn, why):
     one = call(lambda x: fn(x, x * 2), X)
-    assert segments.returned(one.args[1], one) == why
+    assert evidence.returned(one.args[1], one) == why
 
 
 def test_origin_is_above_copies_and_moved_axes_and_below_a_cast(call):
     one = call(lambda x: attend(x, (x * 2).double().float().mT.clone().transpose(2, 3)), X)
-    assert segments.origin(one.args[1]).target == "float"
+    assert evidence.origin(one.args[1]).target == "float"
