@@ -64,7 +64,7 @@ def attend_distinct(
     equal = k.shape[2] - distinct + 1
     if equal < _EQUAL_KEYS_MIN or q.device.type != "cpu":
         return token_major(F.scaled_dot_product_attention(q, k, v, scale=scale)), "sdpa"
-    bias = torch.zeros(1, distinct)
+    bias = torch.zeros(1, distinct, dtype=torch.float32)
     bias[0, -1] = math.log(equal)
     plan = plan_of_all(*q.shape[:3], (distinct,))
     out = block_sparse_attention(

@@ -38,7 +38,7 @@ def light_interaction(
 
     Raises:
         ValueError: for an unknown preset or option, or a pipeline that does not parse.
-        LipassError: when a pass fails, or when `strict` is set and a site stays dense.
+        LipassError: when `strict` is set and a pass fails or a site stays dense.
     """
     config = Config.resolve(mode, options)
     plain = config.preset == "off" and config.pipeline is None
@@ -52,7 +52,8 @@ def light_interaction(
     caches: Any = torch.compiler.config
     # What the result depends on and the graph does not show becomes part of torch's keys.
     with caches.patch(cache_key_tag=caches.cache_key_tag + code_uuid(pipeline)):
-        return compile_unit(gm, example_inputs, config, pipeline, inner)
+        keep_going = not config.strict
+        return compile_unit(gm, example_inputs, config, pipeline, inner, keep_going=keep_going)
 
 
 def inner_compile(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: str) -> Compiled:

@@ -55,12 +55,14 @@ class PassRecord:
         changed: whether the graph changed.
         seconds: time it took, verification included.
         notes: its refusals and remarks, in order.
+        failure: why it was undone or left out, because it or what it requires failed; or nothing.
     """
 
     name: str
     changed: bool
     seconds: float
     notes: tuple[str, ...] = ()
+    failure: str = ""
 
 
 @dataclass(frozen=True)

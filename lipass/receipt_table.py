@@ -19,6 +19,7 @@ def render(report: Report) -> str:
     """Give the whole report as text."""
     parts = [
         _summary(report),
+        _failures(report.passes),
         _graph_breaks(report.graph_breaks),
         _sites(report.sites.values()),
         _passes(report.passes),
@@ -52,6 +53,16 @@ def _graph_breaks(breaks: Iterable[GraphBreak]) -> str:
         for text in (found.reason, f"remedy: {found.remedy}"):
             lines.append("    " + textwrap.shorten(text, _WIDTH - 4, placeholder=" .."))
     return "\n".join(lines)
+
+
+def _failures(passes: Iterable[PassRecord]) -> str:
+    """One line for each failure: what happened to the graph, whom to ask, and why."""
+    found = dict.fromkeys(
+        f"without {record.name} (ask `lipass bisect`): {record.failure}"
+        for record in passes
+        if record.failure
+    )
+    return "\n".join(textwrap.shorten(line, _WIDTH, placeholder=" ..") for line in found)
 
 
 def _sites(sites: Iterable[SiteRecord]) -> str:

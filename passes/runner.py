@@ -17,6 +17,7 @@ from lipass.passes.graph.names import module_path
 from lipass.passes.graph.ops import has_effect
 from lipass.passes.integrity import check_integrity, snapshot
 from lipass.passes.printer import print_graph
+from lipass.passes.restore import SavedModule
 
 _GRAPHS = itertools.count()
 
@@ -37,15 +38,30 @@ class PassRun:
     """The printed graph in front of the pass; empty unless dumps are on."""
     after: str = ""
     """The printed graph behind the pass; empty unless dumps are on."""
+    failure: str = ""
+    """Why the pass was undone or left out, if it was."""
 
 
 def run_pipeline(
-    pipeline: PassPipeline, gm: torch.fx.GraphModule, ctx: PassContext, *, diff: bool = False
+    pipeline: PassPipeline,
+    gm: torch.fx.GraphModule,
+    ctx: PassContext,
+    *,
+    diff: bool = False,
+    keep_going: bool = False,
 ) -> list[PassRun]:
     """Run passes in order on `gm.graph`, in place.
 
     With `LIPASS_DUMP=dir` the graph after every pass is written to `dir/graph_<i>/01_<pass>.txt`,
     with a `.diff` beside it.
+
+    Args:
+        pipeline: the passes.
+        gm: holds the graph; it gets another one where a pass is undone.
+        ctx: what the passes share.
+        diff: keep the text of the graph around each pass.
+        keep_going: undo a pass that fails, and leave out those that require it; the graph is
+            then as it was in front of it.
 
     Raises:
         PassError: naming the pass and, where known, the node; the cause is chained.
@@ -54,13 +70,20 @@ def run_pipeline(
     keep_text = diff or dump.folder is not None
     text = print_graph(gm.graph) if keep_text else ""
     dump.write("dynamo", text)
-    records = []
+    records: list[PassRun] = []
     for one in pipeline:
         if keep_text:
             # again, because a guard of the last pass may have made symbols equal
             text = print_graph(gm.graph)
         start, first_note = time.perf_counter(), len(ctx.notes)
-        changed = _run_one(one, gm.graph, ctx)
+        failure = _missing(one, records)
+        if keep_going and not failure:
+            changed, failure = _run_or_undo(one, gm, ctx)
+        else:
+            changed = not failure and _run_one(one, gm.graph, ctx)
+        if failure:
+            ctx.current = one.name
+            ctx.note("graph", "kept", failure)
         seconds = time.perf_counter() - start
         lines, before = "", text
         if keep_text:
@@ -70,11 +93,30 @@ def run_pipeline(
         if changed:
             trace_artifact(f"lipass_{one.name}", lambda: print_graph(gm.graph))
         notes = tuple(ctx.notes[first_note:])
+        numerics = one.numerics.value
         records.append(
-            PassRun(one.name, one.numerics.value, changed, seconds, notes, lines, before, text)
+            PassRun(one.name, numerics, changed, seconds, notes, lines, before, text, failure)
         )
     gm.recompile()
     return records
+
+
+def _missing(one: Pass, records: list[PassRun]) -> str:
+    """Name the passes that a pass requires and that have failed, or nothing."""
+    failed = [run.name for run in records if run.failure and run.name in one.requires]
+    return f"left out, because it requires {', '.join(failed)}" if failed else ""
+
+
+def _run_or_undo(one: Pass, gm: torch.fx.GraphModule, ctx: PassContext) -> tuple[bool, str]:
+    """Run a pass; return whether it changed the graph, and why it was undone, if it was."""
+    saved, notes = SavedModule.of(gm), len(ctx.notes)
+    try:
+        return _run_one(one, gm.graph, ctx), ""
+    except PassError as error:
+        saved.restore()
+        del ctx.notes[notes:]
+        ctx.failing = None
+        return False, str(error).partition("\n")[0]
 
 
 def _run_one(one: Pass, graph: torch.fx.Graph, ctx: PassContext) -> bool:

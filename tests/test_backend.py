@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lipass.backend import inner_compile, light_interaction, pipeline_of
 from lipass.config import Config
-from lipass.receipt import current_report
+from lipass.receipt import current_report, reset_report
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -279,3 +279,64 @@ def test_inductor_runs_what_the_passes_made():
     with torch.no_grad():
         args = inputs()
         torch.testing.assert_close(fast(*args), model(*args), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def failing_pass(monkeypatch):
+    """Let a pass do half of its work and fail."""
+    from lipass.passes.exact.attend_pieces import AttendPieces
+
+    def run(self, graph, ctx):
+        node = next(n for n in graph.nodes if n.target is F.scaled_dot_product_attention)
+        for _ in ctx.visit([node]):
+            node.args = (node.args[0],) * 3
+            raise KeyError("lost")
+
+    monkeypatch.setattr(AttendPieces, "run", run)
+
+
+@pytest.mark.usefixtures("failing_pass")
+def test_pass_that_fails_is_left_out_and_the_receipt_says_so():
+    reset_report()
+    model, args = Decode().eval(), inputs()
+    with torch.no_grad():
+        assert torch.equal(compiled(model, preset="exact")(*args), model(*args))
+    lines = current_report().table().splitlines()
+    (line,) = [x for x in lines if "bisect" in x]
+    assert line.startswith("without attend-pieces (ask `lipass bisect`): pass 'attend-pieces'")
+
+
+@pytest.mark.usefixtures("failing_pass")
+def test_pass_that_fails_is_an_error_under_strict():
+    with pytest.raises(Exception, match="pass 'attend-pieces' failed on %"), torch.no_grad():
+        compiled(Decode().eval(), preset="exact", strict=True)(*inputs())
+
+
+@pytest.mark.parametrize("preset", ["exact", "sparse", "all"])
+def test_default_dtype_of_bf16(preset):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        reset_report()
+        model = Decode().eval()
+        fast = compiled(model, preset=preset)
+        with torch.no_grad():
+            for n in (8, 12, 16):
+                args = inputs(n)
+                torch.testing.assert_close(fast(*args), model(*args), rtol=0.05, atol=0.05)
+        assert not [one.failure for one in current_report().passes if one.failure]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_declared_range_of_lengths():
+    model, args = Decode().eval(), inputs(4)
+    torch._dynamo.mark_dynamic(args[2], 2, min=16, max=640)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, preset="sparse")(*args), model(*args))
+
+
+def test_declared_range_of_heights():
+    model, args = Decode().eval(), inputs(4)
+    torch._dynamo.mark_dynamic(args[0], 3, min=2, max=64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, preset="sparse")(*args), model(*args))

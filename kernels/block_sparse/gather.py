@@ -174,7 +174,7 @@ def _masked_gather(plan: BlockPlan, key_bias: Tensor | None) -> _Gather:
     owner = torch.arange(batch).view(batch, 1, 1, 1)
     if plan.key_keep is not None:
         seen = seen & plan.key_keep[owner, token]
-    bias = torch.zeros(seen.shape)
+    bias = torch.zeros(seen.shape, dtype=torch.float32)
     if key_bias is not None:
         head = torch.arange(heads).view(1, heads, 1, 1)
         bias = key_bias.float().expand(batch, heads, -1)[owner, head, token]

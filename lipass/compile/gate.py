@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lipass.kernels import pieces, prepare
-from lipass.passes.graph.compat import real_tensors
+from lipass.passes.graph.compat import undisturbed
 
 
 def measured_gate(
@@ -19,6 +19,6 @@ def measured_gate(
         device: of the call.
         tokens: of each piece of the keys.
     """
-    with real_tensors():
+    with undisturbed():
         prepare()
         return pieces.why_joined(q_shape, dtype, device, tokens)

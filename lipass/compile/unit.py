@@ -88,8 +88,18 @@ def compile_unit(
     config: Config,
     pipeline: PassPipeline,
     inner_compile: InnerCompile,
+    *,
+    keep_going: bool = False,
 ) -> Compiled:
     """Run the passes on a graph, compile it, and record both in the report.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its fake inputs.
+        config: the options.
+        pipeline: the passes.
+        inner_compile: compiles what the passes leave.
+        keep_going: compile without a pass that fails, instead of raising.
 
     Raises:
         LipassError: when a pass fails, or when `strict` is set and a site stays dense.
@@ -99,7 +109,7 @@ def compile_unit(
     twin_passes = pipeline_of_twin(pipeline)
     untouched = None if twin_passes is None else _copy(gm)
     try:
-        records = runner.run_pipeline(pipeline, gm, ctx)
+        records = runner.run_pipeline(pipeline, gm, ctx, keep_going=keep_going)
     except PassError as error:
         raise LipassError(str(error)) from error
     report = current_report()
@@ -107,7 +117,9 @@ def compile_unit(
         report.add_graph_break(break_of(why))
     for record in records:
         notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
-        report.add_pass(PassRecord(record.name, record.changed, record.seconds, notes))
+        report.add_pass(
+            PassRecord(record.name, record.changed, record.seconds, notes, record.failure)
+        )
     if ctx.constant_floats:
         start_again_with_constants(ctx.constant_floats)
     found = [
@@ -126,7 +138,8 @@ def compile_unit(
     if untouched is not None and leaves_out(untouched):
         untouched = None
     if twin_passes and untouched and isinstance(compiled, CompiledUnit) and leaves_out(gm):
-        runner.run_pipeline(twin_passes, untouched, PassContext.of(untouched.graph, measured_gate))
+        ctx_of_twin = PassContext.of(untouched.graph, measured_gate)
+        runner.run_pipeline(twin_passes, untouched, ctx_of_twin, keep_going=keep_going)
         twin = _compile(untouched, example_inputs, inner_compile)
         compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())

@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from lipass.passes.attention import match
-from lipass.passes.attention.match import Operands
+from lipass.passes.attention import cache_pieces, match
+from lipass.passes.attention.evidence import outlives
+from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.site import AttentionSite, PoseInput, poses, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.graph.compat import known_true, value
-from lipass.passes.graph.emit import Emitter, refuse_rewrite
+from lipass.passes.graph.compat import guard, known_true, value
+from lipass.passes.graph.emit import Emitter, refuse_grid, refuse_rewrite
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class PruneContext(Pass):
     visited. Prefill leaves out the same latents, as keys.
 
     Keeps: graphs without one camera input; histories that are all sink and window; sites of role
-    cross, text and other.
+    cross, text and other; prefill whose keys outlive the call, unless `prefill_each_chunk` says
+    that they die with the chunk: what is left out for one view may be what the next one shows.
     """
 
     name: ClassVar[str] = "prune-context"
@@ -53,6 +55,8 @@ class PruneContext(Pass):
     vfov_deg: float = 35.0
     near: float = 0.5
     far: float = 8.0
+    prefill_each_chunk: bool = False
+    """Whether a cache that prefill returns or writes is filled anew for each chunk."""
     tile: tuple[int, ...] = (4, 4, 4)
     """Tokens of one block along `(T, Y, X)`, where no later pass sets it."""
 
@@ -72,23 +76,52 @@ class PruneContext(Pass):
         if not calls:
             ctx.note("context", "kept", "the graph has no prefill or decode site")
             return False
-        if why := next(filter(None, (refuse_rewrite(node) for node, _ in calls)), None):
+        refused = (refuse_rewrite(node) or refuse_grid(site) for node, site in calls)
+        if why := next(filter(None, refused), None):
             ctx.note("context", "kept", why)
             return False
-        keep = self._keep(w2c, fact, ctx)
+        calls = self._without_caches(calls, ctx)
+        keep = self._keep(w2c, fact, ctx) if calls else None
         for node, site in calls:
             ctx.failing = node
-            self._rewrite(node, site, keep, ctx)
+            if not self._rewrite(node, site, w2c, keep, ctx):
+                continue
             ctx.note(site.name, "rewritten", f"{site.role}, keys of kept latents only")
-        return True
+        return bool(calls)
 
-    def _rewrite(self, node: Node, site: AttentionSite, keep: Node, ctx: PassContext) -> None:
-        if SparseCall.is_one(node):
+    def _without_caches(
+        self, calls: list[tuple[Node, AttentionSite]], ctx: PassContext
+    ) -> list[tuple[Node, AttentionSite]]:
+        """Leave out prefill if any of its keys outlive the call; each layer feeds the next."""
+        prefill = [(node, site) for node, site in calls if site.role == "prefill"]
+        why = "" if self.prefill_each_chunk else next(filter(None, map(_outlive, prefill)), "")
+        if not why:
+            return calls
+        for _, site in prefill:
+            told = "say prefill_each_chunk if they are computed anew for each chunk"
+            ctx.note(
+                site.name, "kept", f"keys of dropped latents would be wrong later: {why}; {told}"
+            )
+        return [call for call in calls if call not in prefill]
+
+    def _rewrite(
+        self, node: Node, site: AttentionSite, w2c: Node, keep: Node | None, ctx: PassContext
+    ) -> bool:
+        planted = SparseCall.is_one(node)
+        operands = None if planted else cache_pieces.operands(node, site, ctx)
+        if isinstance(operands, Refusal):
+            ctx.note(site.name, "kept", operands.reason)
+            return False
+        q = SparseCall.of(node).q if operands is None else operands.q
+        mask = _for_batch(keep, q, Emitter(node, ctx)) if keep else None
+        if mask is None:
+            views, batch = value(w2c).shape[0], value(q).shape[0]
+            ctx.note(site.name, "kept", f"{views} sets of cameras for a batch of {batch}")
+            return False
+        if operands is None:
             call = replace(SparseCall.of(node), tile=self.tile, sink_latents=self.sink_latents)
-            replace(call, budget=1.0, keep_frames=keep).write(node)
-            return
-        operands = match.attention(node)
-        assert isinstance(operands, Operands)
+            replace(call, budget=1.0, keep_frames=mask).write(node)
+            return True
         replace_attention(
             node,
             site,
@@ -97,8 +130,9 @@ class PruneContext(Pass):
             tile=self.tile,
             budget=1.0,
             sink_latents=self.sink_latents,
-            keep_frames=keep,
+            keep_frames=mask,
         )
+        return True
 
     def _keep(self, w2c: Node, fact: PoseInput, ctx: PassContext) -> Node:
         """Insert the mask `[B, T]` behind the inputs, outside of all modules and steps."""
@@ -119,6 +153,20 @@ class PruneContext(Pass):
         if isinstance(latents, int):
             return latents - self.window_latents
         return emit(operator.sub, latents, self.window_latents)
+
+
+def _for_batch(keep: Node, q: Node, emit: Emitter) -> Node | None:
+    """Return the mask for each sample of q; streams stacked on the batch share their cameras."""
+    views, batch = value(keep).shape[0], value(q).shape[0]
+    if known_true(views == 1) and not known_true(batch == 1):
+        return emit.method("expand", keep, emit.size(batch, q, 0), -1)
+    return keep if guard(views == batch) else None
+
+
+def _outlive(call: tuple[Node, AttentionSite]) -> str:
+    node, _ = call
+    operands = match.attention(node)
+    return outlives(operands.keys[-1]) if isinstance(operands, Operands) else ""
 
 
 def _history_latents(w2c: Node, fact: PoseInput, emit: Emitter) -> int | Node:

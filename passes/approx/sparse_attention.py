@@ -10,12 +10,12 @@ from torch.fx import Graph, Node
 
 # The import registers an operator that the pass has to know.
 import lipass.kernels.distinct  # noqa: F401
-from lipass.passes.attention import match
-from lipass.passes.attention.match import Operands
+from lipass.passes.attention import cache_pieces
+from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.site import AttentionSite, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
-from lipass.passes.graph.emit import refuse_rewrite
+from lipass.passes.graph.emit import refuse_grid, refuse_rewrite
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,33 @@ class SparseAttention(Pass):
             if layer in self.dense_layers:
                 ctx.note(site.name, "kept", f"layer {layer} is in dense_layers")
                 continue
-            if why := refuse_rewrite(node):
+            if why := refuse_rewrite(node) or refuse_grid(site):
                 ctx.note(site.name, "kept", why)
                 continue
-            self._rewrite(node, site, ctx)
+            operands = _operands(node, site, ctx)
+            if isinstance(operands, Refusal):
+                ctx.note(site.name, "kept", operands.reason)
+                continue
+            self._rewrite(node, site, operands, ctx)
             changed = True
         ctx.failing = None
         return changed
 
-    def _rewrite(self, node: Node, site: AttentionSite, ctx: PassContext) -> None:
+    def _rewrite(
+        self,
+        node: Node,
+        site: AttentionSite,
+        operands: Operands | None,
+        ctx: PassContext,
+    ) -> None:
         budget = self.budget_prefill if site.role == "prefill" else self.budget_decode
         ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
-        if SparseCall.is_one(node):
+        if operands is None:
             call = SparseCall.of(node)
             replace(call, tile=self.tile, budget=budget, sink_latents=self.sink_latents).write(
                 node
             )
             return
-        operands = match.attention(node)
-        assert isinstance(operands, Operands)
         replace_attention(
             node,
             site,
@@ -97,3 +105,10 @@ class SparseAttention(Pass):
             sink_latents=self.sink_latents,
             keep_frames=None,
         )
+
+
+def _operands(node: Node, site: AttentionSite, ctx: PassContext) -> Operands | Refusal | None:
+    """Match a call; None for one that `prune-context` has rewritten."""
+    if node.target is torch.ops.lipass.sparse_attention.default:
+        return None
+    return cache_pieces.operands(node, site, ctx)

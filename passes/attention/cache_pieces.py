@@ -3,142 +3,140 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.fx import Node
 
+from lipass.passes.attention import match
+from lipass.passes.attention.cache_writes import Place, place_read, scattered, written
+from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.products import View
-from lipass.passes.attention.site import set_pieces
+from lipass.passes.attention.site import AttentionSite
 from lipass.passes.core import PassContext
-from lipass.passes.graph.calls import is_call
-from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.compat import Size, guard, known_true, value
 from lipass.passes.graph.emit import Emitter
-from lipass.passes.graph.writes import memory_written, storage, writes_between
+from lipass.passes.graph.writes import memory_written, storage, writers_of, writes_between
 
 
 @dataclass(frozen=True)
 class _Filled:
     """A slice of a cache along one axis whose end was written last."""
 
-    cache: Node
-    axis: int
-    start: Any
+    read: Place
     middle: Any
     """Where the written part begins; an int or a node."""
     written: Node
     axes: tuple[int, ...]
     """The keys are the slice with its axes in this order."""
 
+    def is_all(self) -> bool:
+        """Whether the written part is all that is read."""
+        return known_true(self.read.first() == value(self.middle))
 
-def cut_cache(call: Node, ctx: PassContext) -> None:
-    """Name the pieces of an attention call over slices of preallocated caches.
+    def tokens(self) -> Size:
+        """Return how many tokens lie in front of the written ones."""
+        found: Size = value(self.middle) - self.read.first()
+        return found
+
+
+def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Refusal:
+    """Match a call that is about to be rewritten, and cut its keys as its fact says."""
+    found = match.attention(call)
+    if isinstance(found, Refusal):
+        return found
+    found = cut(found, call, ctx)
+    if len(found.keys) != len(site.segments):
+        return Refusal("an earlier pass has changed what its keys are made of")
+    return found
+
+
+def cut(given: Operands, call: Node, ctx: PassContext) -> Operands:
+    """Take pieces that are slices of a preallocated cache apart, where a call has written to it.
 
     ::
 
-        %cache[:, :, 64:128] = %k;  %key = %cache[:, :, :128]
-          keys are %cache[:, :, :64] | %k
+        %cache[:, :, s:e] = %k;  %key = %cache[:, :, a:e]
+          %before = %cache[:, :, a:s];  keys are %before | %k
 
-    The views are inserted beside the call, which stays as it is; nobody reads them unless a pass
-    takes the pieces.
+    The cache may be a `slice_scatter` or `index_copy` of another one, and positions `s:e` may be
+    `arange(s, e)`. The views are inserted beside the call, which stays as it is; dead code
+    elimination removes them where nobody takes the pieces. Where all that is read was written,
+    the keys are what was written.
 
     Keeps: caches that are written to again in between, or at more than one axis; reads that begin
-    where the write does, or behind.
+    behind the write, or end elsewhere.
     """
-    filled = [_filled(call.args[i], call) for i in (1, 2)]
-    if any(one is None for one in filled):
-        return
-    pieces = [_emit(one, Emitter(call, ctx)) for one in filled if one is not None]
-    set_pieces(call, tuple(pieces))
+    keys: list[Node] = []
+    values: list[Node] = []
+    emit = Emitter(call, ctx)
+    for pair in zip(given.keys, given.values, strict=True):
+        filled = _both_filled(pair, call)
+        for i, pieces in enumerate((keys, values)):
+            pieces += [pair[i]] if filled is None else _emit(filled[i], emit)
+    return replace(given, keys=tuple(keys), values=tuple(values))
 
 
-def _emit(filled: _Filled, emit: Emitter) -> tuple[str, str]:
-    index = [slice(None)] * filled.axis + [slice(filled.start, filled.middle)]
-    before = emit(operator.getitem, filled.cache, tuple(index))
-    in_order = filled.axes == tuple(range(len(filled.axes)))
-    pieces = [
-        piece if in_order else emit.method("permute", piece, *filled.axes)
-        for piece in (before, filled.written)
-    ]
-    return pieces[0].name, pieces[1].name
+def is_cut(given: Operands, call: Node) -> bool:
+    """Whether `cut` takes any piece apart."""
+    pairs = zip(given.keys, given.values, strict=True)
+    return any(_both_filled(pair, call) is not None for pair in pairs)
 
 
-def _filled(keys: object, call: Node) -> _Filled | None:
-    if not isinstance(keys, Node):
+def _both_filled(pair: tuple[Node, Node], call: Node) -> tuple[_Filled, _Filled] | None:
+    """Return how a piece of the keys and its values are cut, if both are in the same way."""
+    key, val = (_filled(piece, call) for piece in pair)
+    if key is None or val is None or key.is_all() != val.is_all():
         return None
+    return (key, val) if known_true(key.tokens() == val.tokens()) else None
+
+
+def _emit(filled: _Filled, emit: Emitter) -> list[Node]:
+    read = filled.read
+    pieces = [filled.written]
+    if not filled.is_all():
+        index = [slice(None)] * read.axis + [slice(read.start, filled.middle)]
+        pieces.insert(0, emit(operator.getitem, read.cache, tuple(index)))
+    if filled.axes == tuple(range(len(filled.axes))):
+        return pieces
+    return [emit.method("permute", piece, *filled.axes) for piece in pieces]
+
+
+def _filled(keys: Node, call: Node) -> _Filled | None:
     view = View(keys, tuple(range(value(keys).dim()))).source()
-    read = _slice(view.node)
-    if read is None or len(view.axes) != 4 or view.axes[2] != read[1]:
+    if len(view.axes) != 4:
         return None
-    cache, axis, start, stop = read
-    memory = storage(value(cache))
-    earlier = [
-        n
-        for n in writes_between(next(iter(call.graph.nodes)), call)
-        if memory in memory_written(n)
-    ]
-    if memory is None or not earlier:
+    read = place_read(view.node, view.axes[2])
+    write = None if read is None else _last_write(read, view.node, call)
+    if read is None or write is None:
         return None
-    write = earlier[-1]
-    place, written = _written(write)
-    if place is None or not isinstance(written, Node) or place[0] is not cache:
+    at, new, writer = write
+    if at.axis != read.axis or not known_true(at.last() == read.last()):
         return None
-    _, written_axis, middle, end = place
-    if written_axis != axis or not _same(end, stop) or _order(write) > _order(view.node):
+    if not (known_true(read.first() == at.first()) or guard(read.first() < at.first())):
         return None
-    if not known_true(_size(start) < _size(middle)):
-        return None
-    tokens = _size(end) - _size(middle)
-    shape = value(written).shape
-    expected = [tokens if i == axis else n for i, n in enumerate(value(cache).shape)]
+    tokens = at.last() - at.first()
+    shape = value(new).shape
+    expected = [tokens if i == at.axis else n for i, n in enumerate(value(read.cache).shape)]
     if len(shape) != len(expected):
         return None
     if not all(known_true(a == b) for a, b in zip(shape, expected, strict=True)):
         return None
-    made = storage(value(written))
-    if any(made in memory_written(n) for n in writes_between(write, call)):
+    made = storage(value(new))
+    if any(made in memory_written(n) for n in writes_between(writer, call)):
         return None
-    return _Filled(cache, axis, start, middle, written, view.axes)
+    return _Filled(read, at.start or 0, new, view.axes)
 
 
-def _written(write: Node) -> tuple[tuple[Node, int, Any, Any] | None, Any]:
-    """Return which slice a write fills, and with what."""
-    if write.target is operator.setitem:
-        return _indexed(write.args[0], write.args[1]), write.args[2]
-    if write.target == "copy_" and isinstance(write.args[0], Node):
-        return _slice(write.args[0]), write.args[1]
-    return None, None
-
-
-def _slice(node: Node) -> tuple[Node, int, Any, Any] | None:
-    return _indexed(node.args[0], node.args[1]) if is_call(node, operator.getitem) else None
-
-
-def _indexed(cache: object, index: object) -> tuple[Node, int, Any, Any] | None:
-    """Return `(cache, axis, start, stop)` of an index that cuts one axis."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not isinstance(cache, Node) or not isinstance(value(cache), torch.Tensor):
+def _last_write(read: Place, reader: Node, call: Node) -> tuple[Place, Node, Node] | None:
+    """Return where the cache was written last, with what, and by which node."""
+    earlier = [write for write in writers_of(read.cache) if write < call]
+    if not earlier:
+        found = scattered(read.cache)
+        return None if found is None else (*found, read.cache)
+    found = written(earlier[-1])
+    if found is None or found[0].cache is not read.cache:
         return None
-    if not all(isinstance(part, slice) and part.step in (None, 1) for part in parts):
+    if reader is not read.cache and earlier[-1] > reader:
         return None
-    cut = [i for i, part in enumerate(parts) if (part.start, part.stop) != (None, None)]
-    if len(cut) != 1:
-        return None
-    part = parts[cut[0]]
-    ends = [part.start, part.stop]
-    if any(isinstance(end, int) and end < 0 for end in ends) or part.stop is None:
-        return None
-    return cache, cut[0], part.start, part.stop
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or known_true(_size(a) == _size(b))
-
-
-def _size(end: Any) -> Any:
-    return 0 if end is None else value(end)
-
-
-def _order(node: Node) -> int:
-    return list(node.graph.nodes).index(node)
+    return (*found, earlier[-1])

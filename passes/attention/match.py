@@ -10,7 +10,7 @@ import torch.fx
 from torch.fx import Node
 
 from lipass.passes.attention.operators import argument, places_of
-from lipass.passes.attention.site import SDPA, pieces_of
+from lipass.passes.attention.site import SDPA
 from lipass.passes.attention.walk import same_values
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, guard, known_true, value
@@ -74,7 +74,7 @@ def attention(node: Node) -> Operands | Refusal:
         scale = value(q).shape[3] ** -0.5
     if not isinstance(scale, float):
         return Refusal("its scale is not a constant")
-    keys, values = _pieces(node, 0, k), _pieces(node, 1, v)
+    keys, values = _segments(k), _segments(v)
     if len(keys) != len(values):
         return Refusal(f"k is made of {len(keys)} pieces and v of {len(values)}")
     for i, (key, val) in enumerate(zip(keys, values, strict=True)):
@@ -84,9 +84,7 @@ def attention(node: Node) -> Operands | Refusal:
     dtypes = {value(x).dtype for x in (node, q, *keys, *values)}
     if len(dtypes) > 1:
         return Refusal(f"its dtypes differ: {', '.join(sorted(map(str, dtypes)))}")
-    if pieces_of(node) is None and (
-        why := _written_late(node, (k, *keys)) or _written_late(node, (v, *values))
-    ):
+    if why := _written_late(node, k, keys) or _written_late(node, v, values):
         return Refusal(why)
     return Operands(q, keys, values, scale, groups)
 
@@ -115,23 +113,15 @@ def _is_batch(tensor: Node, batch: Size, heads: Size) -> bool:
     return known_true(shape[0] == batch) and known_true(shape[1] == heads)
 
 
-def _written_late(call: Node, tensors: tuple[Node, ...]) -> str | None:
+def _written_late(call: Node, joined: Node, pieces: tuple[Node, ...]) -> str | None:
     """Say what writes to keys between their concatenation and the call, which reads the pieces."""
-    memory = {storage(value(tensor)) for tensor in tensors}
-    since = same_values(tensors[0])
-    for node in writes_between(since, call):
+    if pieces == (joined,):
+        return None
+    memory = {storage(value(tensor)) for tensor in (joined, *pieces)}
+    for node in writes_between(same_values(joined), call):
         if memory_written(node) & memory:
             return f"%{node.name} writes to its keys or values in place"
     return None
-
-
-def _pieces(call: Node, index: int, tensor: Node) -> tuple[Node, ...]:
-    """Return the pieces of the keys (index 0) or the values of a call."""
-    named = pieces_of(call)
-    if named is None:
-        return _segments(tensor)
-    nodes = {node.name: node for node in call.graph.nodes}
-    return tuple(nodes[name] for name in named[index])
 
 
 def _segments(tensor: Node) -> tuple[Node, ...]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
+from lipass.passes.attention.evidence import Evidence, origin
 from lipass.passes.attention.match import Refusal
-from lipass.passes.attention.products import View
 from lipass.passes.attention.site import Grid, KeySegment, site_of
-from lipass.passes.attention.walk import same_values, shares_tokens
-from lipass.passes.graph.calls import is_call
+from lipass.passes.attention.sources import is_of_latents, source_of
+from lipass.passes.attention.walk import shares_tokens
 from lipass.passes.graph.compat import (
     Size,
     divides,
@@ -18,6 +17,7 @@ from lipass.passes.graph.compat import (
     is_symbolic,
     known_true,
     value,
+    why_no_guard,
 )
 
 NAME_THEM = "name the pieces with find-attention{segments=text+history+current}"
@@ -33,18 +33,12 @@ def segment(
     is_current: bool,
     q_grid: Grid,
     owners: dict[Node, Node],
-    named: str | None,
-    camera: str,
-    camera_elsewhere: bool,
+    known: Evidence,
 ) -> KeySegment | Refusal:
-    """Decide the role of one piece of the keys.
-
-    `named` is what the options say, `camera` the evidence that cameras give for this piece, and
-    `camera_elsewhere` that they belong to another one.
-    """
+    """Decide the role of one piece of the keys."""
     tokens: Size = value(key).shape[2]
     latents, per_latent = tokens // (q_grid[1] * q_grid[2]), q_grid[1] * q_grid[2]
-    text = (1, 1, tokens)
+    text, named = (1, 1, tokens), known.named
     if is_current:
         if named not in (None, "current"):
             return Refusal(f"it is made from the tokens of q, but segments calls it {named}")
@@ -58,36 +52,24 @@ def segment(
         return KeySegment("history", tokens, site.q_grid, f"keys of {site.name}")
     is_whole = divides(per_latent, tokens)
     if not holds_now(is_whole):
-        if named == "history":
+        if named == "history" or known.cache:
             return Refusal(f"history must be whole latents of {per_latent} tokens")
         return KeySegment("text", tokens, text, f"no whole number of latents of {per_latent}")
-    varies = "its length varies between calls" if is_symbolic(tokens) else ""
-    why = (named and "named in segments") or camera or varies
-    if camera_elsewhere and not named:
+    why = (named and "named in segments") or known.camera or known.cache
+    if known.camera_elsewhere and not named:
         return KeySegment("text", tokens, text, "the cameras belong to another piece")
+    if not why:
+        source = source_of(key)
+        of_latents = is_of_latents(key, (q_grid[1], q_grid[2]))
+        if source.made_by is not None and not of_latents and not known.grid_is_given:
+            made = f"%{source.made_by.name} makes it, and from no latents"
+            return KeySegment("text", tokens, text, made)
+        if is_symbolic(tokens) and (source.is_given or of_latents):
+            why = "its length varies between calls"
     if not why:
         return Refusal(f"it could be text or {latents} latents; {NAME_THEM}")
     if not guard(is_whole):
-        return Refusal(f"its length is not proven to be whole latents of {per_latent}")
+        declared = why_no_guard(is_whole)
+        why = f"its length is not proven to be whole latents of {per_latent}"
+        return Refusal(f"{why}: {declared}" if declared else why)
     return KeySegment("history", tokens, (latents, q_grid[1], q_grid[2]), why)
-
-
-def returned(key: Node, call: Node) -> str:
-    """Say how the keys of a call are used beyond it, or nothing."""
-    key, todo = origin(key), [origin(key)]
-    while todo:
-        for user in todo.pop().users:
-            if user.op == "output":
-                return "its keys are returned"
-            if is_call(user, torch.cat) and user not in call.all_input_nodes:
-                return "its keys are history to later calls"
-            if origin(user) is key:
-                todo.append(user)
-    return ""
-
-
-def origin(key: Node) -> Node:
-    """Walk up through copies and calls that only move axes."""
-    while (above := View(same_values(key), ()).source().node) is not key:
-        key = above
-    return key

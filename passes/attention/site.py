@@ -20,7 +20,7 @@ SDPA = torch.nn.functional.scaled_dot_product_attention
 
 Grid = tuple[Size, Size, Size]
 
-_SITE, _POSES, _PIECES = "lipass_site", "lipass_poses", "lipass_pieces"
+_SITE, _POSES = "lipass_site", "lipass_poses"
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,6 @@ def rename_site(node: torch.fx.Node, site: AttentionSite, name: str) -> None:
 def sites(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, AttentionSite]]:
     """List the attention calls of a graph in order."""
     return [(node, node.meta[_SITE]) for node in graph.nodes if _SITE in node.meta]
-
-
-def pieces_of(node: torch.fx.Node) -> tuple[tuple[str, ...], ...] | None:
-    """Return the names of the nodes that the keys and the values of a call consist of, if set."""
-    pieces: tuple[tuple[str, ...], ...] | None = node.meta.get(_PIECES)
-    return pieces
-
-
-def set_pieces(node: torch.fx.Node, pieces: tuple[tuple[str, ...], ...]) -> None:
-    """Say which nodes hold the keys and the values of a call, where no concatenation does."""
-    node.meta[_PIECES] = pieces
 
 
 def set_poses(placeholder: torch.fx.Node, poses: PoseInput) -> None:

@@ -43,10 +43,11 @@ def shares_tokens(a: Node, b: Node, tokens: Size) -> bool:
     Tokens are one axis `L` or neighbouring axes whose product is `L`, as in `[B, F, YX, C]`.
     """
     theirs = {n for n in upstream(b) if n.op not in ("placeholder", "get_attr")}
-    return any(n in theirs and _has_tokens(n, tokens) for n in upstream(a))
+    return any(n in theirs and has_tokens(n, tokens) for n in upstream(a))
 
 
-def _has_tokens(node: Node, tokens: Size) -> bool:
+def has_tokens(node: Node, tokens: Size) -> bool:
+    """Whether an axis of a tensor, or up to three neighbouring ones together, are the tokens."""
     tensor = value(node)
     if not isinstance(tensor, torch.Tensor):
         return False

@@ -11,8 +11,9 @@ from torch.fx import Graph, Node
 # The import registers the operator that the pass inserts.
 import lipass.kernels.pieces  # noqa: F401
 from lipass.passes.attention import match
+from lipass.passes.attention.cache_pieces import is_cut
 from lipass.passes.attention.match import Operands, Refusal
-from lipass.passes.attention.site import SDPA, move_site, pieces_of, sites
+from lipass.passes.attention.site import SDPA, move_site, sites
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import hint, value
@@ -73,7 +74,7 @@ class AttendPieces(Pass):
 def _refusal(node: Node, operands: Operands | Refusal, ctx: PassContext) -> str | None:
     if isinstance(operands, Refusal):
         return operands.reason
-    if pieces_of(node) is not None:
+    if is_cut(operands, node):
         return "its keys lie in a cache, in one piece"
     if operands.groups > 1:
         return "heads of k and v are shared by groups of q"

@@ -50,7 +50,7 @@ class Canonicalize(Pass):
         %o = scaled_dot_product_attention(query=%q, key=%k, value=%v, dropout_p=0.0)
         %o = scaled_dot_product_attention(%q, %k, %v)
 
-    Concatenation has a non-negative dim by position and is flat::
+    Concatenation has a non-negative dim by position and is flat, without empty pieces::
 
         %kv = cat([%hist, %cur], dim=-2);  %k = cat([%text, %kv], dim=2)
         %k = cat([%text, %hist, %cur], 2)
@@ -148,10 +148,28 @@ def _spell_cat(node: Node) -> bool:
     flat: list[Any] = []
     for piece in pieces:
         flat.extend(piece.args[0] if _is_inner_cat(piece, node, dim) else [piece])
+    flat = _without_empty(flat, node, dim)
     if node.target is torch.cat and node.args == (flat, dim) and not node.kwargs:
         return False
     node.target, node.args, node.kwargs = torch.cat, (flat, dim), {}
     return True
+
+
+def _without_empty(pieces: list[Any], cat: Node, dim: int) -> list[Any]:
+    """Leave out pieces without a single element, such as a cache that is still empty.
+
+    A piece of one axis and no element joins anything; the result has the dtype of all pieces.
+    """
+    full = [piece for piece in pieces if not _is_empty(piece, dim)]
+    dtypes = {value(piece).dtype for piece in full}
+    return full if dtypes == {value(cat).dtype} else pieces
+
+
+def _is_empty(piece: object, dim: int) -> bool:
+    tensor = value(piece)
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    return known_true(tensor.shape[0 if tensor.dim() == 1 else dim] == 0)
 
 
 def _is_inner_cat(piece: object, outer: Node, dim: int) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch.fx import Graph, Node
 
 from lipass.passes.attention import check_site, match, segments, token_grid
-from lipass.passes.attention.cache_pieces import cut_cache
-from lipass.passes.attention.cameras import camera_of
+from lipass.passes.attention.cache_pieces import cut
+from lipass.passes.attention.evidence import evidence_of, origin, returned
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.operators import places_of
 from lipass.passes.attention.planted import describe_planted, other_calls
@@ -20,10 +22,10 @@ from lipass.passes.attention.site import (
     AttentionSite,
     Grid,
     KeySegment,
-    pieces_of,
     set_site,
     site_of,
 )
+from lipass.passes.attention.sources import is_cache, why_not_apart
 from lipass.passes.attention.token_grid import other_order
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
@@ -48,23 +50,31 @@ class FindAttention(Pass):
     * current: as many tokens as q, and computed from a tensor of that many tokens that q is
       computed from too, no attention in between.
     * history: the current piece of an earlier attention call; or whole latents (its length divides
-      by `Y * X`, proven or made a guard) of which there is evidence that they are latents: a
-      length that varies between calls, or a camera input `[B, F, 4, 4]` with
-      `F = T_history + T_current`. Where cameras belong to one piece, a length that varies is no
-      evidence for another.
+      by `Y * X`, proven or made a guard) of which there is evidence that they are latents:
+
+      - a camera input `[B, F, 4, 4]` with `F = T_history + T_current`. Where cameras belong to
+        one piece, nothing else is evidence for another; of a piece that the graph is given and one
+        that it projects, the cameras belong to the first.
+      - a cache: it is what a cache holds in front of the tokens that the call writes to it
+        (`attention/cache_pieces.py`), or is returned or written with the keys of q behind it.
+      - a length that varies between calls, if the piece is an input that holds keys already, or
+        part of one: only views, casts and pointwise calls lie in between. Or if the graph projects
+        it from latents, as a reshape from `[.., T, Y, X, ..]` with the same `(Y, X)` shows.
     * text: any other piece whose length is no whole number of latents, or whose latents have no
-      cameras where another piece's have.
+      cameras where another piece's have, or that the graph projects from no latents: prompts vary
+      in length too, and what is wrongly called text is attended to in full.
 
-    The call is `decode` if it has history, `prefill` if not and its own keys are returned or are
-    history to a later call, `cross` if no key is current, `text` if q has no grid and all keys are
-    its own.
-
-    Slices of preallocated caches are cut where the call wrote to them: history | current.
+    The call is `decode` if it has history, `prefill` if not and its own keys are returned, written
+    to a cache or history to a later call, `text` if q has no grid and all keys are its own. It is
+    `cross` if its keys are proven to come from another source: the graph makes them from inputs
+    that the tokens of q are not made from, or is given them as one whole input that nobody writes
+    to. Slices, expansions and scattered copies of an input may be those of a cache.
 
     Keeps (role `other`): masks, dropout and causal attention; operands of mixed dtypes or
     broadcast; k and v cut differently, or written to once they are joined; q without a token grid;
     own keys whose grid is another one; a piece that could be text or history: `segments` names the
-    pieces then; a site that its sparse call at budget 1.0 does not equal on small inputs.
+    pieces then; guards that declared sizes (`mark_dynamic`) do not allow; keys of a cache that is
+    not understood; a site that its sparse call at budget 1.0 does not equal on small inputs.
     """
 
     name: ClassVar[str] = "find-attention"
@@ -96,17 +106,19 @@ class FindAttention(Pass):
         names = _names(calls)
         owners: dict[Node, Node] = {}
         compared: dict[object, str | None] = {}
-        for node in calls:
-            if is_call(node, SDPA):
-                cut_cache(node, ctx)
         for node in ctx.visit(calls):
-            site = self._describe(node, names[node], owners)
-            if site.role in ("prefill", "decode"):
-                operands = match.attention(node)
-                assert isinstance(operands, Operands)
-                owners[segments.origin(operands.keys[-1])] = node
-                if why := self._wrong(node, operands, site, compared):
-                    site = replace(site, role="other", segments=(), reason=why)
+            refused = site_of(node)
+            told = refused is not None and bool(refused.role) and not is_call(node, SDPA)
+            whole = None if told else match.attention(node)
+            with _dropped(graph):
+                operands = cut(whole, node, ctx) if isinstance(whole, Operands) else whole
+                site = self._describe(node, names[node], owners, whole, operands)
+                if isinstance(operands, Operands) and site.role in ("prefill", "decode"):
+                    owners[origin(operands.keys[-1])] = node
+                    # pieces of a cache are proven by where it is written, at sizes that cannot
+                    # be made small
+                    if operands == whole and (why := self._wrong(node, operands, site, compared)):
+                        site = replace(site, role="other", segments=(), reason=why)
             set_site(node, replace(site, operands=site.operands or places_of(node)))
             ctx.note(site.name, "found", f"{site.role}: {site.reason}")
         return False
@@ -119,8 +131,7 @@ class FindAttention(Pass):
         compared: dict[object, str | None],
     ) -> str | None:
         """Say how the site's block-sparse call at budget 1.0 differs; once for each form."""
-        # pieces of a cache are proven by where it is written, at sizes that cannot be made small
-        if not self.verify or pieces_of(node) is not None:
+        if not self.verify:
             return None
         form = check_site.form(node, operands, site)
         if form not in compared:
@@ -130,7 +141,14 @@ class FindAttention(Pass):
             raise PassError(f"strict: {site.name} must equal its sparse call at budget 1.0, {why}")
         return why and f"its sparse call at budget 1.0 is not equal: {why}"
 
-    def _describe(self, node: Node, name: str, owners: dict[Node, Node]) -> AttentionSite:
+    def _describe(
+        self,
+        node: Node,
+        name: str,
+        owners: dict[Node, Node],
+        whole: Operands | Refusal | None,
+        operands: Operands | Refusal | None,
+    ) -> AttentionSite:
         def site(
             role: str, reason: str, grid: Grid | None = None, segments: tuple[KeySegment, ...] = ()
         ) -> AttentionSite:
@@ -142,30 +160,34 @@ class FindAttention(Pass):
                 proof = self._proof(operands, q_tokens)
             return AttentionSite(full, call_line(node), role, grid, segments, scale, reason, proof)
 
-        refused = site_of(node)
-        if refused is not None and refused.role and not is_call(node, SDPA):
+        if operands is None or whole is None:
+            refused = site_of(node)
+            assert refused is not None
             return replace(refused, name=name)
-        operands = match.attention(node)
-        if isinstance(operands, Refusal):
-            return site("other", operands.reason)
+        if isinstance(operands, Refusal) or isinstance(whole, Refusal):
+            return site("other", whole.reason if isinstance(whole, Refusal) else "")
         q_tokens: Size = value(operands.q).shape[2]
-        own = [segments.is_current_piece(operands.q, key, q_tokens) for key in operands.keys]
+        own = [
+            segments.is_current_piece(operands.q, key, q_tokens) and not is_cache(key)
+            for key in operands.keys
+        ]
         grid = self._grid(operands.q, q_tokens)
         if isinstance(grid, Refusal):
             return site("text" if all(own) and not self.token_grid else "other", grid.reason)
         if not any(own):
+            apart = (why_not_apart(operands.q, key, q_tokens) for key in operands.keys)
+            if why := next(filter(None, apart), ""):
+                return site("other", why)
             return site("cross", "no key is made from the tokens of q", grid)
         named = self._named(len(operands.keys))
         if isinstance(named, Refusal):
             return site("other", named.reason)
-        filmed = [camera_of(key, grid) for key in operands.keys]
+        known = evidence_of(operands, whole, own, grid, named, self.token_grid is not None)
         pieces: list[KeySegment] = []
         for i, key in enumerate(operands.keys):
             if own[i] and not self.token_grid and (why := other_order(operands.q, key, q_tokens)):
                 return site("other", f"key piece {i} of {value(key).shape[2]}: {why}")
-            camera = filmed[i] if not own[i] else ""
-            elsewhere = any(filmed[:i] + filmed[i + 1 :]) and not camera
-            found = segments.segment(key, own[i], grid, owners, named[i], camera, elsewhere)
+            found = segments.segment(key, own[i], grid, owners, known[i])
             if isinstance(found, Refusal):
                 return site("other", f"key piece {i} of {value(key).shape[2]}: {found.reason}")
             pieces.append(found)
@@ -176,7 +198,7 @@ class FindAttention(Pass):
             return site("other", f"keys are {' | '.join(roles)}; the last must be current, once")
         if "history" in roles:
             return site("decode", "it has history keys", grid, tuple(pieces))
-        if why := segments.returned(operands.keys[-1], node):
+        if why := returned(operands.keys[-1], node):
             return site("prefill", why, grid, tuple(pieces))
         return site("other", "it has no history keys and its own keys are used nowhere else")
 
@@ -202,6 +224,16 @@ class FindAttention(Pass):
         if not guard(grid[0] * y * x == tokens):
             return Refusal(f"token_grid {self.token_grid} does not give the {tokens} tokens of q")
         return grid
+
+
+@contextlib.contextmanager
+def _dropped(graph: Graph) -> Iterator[None]:
+    """Take away again what is inserted inside; a fact is about a graph and does not change it."""
+    before = set(graph.nodes)
+    yield
+    for node in reversed(graph.nodes):
+        if node not in before:
+            graph.erase_node(node)
 
 
 def _names(calls: list[Node]) -> dict[Node, str]:

@@ -63,18 +63,55 @@ def holds_now(condition: bool | torch.SymBool) -> bool:
 
 
 def guard(condition: bool | torch.SymBool) -> bool:
-    """Make a condition that holds now a guard of the graph, so that it holds whenever it runs."""
-    return holds_now(condition) and bool(condition)
+    """Make a condition that holds now a guard of the graph, so that it holds whenever it runs.
+
+    What the user has declared (`mark_dynamic`) goes first: see `why_no_guard`.
+    """
+    return holds_now(condition) and not why_no_guard(condition) and bool(condition)
+
+
+def why_no_guard(condition: bool | torch.SymBool) -> str:
+    """Say which declared sizes a guard would exclude, for which torch raises, or nothing."""
+    if not isinstance(condition, torch.SymBool) or known_true(condition):
+        return ""
+    expr: Any = condition.node.expr
+    for size, constraint in _declared(condition.node.shape_env):
+        if expr.free_symbols != {size.node.expr}:
+            continue  # torch ties declared sizes to each other without complaint
+        if (declared := getattr(constraint, "vr", None)) is not None:
+            span = f"{declared.lower} to {declared.upper}"
+            return f"mark_dynamic declares sizes from {span}, and it does not hold for all of them"
+        # a size marked as dynamic may be tied to multiples, but not to one number
+        several = expr.xreplace({size.node.expr: size.node.hint * _MANY})
+        if not constraint.warn_only and not bool(several):
+            return "mark_dynamic declares that the size varies, and it holds for one size only"
+    return ""
+
+
+_MANY = 1009
+"""A prime, so that a size that many times larger divides by no more than the size itself."""
+
+
+def _declared(env: Any) -> Iterator[tuple[torch.SymInt, Any]]:
+    """Iterate over the sizes that users have declared, with what torch keeps about each."""
+    for tracked in env.tracked_fakes or ():
+        context = tracked.symbolic_context
+        known = getattr(context, "constraint_sizes", None)
+        known = [getattr(context, "constraint", None)] if known is None else known
+        for size, constraint in zip(sizes_of(tracked.fake), known, strict=False):
+            if constraint is not None and is_symbolic(size):
+                assert isinstance(size, torch.SymInt)
+                yield size, constraint
+
+
+def has_hint(size: Size) -> bool:
+    """Whether a size is known in the call that is being compiled; sizes made of data are not."""
+    return not isinstance(size, torch.SymInt) or bool(size.node.has_hint())
 
 
 def hint(size: Size) -> int:
     """Return a size as it is in the call that is being compiled; adds no guard."""
     return int(size.node.hint if isinstance(size, torch.SymInt) else size)
-
-
-def real_tensors() -> contextlib.AbstractContextManager[object]:
-    """Run code that measures, which fake tensors would make meaningless."""
-    return unset_fake_temporarily()
 
 
 def divides(part: Size, whole: Size) -> bool | torch.SymBool:
@@ -220,13 +257,21 @@ def decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Compute with real tensors in the middle of a compilation, whatever modes are on."""
+    """Compute with real tensors in the middle of a compilation, whatever modes are on.
+
+    Tensors are made in fp32 where no dtype is given, whatever the default of the process is.
+    """
+    default = torch.get_default_dtype()
     with (
         unset_fake_temporarily(),
         torch._C.DisableTorchFunction(),
         torch.autocast("cpu", enabled=False),
     ):
-        yield
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:

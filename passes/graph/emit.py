@@ -11,9 +11,17 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from lipass.passes.attention.site import Grid
+from lipass.passes.attention.site import AttentionSite, Grid
 from lipass.passes.core import PassContext
-from lipass.passes.graph.compat import Size, known_true, sizes_of, unguarded, value
+from lipass.passes.graph.compat import (
+    Size,
+    hint,
+    known_true,
+    sizes_of,
+    unguarded,
+    value,
+    why_no_guard,
+)
 from lipass.passes.graph.marks import set_step, step_of
 from lipass.passes.graph.modes import entered, inside
 from lipass.passes.graph.settings import chosen_kernel
@@ -111,3 +119,12 @@ def refuse_rewrite(node: Node) -> str | None:
     if value(node).requires_grad:
         return "its gradient is recorded; call the model under torch.no_grad()"
     return chosen_kernel(node)
+
+
+def refuse_grid(site: AttentionSite) -> str | None:
+    """Say that a latent may vary in height or width, which a sparse call needs fixed, or None."""
+    assert site.q_grid is not None
+    for size in site.q_grid[1:]:
+        if why := why_no_guard(size == hint(size)):
+            return f"height and width of a latent must be fixed: {why}"
+    return None

@@ -31,6 +31,32 @@ def writes_between(first: Node, last: Node) -> Iterator[Node]:
         node = node.next
 
 
+def writers_of(node: Node) -> list[Node]:
+    """List the nodes that write to the memory of a tensor or of its views, in order."""
+    memory = storage(value(node))
+    if memory is None:
+        return []
+    base, above = node, [node]
+    while above:
+        base = above[0]
+        above = [one for one in base.all_input_nodes if _lies_in(one, memory)]
+    found: set[Node] = set()
+    views, seen = [base], {base}
+    while views:
+        for user in views.pop().users:
+            if memory in memory_written(user):
+                found.add(user)
+            if user not in seen and _lies_in(user, memory):
+                seen.add(user)
+                views.append(user)
+    return sorted(found)
+
+
+def _lies_in(node: Node, memory: int) -> bool:
+    """Whether a node, or a tensor of a tuple such as `unbind` gives, lies in some memory."""
+    return any(storage(one) == memory for one in pytree.tree_leaves(value(node)))
+
+
 def storage(tensor: object) -> int | None:
     """Return an identity of the memory of a fake tensor; None for what is no tensor."""
     tensor = without_vmap(tensor)

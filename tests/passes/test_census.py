@@ -192,7 +192,7 @@ def test_cache_that_is_written_again_is_one_piece(rewritten):
 
     inputs = (args()[0], torch.randn(1, 2, 128, 8), torch.randn(1, 2, 128, 8))
     ((site,), _, count) = rewritten(fn, inputs, FACTS)
-    assert (site.role, count) == ("cross", 0)
+    assert (site.role, count) == ("other", 0)
 
 
 def test_caches_in_dicts(rewritten):

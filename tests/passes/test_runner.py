@@ -5,7 +5,24 @@ import pytest
 import torch
 
 from lipass.passes.core import Numerics, Pass, PassContext, PassError, PassPipeline
+from lipass.passes.printer import print_graph
 from lipass.passes.runner import run_pipeline
+
+
+@dataclass(frozen=True)
+class Behind(Pass):
+    name: ClassVar[str] = "behind"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    requires: ClassVar[tuple[str, ...]] = ("toy",)
+
+    def run(self, graph, ctx):
+        raise AssertionError("it must not run")
+
+
+@dataclass(frozen=True)
+class Last(Behind):
+    name: ClassVar[str] = "last"
+    requires: ClassVar[tuple[str, ...]] = ("behind",)
 
 
 @dataclass(frozen=True)
@@ -21,6 +38,15 @@ class Toy(Pass):
                 raise KeyError("lost")
         if self.does == "break":
             relu.target = torch.sum
+        if self.does == "half":
+            relu.meta["lipass_fact"] = "half a fact"
+            relu.args[0].meta["example_value"] = None
+            ctx.note("somewhere", "rewritten", "half of it")
+            graph.owning_module.add_module("outlined", torch.nn.ReLU())
+            with graph.inserting_before(relu):
+                relu.replace_all_uses_with(graph.call_module("outlined", (relu.args[0],)))
+            graph.erase_node(relu)
+            raise KeyError("lost")
         if self.does == "drop":
             relu.replace_all_uses_with(relu.args[0])
         ctx.note("somewhere", "kept", "because")
@@ -84,6 +110,35 @@ def test_invalid_graph_names_the_pass(run):
     with pytest.raises(PassError, match=r"pass 'toy' failed: relu is torch\.float32") as failure:
         run("break")
     assert isinstance(failure.value.__cause__, PassError)
+
+
+def test_pass_that_fails_is_undone(trace):
+    x = torch.randn(3, 2)
+    gm = trace(Net(), (x,))
+    before, facts = print_graph(gm.graph), [(n.name, {**n.meta}) for n in gm.graph.nodes]
+    ctx = PassContext.of(gm.graph)
+    pipeline = PassPipeline((Toy("half"), Behind(), Last()))
+    toy, behind, last = run_pipeline(pipeline, gm, ctx, keep_going=True)
+    assert print_graph(gm.graph) == before
+    assert [(n.name, n.meta) for n in gm.graph.nodes] == facts
+    assert not hasattr(gm, "outlined")
+    assert toy.failure == "pass 'toy' failed: 'lost'"
+    assert behind.failure == "left out, because it requires toy"
+    assert last.failure == "left out, because it requires behind"
+    assert [(n.pass_name, n.action) for n in ctx.notes] == [
+        ("toy", "kept"), ("behind", "kept"), ("last", "kept"),
+    ]  # fmt: skip
+    gm.graph.lint()
+
+
+def test_pass_that_leaves_an_invalid_graph_is_undone(trace):
+    gm = trace(Net(), (torch.randn(3, 2),))
+    before = print_graph(gm.graph)
+    (run,) = run_pipeline(
+        PassPipeline((Toy("break"),)), gm, PassContext.of(gm.graph), keep_going=True
+    )
+    assert print_graph(gm.graph) == before
+    assert run.failure.startswith("pass 'toy' failed: relu is torch.float32")
 
 
 def test_dead_writes_stay(trace, apply):

@@ -13,7 +13,7 @@ from lipass.passes.runner import diff_text
 
 REWRITES = f"{FACTS},prune-context,sparse-attention,guard-steps"
 OPTIONS = {
-    "prune-context": {"window_latents": 2},
+    "prune-context": {"window_latents": 2, "prefill_each_chunk": True},
     "sparse-attention": {"budget_prefill": 0.5, "budget_decode": 0.25, "sink_latents": 1},
 }
 

@@ -44,7 +44,8 @@ def test_decode(trace, apply, mini, inputs):
 
 
 def test_prefill(trace, apply, mini, inputs):
-    records, _ = apply(trace(mini, inputs(4).prefill), TEXT)
+    anew = TEXT.replace("}", " prefill_each_chunk=true}")
+    records, _ = apply(trace(mini, inputs(4).prefill), anew)
     assert_expected_inline(
         records[-1].diff,
         """\
@@ -130,6 +131,26 @@ def test_history_that_is_all_sink_and_window(notes, mini, inputs):
     text = f"{FACTS},prune-context{{sink_latents=1 window_latents=3}}"
     reason = "all 4 latents are sink 1 and window 3"
     assert notes(mini, inputs(4).decode, text) == [("context", "kept", reason)]
+
+
+def test_prefill_whose_keys_may_be_read_for_another_view(notes, mini, inputs):
+    ((site, action, reason),) = notes(mini, inputs(4).prefill, TEXT)
+    assert (site, action) == ("blocks.0:prefill", "kept")
+    assert reason.startswith("keys of dropped latents would be wrong later: its keys are returned")
+
+
+def test_prefill_that_writes_a_cache(notes, mini, inputs):
+    item = inputs(4)
+    caches = [torch.zeros_like(x) for pair in item.history for x in pair]
+
+    def prefill(context, clean, w2c, text, caches):
+        made = [x for pair in mini(context, clean, w2c, text) for x in pair]
+        for cache, new in zip(caches, made, strict=True):
+            cache.copy_(new)
+
+    (_, action, reason), *_ = notes(prefill, (*item.prefill, caches), TEXT)
+    assert action == "kept"
+    assert "its keys are written to %l_caches_0_" in reason
 
 
 def test_graph_without_cameras(notes):

@@ -3,8 +3,8 @@ import torch
 from torch.fx import Interpreter
 from torch.nn import functional as F
 
-from lipass.passes.attention.cache_pieces import cut_cache
-from lipass.passes.attention.site import SDPA, pieces_of
+from lipass.passes.attention import cache_pieces, match
+from lipass.passes.attention.site import SDPA
 from lipass.passes.core import PassContext
 
 NEW, CACHE = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 16, 8)
@@ -12,15 +12,33 @@ NEW, CACHE = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 16, 8)
 
 @pytest.fixture
 def cut(trace):
-    """Return the attention call of a function, whose caches are cut."""
+    """Return the attention call of a function, and the pieces of its keys and its values."""
 
     def run(fn, *args):
         graph = trace(fn, tuple(x.clone() for x in args)).graph
         (call,) = graph.find_nodes(op="call_function", target=SDPA)
-        cut_cache(call, PassContext.of(graph))
-        return call
+        whole = match.attention(call)
+        if isinstance(whole, match.Refusal):
+            return call, None
+        found = cache_pieces.cut(whole, call, PassContext.of(graph))
+        assert cache_pieces.is_cut(whole, call) is (found != whole)
+        return call, (found.keys, found.values)
 
     return run
+
+
+def in_one_piece(found):
+    call, pieces = found
+    return pieces is None or pieces == ((call.args[1],), (call.args[2],))
+
+
+def joined(call, pieces, args):
+    """Run the graph; return the pieces joined, the keys and values, and the last pieces."""
+    interpreter = Interpreter(call.graph.owning_module, garbage_collect_values=False)
+    interpreter.run(*(x.clone() for x in args))
+    env = interpreter.env
+    parts = [[env[piece] for piece in part] for part in pieces]
+    return [torch.cat(part, 2) for part in parts], [env[x] for x in call.args[1:3]], parts
 
 
 def fill(cache, new):
@@ -47,19 +65,114 @@ def attend(write=fill, read=lambda cache, new: cache[:, :, :10]):
 )
 def test_pieces_are_what_was_there_and_what_was_written(cut, write, start):
     args = NEW, CACHE, CACHE + 1
-    call = cut(attend(write, lambda cache, _: cache[:, :, start:10]), *args)
-    interpreter = Interpreter(call.graph.owning_module, garbage_collect_values=False)
-    interpreter.run(*(x.clone() for x in args))
-    values = {node.name: value for node, value in interpreter.env.items()}
-    for keys, (before, new) in zip(call.args[1:], pieces_of(call), strict=True):
-        assert torch.equal(torch.cat([values[before], values[new]], 2), values[keys.name])
-        assert torch.equal(values[new], NEW * 2)
+    call, pieces = cut(attend(write, lambda cache, _: cache[:, :, start:10]), *args)
+    together, keys, parts = joined(call, pieces, args)
+    for whole, key, part in zip(together, keys, parts, strict=True):
+        assert torch.equal(whole, key)
+        assert len(part) == 2
+        assert torch.equal(part[-1], NEW * 2)
 
 
 def test_nobody_reads_what_was_there(cut):
-    call = cut(attend(), NEW, CACHE, CACHE)
-    before = {pieces[0] for pieces in pieces_of(call)}
-    assert [list(node.users) for node in call.graph.nodes if node.name in before] == [[], []]
+    _, pieces = cut(attend(), NEW, CACHE, CACHE)
+    assert [list(part[0].users) for part in pieces] == [[], []]
+
+
+def by_positions(cache, new):
+    cache[:, :, torch.arange(6, 10)] = new
+
+
+def by_shifted_positions(cache, new):
+    cache[:, :, torch.arange(4) + 6] = new
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        by_positions,
+        by_shifted_positions,
+        lambda cache, new: cache.index_copy_(2, torch.arange(6, 10), new),
+    ],
+    ids=["setitem", "shifted", "index_copy_"],
+)
+def test_positions_that_are_a_range(cut, write):
+    args = NEW, CACHE, CACHE + 1
+    call, pieces = cut(attend(write), *args)
+    together, keys, _ = joined(call, pieces, args)
+    assert [len(part) for part in pieces] == [2, 2]
+    assert all(map(torch.equal, together, keys))
+
+
+@pytest.mark.parametrize(
+    "scatter",
+    [
+        lambda cache, new: torch.slice_scatter(cache, new, 2, 6, 10),
+        lambda cache, new: cache.slice_scatter(new, dim=2, start=6, end=10),
+        lambda cache, new: cache.index_copy(2, torch.arange(6, 10), new),
+    ],
+    ids=["function", "method", "index_copy"],
+)
+def test_copy_of_a_cache_with_new_keys(cut, scatter):
+    def fn(new, *caches):
+        made = [scatter(cache, new * 2) for cache in caches]
+        return F.scaled_dot_product_attention(new, *(one[:, :, :10] for one in made))
+
+    args = NEW, CACHE, CACHE + 1
+    call, pieces = cut(fn, *args)
+    together, keys, _ = joined(call, pieces, args)
+    assert [len(part) for part in pieces] == [2, 2]
+    assert all(map(torch.equal, together, keys))
+
+
+def test_cache_behind_text(cut):
+    def fn(new, k_cache, v_cache, text):
+        caches = k_cache, v_cache
+        for cache in caches:
+            fill(cache, new * 2)
+        joint = [torch.cat([text, cache[:, :, :10]], 2) for cache in caches]
+        return F.scaled_dot_product_attention(new, *joint)
+
+    args = NEW, CACHE, CACHE + 1, NEW[:, :, :3]
+    call, pieces = cut(fn, *args)
+    together, keys, _ = joined(call, pieces, args)
+    assert [len(part) for part in pieces] == [3, 3]
+    assert all(map(torch.equal, together, keys))
+
+
+def test_whole_cache_whose_end_was_written(cut):
+    def write(cache, new):
+        cache[:, :, :12] = cache[:, :, 4:].clone()
+        cache[:, :, 12:] = new
+
+    args = NEW, CACHE, CACHE + 1
+    call, pieces = cut(attend(write, lambda cache, _: cache), *args)
+    together, keys, _ = joined(call, pieces, args)
+    assert [len(part) for part in pieces] == [2, 2]
+    assert all(map(torch.equal, together, keys))
+
+
+@pytest.mark.parametrize("start", [None, 0, 6])
+def test_read_that_is_all_that_was_written(cut, start):
+    def write(cache, new):
+        cache[:, :, start : 4 + (start or 0)] = new
+
+    stop, args = 4 + (start or 0), (NEW, CACHE, CACHE + 1)
+    read = attend(write, lambda cache, _: cache[:, :, start:stop])
+    call, pieces = cut(read, *args)
+    together, keys, parts = joined(call, pieces, args)
+    assert [len(part) for part in parts] == [1, 1]
+    assert call.args[1] not in pieces[0]
+    assert all(map(torch.equal, together, keys))
+
+
+@pytest.mark.parametrize("index", [torch.tensor([6, 7, 8, 9]), torch.tensor([3, 1, 0, 9])])
+def test_positions_that_are_data(cut, index):
+    def fn(new, index, *caches):
+        for cache in caches:
+            cache[:, :, index] = new * 2
+        return F.scaled_dot_product_attention(new, *(cache[:, :, :10] for cache in caches))
+
+    assert in_one_piece(cut(fn, NEW, index, CACHE, CACHE + 1))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +198,7 @@ def test_nobody_reads_what_was_there(cut):
     ],
 )
 def test_write_that_leaves_the_keys_in_one_piece(cut, write):
-    assert pieces_of(cut(attend(write), NEW, CACHE, CACHE)) is None
+    assert in_one_piece(cut(attend(write), NEW, CACHE, CACHE))
 
 
 @pytest.mark.parametrize(
@@ -103,19 +216,11 @@ def test_write_that_leaves_the_keys_in_one_piece(cut, write):
     ],
 )
 def test_read_that_leaves_the_keys_in_one_piece(cut, read):
-    assert pieces_of(cut(attend(read=read), NEW, CACHE, CACHE)) is None
+    assert in_one_piece(cut(attend(read=read), NEW, CACHE, CACHE))
 
 
-@pytest.mark.parametrize(
-    ("start", "middle"), [(None, None), (0, 0), (None, 0), (6, 6), (8, 6)], ids=str
-)
-def test_read_that_begins_where_the_write_does_or_behind(cut, start, middle):
-    def write(cache, new):
-        cache[:, :, middle : 4 + (middle or 0)] = new
-
-    stop = 4 + (middle or 0)
-    call = cut(attend(write, lambda cache, _: cache[:, :, start:stop]), NEW, CACHE, CACHE)
-    assert pieces_of(call) is None
+def test_read_that_begins_behind_the_write(cut):
+    assert in_one_piece(cut(attend(read=lambda cache, _: cache[:, :, 8:10]), NEW, CACHE, CACHE))
 
 
 def test_keys_are_not_cut_without_the_values(cut):
@@ -123,4 +228,4 @@ def test_keys_are_not_cut_without_the_values(cut):
         fill(cache, new)
         return F.scaled_dot_product_attention(new, cache[:, :, :10], values[:, :, :10])
 
-    assert pieces_of(cut(fn, NEW, CACHE, CACHE)) is None
+    assert in_one_piece(cut(fn, NEW, CACHE, CACHE))

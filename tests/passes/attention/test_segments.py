@@ -3,26 +3,27 @@ import torch
 from torch.fx import Graph
 from torch.nn import functional as F
 
-from lipass.passes.attention import segments
+from lipass.passes.attention import evidence, segments
 from lipass.passes.attention.cameras import camera_of
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.site import SDPA, AttentionSite, KeySegment, set_site
 
 GRID = (4, 4, 4)  # 16 tokens a latent
 X = torch.randn(1, 2, 64, 4)
+ELSEWHERE = "the cameras belong to another piece"
 
 
 def attend(x, k):
     return F.scaled_dot_product_attention(x, k, k)
 
 
-def decide(tokens, current=False, named=None, camera="", elsewhere=False, owner_grid=None):
+def decide(tokens, current=False, owner_grid=None, **known):
     """Decide on keys of an earlier call whose queries have `owner_grid`."""
     key = Graph().placeholder("key")
     key.meta["example_value"] = torch.empty(1, 2, tokens, 4)
     owner = key.graph.call_function(SDPA, (key, key, key))
     set_site(owner, AttentionSite("layer:prefill", "", "prefill", owner_grid, (), 1.0))
-    return segments.segment(key, current, GRID, {key: owner}, named, camera, elsewhere)
+    return segments.segment(key, current, GRID, {key: owner}, evidence.Evidence(**known))
 
 
 @pytest.fixture
@@ -43,8 +44,15 @@ def call(trace):
         (32, {"named": "history"}, "history", (2, 4, 4), "named in segments"),
         (32, {"camera": "w2c"}, "history", (2, 4, 4), "w2c"),
         (32, {"owner_grid": (1, 8, 4)}, "history", (1, 8, 4), "keys of layer:prefill"),
+        (32, {"cache": "it is in it"}, "history", (2, 4, 4), "it is in it"),
         (6, {"camera": "w2c"}, "text", (1, 1, 6), "no whole number of latents of 16"),
-        (32, {"elsewhere": True}, "text", (1, 1, 32), "the cameras belong to another piece"),
+        (
+            32,
+            {"camera_elsewhere": True},
+            "text",
+            (1, 1, 32),
+            "the cameras belong to another piece",
+        ),
     ],
 )
 def test_role_of_a_piece(tokens, given, role, grid, why):
@@ -56,6 +64,7 @@ def test_role_of_a_piece(tokens, given, role, grid, why):
     [
         (32, {}, f"it could be text or 2 latents; {segments.NAME_THEM}"),
         (6, {"named": "history"}, "history must be whole latents of 16 tokens"),
+        (6, {"cache": "it is in it"}, "history must be whole latents of 16 tokens"),
         (64, {"named": "current"}, "but it is not made from the tokens of q"),
         (64, {"current": True, "named": "text"}, "but segments calls it text"),
     ],
@@ -112,9 +121,9 @@ def test_cameras_are_of_the_piece_and_of_q(call, tokens, cameras, found):
 )
 def test_keys_that_are_used_beyond_the_call(call, fn, why):
     one = call(lambda x: fn(x, x * 2), X)
-    assert segments.returned(one.args[1], one) == why
+    assert evidence.returned(one.args[1], one) == why
 
 
 def test_origin_is_above_copies_and_moved_axes_and_below_a_cast(call):
     one = call(lambda x: attend(x, (x * 2).double().float().mT.clone().transpose(2, 3)), X)
-    assert segments.origin(one.args[1]).target == "float"
+    assert evidence.origin(one.args[1]).target == "float"

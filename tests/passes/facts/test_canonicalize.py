@@ -1,4 +1,5 @@
 # ruff: noqa: E501  (goldens: one line is one node)
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch.nn import functional as F
@@ -67,6 +68,28 @@ def test_nested_cat_becomes_flat(trace, apply):
 -%cat_1: f32[1, 2, 24, 4] = cat([$a, %cat], dim=-2)
 +%cat_1: f32[1, 2, 24, 4] = cat([$a, $b, $c], 2)
 """,
+    )
+
+
+@pytest.mark.parametrize(
+    "empty", [torch.empty(0), torch.empty(1, 2, 0, 4)], ids=["one axis", "no tokens"]
+)
+def test_empty_piece_is_left_out(trace, apply, empty):
+    def fn(a, b, empty):
+        return torch.cat([a, empty, b], -2)
+
+    (line,) = [
+        x for x in diff(trace, apply, fn, *qkv()[:2], empty).splitlines() if x.startswith("+")
+    ]
+    assert line.endswith("cat([$a, $b], 2)")
+
+
+def test_empty_piece_that_gives_the_dtype_stays(trace, apply):
+    def fn(a, empty):
+        return torch.cat([a.bfloat16(), empty], 2)
+
+    assert "-%cat" not in diff(trace, apply, fn, qkv()[0], torch.empty(1, 2, 0, 4)).replace(
+        "dim", ""
     )
 
 

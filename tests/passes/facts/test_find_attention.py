@@ -426,3 +426,150 @@ def test_keys_made_from_other_latents_of_the_same_size_are_not_current(found):
         return F.scaled_dot_product_attention(heads(x.flatten(2).mT), key, key)
 
     assert found(fn, (latents(), latents())) == [("cross", "no key is made from the tokens of q")]
+
+
+def test_prompt_of_a_length_that_varies_is_text(found):
+    def fn(x, words):
+        return attend(x, heads((words + 1) @ words.new_ones(16, 16)))
+
+    args, grown = ((latents(), torch.randn(1, n, 16)) for n in (32, 64))
+    reason = "it has no history keys and its own keys are used nowhere else"
+    assert found(fn, args, grown) == [("other", reason)]
+
+
+def test_prompt_that_varies_with_the_history(trace, apply):
+    def fn(x, words, history):
+        return attend(x, heads(words @ words.new_ones(16, 16)), history)
+
+    args, grown = ((latents(), torch.randn(1, n, 16), kv(n * 2)) for n in (32, 64))
+    gm = trace(fn, args, grown)
+    apply(gm, TEXT)
+    ((_, site),) = sites(gm.graph)
+    assert [segment.role for segment in site.segments] == ["text", "history", "current"]
+    assert site.segments[0].why == "%matmul makes it, and from no latents"
+
+
+def test_prompt_with_as_many_tokens_as_there_are_cameras(trace, apply):
+    def fn(x, words, history, w2c):
+        return attend(x, heads(words @ words.new_ones(16, 16)), history) * w2c.sum()
+
+    args = (latents(), torch.randn(1, 32, 16), kv(32), torch.randn(1, 6, 4, 4))
+    gm = trace(fn, args)
+    apply(gm, TEXT)
+    ((_, site),) = sites(gm.graph)
+    assert [segment.role for segment in site.segments] == ["text", "history", "current"]
+
+
+def test_latents_that_the_graph_projects_are_history(found):
+    def fn(x, memory, w2c):
+        return attend(x, heads((memory * 2).flatten(2).mT)) * w2c.sum()
+
+    args, grown = ((latents(), latents(n), torch.randn(1, n + 4, 4, 4)) for n in (2, 3))
+    assert found(fn, args, grown) == [("decode", "it has history keys")]
+
+
+def test_history_that_is_returned_with_the_new_keys(found):
+    def fn(x, cache):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([cache[:, :, 64:], q * 2], 2)
+        return F.scaled_dot_product_attention(q, key, key), key
+
+    assert found(fn, (latents(), kv(128))) == [("decode", "it has history keys")]
+
+
+def test_padding_in_front_of_the_keys_is_no_history(found):
+    def fn(x, words):
+        q = heads(x.flatten(2).mT)
+        n = words.shape[1]
+        key = q.new_zeros(1, 2, 256, 8)
+        key[:, :, :n] = heads(words)
+        key[:, :, n : n + 64] = q * 2
+        key = key[:, :, : n + 64]
+        return F.scaled_dot_product_attention(q, key, key)
+
+    args, grown = ((latents(), torch.randn(1, n, 16)) for n in (32, 48))
+    ((role, _),) = found(fn, args, grown)
+    assert role == "other"
+
+
+def in_place(x, cache, start, window=1024, write=None):
+    q = heads(x.flatten(2).mT)
+    stop = start + q.shape[2]
+    (write or put)(cache, start, stop, q * 2)
+    key = cache[:, :, max(0, stop - window) : stop]
+    return F.scaled_dot_product_attention(q, key, key)
+
+
+def put(cache, start, stop, new):
+    cache[:, :, start:stop] = new
+
+
+def put_at_positions(cache, start, stop, new):
+    cache[:, :, torch.arange(start, stop)] = new
+
+
+@pytest.mark.parametrize("write", [put, put_at_positions], ids=["slice", "positions"])
+@pytest.mark.parametrize("window", [1024, 160])
+def test_cache_that_is_written_in_place(found, window, write):
+    def fn(x, cache, start):
+        return in_place(x, cache, start, window, write)
+
+    calls = [(latents(), kv(512), start) for start in (64, 192)]
+    assert found(fn, *calls) == [("decode", "it has history keys")]
+
+
+def test_first_call_that_fills_a_cache(found):
+    reason = "its keys are written to %l_cache_"
+    assert found(in_place, (latents(), kv(512), 0)) == [("prefill", reason)]
+
+
+def test_cache_that_begins_with_text(found):
+    calls = [(latents(), kv(512), start) for start in (70, 134)]
+    ((role, reason),) = found(in_place, *calls)
+    assert role == "other"
+    assert reason.endswith("history must be whole latents of 16 tokens")
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        (lambda k, q: k[:, :, :32], "its keys are part of %l_k_, as those of a cache are"),
+        (lambda k, q: k.narrow(2, 0, 32), "its keys are part of %l_k_, as those of a cache are"),
+        (lambda k, q: k[:, :1].expand(-1, 2, -1, -1), "its keys are part of %l_k_"),
+        (lambda k, q: k[:, :, :32] * 2, "its keys are part of %l_k_"),
+        (lambda k, q: torch.slice_scatter(k, q[:, :, :8], 2, 0, 8), "its keys are made from"),
+        (lambda k, q: (k[:, :, :8].copy_(q[:, :, :8]), k)[1], "its keys are read from %l_k_"),
+        (lambda k, q: k.index_copy_(2, torch.arange(8), q[:, :, :8]), "its keys are read from"),
+        (lambda k, q: q[:, :, ::2] * 2, "its keys are made from %q, as q is"),
+    ],
+    ids=["slice", "narrow", "expand", "scaled", "scattered", "written", "index_copy_", "own"],
+)
+def test_keys_that_may_be_of_a_cache_are_not_cross(found, keys, why):
+    def fn(x, k):
+        q = heads(x.flatten(2).mT) * 1.5
+        key = keys(k, q)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    ((role, reason),) = found(fn, (latents(), kv(64)))
+    assert role == "other"
+    assert reason.startswith(why)
+
+
+def test_keys_that_the_graph_projects_from_part_of_an_input_are_cross(found):
+    def fn(x, words):
+        key = heads(words[:, :6] @ words.new_ones(16, 16))
+        return F.scaled_dot_product_attention(heads(x.flatten(2).mT), key, key)
+
+    args = (latents(), torch.randn(1, 9, 16))
+    assert found(fn, args) == [("cross", "no key is made from the tokens of q")]
+
+
+def test_length_that_is_declared_as_anything_in_a_range(trace, apply):
+    args = (latents(), kv(6), kv(64))
+    torch._dynamo.mark_dynamic(args[2], 2, min=16, max=640)
+    gm = trace(attend, args)
+    apply(gm, TEXT)
+    ((_, site),) = sites(gm.graph)
+    assert site.role == "other"
+    assert "mark_dynamic declares sizes from 16 to 640" in site.reason
+    assert not site.q_grid

@@ -12,6 +12,7 @@ from lipass.passes.graph.compat import (
     known_true,
     undisturbed,
     value,
+    why_no_guard,
     without_vmap,
 )
 
@@ -49,6 +50,33 @@ def test_condition_that_does_not_hold_is_no_guard(size):
     before = len(size.node.shape_env.guards)
     assert not guard(divides(7, size))
     assert len(size.node.shape_env.guards) == before
+
+
+def declared(trace, **limits):
+    """Return the first sizes of two inputs, the first of which is declared as dynamic."""
+    args = torch.randn(48, 3), torch.randn(7, 5)
+    torch._dynamo.mark_dynamic(args[0], 0, **limits)
+    gm = trace(lambda x, y: (x + 1, y + 1), args)
+    tensors = [value(n) for n in gm.graph.nodes if n.op == "placeholder"]
+    return [x.shape[0] for x in tensors if isinstance(x, torch.Tensor)]
+
+
+def test_guard_that_a_declared_range_does_not_allow(trace):
+    size, _ = declared(trace, min=16, max=640)
+    assert not guard(divides(16, size))
+    assert why_no_guard(divides(16, size)) == (
+        "mark_dynamic declares sizes from 16 to 640, and it does not hold for all of them"
+    )
+    assert not size.node.shape_env.guards
+    assert guard(size >= 16)
+
+
+def test_guard_that_would_fix_what_is_declared_as_varying(trace):
+    size, other = declared(trace)
+    assert guard(divides(16, size))
+    assert not guard(size // 16 + 4 == other)
+    assert not guard(size == 48)
+    assert why_no_guard(size == 48).startswith("mark_dynamic declares that the size varies")
 
 
 def test_fake_mode_is_that_of_the_graph(trace):
