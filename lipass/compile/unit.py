@@ -76,7 +76,7 @@ class CompiledUnit:
             if chunk is None:
                 return self.compiled(*args)
             if chunk.plan.dense_reason is not None:
-                scopes.enter_context(registry.force("dense"))
+                scopes.enter_context(registry.force("dense", chunk.plan.dense_reason))
             if chunk.session.config.context is not None:
                 scopes.enter_context(chosen_by_caller())
             return self.compiled(*args)
