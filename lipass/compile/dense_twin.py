@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 
 from lipass.kernels import registry
 from lipass.kernels.ops import resolve_layout
-from lipass.passes.core import PassPipeline
+from lipass.passes.core import Pass, PassPipeline
 from lipass.passes.graph.compat import symbols_of, value
 from lipass.passes.graph.marks import region_name
 from lipass.passes.graph.names import names_of
@@ -27,7 +27,6 @@ from lipass.session import Chunk
 Compiled = Callable[..., Any]
 Bindings = tuple[tuple[str, int], ...]
 
-_LEAVES_OUT = frozenset({"prune-context", "sparse-attention", "pool-history", "attend-pieces"})
 _EVERY_KEY = "every key of the chosen context is visited"
 
 
@@ -47,11 +46,13 @@ class _Call:
 
 def pipeline_of_twin(pipeline: PassPipeline) -> PassPipeline | None:
     """Return the passes of the twin, or None where none of them leaves keys out."""
-    kept = tuple(one for one in pipeline if one.name not in _LEAVES_OUT)
-    names = {one.name for one in pipeline}
-    if not names & {"prune-context", "sparse-attention"}:
+    if not any(one.leaves_out for one in pipeline):
         return None
-    return PassPipeline(kept)
+    kept: dict[str, Pass] = {}
+    for one in pipeline:
+        if one.in_dense_twin and not one.leaves_out and kept.keys() >= set(one.requires):
+            kept[one.name] = one
+    return PassPipeline(tuple(kept.values()))
 
 
 class DenseTwin:
