@@ -37,6 +37,7 @@ _route: contextvars.ContextVar[Route | None] = contextvars.ContextVar("route", d
 _calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
     "calls", default=None
 )
+_owner: contextvars.ContextVar[str] = contextvars.ContextVar("owner", default="")
 _sites: dict[str, SiteCounts] = {}
 
 
@@ -140,6 +141,16 @@ def one_call() -> Iterator[None]:
         _calls.reset(token)
 
 
+@contextlib.contextmanager
+def counted_for(owner: str) -> Iterator[None]:
+    """Count the calls inside as `owner/site`: its sites have the names of another model's."""
+    token = _owner.set(owner)
+    try:
+        yield
+    finally:
+        _owner.reset(token)
+
+
 def site_of_call(joint: str) -> str:
     """Return which of the sites that share one call is calling now; they call in order.
 
@@ -194,7 +205,10 @@ def record_call(
 
 
 def telemetry() -> dict[str, SiteCounts]:
-    """Return the counts per site. Reads the pending device sums, so not for the hot loop."""
+    """Return the counts per site, or per `owner/site` of `counted_for`.
+
+    Reads the pending device sums, so not for the hot loop.
+    """
     for counts in _sites.values():
         counts.visited_blocks += sum(int(part) for part in counts.pending)
         counts.pending.clear()
@@ -207,4 +221,5 @@ def reset_telemetry() -> None:
 
 
 def _counts(site: str) -> SiteCounts:
-    return _sites.setdefault(site, SiteCounts(site))
+    owner = _owner.get()
+    return _sites.setdefault(f"{owner}/{site}" if owner else site, SiteCounts(site))

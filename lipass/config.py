@@ -263,8 +263,8 @@ class Config:
         Args:
             mode: preset name; None means `options["preset"]`, or "all" without one.
             options: flat keys: fields of Config ("inner"), of a section ("sparse.tile"), a
-                section's switch ("steps": False), a shorthand that sets several (`SHORTHANDS`), or an
-            option of one pass ("find-steps.steps_min"), which the pipeline checks.
+                section's switch ("steps": False), a shorthand that sets several (`SHORTHANDS`),
+                or an option of one pass ("find-steps.steps_min"), which the pipeline checks.
 
         Raises:
             ValueError: unknown key or preset, value out of range, option of a section that is off.

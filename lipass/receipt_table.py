@@ -20,7 +20,7 @@ def render(report: Report) -> str:
     parts = [
         _summary(report),
         _graph_breaks(report.graph_breaks),
-        _sites(report.sites.values()),
+        *_models(report.sites.values()),
         _passes(report.passes),
         _chunks(report.chunks, report.chunks_forgotten),
     ]
@@ -52,6 +52,16 @@ def _graph_breaks(breaks: Iterable[GraphBreak]) -> str:
         for text in (found.reason, f"remedy: {found.remedy}"):
             lines.append("    " + textwrap.shorten(text, _WIDTH - 4, placeholder=" .."))
     return "\n".join(lines)
+
+
+def _models(sites: Iterable[SiteRecord]) -> list[str]:
+    """One table a model, under its name where there are several."""
+    models: dict[str, list[SiteRecord]] = {}
+    for site in sites:
+        models.setdefault(site.model, []).append(site)
+    if len(models) < 2:
+        return [_sites(own) for own in models.values()]
+    return [f"{name or 'model unknown'}\n{_sites(own)}" for name, own in models.items()]
 
 
 def _sites(sites: Iterable[SiteRecord]) -> str:

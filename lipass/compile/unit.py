@@ -6,7 +6,6 @@ import contextlib
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,23 +17,22 @@ from lipass import kernels, session
 from lipass.compile.cut_graph import compile_pieces, outlined
 from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.compile.graph_breaks import break_of
+from lipass.compile.models import model_of
+from lipass.compile.sites import found_in, graphs_of, refuse_dense, site_records
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates
 from lipass.kernels.view_overlap.api import chosen_by_caller
 from lipass.passes import runner
-from lipass.passes.attention.site import AttentionSite, sites
-from lipass.passes.core import Note, PassContext, PassError, PassPipeline
-from lipass.passes.graph.compat import is_symbolic, undisturbed
+from lipass.passes.core import PassContext, PassError, PassPipeline
+from lipass.passes.graph.compat import undisturbed
 from lipass.passes.graph.marks import region_name
-from lipass.passes.graph.names import names_of, without_repeat
-from lipass.receipt import PassRecord, SiteRecord, current_report
+from lipass.receipt import PassRecord, current_report
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
 
-_REWRITERS = ("prune-context", "sparse-attention")
 _ATTENTION = (
     torch.ops.lipass.sparse_attention.default,
     torch.ops.lipass.attend_pieces.default,
@@ -100,25 +98,20 @@ def compile_unit(
     twin_passes = pipeline_of_twin(pipeline)
     untouched = None if twin_passes is None else _copy(gm)
     try:
-        records = runner.run_pipeline(pipeline, gm, ctx)
+        runs = runner.run_pipeline(pipeline, gm, ctx)
     except PassError as error:
         raise LipassError(str(error)) from error
     report = current_report()
     if (why := getattr(gm, "compile_subgraph_reason", None)) and why.graph_break:
         report.add_graph_break(break_of(why))
-    for record in records:
+    for record in runs:
         notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
         report.add_pass(PassRecord(record.name, record.changed, record.seconds, notes))
-    found = [
-        replace(site, name=name)
-        for graph in _graphs(gm)
-        for _, site in sites(graph)
-        for name in names_of(site.name)
-    ]
-    for site in found:
-        report.add_site(_site_record(site, ctx.notes))
+    found, model = found_in(gm), model_of(gm)
+    records = site_records(found, pipeline, ctx.notes, model.name)
+    owner = report.add_sites(records)
     if config.strict:
-        _refuse_dense(found, pipeline, ctx.notes)
+        refuse_dense(found, pipeline, ctx.notes)
     _prepare_kernels(gm)
     compiled = _compile(gm, example_inputs, inner_compile)
     if twin_passes and untouched and isinstance(compiled, CompiledUnit) and leaves_out(gm):
@@ -126,7 +119,7 @@ def compile_unit(
         twin = _compile(untouched, example_inputs, inner_compile)
         compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
-    return compiled
+    return model.counting(compiled, records, owner)
 
 
 def _compile(
@@ -151,7 +144,7 @@ def _has_operators(gm: torch.fx.GraphModule) -> bool:
     """Whether passes have put an operator in that counts its calls or asks the session."""
     return any(
         isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lipass"
-        for graph in _graphs(gm)
+        for graph in graphs_of(gm)
         for node in graph.nodes
     )
 
@@ -160,7 +153,7 @@ def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
     """Build and measure what runs on the CPU: everybody waits for a compilation, not a frame."""
     calls = [
         node.meta["example_value"]
-        for graph in _graphs(gm)
+        for graph in graphs_of(gm)
         for node in graph.nodes
         if node.target in _ATTENTION
     ]
@@ -171,51 +164,6 @@ def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
     with undisturbed():
         for dtype, dim in kinds:
             cpu_rates(dtype, dim, torch.get_num_threads())
-
-
-def _graphs(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:
-    """List the graph and those of the modules that passes outlined from it."""
-    return [m.graph for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
-
-
-def _site_record(site: AttentionSite, notes: list[Note]) -> SiteRecord:
-    action, reason = "kept", "no pass of the pipeline rewrites attention"
-    own = [note for note in notes if without_repeat(note.site) == without_repeat(site.name)]
-    # What no pass was to make sparse may still be read in another way.
-    for names in (("collapse-keys", "attend-pieces"), _REWRITERS):
-        for note in own:
-            if note.pass_name in names:
-                action, reason = note.action, note.reason
-    return SiteRecord(
-        name=site.name,
-        source=site.where,
-        role=site.role,
-        grid=site.q_grid and tuple(_plain(size) for size in site.q_grid),
-        segments=tuple(segment.role for segment in site.segments),
-        action=action,
-        reason=reason,
-    )
-
-
-def _plain(size: int | torch.SymInt) -> int | str:
-    return str(size) if is_symbolic(size) else int(size)
-
-
-def _refuse_dense(found: list[AttentionSite], pipeline: PassPipeline, notes: list[Note]) -> None:
-    """Raise if the pipeline makes attention sparse and could not where it should have."""
-    if not any(one.name == "sparse-attention" for one in pipeline):
-        return
-    records = [_site_record(site, notes) for site in found if site.role not in ("cross", "text")]
-    dense = [r for r in records if r.action == "kept" and "dense_layers" not in r.reason]
-    if dense:
-        lines = "\n".join(
-            f"  {r.name} ({r.source or 'no source line'}): {r.reason}" for r in dense
-        )
-        raise LipassError(
-            f"strict: every attention over latents must become sparse, got {len(dense)} that stay "
-            f"dense:\n{lines}\nfix the cause, name the layers in sparse.dense_layers, or set "
-            "strict to False"
-        )
 
 
 def _compile_id() -> Any:

@@ -62,7 +62,7 @@ class PruneContext(Pass):
 
     @classmethod
     def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
-        if not options.get(cls.section):
+        if not options.get("context"):
             return {}
         same = ("overlap_min", "sink_latents", "hfov_deg", "vfov_deg", "near", "far")
         window = options["context.window_chunks_max"] * options["context.chunk_latents"]

@@ -61,7 +61,7 @@ class SparseAttention(Pass):
 
     @classmethod
     def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
-        if not options.get(cls.section):
+        if not options.get("sparse"):
             return {}
         same = ("budget_prefill", "budget_decode", "sink_latents", "dense_layers")
         tile = options["sparse.tile"] + (options["sparse.query_tile"] or ())
