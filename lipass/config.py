@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ POLICY_MODES = ("adaptive", "reference")
 STEP_FORMS = ("merge", "lookup")
 VERIFY = ("off", "first")
 SECTIONS = ("context", "sparse", "steps")
+
+_ONE_SIDED = ("preset", "inner", "strict", "verify")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +314,16 @@ class Config:
             if values[name] is not None:
                 values[name] = kind(**values[name])
         return cls(**values)
+
+    def fingerprint(self) -> str:
+        """Name what a compiled graph and a session must agree on: equal where they agree on all.
+
+        The inner compiler, `verify` and `strict` are no part of it; it is the same in every
+        process and version that has the same options.
+        """
+        flat = self.to_options()
+        kept = {key: flat[key] for key in flat if key not in _ONE_SIDED}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_options(self) -> dict[str, Any]:
         """Give the flat options that `resolve(None, ...)` turns back into this Config."""

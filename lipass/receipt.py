@@ -75,6 +75,8 @@ class ChunkRecord:
         seconds: wall time between entering and leaving the chunk.
         lookups: calls answered from stored outputs.
         misses: calls that should have been, but had nothing stored and computed.
+        latents_read: most history latents that a compiled call read, whatever was planned; None
+            where none was called, or it chose by itself.
     """
 
     session: int
@@ -82,6 +84,7 @@ class ChunkRecord:
     seconds: float
     lookups: int
     misses: int
+    latents_read: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""
@@ -90,6 +93,7 @@ class ChunkRecord:
             "seconds": self.seconds,
             "lookups": self.lookups,
             "misses": self.misses,
+            "latents_read": self.latents_read,
             "plan": self.plan.to_dict(),
         }
 

@@ -100,15 +100,23 @@ def _passes(passes: Iterable[PassRecord]) -> str:
 
 
 def _chunks(chunks: Sequence[ChunkRecord], forgotten: int) -> str:
+    """One row a chunk, planned beside done, and why it may reuse steps on the line below."""
     rows = []
     for record in chunks:
         plan = record.plan
-        kept = f"{len(plan.context.indices)}/{plan.history_latents}"
+        context = f"{len(plan.context.indices)}/{plan.history_latents}"
+        read = "" if record.latents_read is None else str(record.latents_read)
         window = "" if plan.context.window_chunks is None else str(plan.context.window_chunks)
-        steps = "" if plan.steps is None else f"{len(plan.steps.computed)}/{plan.steps.total}"
-        where = f"{record.session}.{plan.stream}"
-        rows.append((where, str(plan.index), kept, window, steps, plan.revisit.reason))
-    lines = _grid(("session", "chunk", "context", "window", "steps", "revisit"), rows)
+        steps, reused = "", ""
+        if plan.steps is not None:
+            steps = f"{len(plan.steps.computed)}/{plan.steps.total}"
+            reused = str(len(plan.steps.reused))
+        where, done = f"{record.session}.{plan.stream}", (str(record.lookups), str(record.misses))
+        rows.append((where, str(plan.index), context, read, window, steps, reused, *done))
+    head = ("session", "chunk", "context", "read", "window", "steps", "reused")
+    lines = _grid((*head, "looked up", "missed"), rows)
+    reasons = [textwrap.shorten(one.plan.revisit.reason, _WIDTH - 4) for one in chunks]
+    lines[1:] = [f"{a}\n    {b}" for a, b in zip(lines[1:], reasons, strict=True)]
     if forgotten:
         lines.append(f"({forgotten} earlier chunks not shown)")
     return "\n".join(lines)

@@ -196,6 +196,7 @@ class Chunk:
         self.active: StepState | None = None
         self.lookups = 0
         self.misses = 0
+        self.latents_read: int | None = None
         self._stored: dict[tuple[str, str, int], Any] = {}
         self._began = 0.0
 
@@ -291,7 +292,9 @@ class Chunk:
             session._replay[self.plan.stream].popleft()
         seconds = time.perf_counter() - self._began
         current_report().add_chunk(
-            ChunkRecord(session.number, self.plan, seconds, self.lookups, self.misses)
+            ChunkRecord(
+                session.number, self.plan, seconds, self.lookups, self.misses, self.latents_read
+            )
         )
 
     def _forget(self) -> None:

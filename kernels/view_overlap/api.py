@@ -31,7 +31,9 @@ COLUMNS, ROWS, DEPTHS = 8, 6, 4
 # Poses multiplied in rounded arithmetic must still score exactly 1 against themselves.
 _ROUNDING = 1e-4
 
-_chosen: contextvars.ContextVar[bool] = contextvars.ContextVar("chosen", default=False)
+_chosen: contextvars.ContextVar[tuple[int, ...] | bool] = contextvars.ContextVar(
+    "chosen", default=False
+)
 
 
 def view_overlap(
@@ -114,12 +116,16 @@ def _cell_middles(cells: int, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def chosen_by_caller() -> Iterator[None]:
-    """Score every view 1 in graphs called inside: the caller has chosen what they may read.
+def chosen_by_caller(kept: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Do not score views in graphs called inside: the caller has chosen what they may read.
 
     They were scored once for the chunk; a graph asks again in prefill and at each step.
+
+    Args:
+        kept: the views of the memory that score 1, all others -1, which is below any threshold;
+            None where the memory holds nothing else.
     """
-    token = _chosen.set(True)
+    token = _chosen.set(True if kept is None else kept)
     try:
         yield
     finally:
@@ -137,10 +143,16 @@ def view_overlap_op(
 ) -> Tensor:
     """Mean of `view_overlap` over the queries: `[B, Q, 4, 4]`, `[B, M, 4, 4]` -> `[B, M]`.
 
-    All 1 inside `chosen_by_caller`.
+    Not scored inside of `chosen_by_caller`.
     """
-    if _chosen.get():
+    chosen = _chosen.get()
+    if chosen is True:
         return query_w2c.new_ones(memory_w2c.shape[:-2])
+    if chosen is not False:
+        scores = query_w2c.new_full(memory_w2c.shape[:-2], -1.0)
+        for view in chosen:
+            scores[..., view] = 1.0
+        return scores
     return view_overlap(query_w2c, memory_w2c, hfov_deg, vfov_deg, near, far).mean(-2)
 
 

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
+from lipass.compile.argument_sizes import ArgumentSizes, Bindings, number
 from lipass.kernels import registry
 from lipass.kernels.ops import resolve_layout
 from lipass.passes.core import Pass, PassPipeline
-from lipass.passes.graph.compat import symbols_of, value
+from lipass.passes.graph.compat import value
 from lipass.passes.graph.marks import region_name
 from lipass.passes.graph.names import names_of
 from lipass.session import Chunk
 
 Compiled = Callable[..., Any]
-Bindings = tuple[tuple[str, int], ...]
 
 _EVERY_KEY = "every key of the chosen context is visited"
 
@@ -65,7 +65,7 @@ class DenseTwin:
     def __init__(self, compiled: Compiled, rewritten: GraphModule) -> None:
         self.compiled = compiled
         self._calls = [_describe(node, in_step) for node, in_step in _operators(rewritten)]
-        self._sizes = _sizes_in_arguments(rewritten.graph)
+        self._sizes = ArgumentSizes(rewritten.graph)
         steps = rewritten.graph.find_nodes(op="call_module")
         self._steps = sum(region_name(node) is not None for node in steps)
 
@@ -80,7 +80,7 @@ class DenseTwin:
     def run(self, args: tuple[Any, ...], chunk: Chunk, reason: str) -> Any:
         """Run the model's own attention and count it."""
         outputs = self.compiled(*args)
-        sizes = tuple([(name, _read(args, place)) for name, place in self._sizes])
+        sizes = self._sizes(args)
         computed = self._steps
         if self._steps:
             computed -= len(chunk.step_plan(self._steps).reused)
@@ -122,35 +122,9 @@ def _describe(node: torch.fx.Node, in_step: bool) -> _Call:
     def blocks(sizes: Bindings) -> int:
         known = dict(sizes)
         queries, keys = (
-            tuple(_number(value(size), known) for size in grid) for grid in (q_grid, kv_grids)
+            tuple(number(value(size), known) for size in grid) for grid in (q_grid, kv_grids)
         )
         layout, grid = resolve_layout(queries, keys, roles, tuple(tile))
-        return _number(batch, known) * _number(heads, known) * grid.blocks * layout.blocks
+        return number(batch, known) * number(heads, known) * grid.blocks * layout.blocks
 
     return _Call(tuple(names_of(site)), role, budget, keep is not None, in_step, blocks)
-
-
-def _number(size: int | torch.SymInt, known: dict[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs({one: known[str(one)] for one in expression.free_symbols}))
-
-
-def _sizes_in_arguments(graph: Graph) -> tuple[tuple[str, tuple[int, int | None]], ...]:
-    """Say for each symbol which argument it is, or the size of which axis of which argument."""
-    found: dict[str, tuple[int, int | None]] = {}
-    for n, node in enumerate(graph.find_nodes(op="placeholder")):
-        given = value(node)
-        if isinstance(given, torch.Tensor):
-            for axis, size in enumerate(given.shape):
-                if symbols_of(size) == {str(size)}:
-                    found.setdefault(str(size), (n, axis))
-        elif isinstance(given, torch.SymInt) and symbols_of(given) == {str(given)}:
-            found[str(given)] = (n, None)
-    return tuple(sorted(found.items()))
-
-
-def _read(args: tuple[Any, ...], place: tuple[int, int | None]) -> int:
-    number, axis = place
-    return int(args[number] if axis is None else args[number].shape[axis])

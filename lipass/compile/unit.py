@@ -18,6 +18,7 @@ from lipass.compile.cut_graph import compile_pieces, outlined
 from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.compile.graph_breaks import break_of
 from lipass.compile.models import model_of
+from lipass.compile.reading import GraphReading
 from lipass.compile.sites import found_in, graphs_of, refuse_dense, site_records
 from lipass.config import Config
 from lipass.errors import LipassError
@@ -46,12 +47,14 @@ class CompiledUnit:
         region: name under which the session stores the outputs of a graph that is one denoising
             step; None for other graphs, which always compute.
         twin: what runs instead where nothing is left out; None where nothing ever is.
+        reading: what its calls read of the history, compared with what a session decided.
     """
 
     def __init__(self, compiled: Compiled, region: str | None = None) -> None:
         self.compiled = compiled
         self.region = region
         self.twin: DenseTwin | None = None
+        self.reading: GraphReading | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph, or answer from what is stored."""
@@ -66,7 +69,8 @@ class CompiledUnit:
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
         chunk = session.current_chunk()
-        if self.twin is not None and chunk is not None:
+        chosen = self.reading.of_call(chunk, args).chosen if self.reading else None
+        if self.twin is not None and chunk is not None and chosen is None:
             reason = self.twin.why_dense(chunk)
             if reason is not None:
                 return self.twin.run(args, chunk, reason)
@@ -77,7 +81,7 @@ class CompiledUnit:
             if chunk.plan.dense_reason is not None:
                 scopes.enter_context(registry.force("dense"))
             if chunk.session.config.context is not None:
-                scopes.enter_context(chosen_by_caller())
+                scopes.enter_context(chosen_by_caller(chosen))
             return self.compiled(*args)
 
 
@@ -118,6 +122,8 @@ def compile_unit(
         runner.run_pipeline(twin_passes, untouched, PassContext.of(untouched.graph))
         twin = _compile(untouched, example_inputs, inner_compile)
         compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
+    if isinstance(compiled, CompiledUnit):
+        compiled.reading = GraphReading(config, pipeline, gm, found)
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
     return model.counting(compiled, records, owner)
 
@@ -126,7 +132,8 @@ def _compile(
     gm: torch.fx.GraphModule, example_inputs: list[Any], inner_compile: InnerCompile
 ) -> Compiled:
     region = region_name(gm.graph.output_node())
-    asks = region is not None or bool(outlined(gm.graph)) or _has_operators(gm)
+    of_latents = any(site.role in ("prefill", "decode") for site in found_in(gm))
+    asks = region is not None or bool(outlined(gm.graph)) or of_latents or _has_operators(gm)
     if outlined(gm.graph):
         compiled = compile_pieces(gm, example_inputs, inner_compile)
     else:
