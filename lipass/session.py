@@ -28,6 +28,7 @@ from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
 from lipass.policy.steps import PlannedStep, StepPlan, plan_steps
 from lipass.receipt import ChunkRecord, current_report
+from lipass.runtime.given import GivenChunks
 from lipass.runtime.invariants import InvariantStore
 from lipass.runtime.scope import Branch, enter, leave, open_items
 from lipass.runtime.step import Step, StepState
@@ -38,6 +39,8 @@ class Session:
 
     Args:
         config: a resolved Config; or pass options instead.
+        convention: how cameras are written: "w2c" or "c2w", "opencv" or "opengl" axes, joined by
+            a dash; they are converted.
         options: as in `Config.resolve`, e.g. `preset="all"`, `**{"context.overlap_min": 0.3}`.
 
     Raises:
@@ -45,7 +48,9 @@ class Session:
         ValueError: options that `Config.resolve` refuses.
     """
 
-    def __init__(self, config: Config | None = None, /, **options: Any) -> None:
+    def __init__(
+        self, config: Config | None = None, /, *, convention: str = "w2c-opencv", **options: Any
+    ) -> None:
         if config is not None and not isinstance(config, Config):
             raise TypeError(
                 f"config must be a lipass.Config, got {config!r}; write Session(preset='all')"
@@ -56,6 +61,7 @@ class Session:
                 "put the options into Config.resolve"
             )
         self.config = config if config is not None else Config.resolve(None, options)
+        self.given = GivenChunks(self.config, convention)
         self.number = current_report().open_session()
         self._chunks: dict[str, int] = {}
         self._open: dict[str, Chunk] = {}
@@ -93,8 +99,8 @@ class Session:
         a chunk.
 
         Args:
-            poses: `[M, 4, 4]` world-to-camera matrices of all history latents, oldest first; None
-                for a first chunk without history.
+            poses: `[M, 4, 4]` cameras of all history latents in the session's convention, oldest
+                first; None for a first chunk without history.
             query: `[q, 4, 4]` of the latents to generate.
             latents: `[M, ...]` history, for the latent dynamics; None leaves the window longest.
             own_context: indices that the loop reads by itself, used while the context policy is
@@ -118,6 +124,7 @@ class Session:
             return Chunk(self, self._recorded(stream, poses))
         if query is None:
             raise ValueError("query must hold the new latents' cameras, got None; pass [q, 4, 4]")
+        poses, query = self.given.checked(poses, query, stream, index)
         plan = plan_chunk(
             self.config,
             poses=poses,
@@ -288,6 +295,7 @@ class Chunk:
         if session._open.pop(self.plan.stream, None) is None or kind is not None:
             return  # closed under way, or failed: the chunk may be tried again
         session._chunks[self.plan.stream] = self.plan.index + 1
+        session.given.finished(self.plan.stream)
         if session._replay is not None:
             session._replay[self.plan.stream].popleft()
         seconds = time.perf_counter() - self._began

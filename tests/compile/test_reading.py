@@ -111,10 +111,9 @@ def test_strict_raises_where_the_choice_is_ignored(call):
 
 
 def test_options_that_nobody_reads_are_told_once(call):
-    with lipass.Session(preset="all") as session:
-        with pytest.warns(lipass.LipassWarning) as told:
-            call("cache", session, 4, **{"steps.reuse": (1,)})
-            call("cache", session, 4, **{"steps.reuse": (1,)})
+    with lipass.Session(preset="all") as session, pytest.warns(lipass.LipassWarning) as told:
+        call("cache", session, 4, **{"steps.reuse": (1,)})
+        call("cache", session, 4, **{"steps.reuse": (1,)})
     (one,) = [str(w.message) for w in told if "same options" in str(w.message)]
     assert "steps.reuse: (1,) in the graph, middle in the session" in one
     assert "sparse: on in the session, not in the graph" in one
