@@ -14,7 +14,6 @@ model is being called.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,10 +25,11 @@ from torch import Tensor
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
-from lipass.policy.steps import PlannedStep, StepPlan, plan_steps
+from lipass.policy.steps import PlannedStep, StepPlan, all_taken, plan_steps
 from lipass.receipt import ChunkRecord, current_report
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.invariants import InvariantStore
+from lipass.runtime.schedule import Schedule
 from lipass.runtime.scope import Branch, enter, leave, open_items
 from lipass.runtime.step import Step, StepState
 
@@ -217,20 +217,27 @@ class Chunk:
         """History latents that the model reads, ascending."""
         return self.plan.context.indices
 
-    def steps(self, sigmas: Sequence[float] | Tensor) -> Iterator[Step]:
+    def steps(self, sigmas: Sequence[float] | Tensor | Any) -> Iterator[Step]:
         """Iterate over the denoising steps that the sampler takes.
 
         In the "merge" form only computed steps come, each reaching over the reused ones behind it;
         in the "lookup" form all come, and the compiled model answers the reused ones itself.
 
         Args:
-            sigmas: `steps + 1` noise levels, the last one included; a tensor is never read.
+            sigmas: `steps + 1` noise levels, the last one included; a tensor is read on the CPU
+                only. Or a scheduler of diffusers after `set_timesteps`, which takes all steps
+                itself, `x = scheduler.step(v, step.timestep, x).prev_sample`: form "lookup".
 
         Raises:
-            ValueError: fewer than two levels, or one that is not finite.
+            ValueError: fewer than two levels, one that is not finite, timesteps in place of
+                sigmas, or a scheduler that has no timesteps yet.
         """
-        plan = self.step_plan(_check_sigmas(sigmas) - 1)
-        return self._iterate(plan.sequence(), sigmas)
+        schedule = Schedule.of(sigmas)
+        plan = self.step_plan(schedule.steps)
+        if schedule.form is not None:
+            plan = all_taken(plan, schedule.why_all)
+            self.plan = with_steps(self.plan, plan)
+        return self._iterate(plan.sequence(), schedule)
 
     def step_plan(self, total: int) -> StepPlan:
         """Decide which of `total` steps compute, for a loop that is inside the compiled graph.
@@ -250,9 +257,7 @@ class Chunk:
             )
         return self.plan.steps
 
-    def _iterate(
-        self, sequence: tuple[PlannedStep, ...], sigmas: Sequence[float] | Tensor
-    ) -> Iterator[Step]:
+    def _iterate(self, sequence: tuple[PlannedStep, ...], schedule: Schedule) -> Iterator[Step]:
         self._stored.clear()
         try:
             for place, planned in enumerate(sequence):
@@ -262,8 +267,9 @@ class Chunk:
                 self.active = state
                 yield Step(
                     index=planned.index,
-                    sigma=sigmas[planned.index],
-                    sigma_next=sigmas[planned.next_index],
+                    sigma=schedule.level(planned.index),
+                    sigma_next=schedule.level(planned.next_index),
+                    timestep=schedule.timestep(planned.index),
                     reused=planned.reused,
                     state=state,
                 )
@@ -351,17 +357,3 @@ def current_step() -> StepState | None:
             "call the model inside `with step:`"
         )
     return states[0] if states else None
-
-
-def _check_sigmas(sigmas: Sequence[float] | Tensor) -> int:
-    shape = list(sigmas.shape) if isinstance(sigmas, Tensor) else [len(sigmas)]
-    if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(
-            f"sigmas must be a list of at least two noise levels, got shape {shape}; "
-            "include the last one, usually 0"
-        )
-    if not isinstance(sigmas, Tensor):
-        for sigma in sigmas:
-            if isinstance(sigma, float) and not math.isfinite(sigma):
-                raise ValueError(f"sigmas must be finite, got {sigma}; check the schedule")
-    return shape[0]

@@ -27,7 +27,7 @@ def turning(count):
 
 @pytest.fixture
 def call(mini_world, mini_world_inputs):
-    """Return a function that calls a compiled model inside a chunk, with a history of n latents."""
+    """Return a function that calls a compiled model inside a chunk, behind n history latents."""
     compiled = {}
 
     def run(preset, session, n=HISTORY, *, w2c=None, latents=None, **options):
@@ -111,7 +111,8 @@ def test_strict_raises_where_the_choice_is_ignored(call):
 
 
 def test_options_that_nobody_reads_are_told_once(call):
-    with lipass.Session(preset="all") as session, pytest.warns(lipass.LipassWarning) as told:
+    with warnings.catch_warnings(record=True) as told, lipass.Session(preset="all") as session:
+        warnings.simplefilter("always")
         call("cache", session, 4, **{"steps.reuse": (1,)})
         call("cache", session, 4, **{"steps.reuse": (1,)})
     (one,) = [str(w.message) for w in told if "same options" in str(w.message)]
@@ -123,7 +124,7 @@ def test_options_that_nobody_reads_are_told_once(call):
 def test_options_that_nobody_reads_raise_under_strict(call):
     with (
         lipass.Session(preset="all", strict=True) as session,
-        pytest.raises(lipass.LipassError, match="strict: .*steps.reuse"),
+        pytest.raises(lipass.LipassError, match=r"strict: .*steps\.reuse"),
     ):
         call("cache", session, 4, **{"steps.reuse": (1,)})
 
@@ -133,6 +134,6 @@ def test_cameras_of_a_graph_that_chooses_by_them_are_checked(call):
     w2c[0, 5, :3, :3] *= 2
     with (
         lipass.Session(preset="cache") as session,
-        pytest.raises(ValueError, match="by its input w2c.*rigid .* at latent 5"),
+        pytest.raises(ValueError, match=r"by its input w2c.*rigid .* at latent 5"),
     ):
         call("context", session, w2c=w2c)
