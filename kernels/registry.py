@@ -215,6 +215,11 @@ def telemetry() -> dict[str, SiteCounts]:
     return dict(_sites)
 
 
+def counted() -> list[SiteCounts]:
+    """Return the live counts of all sites, latest last; sums on a device are not read."""
+    return list(_sites.values())
+
+
 def reset_telemetry() -> None:
     """Forget all counts."""
     _sites.clear()

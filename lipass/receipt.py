@@ -115,6 +115,7 @@ class Report:
         invariants_kept: calls of it that were answered without a run.
         invariants_untold: runs with inputs of `torch.inference_mode`, of which torch does not tell
             whether they were written to.
+        idle: sessions in which no approximation did anything, with the cause, a line each.
         graph_breaks: where Dynamo cut a function into graphs that passes see one by one.
     """
 
@@ -129,6 +130,7 @@ class Report:
     invariants_computed: int = 0
     invariants_kept: int = 0
     invariants_untold: int = 0
+    idle: list[str] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
 
     def add_site(self, site: SiteRecord) -> None:
@@ -198,6 +200,7 @@ class Report:
             "invariants_computed": self.invariants_computed,
             "invariants_kept": self.invariants_kept,
             "invariants_untold": self.invariants_untold,
+            "idle": list(self.idle),
             "graph_breaks": [asdict(found) for found in self.graph_breaks],
         }
 

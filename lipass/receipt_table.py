@@ -18,6 +18,7 @@ _WIDTH = 80
 def render(report: Report) -> str:
     """Give the whole report as text."""
     parts = [
+        "\n".join(line for one in report.idle for line in textwrap.wrap(one, _WIDTH)),
         _summary(report),
         _graph_breaks(report.graph_breaks),
         *_models(report.sites.values()),

@@ -27,6 +27,7 @@ from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
 from lipass.policy.steps import PlannedStep, StepPlan, all_taken, plan_steps
 from lipass.receipt import ChunkRecord, current_report
+from lipass.runtime.effect import Effect
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.invariants import InvariantStore
 from lipass.runtime.schedule import Schedule
@@ -63,6 +64,7 @@ class Session:
         self.config = config if config is not None else Config.resolve(None, options)
         self.given = GivenChunks(self.config, convention)
         self.number = current_report().open_session()
+        self.effect = Effect(self.config, self.number)
         self._chunks: dict[str, int] = {}
         self._open: dict[str, Chunk] = {}
         self.invariants = InvariantStore()
@@ -158,7 +160,9 @@ class Session:
         self._chunks.clear()
         self.invariants.clear()
         self._replay = None
-        self._closed = True
+        if not self._closed:
+            self._closed = True
+            self.effect.tell()
 
     def _recorded(self, stream: str, poses: Tensor | None) -> ChunkPlan:
         assert self._replay is not None
@@ -185,6 +189,7 @@ class Session:
     def __exit__(self, *error: object) -> None:
         leave(self)
         self._entered -= 1
+        self.effect.told |= error[0] is not None
         if self._entered == 0:
             self.close()
 
@@ -305,11 +310,11 @@ class Chunk:
         if session._replay is not None:
             session._replay[self.plan.stream].popleft()
         seconds = time.perf_counter() - self._began
-        current_report().add_chunk(
-            ChunkRecord(
-                session.number, self.plan, seconds, self.lookups, self.misses, self.latents_read
-            )
+        record = ChunkRecord(
+            session.number, self.plan, seconds, self.lookups, self.misses, self.latents_read
         )
+        current_report().add_chunk(record)
+        session.effect.add(record)
 
     def _forget(self) -> None:
         self.active = None

@@ -22,10 +22,11 @@ class GivenChunks:
     def __init__(self, config: Config, convention: str) -> None:
         self.convention = Convention.parse(convention)
         self._strict = config.strict
-        counting = [config.context]
-        if config.steps and config.steps.mode == "reference":
-            counting.append(config.steps)  # clips of the reference gate; the adaptive has none
-        self._lengths = [options.chunk_latents for options in counting if options]
+        counts = config.context or config.steps
+        # The adaptive rule for steps counts no chunks; the released gate counts clips.
+        if config.context is None and config.steps and config.steps.mode == "adaptive":
+            counts = None
+        self._length = counts.chunk_latents if counts else None
         self._last: dict[str, int] = {}
         self._planned: dict[str, int] = {}
         self._told = False
@@ -60,13 +61,14 @@ class GivenChunks:
         self._last[stream] = self._planned.pop(stream, 0)
 
     def _check_length(self, history: int, new: int, stream: str) -> None:
-        for length in self._lengths[:1]:
-            last = self._last.get(stream, 0)
-            first = history == 0 and last == 0
-            if (new > length and not first) or 0 < last < length:
-                real = new if new > length else last
-                raise ValueError(
-                    f"a chunk must have chunk_latents latents (a first one without history may "
-                    f"differ, the last may be shorter), got {real} for chunk_latents {length}; "
-                    f"set chunk_latents to {real}, in the session and in torch.compile"
-                )
+        length, last = self._length, self._last.get(stream, 0)
+        if length is None:
+            return
+        first = history == 0 and last == 0
+        if (new > length and not first) or 0 < last < length:
+            real = new if new > length else last
+            raise ValueError(
+                f"a chunk must have chunk_latents latents (a first one without history may "
+                f"differ, the last may be shorter), got {real} for chunk_latents {length}; "
+                f"set chunk_latents to {real}, in the session and in torch.compile"
+            )
