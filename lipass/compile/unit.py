@@ -17,9 +17,16 @@ from lipass import kernels, session
 from lipass.compile.cut_graph import compile_pieces, outlined
 from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.compile.graph_breaks import break_of
+from lipass.compile.hidden import is_whole, refuse_unseen, watched
 from lipass.compile.models import model_of
 from lipass.compile.reading import GraphReading
-from lipass.compile.sites import found_in, graphs_of, refuse_dense, site_records
+from lipass.compile.sites import (
+    found_in,
+    graphs_of,
+    makes_sparse,
+    refuse_dense,
+    site_records,
+)
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
@@ -106,7 +113,8 @@ def compile_unit(
     except PassError as error:
         raise LipassError(str(error)) from error
     report = current_report()
-    if (why := getattr(gm, "compile_subgraph_reason", None)) and why.graph_break:
+    why = getattr(gm, "compile_subgraph_reason", None)
+    if why and why.graph_break:
         report.add_graph_break(break_of(why))
     for record in runs:
         notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
@@ -116,6 +124,9 @@ def compile_unit(
     owner = report.add_sites(records)
     if config.strict:
         refuse_dense(found, pipeline, ctx.notes)
+    watches = config.strict and makes_sparse(pipeline)
+    if watches:
+        refuse_unseen(gm)
     _prepare_kernels(gm)
     compiled = _compile(gm, example_inputs, inner_compile)
     if twin_passes and untouched and isinstance(compiled, CompiledUnit) and leaves_out(gm):
@@ -124,6 +135,8 @@ def compile_unit(
         compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
     if isinstance(compiled, CompiledUnit):
         compiled.reading = GraphReading(config, pipeline, gm, found)
+    if watches:
+        compiled = watched(compiled, len(found), whole=is_whole(why))
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
     return model.counting(compiled, records, owner)
 

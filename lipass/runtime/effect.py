@@ -82,14 +82,21 @@ class Effect:
         if sparse > self._sparse_before:
             return None
         if calls == self._calls_before:
-            sites = current_report().sites.values()
-            kept = Counter(site.reason for site in sites if site.action == "kept")
-            if kept:
-                return f"all attention was kept: {kept.most_common(1)[0][0]}"
-            return "no compiled model with attention was called"
+            return _why_kept() or "no compiled model with attention was called"
+        if why := _why_kept():
+            return why
         if self._dense:
             return self._dense.most_common(1)[0][0]
         return reason or "every call stayed dense"
+
+
+def _why_kept() -> str | None:
+    """Say why all sites over latents were kept, or None where one was rewritten."""
+    over = [site for site in current_report().sites.values() if site.role not in ("cross", "text")]
+    if not over or any(site.action == "rewritten" for site in over):
+        return None
+    reasons = Counter(site.reason for site in over)
+    return f"all attention was kept, {reasons.most_common(1)[0][0]}"
 
 
 def _kept_all(plan: ChunkPlan, read: int | None) -> str | None:

@@ -90,7 +90,7 @@ def test_flow_matching_equals_the_merged_sigmas():
 def test_steps_of_a_scheduler_have_its_sigmas():
     scheduler = scheduler_of("FlowMatchEulerDiscreteScheduler")
     scheduler.set_timesteps(4)
-    with lipass.Session(preset="cache") as session, chunk_of(session) as chunk:
+    with chunk_of(lipass.Session(preset="cache")) as chunk:
         steps = list(chunk.steps(scheduler))
     assert [float(s.sigma) for s in steps] == scheduler.sigmas[:-1].tolist()
     assert float(steps[-1].sigma_next) == 0
@@ -99,7 +99,7 @@ def test_steps_of_a_scheduler_have_its_sigmas():
 def test_scheduler_that_calls_the_model_twice_a_step_reuses_none():
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(4)
-    with lipass.Session(preset="cache") as session, chunk_of(session) as chunk:
+    with chunk_of(lipass.Session(preset="cache")) as chunk:
         steps = list(chunk.steps(scheduler))
     assert not any(step.reused for step in steps)
     assert "computed: the scheduler calls the model 2 times a step" in chunk.plan.steps.reasons
