@@ -17,7 +17,6 @@ from lipass.session import Session, current, current_chunk, current_step
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625, 0.0)
 WAY_BACK = parse_trajectory("left-15, right-16")  # chunks 0-3 out, 4-7 back
 LOOKUP = {"steps.form": "lookup"}
-NO_MODEL = pytest.mark.filterwarnings("ignore:an approximate session:lipass.errors.LipassWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +93,6 @@ def test_reused_steps_cost_nothing_and_equal_the_shorter_sampler(form):
         torch.testing.assert_close(latent, x)
 
 
-@NO_MODEL
 def test_merge_yields_computed_steps_and_lookup_all():
     with session_of("cache") as session, chunk_of(session, 6) as chunk:
         steps = [(s.index, s.sigma, s.sigma_next, s.reused) for s in chunk.steps(SIGMAS)]
@@ -228,7 +226,6 @@ def test_nothing_is_stored_where_no_step_asks_for_it():
             assert not chunk._stored
 
 
-@NO_MODEL
 def test_nothing_of_a_chunk_survives_it():
     kept = []
     with session_of("cache", **LOOKUP) as session:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +65,8 @@ class GraphReading:
         self._met: weakref.WeakSet[Session] = weakref.WeakSet()
         self._told: weakref.WeakSet[Session] = weakref.WeakSet()
         self._checked: weakref.WeakSet[Chunk] = weakref.WeakSet()
-        self._latents = functools.lru_cache(maxsize=64)(self._count)
+        self._latest: tuple[Callable[[], Chunk | None], Bindings, Reading]
+        self._latest = (lambda: None, (), _AS_GIVEN)
 
     def of_call(self, chunk: Chunk | None, args: tuple[Any, ...]) -> Reading:
         """Say what a call reads, count it for the receipt, and tell where the two sides differ.
@@ -77,49 +77,50 @@ class GraphReading:
         """
         if chunk is None or not self._of_latents:
             return _AS_GIVEN
-        session = chunk.session
-        if session not in self._met:
-            self._met.add(session)
-            if lines := differences(self._config, self._able, session.config):
-                presets = self._config.preset, session.config.preset
-                tell(disagreement(lines, *presets), strict=self._strict(session))
+        sizes = self._sizes(args)
+        latest, of_sizes, reading = self._latest
+        if latest() is not chunk or of_sizes != sizes:  # once for all steps of a chunk
+            self._meet(chunk.session)
+            reading = self._first(chunk, args, sizes)
+            self._latest = (weakref.ref(chunk), sizes, reading)
+        return reading
+
+    def _meet(self, session: Session) -> None:
+        if session in self._met:
+            return
+        self._met.add(session)
+        if lines := differences(self._config, self._able, session.config):
+            presets = self._config.preset, session.config.preset
+            tell(disagreement(lines, *presets), strict=self._strict(session))
+
+    def _first(self, chunk: Chunk, args: tuple[Any, ...], sizes: Bindings) -> Reading:
+        session, there = chunk.session, chunk.plan.history_latents
         if session.config.context is None:
-            self._check_cameras(chunk, args)
-            if self._history is not None and not self._prunes:
-                chunk.latents_read = max(self._latents(self._sizes(args)), chunk.latents_read or 0)
+            self._check_cameras(chunk, args, dict(sizes))
+        if self._history is None or (session.config.context is None and self._prunes):
             return _AS_GIVEN
-        if self._history is None:
-            return _AS_GIVEN
-        read, chosen, there = (
-            self._latents(self._sizes(args)),
-            chunk.context,
-            chunk.plan.history_latents,
-        )
+        read, chosen = number(self._history, dict(sizes)), chunk.context
         reading = _AS_GIVEN
-        if read == there > len(chosen) and self._prunes and not self._prefills:
-            self._check_cameras(chunk, args)
-            reading = Reading(tuple(chosen))
-            always = {*range(min(self._sink, there)), *range(max(0, there - self._window), there)}
-            read = len(always.union(chosen))
-        elif read > len(chosen) and session not in self._told:
-            self._told.add(session)
-            tell(_ignored(read, len(chosen), there), strict=self._strict(session))
+        if session.config.context is not None and read > len(chosen):
+            if read == there and self._prunes and not self._prefills:
+                self._check_cameras(chunk, args, dict(sizes))
+                reading = Reading(tuple(chosen))
+                window = range(max(0, there - self._window), there)
+                read = len({*chosen, *window, *range(min(self._sink, there))})
+            elif session not in self._told:
+                self._told.add(session)
+                tell(_ignored(read, len(chosen), there), strict=self._strict(session))
         chunk.latents_read = max(read, chunk.latents_read or 0)
         return reading
 
     def _strict(self, session: Session) -> bool:
         return self._config.strict or session.config.strict
 
-    def _count(self, sizes: Bindings) -> int:
-        assert self._history is not None
-        return number(self._history, dict(sizes))
-
-    def _check_cameras(self, chunk: Chunk, args: tuple[Any, ...]) -> None:
+    def _check_cameras(self, chunk: Chunk, args: tuple[Any, ...], known: dict[str, int]) -> None:
         """Check the cameras that the graph chooses by, once a chunk: it takes a device read."""
         if not self._prunes or chunk in self._checked:
             return
         self._checked.add(chunk)
-        known = dict(self._sizes(args))
         for place, name, history in self._cameras:
             count = number(history, known)
             for w2c in args[place]:

@@ -1,7 +1,7 @@
 """Know whether anything that a session asked for has happened, and if not, why not.
 
-Nothing is said of sessions that are trivially short: those whose only chunk is a first one without
-a history, where there was nothing to leave out.
+A first chunk without a history has nothing to leave out and does not count. A session of less than
+three others is a trial: its receipt says it, and nobody is warned.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lipass.policy.plan import ChunkPlan
 from lipass.receipt import ChunkRecord, current_report
 from lipass.runtime.agreement import tell
 
+_TRIAL_CHUNKS = 2
 _NO_CAMERAS = "no cameras of a history were given"
 
 
@@ -29,7 +30,6 @@ class Effect:
         self._config = config
         self._number = number
         self._chunks = 0
-        self._could = False
         self._did = False
         self._causes: dict[str, Counter[str]] = {"context": Counter(), "steps": Counter()}
         self._dense: Counter[str] = Counter()
@@ -38,10 +38,9 @@ class Effect:
     def add(self, record: ChunkRecord) -> None:
         """Note what one finished chunk did."""
         plan = record.plan
-        self._chunks += 1
         if not plan.history_latents and not plan.index:
             return
-        self._could = True
+        self._chunks += 1
         if self._config.context:
             self._note("context", _kept_all(plan, record.latents_read))
         if self._config.steps:
@@ -52,7 +51,7 @@ class Effect:
     def tell(self) -> None:
         """Warn once, at the end, if nothing was left out; the receipt says it too."""
         on = [name for name in ("context", "sparse", "steps") if getattr(self._config, name)]
-        if self.told or self._did or not self._could or not on:
+        if self.told or self._did or not self._chunks or not on:
             return
         self.told = True
         causes = {name: counter.most_common(1)[0][0] for name, counter in self._causes.items()
@@ -65,6 +64,8 @@ class Effect:
         said = "; ".join(f"{name}: {causes[name]}" for name in on if name in causes)
         line = f"preset {self._config.preset!r} left nothing out in {self._chunks} chunks: {said}"
         current_report().idle.append(f"session {self._number}: {line}")
+        if self._chunks <= _TRIAL_CHUNKS:
+            return
         tell(
             "an approximate session must leave something out to be faster, got "
             f"{line}; mend the cause, or use preset 'exact'",
