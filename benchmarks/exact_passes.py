@@ -17,14 +17,9 @@ import torch
 
 import lipass
 from benchmarks.environment import environment
+from lipass.passes import FACTS, PIPELINES
 
-PASSES = (
-    "collapse-keys",
-    "hoist-rows",
-    "hoist-calls",
-    "attend-pieces",
-    "share-blocks",
-)
+PASSES = [n for n in PIPELINES["exact"].split(",") if n not in FACTS.split(",")]
 STEPS = 4
 CONTEXT_LATENTS = 20
 

@@ -42,6 +42,7 @@ _calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
 _answers: contextvars.ContextVar[dict[str, Callable[..., Tensor]] | None] = contextvars.ContextVar(
     "answers", default=None
 )
+_owner: contextvars.ContextVar[str] = contextvars.ContextVar("owner", default="")
 _sites: dict[str, SiteCounts] = {}
 
 
@@ -172,6 +173,16 @@ def one_call() -> Iterator[None]:
         _calls.reset(token)
 
 
+@contextlib.contextmanager
+def counted_for(owner: str) -> Iterator[None]:
+    """Count the calls inside as `owner/site`: its sites have the names of another model's."""
+    token = _owner.set(owner)
+    try:
+        yield
+    finally:
+        _owner.reset(token)
+
+
 def site_of_call(joint: str) -> str:
     """Return which of the sites that share one call is calling now; they call in order.
 
@@ -226,11 +237,19 @@ def record_call(
 
 
 def telemetry() -> dict[str, SiteCounts]:
-    """Return the counts per site. Reads the pending device sums, so not for the hot loop."""
+    """Return the counts per site, or per `owner/site` of `counted_for`.
+
+    Reads the pending device sums, so not for the hot loop.
+    """
     for counts in _sites.values():
         counts.visited_blocks += sum(int(part) for part in counts.pending)
         counts.pending.clear()
     return dict(_sites)
+
+
+def counted() -> list[SiteCounts]:
+    """Return the live counts of all sites, latest last; sums on a device are not read."""
+    return list(_sites.values())
 
 
 def reset_telemetry() -> None:
@@ -239,4 +258,5 @@ def reset_telemetry() -> None:
 
 
 def _counts(site: str) -> SiteCounts:
-    return _sites.setdefault(site, SiteCounts(site))
+    owner = _owner.get()
+    return _sites.setdefault(f"{owner}/{site}" if owner else site, SiteCounts(site))

@@ -14,15 +14,24 @@ from lipass._version import VERSION as __version__
 if TYPE_CHECKING:
     from lipass.config import Config
     from lipass.eager.attend import attend
-    from lipass.errors import LipassError
+    from lipass.errors import LipassError, LipassWarning
     from lipass.receipt import report
     from lipass.session import Session
 
-__all__ = ["Config", "LipassError", "Session", "__version__", "attend", "report"]
+__all__ = [
+    "Config",
+    "LipassError",
+    "LipassWarning",
+    "Session",
+    "__version__",
+    "attend",
+    "report",
+]
 
 _HOME = {
     "Config": "lipass.config",
     "LipassError": "lipass.errors",
+    "LipassWarning": "lipass.errors",
     "Session": "lipass.session",
     "attend": "lipass.eager.attend",
     "report": "lipass.receipt",

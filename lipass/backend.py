@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx
 
-from lipass.config import Config
+from lipass.config import SECTIONS, Config
 
 if TYPE_CHECKING:
     from lipass.passes.core import PassPipeline
@@ -42,7 +42,7 @@ def light_interaction(
     """
     config = Config.resolve(mode, options)
     plain = config.preset == "off" and config.pipeline is None
-    if plain and not any(_sections(config).values()):
+    if plain and not (config.context or config.sparse or config.steps):
         return inner_compile(gm, example_inputs, config.inner)
     from lipass.compile.unit import compile_unit
     from lipass.passes.identity import code_uuid
@@ -66,59 +66,13 @@ def inner_compile(gm: torch.fx.GraphModule, example_inputs: list[Any], inner: st
 
 def pipeline_of(config: Config) -> PassPipeline:
     """Build the passes of a config: its own pipeline, or those that its sections ask for."""
-    from lipass.passes import PIPELINES
     from lipass.passes.core import PassPipeline, pass_class
+    from lipass.passes.joined import names_in
 
-    text = config.pipeline
-    if text is None:
-        off = {name for name, section in _sections(config).items() if section is None}
-        text = ",".join(name for name in PIPELINES["all"].split(",") if name not in off)
-    pipeline = PassPipeline.parse(text, _pass_options(config))
+    options = config.to_options()
+    on = {name for name in SECTIONS if options[name]}
+    text = config.pipeline if config.pipeline is not None else names_in(config.preset, on)
+    pipeline = PassPipeline.parse(text, options)
     for name in config.disable:
         pass_class(name)  # raises for a name that is none
     return PassPipeline(tuple(one for one in pipeline if one.name not in config.disable))
-
-
-def _sections(config: Config) -> dict[str, object]:
-    """Map the passes that approximate to the section of the config that switches them on."""
-    return {
-        "prune-context": config.context,
-        "sparse-attention": config.sparse,
-        "pool-history": config.sparse,
-        "guard-steps": config.steps,
-    }
-
-
-def _pass_options(config: Config) -> dict[str, dict[str, object]]:
-    """Map the sections of a config to options of passes."""
-    checks: dict[str, object] = {
-        "verify": config.verify == "first",
-        "strict": config.strict and config.verify == "first",
-    }
-    options: dict[str, dict[str, object]] = {
-        "canonicalize": dict(checks),
-        "find-attention": dict(checks),
-        "hoist-calls": {"counted_writes": config.counted_writes},
-        "carry-floats": {"inner": config.inner},
-        "avoid-faults": {"inner": config.inner},
-    }
-    if context := config.context:
-        options["prune-context"] = {
-            "overlap_min": context.overlap_min,
-            "sink_latents": context.sink_latents,
-            "window_latents": context.window_chunks_max * context.chunk_latents,
-            "hfov_deg": context.hfov_deg,
-            "vfov_deg": context.vfov_deg,
-            "near": context.near,
-            "far": context.far,
-        }
-    if sparse := config.sparse:
-        options["find-attention"]["token_grid"] = sparse.token_grid
-        options["sparse-attention"] = {
-            "tile": sparse.tile + (sparse.query_tile or ()),
-            "budget_prefill": sparse.budget_prefill,
-            "budget_decode": sparse.budget_decode,
-            "sink_latents": sparse.sink_latents,
-            "dense_layers": sparse.dense_layers,
-        }
-    return options

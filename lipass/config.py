@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ POLICY_MODES = ("adaptive", "reference")
 STEP_FORMS = ("merge", "lookup")
 VERIFY = ("off", "first")
 SECTIONS = ("context", "sparse", "steps")
+
+_ONE_SIDED = ("preset", "inner", "strict", "verify")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +235,7 @@ class Config:
             torch counts, so not through `Tensor.data` or numpy; projected prompts are then kept
             from call to call of a session.
         context, sparse, steps: options of the three approximations; None is off.
+        passes: options of single passes, `("pass-name.option", value)` in the order of the names.
     """
 
     preset: str
@@ -243,6 +248,7 @@ class Config:
     context: ContextOptions | None
     sparse: SparseOptions | None
     steps: StepOptions | None
+    passes: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("preset", self.preset, tuple(PRESETS))
@@ -265,7 +271,8 @@ class Config:
         Args:
             mode: preset name; None means `options["preset"]`, or "all" without one.
             options: flat keys: fields of Config ("inner"), of a section ("sparse.tile"), a
-                section's switch ("steps": False), or a shorthand that sets several (`SHORTHANDS`).
+                section's switch ("steps": False), a shorthand that sets several (`SHORTHANDS`),
+                or an option of one pass ("find-steps.steps_min"), which the pipeline checks.
 
         Raises:
             ValueError: unknown key or preset, value out of range, option of a section that is off.
@@ -280,10 +287,15 @@ class Config:
         preset = mode if mode is not None else named if named is not None else "all"
         _check_choice("preset", preset, tuple(PRESETS))
         unknown = [key for key in options if key not in _known_keys()]
-        if unknown:
+        of_passes = {key: options.pop(key) for key in unknown if _names_a_pass(key)}
+        if unknown := [key for key in unknown if key not in of_passes]:
             raise ValueError(_unknown_key(unknown[0]))
 
         values = _preset_values(preset)
+        values["passes"] = tuple(
+            (key, tuple(value) if isinstance(value, list) else value)
+            for key, value in sorted(of_passes.items())
+        )
         defaults = REFERENCE if preset == "reference" else ADAPTIVE
         for name in SECTIONS:
             if name in options:
@@ -307,10 +319,20 @@ class Config:
                 values[name] = kind(**values[name])
         return cls(**values)
 
+    def fingerprint(self) -> str:
+        """Name what a compiled graph and a session must agree on: equal where they agree on all.
+
+        The inner compiler, `verify` and `strict` are no part of it; it is the same in every
+        process and version that has the same options.
+        """
+        flat = self.to_options()
+        kept = {key: flat[key] for key in flat if key not in _ONE_SIDED}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
     def to_options(self) -> dict[str, Any]:
         """Give the flat options that `resolve(None, ...)` turns back into this Config."""
         names = ("preset", "inner", "strict", "verify", "disable", "counted_writes")
-        flat: dict[str, Any] = {name: getattr(self, name) for name in names}
+        flat: dict[str, Any] = {name: getattr(self, name) for name in names} | dict(self.passes)
         if self.pipeline is not None:
             flat["pipeline"] = self.pipeline
         for name in SECTIONS:
@@ -361,6 +383,15 @@ def _preset_values(preset: str) -> dict[str, Any]:
 
 def _known_keys() -> set[str]:
     return {"preset", *SECTIONS, *_FIELD_KINDS, *SHORTHANDS}
+
+
+def _names_a_pass(key: str) -> bool:
+    name, dot, _ = str(key).partition(".")
+    if not dot or name in SECTIONS:
+        return False
+    from lipass import passes  # imports no pass
+
+    return name in passes.PASSES or name in passes.registered()
 
 
 def _unknown_key(key: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,8 @@ class SiteRecord:
         the queries (T, Y, X); entries may be symbolic ("4*n"); None if unknown. segments: roles
         of the key segments in order. action: "rewritten" or "kept". reason: why. provider:
         implementation that ran; "" before the first call. density: visited share of the key
-        blocks; None before the first call.
+        blocks; None before the first call. model: class of the model, `Class#2` for the second
+        one of a class; "" where nobody said.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SiteRecord:
     reason: str
     provider: str = ""
     density: float | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class ChunkRecord:
         lookups: calls answered from stored outputs.
         misses: calls of reused steps that computed all the same.
         why_missed: reasons of those, with how often.
+        latents_read: most history latents that a compiled call read, whatever was planned; None
+            where none was called, or it chose by itself.
     """
 
     session: int
@@ -84,6 +88,7 @@ class ChunkRecord:
     lookups: int
     misses: int
     why_missed: Mapping[str, int] = field(default_factory=dict)
+    latents_read: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""
@@ -93,6 +98,7 @@ class ChunkRecord:
             "lookups": self.lookups,
             "misses": self.misses,
             "why_missed": dict(self.why_missed),
+            "latents_read": self.latents_read,
             "plan": self.plan.to_dict(),
         }
 
@@ -102,7 +108,7 @@ class Report:
     """What happened in this process since the last reset.
 
     Attributes:
-        sites: attention sites by name.
+        sites: attention sites by name, `model/name` where another model has a site of that name.
         passes: pass runs, in order.
         chunks: the latest chunks of all sessions, oldest first.
         chunks_forgotten: chunks before those.
@@ -114,6 +120,7 @@ class Report:
         invariants_kept: calls of it that were answered without a run.
         invariants_untold: runs with inputs of `torch.inference_mode`, of which torch does not tell
             whether they were written to.
+        idle: sessions in which no approximation did anything, with the cause, a line each.
         graph_breaks: where Dynamo cut a function into graphs that passes see one by one.
     """
 
@@ -128,11 +135,31 @@ class Report:
     invariants_computed: int = 0
     invariants_kept: int = 0
     invariants_untold: int = 0
+    idle: list[str] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
 
     def add_site(self, site: SiteRecord) -> None:
         """Record a site; a later record of the same name replaces it."""
         self.sites[site.name] = site
+
+    def add_sites(self, sites: Sequence[SiteRecord], model: str | None = None) -> str:
+        """Record the sites of one graph; later ones replace those of the same model.
+
+        Args:
+            sites: the records.
+            model: whose they are, if not that of the records.
+
+        Returns:
+            What stands in front of their names in `sites`, and of their counts in the kernels'
+            telemetry; "" where the names are free.
+        """
+        own = [site if model is None else replace(site, model=model) for site in sites]
+        held = [self.sites.get(site.name, site) for site in own]
+        taken = any(a.model != b.model for a, b in zip(held, own, strict=True))
+        owner = own[0].model if taken else ""
+        for site in own:
+            self.sites[f"{owner}/{site.name}" if owner else site.name] = site
+        return owner
 
     def add_pass(self, record: PassRecord) -> None:
         """Record a pass run."""
@@ -178,6 +205,7 @@ class Report:
             "invariants_computed": self.invariants_computed,
             "invariants_kept": self.invariants_kept,
             "invariants_untold": self.invariants_untold,
+            "idle": list(self.idle),
             "graph_breaks": [asdict(found) for found in self.graph_breaks],
         }
 
@@ -212,14 +240,14 @@ def report() -> Report:
     Reads the kernels' counters from the device, so not for the hot loop.
     """
     live = current_report()
-    sites = {name: _measured(site) for name, site in live.sites.items()}
+    sites = {key: _measured(key, site) for key, site in live.sites.items()}
     return replace(live, sites=sites, passes=list(live.passes), chunks=deque(live.chunks))
 
 
-def _measured(site: SiteRecord) -> SiteRecord:
+def _measured(key: str, site: SiteRecord) -> SiteRecord:
     # Not imported here: a report must not be what loads the kernels.
     registry = sys.modules.get("lipass.kernels.registry")
-    counts = registry.telemetry().get(site.name) if registry is not None else None
+    counts = registry.telemetry().get(key) if registry is not None else None
     if counts is None or not counts.calls:
         return site
     reason = site.reason

@@ -18,10 +18,11 @@ _WIDTH = 80
 def render(report: Report) -> str:
     """Give the whole report as text."""
     parts = [
+        "\n".join(line for one in report.idle for line in textwrap.wrap(one, _WIDTH)),
         _summary(report),
         _failures(report.passes),
         _graph_breaks(report.graph_breaks),
-        _sites(report.sites.values()),
+        *_models(report.sites.values()),
         _passes(report.passes),
         _chunks(report.chunks, report.chunks_forgotten),
     ]
@@ -65,6 +66,16 @@ def _failures(passes: Iterable[PassRecord]) -> str:
     return "\n".join(textwrap.shorten(line, _WIDTH, placeholder=" ..") for line in found)
 
 
+def _models(sites: Iterable[SiteRecord]) -> list[str]:
+    """One table a model, under its name where there are several."""
+    models: dict[str, list[SiteRecord]] = {}
+    for site in sites:
+        models.setdefault(site.model, []).append(site)
+    if len(models) < 2:
+        return [_sites(own) for own in models.values()]
+    return [f"{name or 'model unknown'}\n{_sites(own)}" for name, own in models.items()]
+
+
 def _sites(sites: Iterable[SiteRecord]) -> str:
     """One row for all layers of which the same is true, its reason on the line below."""
     groups: dict[tuple[str, ...], list[SiteRecord]] = {}
@@ -101,15 +112,23 @@ def _passes(passes: Iterable[PassRecord]) -> str:
 
 
 def _chunks(chunks: Sequence[ChunkRecord], forgotten: int) -> str:
+    """One row a chunk, planned beside done, and why it may reuse steps on the line below."""
     rows = []
     for record in chunks:
         plan = record.plan
-        kept = f"{len(plan.context.indices)}/{plan.history_latents}"
+        context = f"{len(plan.context.indices)}/{plan.history_latents}"
+        read = "" if record.latents_read is None else str(record.latents_read)
         window = "" if plan.context.window_chunks is None else str(plan.context.window_chunks)
-        steps = "" if plan.steps is None else f"{len(plan.steps.computed)}/{plan.steps.total}"
-        where = f"{record.session}.{plan.stream}"
-        rows.append((where, str(plan.index), kept, window, steps, plan.revisit.reason))
-    lines = _grid(("session", "chunk", "context", "window", "steps", "revisit"), rows)
+        steps, reused = "", ""
+        if plan.steps is not None:
+            steps = f"{len(plan.steps.computed)}/{plan.steps.total}"
+            reused = str(len(plan.steps.reused))
+        where, done = f"{record.session}.{plan.stream}", (str(record.lookups), str(record.misses))
+        rows.append((where, str(plan.index), context, read, window, steps, reused, *done))
+    head = ("session", "chunk", "context", "read", "window", "steps", "reused")
+    lines = _grid((*head, "looked up", "missed"), rows)
+    reasons = [textwrap.shorten(one.plan.revisit.reason, _WIDTH - 4) for one in chunks]
+    lines[1:] = [f"{a}\n    {b}" for a, b in zip(lines[1:], reasons, strict=True)]
     if forgotten:
         lines.append(f"({forgotten} earlier chunks not shown)")
     return "\n".join(lines)

@@ -25,6 +25,8 @@ from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, plan_chunk
 from lipass.receipt import current_report
 from lipass.runtime.chunk import Chunk
+from lipass.runtime.effect import Effect
+from lipass.runtime.given import GivenChunks
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
 
@@ -36,6 +38,8 @@ class Session:
 
     Args:
         config: a resolved Config; or pass options instead.
+        convention: how cameras are written: "w2c" or "c2w", "opencv" or "opengl" axes, joined by
+            a dash; they are converted.
         options: as in `Config.resolve`, e.g. `preset="all"`, `**{"context.overlap_min": 0.3}`.
 
     Raises:
@@ -43,7 +47,9 @@ class Session:
         ValueError: options that `Config.resolve` refuses.
     """
 
-    def __init__(self, config: Config | None = None, /, **options: Any) -> None:
+    def __init__(
+        self, config: Config | None = None, /, *, convention: str = "w2c-opencv", **options: Any
+    ) -> None:
         if config is not None and not isinstance(config, Config):
             raise TypeError(
                 f"config must be a lipass.Config, got {config!r}; write Session(preset='all')"
@@ -54,7 +60,9 @@ class Session:
                 "put the options into Config.resolve"
             )
         self.config = config if config is not None else Config.resolve(None, options)
+        self.given = GivenChunks(self.config, convention)
         self.number = current_report().open_session()
+        self.effect = Effect(self.config, self.number)
         self._chunks: dict[str, int] = {}
         self.open_chunks: dict[str, Chunk] = {}
         self.invariants = Invariants()
@@ -91,8 +99,8 @@ class Session:
         a chunk.
 
         Args:
-            poses: `[M, 4, 4]` world-to-camera matrices of all history latents, oldest first; None
-                for a first chunk without history.
+            poses: `[M, 4, 4]` cameras of all history latents in the session's convention, oldest
+                first; None for a first chunk without history.
             query: `[q, 4, 4]` of the latents to generate.
             latents: `[M, ...]` history, for the latent dynamics; None leaves the window longest.
             own_context: indices that the loop reads by itself, used while the context policy is
@@ -116,6 +124,7 @@ class Session:
             return Chunk(self, self._recorded(stream, poses))
         if query is None:
             raise ValueError("query must hold the new latents' cameras, got None; pass [q, 4, 4]")
+        poses, query = self.given.checked(poses, query, stream, index)
         plan = plan_chunk(
             self.config,
             poses=poses,
@@ -149,11 +158,14 @@ class Session:
         self._chunks.clear()
         self.invariants.clear()
         self._replay = None
-        self._closed = True
+        if not self._closed:
+            self._closed = True
+            self.effect.tell()
 
     def finish(self, plan: ChunkPlan) -> None:
         """Count a chunk that was generated to its end."""
         self._chunks[plan.stream] = plan.index + 1
+        self.given.finished(plan.stream)
         if self._replay is not None:
             self._replay[plan.stream].popleft()
 
@@ -182,5 +194,6 @@ class Session:
 
     def __exit__(self, *error: object) -> None:
         leave(self._blocks.pop())
+        self.effect.told |= error[0] is not None
         if not self._blocks:
             self.close()

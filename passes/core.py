@@ -107,6 +107,24 @@ class Pass(ABC):
     """Passes that must run earlier in the pipeline."""
     precedes: ClassVar[tuple[str, ...]] = ()
     """Passes that must not run earlier in the pipeline."""
+    section: ClassVar[str | None] = None
+    """Section of the options that switches the pass on; None leaves that to the pipeline."""
+    presets: ClassVar[tuple[str, ...]] = ()
+    """Presets whose pipeline the pass joins, behind what it requires, though no text names it."""
+    rewrites_attention: ClassVar[bool] = False
+    """Whether its notes on a site say what became of that attention."""
+    leaves_out: ClassVar[bool] = False
+    """Whether it may leave keys out; where none are left out, a graph without it can run."""
+    in_dense_twin: ClassVar[bool] = True
+    """Whether that graph is compiled with it, if it requires nothing that is left out there."""
+
+    @classmethod
+    def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Pick the pass's own options out of flat ones such as `sparse.tile`.
+
+        Sections that are off are not among them.
+        """
+        return {}
 
     @abstractmethod
     def run(self, graph: torch.fx.Graph, ctx: PassContext) -> bool:
@@ -143,20 +161,19 @@ class PassPipeline:
             earlier.add(one.name)
 
     @classmethod
-    def parse(
-        cls, text: str, defaults: Mapping[str, Mapping[str, object]] | None = None
-    ) -> PassPipeline:
+    def parse(cls, text: str, options: Mapping[str, Any] | None = None) -> PassPipeline:
         """Read `name{option=value option=value},name,...`.
 
         Args:
             text: the pipeline; empty for no pass.
-            defaults: pass name to option values that the text may override.
+            options: flat options, of which each pass takes its own: those that it picks itself,
+                and `name.option`, which goes first. The text overrides both.
 
         Raises:
             ValueError: for an unknown pass, an unknown option, a value that does not parse, or an
                 order that a pass does not allow.
         """
-        return cls(tuple(_parse_pass(item, defaults or {}) for item in _split(text)))
+        return cls(tuple(_parse_pass(item, options) for item in _split(text)))
 
     def uuid(self) -> str:
         """Return what changes with the passes, their options, their order and torch's version."""
@@ -179,7 +196,7 @@ def _split(text: str) -> list[str]:
     return [item.strip() for item in re.split(r",(?![^{]*\})", text) if item.strip()]
 
 
-def _parse_pass(item: str, defaults: Mapping[str, Mapping[str, object]]) -> Pass:
+def _parse_pass(item: str, flat: Mapping[str, Any] | None) -> Pass:
     match = re.fullmatch(r"([\w-]+)(?:\{([^{}]*)\})?", item)
     if not match:
         raise ValueError(f"a pass is written name{{option=value ...}}, got {item!r}")
@@ -187,15 +204,32 @@ def _parse_pass(item: str, defaults: Mapping[str, Mapping[str, object]]) -> Pass
     cls = pass_class(name)
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
-    options = dict(defaults.get(name, {}))
+    options = dict(cls.options_from(flat)) if flat else {}
+    for key, value in (flat or {}).items():
+        owner, dot, option = key.partition(".")
+        if dot and owner == name:
+            hint = hints[_known(option, known, name)]
+            options[option] = _typed(value, hint, f"{name}.{option}")
     for pair in (options_text or "").split():
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"an option of {name} is written key=value, got {pair!r}")
-        if key not in known:
-            raise ValueError(f"{name} has no option {key!r}{closest(key, known)}")
-        options[key] = _parse_value(value, hints[key], f"{name}.{key}")
+        hint = hints[_known(key, known, name)]
+        options[key] = _parse_value(value, hint, f"{name}.{key}")
     return cls(**options)
+
+
+def _known(option: str, known: list[str], name: str) -> str:
+    if option not in known:
+        raise ValueError(f"{name} has no option {option!r}{closest(option, known)}")
+    return option
+
+
+def _typed(value: object, hint: Any, where: str) -> object:
+    """Read a value as if it stood in the text of a pipeline."""
+    return _parse_value(
+        _print_value(tuple(value) if isinstance(value, list) else value), hint, where
+    )
 
 
 def pass_class(name: str) -> type[Pass]:

@@ -117,7 +117,7 @@ class Contender:
                     seed=scenario.room.seed, session=session,
                 )  # fmt: skip
             chunks = [c for c in lipass.report().chunks if c.session == session.number]
-            plans = [c.plan.to_dict() for c in chunks]
+            plans = [c.to_dict()["plan"] | {"done": _done(c)} for c in chunks]
         self.recompiles += _graphs_compiled() - graphs
         counts = registry.telemetry().values()
         total = sum(c.total_blocks for c in counts)
@@ -131,6 +131,15 @@ class Contender:
         first = time.perf_counter() - begin
         self.compile_s = max(0.0, first - self.roll_out(scenario, text).rollout.dit_core_s)
         self.recompiles = 0
+
+
+def _done(record: "lipass.receipt.ChunkRecord") -> dict[str, Any]:
+    """What became of the plan of a chunk."""
+    return {
+        "latents_read": record.latents_read,
+        "looked_up": record.lookups,
+        "missed": record.misses,
+    }
 
 
 def _graphs_compiled() -> int:
@@ -193,7 +202,9 @@ def compare(
                 "self_consistency_db": self_consistency_db(run.frames, scenario.w2c, given),
                 "relative_error_vs_off": _relative(run, runs["off"], given),
                 "density": run.density,
-                "steps_computed": sum(c.steps_computed for c in chunks),
+                # a reused step that found nothing stored was computed after all
+                "steps_computed": sum(c.steps_computed for c in chunks)
+                + sum(plan["done"]["missed"] for plan in run.plans),
                 "steps_total": _STEPS * len(chunks),
                 "context_latents_mean": statistics.mean(len(c.context) for c in chunks),
                 "kv_bytes_peak": max(c.kv_bytes for c in chunks),

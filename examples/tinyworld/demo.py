@@ -160,6 +160,7 @@ def _rollout(key: tuple, scene: Scenario, run: Run) -> dict:
                 "overlap_max": max((f["overlap"] or 0 for f in context["frames"]), default=None),
                 "steps_computed": record.steps_computed,
                 "steps_total": 4,
+                **(plan["done"] if plan else {}),
                 "density": run.density,
                 "seconds": record.prefill_s + record.denoise_s,
             }

@@ -237,8 +237,10 @@ def _step(y: float, step: int, rows: int) -> str:
 
 
 def _camera_readers(passes: list[dict]) -> set[str]:
-    notes = [note for one in passes if one["name"] == "prune-context" for note in one["notes"]]
-    return {note["site"] for note in notes if note["action"] == "rewritten"}
+    from lipass.passes.core import pass_class
+
+    reads = [one for one in passes if pass_class(one["name"]).section == "context"]
+    return {n["site"] for one in reads for n in one["notes"] if n["action"] == "rewritten"}
 
 
 def _rail(camera: tuple[float, float], read_at: list[float]) -> str:

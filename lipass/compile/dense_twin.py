@@ -21,21 +21,20 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
+from lipass.compile.argument_sizes import ArgumentSizes, Bindings, number
 from lipass.kernels import registry
 from lipass.passes.attention.sparse_call import SparseCall
-from lipass.passes.core import PassPipeline
-from lipass.passes.graph.compat import symbols_of, value
+from lipass.passes.core import Pass, PassPipeline
+from lipass.passes.graph.compat import value
 from lipass.passes.graph.marks import region_name
 from lipass.passes.graph.names import names_of
 from lipass.runtime.chunk import Chunk
 from lipass.runtime.scope import current_step
 
 Compiled = Callable[..., Any]
-Bindings = tuple[tuple[str, int], ...]
 
-_LEAVES_OUT = frozenset({"prune-context", "sparse-attention", "pool-history", "attend-pieces"})
 _EVERY_KEY = "every key of the chosen context is visited"
 
 
@@ -55,11 +54,13 @@ class _Call:
 
 def pipeline_of_twin(pipeline: PassPipeline) -> PassPipeline | None:
     """Return the passes of the twin, or None where none of them leaves keys out."""
-    kept = tuple(one for one in pipeline if one.name not in _LEAVES_OUT)
-    names = {one.name for one in pipeline}
-    if not names & {"prune-context", "sparse-attention"}:
+    if not any(one.leaves_out for one in pipeline):
         return None
-    return PassPipeline(kept)
+    kept: dict[str, Pass] = {}
+    for one in pipeline:
+        if one.in_dense_twin and not one.leaves_out and kept.keys() >= set(one.requires):
+            kept[one.name] = one
+    return PassPipeline(tuple(kept.values()))
 
 
 class DenseTwin:
@@ -72,7 +73,7 @@ class DenseTwin:
     def __init__(self, compiled: Compiled, rewritten: GraphModule) -> None:
         self.compiled = compiled
         self._calls = [_describe(node, in_step) for node, in_step in _operators(rewritten)]
-        self._sizes = _sizes_in_arguments(rewritten.graph)
+        self._sizes = ArgumentSizes(rewritten.graph)
         steps = rewritten.graph.find_nodes(op="call_module")
         self._steps = sum(region_name(node) is not None for node in steps)
 
@@ -87,7 +88,7 @@ class DenseTwin:
     def run(self, args: tuple[Any, ...], chunk: Chunk, reason: str) -> Any:
         """Run the model's own attention and count it."""
         outputs = self.compiled(*args)
-        sizes = tuple([(name, _read(args, place)) for name, place in self._sizes])
+        sizes = self._sizes(args)
         computed = self._steps
         if self._steps and current_step() is None:
             computed -= len(chunk.step_plan(self._steps).reused)
@@ -126,34 +127,8 @@ def _describe(node: torch.fx.Node, in_step: bool) -> _Call:
     @functools.lru_cache(maxsize=64)
     def blocks(sizes: Bindings) -> int:
         known = dict(sizes)
-        layout, grid = call.layout(lambda size: _number(size, known))
-        return _number(batch, known) * _number(heads, known) * grid.blocks * layout.blocks
+        layout, grid = call.layout(lambda size: number(size, known))
+        return number(batch, known) * number(heads, known) * grid.blocks * layout.blocks
 
     names, masked = tuple(names_of(call.site)), call.keep_frames is not None
     return _Call(names, call.role, call.budget, masked, in_step, blocks)
-
-
-def _number(size: int | torch.SymInt, known: dict[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs({one: known[str(one)] for one in expression.free_symbols}))
-
-
-def _sizes_in_arguments(graph: Graph) -> tuple[tuple[str, tuple[int, int | None]], ...]:
-    """Say for each symbol which argument it is, or the size of which axis of which argument."""
-    found: dict[str, tuple[int, int | None]] = {}
-    for n, node in enumerate(graph.find_nodes(op="placeholder")):
-        given = value(node)
-        if isinstance(given, torch.Tensor):
-            for axis, size in enumerate(given.shape):
-                if symbols_of(size) == {str(size)}:
-                    found.setdefault(str(size), (n, axis))
-        elif isinstance(given, torch.SymInt) and symbols_of(given) == {str(given)}:
-            found[str(given)] = (n, None)
-    return tuple(sorted(found.items()))
-
-
-def _read(args: tuple[Any, ...], place: tuple[int, int | None]) -> int:
-    number, axis = place
-    return int(args[number] if axis is None else args[number].shape[axis])

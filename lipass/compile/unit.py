@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,25 +18,32 @@ from lipass.compile.cut_graph import compile_parts, outlined
 from lipass.compile.dense_twin import DenseTwin, leaves_out, pipeline_of_twin
 from lipass.compile.gate import measured_gate
 from lipass.compile.graph_breaks import break_of
+from lipass.compile.hidden import is_whole, refuse_unseen, watched
+from lipass.compile.models import model_of
+from lipass.compile.reading import GraphReading
+from lipass.compile.sites import (
+    found_in,
+    graphs_of,
+    makes_sparse,
+    refuse_dense,
+    site_records,
+)
 from lipass.compile.stages import without_stages
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates
 from lipass.passes import runner
-from lipass.passes.attention.site import AttentionSite, sites
-from lipass.passes.core import Note, PassContext, PassError, PassPipeline
-from lipass.passes.graph.compat import is_symbolic, start_again_with_constants, undisturbed
+from lipass.passes.core import PassContext, PassError, PassPipeline
+from lipass.passes.graph.compat import start_again_with_constants, undisturbed
 from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
-from lipass.passes.graph.names import names_of, without_repeat
-from lipass.receipt import PassRecord, SiteRecord, current_report
+from lipass.receipt import PassRecord, current_report
 from lipass.runtime.chosen_context import chosen_by_caller
 from lipass.runtime.scope import current_chunk, current_step
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
 
-_REWRITERS = ("prune-context", "sparse-attention")
 _ATTENTION = (
     torch.ops.lipass.sparse_attention.default,
     torch.ops.lipass.attend_pieces.default,
@@ -51,12 +57,14 @@ class CompiledUnit:
         inputs: what its inputs are if the graph is one denoising step, which the session may
             answer from what an earlier one returned; None for graphs that always compute.
         twin: what runs instead where nothing is left out; None where nothing ever is.
+        reading: what its calls read of the history, compared with what a session decided.
     """
 
     def __init__(self, compiled: Compiled, inputs: StepInputs | None = None) -> None:
         self.compiled = compiled
         self.inputs = inputs
         self.twin: DenseTwin | None = None
+        self.reading: GraphReading | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph, or answer from what is kept."""
@@ -67,7 +75,8 @@ class CompiledUnit:
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
         chunk = current_chunk()
-        if self.twin is not None and chunk is not None:
+        chosen = self.reading.of_call(chunk, args).chosen if self.reading else None
+        if self.twin is not None and chunk is not None and chosen is None:
             reason = self.twin.why_dense(chunk)
             if reason is not None:
                 return self.twin.run(args, chunk, reason)
@@ -78,7 +87,7 @@ class CompiledUnit:
             if chunk.plan.dense_reason is not None:
                 scopes.enter_context(registry.force("dense", chunk.plan.dense_reason))
             if chunk.session.config.context is not None:
-                scopes.enter_context(chosen_by_caller())
+                scopes.enter_context(chosen_by_caller(chosen))
             return self.compiled(*args)
 
 
@@ -109,29 +118,28 @@ def compile_unit(
     twin_passes = pipeline_of_twin(pipeline)
     untouched = None if twin_passes is None else _copy(gm)
     try:
-        records = runner.run_pipeline(pipeline, gm, ctx, keep_going=keep_going)
+        runs = runner.run_pipeline(pipeline, gm, ctx, keep_going=keep_going)
     except PassError as error:
         raise LipassError(str(error)) from error
     report = current_report()
-    if (why := getattr(gm, "compile_subgraph_reason", None)) and why.graph_break:
+    why = getattr(gm, "compile_subgraph_reason", None)
+    if why and why.graph_break:
         report.add_graph_break(break_of(why))
-    for record in records:
+    for record in runs:
         notes = tuple(f"{note.site}: {note.action}, {note.reason}" for note in record.notes)
         report.add_pass(
             PassRecord(record.name, record.changed, record.seconds, notes, record.failure)
         )
     if ctx.constant_floats:
         start_again_with_constants(ctx.constant_floats)
-    found = [
-        replace(site, name=name)
-        for graph in _graphs(gm)
-        for _, site in sites(graph)
-        for name in names_of(site.name)
-    ]
-    for site in found:
-        report.add_site(_site_record(site, ctx.notes))
+    found, model = found_in(gm), model_of(gm)
+    records = site_records(found, pipeline, ctx.notes, model.name)
+    owner = report.add_sites(records)
     if config.strict:
-        _refuse_dense(found, pipeline, ctx.notes)
+        refuse_dense(found, pipeline, ctx.notes)
+    watches = config.strict and makes_sparse(pipeline)
+    if watches:
+        refuse_unseen(gm)
     _prepare_kernels(gm)
     compiled = _compile(gm, example_inputs, inner_compile)
     # What `lipass.attend` has planted is dense where it has to be, and counts by itself.
@@ -142,8 +150,12 @@ def compile_unit(
         runner.run_pipeline(twin_passes, untouched, ctx_of_twin, keep_going=keep_going)
         twin = _compile(untouched, example_inputs, inner_compile)
         compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
+    if isinstance(compiled, CompiledUnit):
+        compiled.reading = GraphReading(config, pipeline, gm, found)
+    if watches:
+        compiled = watched(compiled, len(found), whole=is_whole(why))
     report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
-    return compiled
+    return model.counting(compiled, records, owner)
 
 
 def _compile(
@@ -151,7 +163,8 @@ def _compile(
 ) -> Compiled:
     inner_compile = without_stages(inner_compile, skipped_stages(gm))
     inputs = step_inputs_of(gm.graph.output_node())
-    asks = inputs is not None or bool(outlined(gm.graph)) or _has_operators(gm)
+    of_latents = any(site.role in ("prefill", "decode") for site in found_in(gm))
+    asks = inputs is not None or bool(outlined(gm.graph)) or of_latents or _has_operators(gm)
     if outlined(gm.graph):
         compiled = compile_parts(gm, example_inputs, inner_compile)
     else:
@@ -169,7 +182,7 @@ def _has_operators(gm: torch.fx.GraphModule) -> bool:
     """Whether passes have put an operator in that counts its calls or asks the session."""
     return any(
         isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "lipass"
-        for graph in _graphs(gm)
+        for graph in graphs_of(gm)
         for node in graph.nodes
     )
 
@@ -178,7 +191,7 @@ def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
     """Build and measure what runs on the CPU: everybody waits for a compilation, not a frame."""
     calls = [
         node.meta["example_value"]
-        for graph in _graphs(gm)
+        for graph in graphs_of(gm)
         for node in graph.nodes
         if node.target in _ATTENTION
     ]
@@ -189,51 +202,6 @@ def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
     with undisturbed():
         for dtype, dim in kinds:
             cpu_rates(dtype, dim, torch.get_num_threads())
-
-
-def _graphs(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:
-    """List the graph and those of the modules that passes outlined from it."""
-    return [m.graph for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
-
-
-def _site_record(site: AttentionSite, notes: list[Note]) -> SiteRecord:
-    action, reason = "kept", "no pass of the pipeline rewrites attention"
-    own = [note for note in notes if without_repeat(note.site) == without_repeat(site.name)]
-    # What no pass was to make sparse may still be read in another way.
-    for names in (("collapse-keys", "attend-pieces"), _REWRITERS):
-        for note in own:
-            if note.pass_name in names:
-                action, reason = note.action, note.reason
-    return SiteRecord(
-        name=site.name,
-        source=site.where,
-        role=site.role,
-        grid=site.q_grid and tuple(_plain(size) for size in site.q_grid),
-        segments=tuple(segment.role for segment in site.segments),
-        action=action,
-        reason=reason,
-    )
-
-
-def _plain(size: int | torch.SymInt) -> int | str:
-    return str(size) if is_symbolic(size) else int(size)
-
-
-def _refuse_dense(found: list[AttentionSite], pipeline: PassPipeline, notes: list[Note]) -> None:
-    """Raise if the pipeline makes attention sparse and could not where it should have."""
-    if not any(one.name == "sparse-attention" for one in pipeline):
-        return
-    records = [_site_record(site, notes) for site in found if site.role not in ("cross", "text")]
-    dense = [r for r in records if r.action == "kept" and "dense_layers" not in r.reason]
-    if dense:
-        lines = "\n".join(
-            f"  {r.name} ({r.source or 'no source line'}): {r.reason}" for r in dense
-        )
-        raise LipassError(
-            f"strict: every attention over latents must become sparse, got {len(dense)} that stay "
-            f"dense:\n{lines}\nfix the cause, name the layers in sparse.dense_layers, or set "
-            "strict to False"
-        )
 
 
 def _compile_id() -> Any:

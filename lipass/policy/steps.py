@@ -14,7 +14,7 @@ last step; here it is protected.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lipass.config import StepOptions
@@ -111,6 +111,22 @@ def plan_steps(total: int, options: StepOptions | None, *, allowed: bool, reason
             reused.append(index)
             reasons.append(f"reused: {reason}")
     return StepPlan(options.form, tuple(reused), tuple(reasons))
+
+
+def all_taken(plan: StepPlan, why_all: str | None = None) -> StepPlan:
+    """Return the plan for a loop that takes each step itself, in the lookup form.
+
+    Args:
+        plan: which steps compute.
+        why_all: why none may be reused; None keeps those of the plan.
+    """
+    if why_all is None:
+        return replace(plan, form="lookup")
+    reasons = tuple(
+        f"computed: {why_all}" if index in plan.reused else reason
+        for index, reason in enumerate(plan.reasons)
+    )
+    return StepPlan("lookup", (), reasons)
 
 
 def merged_sigmas(sigmas: Sequence[float], plan: StepPlan) -> list[float]:

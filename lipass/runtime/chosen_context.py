@@ -9,14 +9,22 @@ from torch import Tensor
 from lipass.kernels import registry
 
 
-def chosen_by_caller() -> AbstractContextManager[None]:
-    """Score every view 1 in graphs called inside.
+def chosen_by_caller(kept: tuple[int, ...] | None = None) -> AbstractContextManager[None]:
+    """Do not score views in graphs called inside: the session has, once for the chunk.
 
-    The session has scored them once for the chunk; a graph asks again in prefill and at each step.
+    Args:
+        kept: the views of the memory that score 1, all others -1, which is below any threshold;
+            None where the memory holds nothing else.
     """
-    return registry.answer("view_overlap", _all_seen)
 
+    def score(query_w2c: Tensor, memory_w2c: Tensor) -> Tensor:
+        """Give scores `[B, M]` for memory cameras `[B, M, 4, 4]`."""
+        shape = memory_w2c.shape[:-2]
+        if kept is None:
+            return query_w2c.new_ones(shape)
+        scores = query_w2c.new_full(shape, -1.0)
+        for view in kept:
+            scores[..., view] = 1.0
+        return scores
 
-def _all_seen(query_w2c: Tensor, memory_w2c: Tensor) -> Tensor:
-    """Give scores `[B, M]` of 1 for memory cameras `[B, M, 4, 4]`."""
-    return query_w2c.new_ones(memory_w2c.shape[:-2])
+    return registry.answer("view_overlap", score)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, with_steps
-from lipass.policy.steps import StepPlan, plan_steps
+from lipass.policy.steps import StepPlan, all_taken, plan_steps
 from lipass.receipt import ChunkRecord, current_report
+from lipass.runtime.schedule import Schedule
 from lipass.runtime.scope import Block, enter, leave
 from lipass.runtime.step import StepState
 from lipass.runtime.steps import StepLoop, StepSequence
@@ -33,6 +33,8 @@ class Chunk:
         loop: the loop of steps that is running; None outside of one.
         lookups: calls answered from kept outputs.
         misses: calls of reused steps that computed; `why_missed` counts the reasons.
+        latents_read: most history latents that a compiled call read; None where none was called,
+            or it chose by itself.
     """
 
     def __init__(self, session: Session, plan: ChunkPlan) -> None:
@@ -43,6 +45,7 @@ class Chunk:
         self.lookups = 0
         self.misses = 0
         self.why_missed: Counter[str] = Counter()
+        self.latents_read: int | None = None
         self._listed = False
         self._began = 0.0
         self._block: Block | None = None
@@ -57,20 +60,27 @@ class Chunk:
         """History latents that the model reads, ascending."""
         return self.plan.context.indices
 
-    def steps(self, sigmas: Sequence[float] | Tensor) -> StepSequence:
+    def steps(self, sigmas: Sequence[float] | Tensor | Any) -> StepSequence:
         """Iterate over the denoising steps that the sampler takes.
 
         In the "merge" form only computed steps come, each reaching over the reused ones behind it;
         in the "lookup" form all come, and the compiled model answers the reused ones itself.
 
         Args:
-            sigmas: `steps + 1` noise levels, the last one included; a tensor is never read.
+            sigmas: `steps + 1` noise levels, the last one included; a tensor is read on the CPU
+                only. Or a scheduler of diffusers after `set_timesteps`, which takes all steps
+                itself, `x = scheduler.step(v, step.timestep, x).prev_sample`: form "lookup".
 
         Raises:
-            ValueError: fewer than two levels, or one that is not finite.
+            ValueError: fewer than two levels, one that is not finite, timesteps in place of
+                sigmas, or a scheduler that has no timesteps yet.
         """
-        plan = self.step_plan(_check_sigmas(sigmas) - 1)
-        return StepSequence(self, plan.sequence(), sigmas)
+        schedule = Schedule.of(sigmas)
+        plan = self.step_plan(schedule.steps)
+        if schedule.form is not None:
+            plan = all_taken(plan, schedule.why_all)
+            self.plan = with_steps(self.plan, plan)
+        return StepSequence(self, plan.sequence(), schedule)
 
     def step_plan(self, total: int) -> StepPlan:
         """Decide which of `total` steps compute, for a loop that is inside the compiled graph.
@@ -159,27 +169,14 @@ class Chunk:
             return
         self.session.finish(self.plan)
         seconds = time.perf_counter() - self._began
-        current_report().add_chunk(
-            ChunkRecord(
-                self.session.number,
-                self.plan,
-                seconds,
-                self.lookups,
-                self.misses,
-                dict(self.why_missed),
-            )
+        record = ChunkRecord(
+            self.session.number,
+            self.plan,
+            seconds,
+            self.lookups,
+            self.misses,
+            dict(self.why_missed),
+            self.latents_read,
         )
-
-
-def _check_sigmas(sigmas: Sequence[float] | Tensor) -> int:
-    shape = list(sigmas.shape) if isinstance(sigmas, Tensor) else [len(sigmas)]
-    if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(
-            f"sigmas must be a list of at least two noise levels, got shape {shape}; "
-            "include the last one, usually 0"
-        )
-    if not isinstance(sigmas, Tensor):
-        for sigma in sigmas:
-            if isinstance(sigma, float) and not math.isfinite(sigma):
-                raise ValueError(f"sigmas must be finite, got {sigma}; check the schedule")
-    return shape[0]
+        current_report().add_chunk(record)
+        self.session.effect.add(record)

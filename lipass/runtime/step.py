@@ -24,8 +24,10 @@ class Step:
 
     Attributes:
         index: number in the full list of steps.
-        sigma: noise level it starts from, an entry of the list that was passed.
+        sigma: noise level it starts from, an entry of the list that was passed; None where a
+            scheduler has none.
         sigma_next: noise level it ends at.
+        timestep: what a scheduler calls this step; None where none was passed.
         reused: the compiled model will answer with a stored output.
         state: what the compiled model reads.
     """
@@ -35,6 +37,7 @@ class Step:
     sigma_next: Any
     reused: bool
     state: StepState = field(repr=False, compare=False)
+    timestep: Any = None
 
     def __enter__(self) -> Step:
         self.state.enter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from lipass.errors import LipassError
 from lipass.passes.graph.marks import StepInputs
 from lipass.policy.steps import PlannedStep
 from lipass.runtime.results import Miss, StepOutputs
+from lipass.runtime.schedule import Schedule
 from lipass.runtime.step import Step, StepState
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ class StepSequence:
         self,
         chunk: Chunk,
         sequence: tuple[PlannedStep, ...],
-        sigmas: Sequence[float] | Tensor,
+        schedule: Schedule,
     ) -> None:
         self._chunk = chunk
         self._sequence = sequence
-        self._sigmas = sigmas
+        self._schedule = schedule
         self._begun: Generator[Step] | None = None
 
     def __len__(self) -> int:
@@ -62,14 +63,15 @@ class StepSequence:
                 # An output is kept only where the next step will ask for it.
                 last = place + 1 == len(self._sequence)
                 wanted = not last and self._sequence[place + 1].reused
-                sigma = self._sigmas[planned.index]
+                sigma = self._schedule.level(planned.index)
                 state = StepState(loop, planned.index, sigma, planned.reused, keeps=wanted)
                 loop.take(state)
                 self._chunk.active = state
                 yield Step(
                     index=planned.index,
                     sigma=sigma,
-                    sigma_next=self._sigmas[planned.next_index],
+                    sigma_next=self._schedule.level(planned.next_index),
+                    timestep=self._schedule.timestep(planned.index),
                     reused=planned.reused,
                     state=state,
                 )

@@ -48,6 +48,7 @@ class GuardSteps(Pass):
     name: ClassVar[str] = "guard-steps"
     numerics: ClassVar[Numerics] = Numerics.APPROX
     requires: ClassVar[tuple[str, ...]] = ("find-attention", "find-steps")
+    section: ClassVar[str | None] = "steps"
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         members: dict[int, list[Node]] = defaultdict(list)

@@ -40,6 +40,8 @@ class PoolHistory(Pass):
     numerics: ClassVar[Numerics] = Numerics.EXACT
     requires: ClassVar[tuple[str, ...]] = ("find-attention",)
     precedes: ClassVar[tuple[str, ...]] = ("guard-steps", "hoist-calls", "share-blocks")
+    section: ClassVar[str | None] = "sparse"
+    in_dense_twin: ClassVar[bool] = False
 
     numbers_min: int = 1 << 22
     """Numbers in the keys of a history, `B * H * L * D`; the means of fewer cost less than a call

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, Node
@@ -44,6 +45,10 @@ class PruneContext(Pass):
     numerics: ClassVar[Numerics] = Numerics.APPROX
     requires: ClassVar[tuple[str, ...]] = ("find-attention", "find-poses")
     precedes: ClassVar[tuple[str, ...]] = ("sparse-attention", "guard-steps")
+    section: ClassVar[str | None] = "context"
+    rewrites_attention: ClassVar[bool] = True
+    leaves_out: ClassVar[bool] = True
+    in_dense_twin: ClassVar[bool] = False
 
     overlap_min: float = 0.3
     """Latents that show less than this share of the new view are left out."""
@@ -59,6 +64,14 @@ class PruneContext(Pass):
     """Whether a cache that prefill returns or writes is filled anew for each chunk."""
     tile: tuple[int, ...] = (4, 4, 4)
     """Tokens of one block along `(T, Y, X)`, where no later pass sets it."""
+
+    @classmethod
+    def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        if not options.get("context"):
+            return {}
+        same = ("overlap_min", "sink_latents", "hfov_deg", "vfov_deg", "near", "far")
+        window = options["context.window_chunks_max"] * options["context.chunk_latents"]
+        return {name: options[f"context.{name}"] for name in same} | {"window_latents": window}
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         cameras = poses(graph)

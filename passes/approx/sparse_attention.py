@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, Node
@@ -41,6 +42,10 @@ class SparseAttention(Pass):
     numerics: ClassVar[Numerics] = Numerics.APPROX
     requires: ClassVar[tuple[str, ...]] = ("find-attention",)
     precedes: ClassVar[tuple[str, ...]] = ("pool-history", "guard-steps")
+    section: ClassVar[str | None] = "sparse"
+    rewrites_attention: ClassVar[bool] = True
+    leaves_out: ClassVar[bool] = True
+    in_dense_twin: ClassVar[bool] = False
 
     tile: tuple[int, ...] = (4, 4, 4)
     """Tokens of one block along `(T, Y, X)`; three more numbers are those of a query block."""
@@ -52,6 +57,14 @@ class SparseAttention(Pass):
     """Leading latents whose blocks are always visited."""
     dense_layers: tuple[int, ...] = ()
     """Attention calls that stay dense, counted from 0 in the order of one model call."""
+
+    @classmethod
+    def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        if not options.get("sparse"):
+            return {}
+        same = ("budget_prefill", "budget_decode", "sink_latents", "dense_layers")
+        tile = options["sparse.tile"] + (options["sparse.query_tile"] or ())
+        return {name: options[f"sparse.{name}"] for name in same} | {"tile": tile}
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False

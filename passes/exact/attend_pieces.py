@@ -42,6 +42,8 @@ class AttendPieces(Pass):
     numerics: ClassVar[Numerics] = Numerics.REORDERED
     requires: ClassVar[tuple[str, ...]] = ("find-attention",)
     precedes: ClassVar[tuple[str, ...]] = ("guard-steps", "share-blocks")
+    rewrites_attention: ClassVar[bool] = True
+    in_dense_twin: ClassVar[bool] = False
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,6 +67,10 @@ class AvoidFaults(Pass):
 
     inner: str = "inductor"
     """The inner compiler; all faults are of Inductor."""
+
+    @classmethod
+    def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        return {"inner": options["inner"]} if "inner" in options else {}
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         if self.inner != "inductor":

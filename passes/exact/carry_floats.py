@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +54,10 @@ class CarryFloats(Pass):
 
     inner: str = "inductor"
     """The inner compiler; `eager` takes floats as they are."""
+
+    @classmethod
+    def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        return {"inner": options["inner"]} if "inner" in options else {}
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False

@@ -41,6 +41,7 @@ class CollapseKeys(Pass):
     numerics: ClassVar[Numerics] = Numerics.REORDERED
     requires: ClassVar[tuple[str, ...]] = ("find-attention",)
     precedes: ClassVar[tuple[str, ...]] = ("hoist-steps", "hoist-calls", "share-blocks")
+    rewrites_attention: ClassVar[bool] = True
 
     keys_min: int = 64
     """Prompts are padded to hundreds of tokens; of fewer keys little is saved."""

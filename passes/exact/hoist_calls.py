@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -66,6 +67,10 @@ class HoistCalls(Pass):
     work_min: int = 1 << 20
     """Multiply-adds that a body has to save; less is not worth a boundary that nothing is fused
     across."""
+
+    @classmethod
+    def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        return {"counted_writes": options.get("counted_writes", False)}
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         if any(step_of(node) for node in graph.nodes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,6 +78,11 @@ class Canonicalize(Pass):
     """Compare attention in another spelling with its SDPA call before it is rewritten."""
     strict: bool = False
     """Raise where that comparison fails."""
+
+    @classmethod
+    def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        verify = options.get("verify", "first") == "first"
+        return {"verify": verify, "strict": verify and options.get("strict", False)}
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import Graph, Node
 
@@ -99,6 +99,16 @@ class FindAttention(Pass):
             raise ValueError(
                 f"segments must be of {', '.join(ROLES)}, got {', '.join(sorted(unknown))}"
             )
+
+    @classmethod
+    def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
+        verify = options.get("verify", "first") == "first"
+        strict = verify and options.get("strict", False)
+        return {
+            "verify": verify,
+            "strict": strict,
+            "token_grid": options.get("sparse.token_grid"),
+        }
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         describe_planted(graph, ctx)

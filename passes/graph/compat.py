@@ -236,6 +236,31 @@ def _changed_keys(variable: Any) -> list[str]:
     return [str(getattr(getattr(key, "vt", key), "value", "")) for key in keys]
 
 
+def real_input(placeholder: torch.fx.Node) -> object:
+    """Return what Dynamo was called with for a placeholder, or None where it does not say."""
+    held = getattr(placeholder.meta.get("grapharg"), "_example", None)
+    return held() if callable(held) and not isinstance(held, torch.Tensor) else held
+
+
+def compiled_frame() -> tuple[str, torch.nn.Module | None]:
+    """Return the name of the function that is being compiled, and the model that it is part of.
+
+    The model is its `self`, or the one module among its arguments.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        root = InstructionTranslator.current_tx().output
+        name, local = str(root.root_tx.f_code.co_name), dict(root.local_scope)
+    except (ImportError, AttributeError):
+        return "", None
+    mine = local.get("self")
+    if isinstance(mine, torch.nn.Module):
+        return name, mine
+    modules = [one for one in local.values() if isinstance(one, torch.nn.Module)]
+    return name, modules[0] if len(modules) == 1 else None
+
+
 def unguarded(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]:
     """Run fake tensors without adding guards."""
     return mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()

@@ -72,8 +72,10 @@ def compiled(model, **options):
 
 
 def call(fast, session, latents):
-    with session.chunk(poses=W2C[:latents], query=W2C[latents : latents + 4]), torch.no_grad():
-        return fast(X, cameras(latents), TEXT, history(latents))
+    query = W2C[latents : latents + 4]
+    with session.chunk(poses=W2C[:latents], query=query) as chunk, torch.no_grad():
+        kept = len(chunk.context)
+        return fast(X, cameras(kept), TEXT, history(kept))
 
 
 def test_short_contexts_run_the_models_own_attention(ran):

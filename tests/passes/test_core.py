@@ -34,7 +34,7 @@ def test_presets_parse(preset):
 def test_text_overrides_defaults():
     pipeline = PassPipeline.parse(
         "canonicalize,find-attention,sparse-attention{budget_decode=0.5}",
-        {"sparse-attention": {"budget_decode": 0.1, "budget_prefill": 0.2}},
+        {"sparse-attention.budget_decode": 0.1, "sparse-attention.budget_prefill": 0.2},
     )
     assert str(pipeline).endswith("sparse-attention{budget_prefill=0.2 budget_decode=0.5}")
 

@@ -1,0 +1,150 @@
+"""Compare what a call of a graph reads with what the session decided for the chunk."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx
+
+from lipass.compile.argument_sizes import ArgumentSizes, Bindings, number
+from lipass.config import Config
+from lipass.passes.attention.site import AttentionSite, poses
+from lipass.passes.core import PassPipeline
+from lipass.passes.graph.compat import Size
+from lipass.policy.views import check_poses
+from lipass.runtime.agreement import differences, disagreement, tell
+from lipass.session import Chunk, Session
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one call may read.
+
+    Attributes:
+        chosen: history latents that the graph has to leave the others out for; None where the
+            model has done so, or nobody has.
+    """
+
+    chosen: tuple[int, ...] | None = None
+
+
+_AS_GIVEN = Reading()
+
+
+class GraphReading:
+    """What the calls of one compiled graph read, and whether that is what the session thinks."""
+
+    def __init__(
+        self,
+        config: Config,
+        pipeline: PassPipeline,
+        gm: torch.fx.GraphModule,
+        found: Sequence[AttentionSite],
+    ) -> None:
+        self._config = config
+        self._able = {one.section for one in pipeline if one.section}
+        self._of_latents = any(site.role in ("prefill", "decode") for site in found)
+        decode = [site for site in found if site.role == "decode"]
+        self._history = _history(decode[0]) if decode else None
+        self._prefills = any(site.role == "prefill" for site in found)
+        self._sizes = ArgumentSizes(gm.graph)
+        masks = gm.graph.find_nodes(
+            op="call_function", target=torch.ops.lipass.view_overlap.default
+        )
+        self._prunes = bool(masks)
+        always = [one for one in pipeline if one.section == "context" and one.leaves_out]
+        self._sink, self._window = (
+            max((getattr(one, name, 0) for one in always), default=0)
+            for name in ("sink_latents", "window_latents")
+        )
+        inputs = gm.graph.find_nodes(op="placeholder")
+        self._cameras = [(inputs.index(n), n.name, f.history_latents) for n, f in poses(gm.graph)]
+        self._met: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._told: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._checked: weakref.WeakSet[Chunk] = weakref.WeakSet()
+        self._latest: tuple[Callable[[], Chunk | None], Bindings, Reading]
+        self._latest = (lambda: None, (), _AS_GIVEN)
+
+    def of_call(self, chunk: Chunk | None, args: tuple[Any, ...]) -> Reading:
+        """Say what a call reads, count it for the receipt, and tell where the two sides differ.
+
+        Raises:
+            LipassError: under `strict`, where a warning is given otherwise.
+            ValueError: cameras that the graph chooses by and that are none.
+        """
+        if chunk is None or not self._of_latents:
+            return _AS_GIVEN
+        sizes = self._sizes(args)
+        latest, of_sizes, reading = self._latest
+        if latest() is not chunk or of_sizes != sizes:  # once for all steps of a chunk
+            self._meet(chunk.session)
+            reading = self._first(chunk, args, sizes)
+            self._latest = (weakref.ref(chunk), sizes, reading)
+        return reading
+
+    def _meet(self, session: Session) -> None:
+        if session in self._met:
+            return
+        self._met.add(session)
+        if lines := differences(self._config, self._able, session.config):
+            presets = self._config.preset, session.config.preset
+            tell(disagreement(lines, *presets), strict=self._strict(session))
+
+    def _first(self, chunk: Chunk, args: tuple[Any, ...], sizes: Bindings) -> Reading:
+        session, there = chunk.session, chunk.plan.history_latents
+        if session.config.context is None:
+            self._check_cameras(chunk, args, dict(sizes))
+        if self._history is None or (session.config.context is None and self._prunes):
+            return _AS_GIVEN
+        read, chosen = number(self._history, dict(sizes)), chunk.context
+        reading = _AS_GIVEN
+        if session.config.context is not None and read > len(chosen):
+            if read == there and self._prunes and not self._prefills:
+                self._check_cameras(chunk, args, dict(sizes))
+                reading = Reading(tuple(chosen))
+                window = range(max(0, there - self._window), there)
+                read = len({*chosen, *window, *range(min(self._sink, there))})
+            elif session not in self._told:
+                self._told.add(session)
+                tell(_ignored(read, len(chosen), there), strict=self._strict(session))
+        chunk.latents_read = max(read, chunk.latents_read or 0)
+        return reading
+
+    def _strict(self, session: Session) -> bool:
+        return self._config.strict or session.config.strict
+
+    def _check_cameras(self, chunk: Chunk, args: tuple[Any, ...], known: dict[str, int]) -> None:
+        """Check the cameras that the graph chooses by, once a chunk: it takes a device read."""
+        if not self._prunes or chunk in self._checked:
+            return
+        self._checked.add(chunk)
+        for place, name, history in self._cameras:
+            count = number(history, known)
+            for w2c in args[place]:
+                try:
+                    check_poses(w2c[:count] if count else None, w2c[count:])
+                except ValueError as error:
+                    raise ValueError(
+                        f"the model chooses its context by its input {name.removeprefix('l_')}: "
+                        f"{error}; or leave the pass out that does, see lipass inspect"
+                    ) from None
+
+
+def _history(site: AttentionSite) -> Size:
+    total: Size = 0
+    for segment in site.segments:
+        if segment.role == "history":
+            total = total + segment.grid[0]
+    return total
+
+
+def _ignored(read: int, chosen: int, there: int) -> str:
+    return (
+        f"a model must read the history latents that its session chose, got a call that reads "
+        f"{read} where {chosen} of {there} were chosen, so nothing else was dropped; build the "
+        "history from `chunk.context`, or compile with the section context and the cameras of all "
+        "latents as an input [B, F, 4, 4]"
+    )

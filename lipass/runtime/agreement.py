@@ -1,0 +1,80 @@
+"""Say which options of a compiled graph and of a session nobody reads, where the two meet.
+
+Each option is read on one side. A graph holds what may be used, a session says what is: so a graph
+may hold more than its session asks for, and presets may differ. What is told is an option that was
+given on the side that does not read it, and a section that the session asks for and the graph does
+not have.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Set
+from dataclasses import fields
+
+from lipass.config import SECTIONS, Config, ViewOptions
+from lipass.errors import LipassError, LipassWarning
+from lipass.presets import ADAPTIVE
+
+# Of the options of sparse attention a session reads those that hold for whole chunks.
+_CHUNKWISE = ("sparse.dense_chunks", "sparse.dense_latents")
+_CAMERA = tuple(field.name for field in fields(ViewOptions) if field.name != "chunk_latents")
+
+
+def differences(graph: Config, able: Set[str], session: Config) -> list[str]:
+    """List what one side was told and the other silently ignores, a line each.
+
+    Args:
+        graph: what the graph was compiled with.
+        able: sections that passes of its pipeline belong to.
+        session: what the session was opened with.
+    """
+    if graph.fingerprint() == session.fingerprint():
+        return []
+    lines = []
+    if session.sparse and "sparse" not in able:
+        lines.append("sparse: on in the session, not in the graph")
+    if session.steps and session.steps.form == "lookup" and "steps" not in able:
+        lines.append("steps: the session looks them up, the graph cannot answer")
+    compiled, opened = graph.to_options(), session.to_options()
+    for name in SECTIONS:
+        if graph.context and name == "context" and not session.context:
+            lines += _two_cameras(compiled, opened)
+            continue  # the graph chooses by itself
+        for option, default in ADAPTIVE[name].items():
+            key = f"{name}.{option}"
+            ours, theirs = compiled.get(key, "off"), opened.get(key, "off")
+            in_session = name != "sparse" or key in _CHUNKWISE
+            ignored, read = (ours, theirs) if in_session else (theirs, ours)
+            if ignored not in ("off", default, read) and (in_session or name in able):
+                where = ("graph", "session") if in_session else ("session", "graph")
+                lines.append(f"{key}: {ignored} in the {where[0]}, {read} in the {where[1]}")
+    return lines
+
+
+def tell(message: str, *, strict: bool) -> None:
+    """Warn, or raise under `strict`.
+
+    Raises:
+        LipassError: with the message.
+    """
+    if strict:
+        raise LipassError(f"strict: {message}")
+    warnings.warn(message, LipassWarning, stacklevel=3)
+
+
+def disagreement(lines: list[str], preset: str, session_preset: str) -> str:
+    """Put lines of `differences` into one sentence."""
+    return (
+        f"a compiled model and its session must have the same options, got preset {preset!r} in "
+        f"the graph and {session_preset!r} in the session, of which is ignored: "
+        f"{'; '.join(lines)} (a graph reads sparse.*, a session context.*, steps.* and "
+        f"{' and '.join(_CHUNKWISE)}); give both the same options"
+    )
+
+
+def _two_cameras(compiled: dict[str, object], opened: dict[str, object]) -> Iterator[str]:
+    for option in _CAMERA:
+        ours, theirs = compiled[f"context.{option}"], opened.get(f"steps.{option}")
+        if theirs is not None and ours != theirs:
+            yield f"{option}: {ours} in the graph, {theirs} in the session"

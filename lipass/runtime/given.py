@@ -1,0 +1,74 @@
+"""Check what a session is given for a chunk: how cameras are written, how many latents it has.
+
+`chunk_latents` counts windows and clips of the history, in the session and in the graph. So chunks
+must have that length, but for two: a first chunk without a history may have any, and a stream may
+end with a shorter one. A shorter chunk is taken for the last; one that follows it is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipass.config import Config
+from lipass.policy.convention import Convention, looks_swapped
+from lipass.policy.views import check_poses
+from lipass.runtime.agreement import tell
+
+
+class GivenChunks:
+    """What the chunks of one session have been given so far."""
+
+    def __init__(self, config: Config, convention: str) -> None:
+        self.convention = Convention.parse(convention)
+        self._strict = config.strict
+        counts = config.context or config.steps
+        # The adaptive rule for steps counts no chunks; the released gate counts clips.
+        if config.context is None and config.steps and config.steps.mode == "adaptive":
+            counts = None
+        self._length = counts.chunk_latents if counts else None
+        self._last: dict[str, int] = {}
+        self._planned: dict[str, int] = {}
+        self._told = False
+
+    def checked(
+        self, poses: Tensor | None, query: Tensor, stream: str, index: int
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the cameras as OpenCV world-to-camera matrices.
+
+        Raises:
+            TypeError: cameras of the wrong kind.
+            ValueError: cameras that are none, or a chunk that is not `chunk_latents` long.
+        """
+        poses = None if poses is None else self.convention.to_w2c(poses)
+        query = self.convention.to_w2c(query)
+        history, new = check_poses(poses, query)
+        self._check_length(len(history), len(new), stream)
+        self._planned[stream] = len(new) if len(history) or index else 0
+        if not self._told and looks_swapped(torch.cat([history, new])):
+            self._told = True
+            other = self.convention.other()
+            tell(
+                f"cameras must be written as the session's convention says, got {self.convention} "
+                f"and a motion that looks like {other}; if it is, open Session(..., "
+                f"convention='{other}')",
+                strict=False,
+            )
+        return (history if len(history) else None), new
+
+    def finished(self, stream: str) -> None:
+        """Remember the length of the chunk that was planned last."""
+        self._last[stream] = self._planned.pop(stream, 0)
+
+    def _check_length(self, history: int, new: int, stream: str) -> None:
+        length, last = self._length, self._last.get(stream, 0)
+        if length is None:
+            return
+        first = history == 0 and last == 0
+        if (new > length and not first) or 0 < last < length:
+            real = new if new > length else last
+            raise ValueError(
+                f"a chunk must have chunk_latents latents (a first one without history may "
+                f"differ, the last may be shorter), got {real} for chunk_latents {length}; "
+                f"set chunk_latents to {real}, in the session and in torch.compile"
+            )

@@ -1,0 +1,131 @@
+"""Whose sites they are, and which pass decided about them."""
+
+import pytest
+import torch
+
+import lipass
+from lipass.compile.sites import site_records
+from lipass.kernels import registry
+from lipass.passes.attention.site import AttentionSite
+from lipass.passes.core import Note, PassPipeline
+from lipass.testing.fixtures import MiniWorld
+
+ALL = (
+    "canonicalize,find-attention,find-poses,find-steps,prune-context,sparse-attention,"
+    "attend-pieces,share-blocks"
+)
+
+
+def decide(*notes, role="decode", text=ALL):
+    site = AttentionSite("blocks.0:decode", "m.py:3", role, None, (), 1.0, reason="a mask")
+    (record,) = site_records([site], PassPipeline.parse(text), [Note(*one) for one in notes])
+    return record.action, record.reason
+
+
+SITE = "blocks.0:decode"
+
+
+@pytest.mark.parametrize(
+    ("notes", "expected"),
+    [
+        pytest.param(
+            [
+                ("sparse-attention", SITE, "kept", "its gradient is recorded"),
+                ("share-blocks", SITE, "kept", "it is there once"),
+            ],
+            ("kept", "its gradient is recorded"),
+            id="a pass that shares code decides nothing",
+        ),
+        pytest.param(
+            [("prune-context", "context", "kept", "the graph has 0 camera inputs")],
+            ("kept", "the graph has 0 camera inputs"),
+            id="what a pass says of the whole graph holds for the site",
+        ),
+        pytest.param(
+            [
+                ("prune-context", "context", "kept", "the graph has 0 camera inputs"),
+                ("sparse-attention", SITE, "rewritten", "decode, budget 0.3"),
+            ],
+            ("rewritten", "decode, budget 0.3"),
+            id="the pass that rewrote it, not the one that did not",
+        ),
+        pytest.param(
+            [
+                ("prune-context", SITE, "rewritten", "keys of kept latents only"),
+                ("sparse-attention", SITE, "kept", "layer 0 is in dense_layers"),
+            ],
+            ("rewritten", "keys of kept latents only; layer 0 is in dense_layers"),
+            id="a rewrite stays one where a later pass keeps it",
+        ),
+        pytest.param(
+            [
+                ("sparse-attention", SITE, "kept", "layer 0 is in dense_layers"),
+                ("attend-pieces", SITE, "rewritten", "dense over 3 pieces"),
+            ],
+            ("kept", "layer 0 is in dense_layers"),
+            id="an approximation has the last word",
+        ),
+    ],
+)
+def test_reason_is_that_of_the_pass_that_decided(notes, expected):
+    assert decide(*notes) == expected
+
+
+def test_site_that_nobody_understood_says_why():
+    text = "canonicalize,find-attention,attend-pieces"
+    assert decide(role="other", text=text) == ("kept", "other: a mask")
+
+
+def both(preset="sparse"):
+    options = {"preset": preset, "inner": "eager", "sparse.budget": 0.3}
+    models = [MiniWorld().eval() for _ in range(2)]
+    return [torch.compile(m, backend="light_interaction", options=options) for m in models]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_two_models_of_one_class_stay_apart(mini_world_inputs):
+    first, second = both()
+    with torch.no_grad():
+        for n in (3, 4):
+            first(*mini_world_inputs(n))
+        names = set(lipass.report().sites)
+        registry.reset_telemetry()
+        first(*mini_world_inputs(4))
+        for _ in range(2):
+            second(*mini_world_inputs(4))
+        first(*mini_world_inputs(4))
+    report = lipass.report()
+    mine, other = sorted({site.model for site in report.sites.values()})
+    assert other.startswith(f"{mine.partition('#')[0]}#")
+    assert set(report.sites) == names | {f"{other}/{name}" for name in names}
+    calls = {key: counts.calls for key, counts in registry.telemetry().items()}
+    assert calls == dict.fromkeys(report.sites, 2)
+    table = report.table()
+    assert table.count("site ") == 2
+    assert f"\n{other}\n" in table
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_two_graphs_of_one_model_have_one_name(mini_world_inputs):
+    first, _ = both()
+    with torch.no_grad():
+        for n in (3, 4, 5):
+            first(*mini_world_inputs(n))
+    assert len({site.model for site in lipass.report().sites.values()}) == 1
+    assert all("/" not in key for key in lipass.report().sites)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_models_of_two_classes_stay_apart(mini_world_inputs):
+    class Expert(MiniWorld):
+        def forward(self, *args):
+            return super().forward(*args) * 2
+
+    options = {"preset": "sparse", "inner": "eager"}
+    with torch.no_grad():
+        for model in (MiniWorld().eval(), Expert().eval()):
+            fast = torch.compile(model, backend="light_interaction", options=options)
+            for n in (3, 4):
+                fast(*mini_world_inputs(n))
+    models = {site.model.partition("#")[0] for site in lipass.report().sites.values()}
+    assert models == {"MiniWorld", "Expert"}
