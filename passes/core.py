@@ -18,7 +18,8 @@ import torch.fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lipass.passes import GROUP, PASSES, registered
-from lipass.passes.graph.compat import Frame, fake_mode_of, frame_being_compiled
+from lipass.passes.graph.compat import fake_mode_of
+from lipass.passes.graph.frame import Frame, frame_being_compiled
 from lipass.passes.identity import uuid_of, uuid_of_pipeline
 
 

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from lipass.config import Config, ContextOptions, SparseOptions, StepOptions, ViewOptions
+from lipass.config import Config
+from lipass.options import ContextOptions, SparseOptions, StepOptions, ViewOptions
 from lipass.presets import ADAPTIVE, PRESETS, REFERENCE
 
 SECTIONS_ON = {

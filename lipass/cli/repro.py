@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lipass._version import VERSION
 from lipass.cli import UsageError
+from lipass.cli.repro_inputs import NotWritable, drawn_input, megabytes, poses_of, tolerance_of
 from lipass.errors import LipassError
 
 if TYPE_CHECKING:
@@ -94,10 +95,6 @@ class Repros:
         return paths
 
 
-class NotWritable(ValueError):
-    """Report something in a graph that code cannot spell; the form is rule, value, remedy."""
-
-
 def script_of(traced: TracedGraph, index: int, target: str, pipeline: PassPipeline) -> str:
     """Return the text of the script of one graph.
 
@@ -111,19 +108,19 @@ def script_of(traced: TracedGraph, index: int, target: str, pipeline: PassPipeli
     classes = _Classes()
     classes.add("Before", traced.original)
     classes.add("After", traced.rewritten)
-    poses = {node.name for node, _ in _poses(traced.facts.graph)}
+    poses = {node.name for node, _ in poses_of(traced.facts.graph)}
     inputs = traced.original.graph.find_nodes(op="placeholder")
-    drawn = "".join(f'        "{node.name}": {_drawn(node, poses)},\n' for node in inputs)
+    drawn = "".join(f'        "{node.name}": {drawn_input(node, poses)},\n' for node in inputs)
     head = _HEAD.format(
         index=index,
         target=target,
         pipeline=textwrap.indent("\n".join(str(pipeline).split(",")) or "none", "    "),
-        size=_bytes(inputs),
+        size=megabytes(inputs),
         version=VERSION,
         torch=torch.__version__,
     )
     _, _, harness = inspect.getsource(repro_harness).partition("\nfrom __future__")
-    call = f"compare(Before(), After(), inputs(), tolerance={_tolerance(traced)})"
+    call = f"compare(Before(), After(), inputs(), tolerance={tolerance_of(traced)})"
     if classes.uses_lipass:
         classes.imports |= {
             "import lipass.compile.unit  # registers the operators",
@@ -254,59 +251,3 @@ def _wrapped(code: str) -> str:
     names = re.findall(r'(?:[^,"]|"[^"]*")+', head.partition("(")[2].rpartition(")")[0])
     arguments = "".join(f"    {name.strip()},\n" for name in names)
     return f"def forward(\n{arguments}):\n{body}"
-
-
-def _drawn(node: Node, poses: set[str]) -> str:
-    """Return the expression that makes an input of the graph."""
-    import torch
-
-    from lipass.passes.graph.compat import hint, value
-
-    given = value(node)
-    if isinstance(given, torch.Tensor):
-        shape = tuple(map(hint, given.shape))
-        stride = tuple(map(hint, given.stride()))
-        maker = "cameras" if node.name in poses else "random"
-        matrix = isinstance(given, torch.nn.Parameter) and len(shape) > 1
-        scale = f", {shape[-1] ** -0.5:.4g}" if matrix else ""
-        return f"{maker}({shape}, {stride}, {given.dtype}{scale})"
-    if isinstance(given, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return repr(given.node.hint)
-    if isinstance(given, (int, float, bool)) or given is None:
-        return repr(given)
-    raise NotWritable(
-        f"inputs must be tensors and numbers, got {node.name} of kind {type(given).__name__}; "
-        "make it in the model"
-    )
-
-
-def _bytes(inputs: list[Node]) -> str:
-    import torch
-
-    from lipass.passes.graph.compat import hint, value
-
-    tensors = [value(node) for node in inputs if isinstance(value(node), torch.Tensor)]
-    return f"{sum(hint(t.numel()) * t.itemsize for t in tensors) / 1e6:.1f} MB in all"
-
-
-def _tolerance(traced: TracedGraph) -> float:
-    """Return how far the graphs may differ, by the passes that changed something and the dtypes.
-
-    Where sums are reordered it is what `verify` takes in fp32, and a few roundings elsewhere.
-    """
-    import torch
-
-    from lipass.passes.graph.compat import value
-    from lipass.passes.graph.equivalence import TOLERANCE
-
-    if all(record.numerics == "exact" for record in traced.records if record.changed):
-        return 0.0
-    values = [value(node) for node in traced.original.graph.nodes]
-    dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    return max([TOLERANCE, *(4 * torch.finfo(dtype).eps for dtype in dtypes)])
-
-
-def _poses(graph: Graph) -> list[tuple[Node, Any]]:
-    from lipass.passes.attention.site import poses
-
-    return poses(graph)

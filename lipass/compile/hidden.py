@@ -25,7 +25,8 @@ from torch.fx import Node
 
 from lipass.compile.sites import graphs_of
 from lipass.errors import LipassError
-from lipass.passes.graph.compat import compiled_frame, is_parameter, value
+from lipass.passes.graph.compat import is_parameter, value
+from lipass.passes.graph.frame import compiled_frame
 from lipass.passes.graph.names import call_line
 
 Compiled = Callable[..., Any]

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lipass.kernels import registry
-from lipass.passes.graph.compat import compiled_frame, real_input
+from lipass.passes.graph.frame import compiled_frame, real_input
 from lipass.receipt import SiteRecord, current_report
 
 Compiled = Callable[..., Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lipass.config import SparseOptions
+from lipass.options import SparseOptions
 
 # Only attention over the history has a choice of blocks; text is short and always dense.
 _BUDGETED_ROLES = ("prefill", "decode")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipass.config import ContextOptions
+from lipass.options import ContextOptions
 from lipass.policy.revisit import left_since
 
 # Views that differ by less than this share show the same.

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lipass.config import Config, ContextOptions, StepOptions
+from lipass.config import Config
+from lipass.options import ContextOptions, StepOptions
 from lipass.policy import reference_worldplay as worldplay
 from lipass.policy.blocks import dense_chunk
 from lipass.policy.context import ContextPlan, FrameDecision, keep, plan_context

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipass.config import StepOptions
+from lipass.options import StepOptions
 
 # Scores are means of float32 products; equal views may differ in the last digits.
 _ROUNDING = 1e-5

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lipass.config import StepOptions
+from lipass.options import StepOptions
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipass.config import ViewOptions
 from lipass.kernels.view_overlap.api import point_visibility
+from lipass.options import ViewOptions
 
 # bf16 poses (HY-WorldPlay keeps them so) are orthonormal to about 0.01.
 _RIGID_TOLERANCE = 0.05

@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Iterator, Set
 from dataclasses import fields
 
-from lipass.config import SECTIONS, Config, ViewOptions
+from lipass.config import SECTIONS, Config
 from lipass.errors import LipassError, LipassWarning
+from lipass.options import ViewOptions
 from lipass.presets import ADAPTIVE
 
 # Of the options of sparse attention a session reads those that hold for whole chunks.

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.site import sites
-from lipass.passes.graph.compat import hint, is_parameter, source_name, value
+from lipass.passes.graph.compat import hint, is_parameter, value
+from lipass.passes.graph.frame import source_name
 from lipass.passes.graph.marks import StepInputs
 
 _EMBEDDINGS = {F.embedding, torch.embedding}

@@ -10,7 +10,8 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from lipass.passes.graph.compat import known_true, source_name, value
+from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.frame import source_name
 from lipass.passes.graph.modes import half_inside
 from lipass.passes.graph.names import without_repeat
 from lipass.passes.graph.ops import draws

@@ -1,0 +1,95 @@
+"""Ask Dynamo about the function that a graph is of, which no graph shows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._higher_order_ops.invoke_subgraph
+import torch.fx
+import torch.nn.attention
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+
+def _user_name(source: Any) -> str:
+    """Return the name of a source without Dynamo's marks of locals and globals."""
+    name = getattr(source, "name", "")
+    name = str(name() if callable(name) else name)
+    return re.sub(r"\b[LG]\['(\w+)'\]", r"\1", name)
+
+
+def source_name(placeholder: torch.fx.Node) -> str:
+    """Return what the user's code calls an input, such as `text` or `cache[0]`."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    return _user_name(source) or placeholder.name.removeprefix("l_").strip("_")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What Dynamo knows of the function that a graph is of, and no graph shows.
+
+    Attributes:
+        is_whole: the graph begins where the function does and ends where it does.
+        changes: what the function changes outside of the graph: attributes, lists, globals.
+    """
+
+    is_whole: bool = True
+    changes: tuple[str, ...] = ()
+
+
+def frame_being_compiled(graph: torch.fx.Graph) -> Frame:
+    """Describe the function whose graph a backend is given; called outside of one, a whole one."""
+    try:
+        output = InstructionTranslator.current_tx().output
+    except (AttributeError, AssertionError):
+        return Frame()
+    resumed = output.root_tx.f_code.co_name.startswith("torch_dynamo_resume_in")
+    why = getattr(graph.owning_module, "compile_subgraph_reason", None)
+    changed = [
+        one
+        for one in output.side_effects._get_modified_vars()
+        if getattr(one, "source", None) is not None and not hasattr(one, "proxy")
+    ]
+    attributes = output.side_effects.store_attr_mutations
+    names = []
+    for one in changed:
+        of = _user_name(one.source)
+        changed_keys = attributes.get(one, ()) or _changed_keys(one)
+        names += [f"{of}.{name}" for name in changed_keys] or [of]
+    return Frame(not resumed and not (why and why.graph_break), tuple(names))
+
+
+def _changed_keys(variable: Any) -> list[str]:
+    """Return the keys of a dict that Dynamo has seen change, such as those of buffers."""
+    before, after = (getattr(variable, name, {}) for name in ("original_items", "items"))
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return []
+    keys = [key for key, now in after.items() if before.get(key) is not now]
+    return [str(getattr(getattr(key, "vt", key), "value", "")) for key in keys]
+
+
+def real_input(placeholder: torch.fx.Node) -> object:
+    """Return what Dynamo was called with for a placeholder, or None where it does not say."""
+    held = getattr(placeholder.meta.get("grapharg"), "_example", None)
+    return held() if callable(held) and not isinstance(held, torch.Tensor) else held
+
+
+def compiled_frame() -> tuple[str, torch.nn.Module | None]:
+    """Return the name of the function that is being compiled, and the model that it is part of.
+
+    The model is its `self`, or the one module among its arguments.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        root = InstructionTranslator.current_tx().output
+        name, local = str(root.root_tx.f_code.co_name), dict(root.local_scope)
+    except (ImportError, AttributeError):
+        return "", None
+    mine = local.get("self")
+    if isinstance(mine, torch.nn.Module):
+        return name, mine
+    modules = [one for one in local.values() if isinstance(one, torch.nn.Module)]
+    return name, modules[0] if len(modules) == 1 else None
