@@ -124,13 +124,15 @@ class Contender:
         visited = sum(c.visited_blocks for c in counts)
         return Run(rollout, plans, visited / total if total else 1.0)
 
-    def warm_up(self, scenario: Scenario, text: list[KeyValue]) -> None:
+    def warm_up(self, scenario: Scenario, text: list[KeyValue]) -> "Run":
         """Compile, then run until nothing new is compiled; what compiles later is counted."""
         begin = time.perf_counter()
         self.roll_out(scenario, text)
         first = time.perf_counter() - begin
-        self.compile_s = max(0.0, first - self.roll_out(scenario, text).rollout.dit_core_s)
+        run = self.roll_out(scenario, text)
+        self.compile_s = max(0.0, first - run.rollout.dit_core_s)
         self.recompiles = 0
+        return run
 
 
 def _done(record: "lipass.receipt.ChunkRecord") -> dict[str, Any]:

@@ -14,10 +14,12 @@ from torch import Tensor
 import lipass
 from lipass.cli.progress import progress
 
+from .ahead import Ahead
 from .camera import invert
 from .compare import INDUCTOR, Contender, Run, baselines, compare
 from .model import CHUNK_LATENTS, tokenize
 from .report import table, write_report
+from .report.pictures import side_by_side
 from .scenario import PATHS, Scenario, make_scenario
 from .train_batches import prompt_of
 from .weights import load
@@ -67,7 +69,7 @@ def run(*, scope: str, out: Path, as_json: bool, threads: int | None) -> int:
     ]  # fmt: skip
     with torch.no_grad():
         text = model.text(tokenize(prompt_of(scenes[0].attributes))[None])
-        result, frames = _measure(job, model, codec, scenes, text)
+        result, frames = _measure(job, model, codec, scenes, text, out)
     result["seconds"] = time.perf_counter() - begin
     truth = {scene.key: _bytes(scene.truth[len(scene.given) :]) for scene in scenes}
     written = write_report(result, frames, truth, out)
@@ -82,18 +84,53 @@ def run(*, scope: str, out: Path, as_json: bool, threads: int | None) -> int:
 _JSON_KEYS = ("schema_version", "device", "versions", "seconds", "rows", "sites", "passes")
 
 
-def _measure(job: Scope, model, codec, scenes: list[Scenario], text) -> tuple[dict, dict]:
+def _compile(job, model, scene, text, codec, out: Path, advance) -> list[Contender]:
+    """Compile all contenders, with a process beside this one, and show the first film early."""
+    ahead = Ahead(job.presets, job.inner, scene) if job.inner == "inductor" else None
+    made: dict[str, Contender] = {}
+
+    def compile_one(preset: str, how: str) -> None:
+        advance(f"compiling {preset}{how}", done=0)
+        made[preset] = Contender(preset, model, job.inner)
+        run_ = made[preset].warm_up(scene, text)
+        advance(f"compiled {preset} in {made[preset].compile_s:.0f} s")
+        if len(made) == 1:
+            advance(f"{_first_film(preset, scene, run_, codec, out)} moves already", done=0)
+
+    try:
+        for preset in job.presets:
+            if ahead is None or ahead.take(preset):
+                compile_one(preset, "")
+        for preset in job.presets:
+            if preset not in made and ahead is not None:
+                advance(f"waiting for the process that compiles {preset}", done=0)
+                ahead.wait(preset)
+                compile_one(preset, " from torch's caches")
+    finally:
+        if ahead is not None:
+            ahead.close()
+    return [made[preset] for preset in job.presets]
+
+
+def _first_film(preset: str, scene: Scenario, run_: Run, codec, out: Path) -> Path:
+    given = len(scene.given)
+    films = {
+        "truth": _bytes(scene.truth[given:]),
+        preset: _bytes(codec.decode(run_.rollout.latents)[given:]),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    return side_by_side(films, out / "first.gif")
+
+
+def _measure(
+    job: Scope, model, codec, scenes: list[Scenario], text, out: Path
+) -> tuple[dict, dict]:
     rows: list[dict] = []
     rollouts: list[dict] = []
     frames: dict[tuple, Any] = {}
-    contenders = []
     total = len(job.presets) * (1 + len(scenes) * job.repeats)
     with progress("demo", total) as advance:
-        for preset in job.presets:
-            contender = Contender(preset, model, job.inner)
-            contender.warm_up(scenes[0], text)
-            advance(f"compiled {preset}")
-            contenders.append(contender)
+        contenders = _compile(job, model, scenes[0], text, codec, out, advance)
         sites: dict[str, dict] = {}
         for scene in scenes:
             new, runs = compare(

@@ -10,7 +10,7 @@ from lipass._version import VERSION
 from lipass.errors import LipassError
 
 OK, FAILURE, USAGE, NOTHING_MATCHED = 0, 1, 2, 3
-COMMANDS = ("demo", "inspect", "diff", "explain", "bisect", "doctor")
+COMMANDS = ("demo", "warmup", "inspect", "diff", "explain", "bisect", "doctor")
 
 
 class UsageError(ValueError):

@@ -12,7 +12,7 @@ PLAIN_INTERVAL_S = 10.0  # a log file wants a line now and then, not one per ste
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yield a function that counts one step and names what comes next.
+    """Yield a function that counts one step and names it; with `done=0`, what is waited for.
 
     stdout stays untouched, so that `--json` output can be piped.
     """
@@ -35,8 +35,8 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
         with rich.progress.Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=total, step="")
 
-            def advance(step: str = "") -> None:
-                bar.update(task, advance=1, step=step)
+            def advance(step: str = "", done: int = 1) -> None:
+                bar.update(task, advance=done, step=step)
 
             yield advance
         return
@@ -49,10 +49,10 @@ class _PlainCounter:
         self.title, self.total, self.done = title, total, 0
         self.started = self.printed = time.monotonic()
 
-    def step(self, step: str = "") -> None:
-        self.done += 1
+    def step(self, step: str = "", done: int = 1) -> None:
+        self.done += done
         now = time.monotonic()
-        if now - self.printed < PLAIN_INTERVAL_S and self.done < self.total:
+        if done and now - self.printed < PLAIN_INTERVAL_S and self.done < self.total:
             return
         self.printed = now
         seconds = now - self.started

@@ -50,10 +50,18 @@ class Target:
         return fn(**given) if isinstance(given, dict) else fn(*given)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what every command on a target takes."""
+def add_arguments(parser: argparse.ArgumentParser, *, presets: bool = False) -> None:
+    """Declare what every command on a target takes; `presets` if it takes several."""
     parser.add_argument("target", metavar="TARGET", help=HELP)
-    parser.add_argument("--preset", default="all", help="passes to run (default: all)")
+    if presets:
+        parser.add_argument(
+            "--preset",
+            action="append",
+            default=[],
+            help="passes to run (default: all); may be repeated",
+        )
+    else:
+        parser.add_argument("--preset", default="all", help="passes to run (default: all)")
     parser.add_argument(
         "-o",
         "--option",
@@ -91,13 +99,13 @@ def add_fake_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Collect the options of the backend.
+def options_of(args: argparse.Namespace, preset: str | None = None) -> dict[str, Any]:
+    """Collect the options of the backend, for this preset or the one that was given.
 
     Raises:
         UsageError: for an option that is not `KEY=VALUE`.
     """
-    return {"preset": args.preset, **dict(map(_option, args.option))}
+    return {"preset": preset or args.preset, **dict(map(_option, args.option))}
 
 
 def load(text: str, fake: bool = False) -> Target:
@@ -111,7 +119,7 @@ def load(text: str, fake: bool = False) -> Target:
         UsageError: for a target that cannot be imported, or that returns something else.
         LipassError: if the callable raises; the cause is chained.
     """
-    build = _import(text)
+    build = import_callable(text)
     mode = None
     if fake:
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -155,7 +163,12 @@ def _option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _import(text: str) -> Callable[[], Any]:
+def import_callable(text: str) -> Callable[[], Any]:
+    """Import the callable of a target.
+
+    Raises:
+        UsageError: for a target that cannot be imported.
+    """
     where, found, name = text.rpartition(":")
     if not found or not where or not name:
         raise UsageError(

@@ -29,6 +29,7 @@ from lipass.passes.graph.settings import is_setting
 from lipass.passes.printer import print_graph
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ def _outline(graph: Graph, family: str, regions: list[Region], ctx: PassContext)
     name = _free_name(owner, family)
     owner.add_module(name, body.module)
     text = "\n".join([name, print_graph(inner), *map(str, regions[0].form)])
+    # Addresses differ between processes, and torch's caches are keyed by what this names.
+    text = _ADDRESS.sub("", text)
     identifier = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def call(index: int, args: list[Node]) -> Node:

@@ -53,3 +53,11 @@ def test_progress_stays_off_stdout_and_reports_the_end(capsys):
     assert said.out == ""
     assert said.err.startswith("work 3/3")
     assert len(said.err.splitlines()) == 1
+
+
+def test_progress_says_at_once_what_is_waited_for(capsys):
+    with progress("work", total=2) as advance:
+        advance("compiling a", done=0)
+        said = capsys.readouterr().err
+    assert said.startswith("work 0/2")
+    assert said.endswith("compiling a\n")
