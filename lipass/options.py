@@ -9,7 +9,7 @@ import difflib
 import math
 from dataclasses import dataclass
 
-POLICY_MODES = ("adaptive", "reference")
+POLICY_MODES = ("adaptive", "reference", "matrix-game")
 STEP_FORMS = ("merge", "lookup")
 
 
@@ -49,7 +49,9 @@ class ContextOptions(ViewOptions):
     """Which history latents the model reads.
 
     Attributes:
-        mode: "adaptive" (this project's rules) or "reference" (the released HY-WorldPlay gates).
+        mode: "adaptive" (this project's rules), "reference" (the released HY-WorldPlay gates) or
+            "matrix-game" (those for Matrix-Game 3, whose cameras are of video frames; set
+            `overlap_min` to 0.45, the released threshold).
         sink_latents: first latents of the history, always kept and always candidates of a revisit.
         memory_latents: most latents retrieved by view overlap (spatial memory).
         window_chunks_min: shortest temporal window, chunks.
@@ -171,7 +173,8 @@ class StepOptions(ViewOptions):
     """Which denoising steps compute.
 
     Attributes:
-        mode: "adaptive" (this project's revisit rule) or "reference" (the released gate).
+        mode: "adaptive" (this project's revisit rule), "reference" (the released gate) or
+            "matrix-game" (that for Matrix-Game 3, see `ContextOptions`).
         overlap_min: an earlier latent must show at least this share of the new view for steps to
             be reused; 0 reuses in every chunk that has a history.
         departure_min: the camera must have been away since: some later latent shows at least this

@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from lipass.config import Config
-from lipass.options import ContextOptions, StepOptions
-from lipass.policy import reference_worldplay as worldplay
 from lipass.policy.blocks import dense_chunk
-from lipass.policy.context import ContextPlan, FrameDecision, keep, plan_context
+from lipass.policy.context import ContextPlan, keep, plan_context
+from lipass.policy.reference import history_latents, plan_as_released
 from lipass.policy.revisit import Revisit, decide_revisit
 from lipass.policy.steps import StepPlan
 from lipass.policy.views import check_poses, score_points
@@ -116,8 +115,9 @@ def plan_chunk(
         ValueError: cameras, latents or `own_context` that do not fit together.
     """
     poses, query = check_poses(poses, query)
-    history = len(poses)
     context_options, step_options = config.context, config.steps
+    modes = {options.mode for options in (context_options, step_options) if options}
+    history = history_latents(len(poses), "matrix-game" if "matrix-game" in modes else "")
     context: ContextPlan | None = None
     revisit: Revisit | None = None
 
@@ -128,13 +128,10 @@ def plan_chunk(
             context = plan_context(visibility, latents, context_options)
         if step_options in adaptive:
             revisit = decide_revisit(visibility.mean(-1), step_options)
-    if any(o and o.mode == "reference" for o in (context_options, step_options)):
-        gate = _reference_gate(poses, query, context_options, step_options)
-        if context_options and context_options.mode == "reference":
-            context = _reference_context(gate, history, context_options)
-        if step_options and step_options.mode == "reference":
-            revisit = _reference_revisit(gate, step_options)
-
+    if modes - {"adaptive"}:
+        context, revisit = plan_as_released(
+            poses, query, context_options, step_options, context, revisit
+        )
     if step_options is None:
         revisit = Revisit(False, None, None, "step policy is off")
     chosen = keep(history, own_context) if context is None else context
@@ -146,67 +143,6 @@ def plan_chunk(
         steps=None,
         dense_reason=dense_chunk(config.sparse, history // len(query), len(chosen.indices)),
     )
-
-
-def _reference_gate(
-    poses: Tensor, query: Tensor, context: ContextOptions | None, steps: StepOptions | None
-) -> worldplay.WorldPlayGate:
-    view = context or steps
-    assert view is not None
-    if context is not None and context.mode == "reference":
-        temporal = context.window_chunks_max * context.chunk_latents
-        total = context.sink_latents + context.memory_latents + temporal
-        sink, threshold = context.sink_latents, context.overlap_min
-    else:
-        # The release's preset `cache`: upstream's context, nothing filtered.
-        temporal, total = worldplay.CACHE_TEMPORAL_LATENTS, worldplay.CACHE_CONTEXT_LATENTS
-        sink, threshold = worldplay.SINK_LATENTS, 0.0
-    return worldplay.gate_chunk(
-        poses,
-        query,
-        context_latents=total,
-        temporal_latents=temporal,
-        sink_latents=sink,
-        clip_latents=view.chunk_latents,
-        context_threshold=threshold,
-        reuse_threshold=steps.overlap_min if steps is not None else worldplay.THRESHOLD,
-        hfov_deg=view.hfov_deg,
-        vfov_deg=view.vfov_deg,
-        radius=view.far,
-    )
-
-
-def _reference_context(
-    gate: worldplay.WorldPlayGate, history: int, options: ContextOptions
-) -> ContextPlan:
-    kept = set(gate.indices)
-    window_from = history - options.window_chunks_max * options.chunk_latents
-    frames = []
-    for index in range(history):
-        score = gate.scores.get(index - index % options.chunk_latents)
-        if index < options.sink_latents:
-            reason, score = "sink", None
-        elif index >= window_from:
-            reason, score = "window", None
-        elif not gate.scores:
-            reason = "kept: the context is not full yet"
-        elif index in kept:
-            reason = f"memory {score:.2f}"
-        elif not gate.retrieved:
-            reason = f"dropped: overlap {gate.best:.2f} < {options.overlap_min:.2f}"
-        else:
-            reason = f"dropped: clip {gate.retrieved[0]} shows more"
-        frames.append(FrameDecision(index, index in kept, reason, score))
-    return ContextPlan(tuple(frames), options.window_chunks_max, None)
-
-
-def _reference_revisit(gate: worldplay.WorldPlayGate, options: StepOptions) -> Revisit:
-    if gate.best is None:
-        return Revisit(False, None, None, "the release has no candidates yet")
-    latent = max(gate.scores, key=lambda start: gate.scores[start])
-    sign = ">=" if gate.reuse else "<"
-    reason = f"similarity {gate.best:.2f} {sign} {options.overlap_min:.2f}, clip {latent}"
-    return Revisit(gate.reuse, round(gate.best, 4), latent, reason)
 
 
 def with_steps(plan: ChunkPlan, steps: StepPlan) -> ChunkPlan:

@@ -13,7 +13,6 @@ last step; here it is protected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,13 +126,3 @@ def all_taken(plan: StepPlan, why_all: str | None = None) -> StepPlan:
         for index, reason in enumerate(plan.reasons)
     )
     return StepPlan("lookup", (), reasons)
-
-
-def merged_sigmas(sigmas: Sequence[float], plan: StepPlan) -> list[float]:
-    """Shorten a list of `total + 1` sigmas to the steps that compute."""
-    if len(sigmas) != plan.total + 1:
-        raise ValueError(
-            f"sigmas must have one entry more than the plan has steps, got {len(sigmas)} for "
-            f"{plan.total} steps; pass the list the plan was made for"
-        )
-    return [*(sigmas[index] for index in plan.computed), sigmas[-1]]

@@ -26,6 +26,9 @@ class GivenChunks:
         # The adaptive rule for steps counts no chunks; the released gate counts clips.
         if config.context is None and config.steps and config.steps.mode == "adaptive":
             counts = None
+        # Cameras of video frames; the gate itself knows how many a clip has.
+        if any(o and o.mode == "matrix-game" for o in (config.context, config.steps)):
+            counts = None
         self._length = counts.chunk_latents if counts else None
         self._last: dict[str, int] = {}
         self._planned: dict[str, int] = {}

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipass.config import Config
-from lipass.policy.steps import StepPlan, merged_sigmas, plan_steps
+from lipass.policy.steps import StepPlan, plan_steps
 
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625, 0.0)
 
@@ -67,12 +67,6 @@ def test_merge_takes_long_steps_and_lookup_all():
     assert looked_up == [(0, 1, False), (1, 2, True), (2, 3, True), (3, 4, False)]
 
 
-def test_shortened_sigmas_of_the_reference_settings():
-    assert merged_sigmas(SIGMAS, plan(4)) == [1.0, 0.625, 0.0]
-    with pytest.raises(ValueError, match="one entry more than the plan has steps, got 3 for 4"):
-        merged_sigmas((1.0, 0.5, 0.0), plan(4))
-
-
 def test_plan_survives_plain_data():
     assert StepPlan.from_dict(plan(4).to_dict()) == plan(4)
 
@@ -108,6 +102,6 @@ def test_euler_with_reuse_equals_euler_on_the_shorter_sigma_list(total, reuse, s
 
     with_reuse = euler(start, levels, moves("lookup"), velocity)
     assert euler(start, levels, moves("merge"), velocity) == pytest.approx(with_reuse, rel=1e-9)
-    short = merged_sigmas(levels, plan(total, reuse=reuse))
+    short = [*(levels[i] for i in plan(total, reuse=reuse).computed), levels[-1]]
     plain = [(i, i + 1, False) for i in range(len(short) - 1)]
     assert euler(start, short, plain, velocity) == pytest.approx(with_reuse, rel=1e-9)
