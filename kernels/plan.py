@@ -76,16 +76,6 @@ class BlockGrid:
         """Whether every slot of every block holds a token."""
         return self.blocks * self.block_tokens == self.tokens
 
-    @functools.cached_property
-    def is_contiguous(self) -> bool:
-        """Whether tile-major order is row-major order, so that tiling is a view."""
-        (_, grid_y, grid_x), (tile_t, tile_y, tile_x) = self.grid, self.tile
-        if not self.is_full:
-            return False
-        rows_whole = tile_x == grid_x or (tile_t == 1 and tile_y == 1)
-        frames_whole = tile_y == grid_y or tile_t == 1
-        return rows_whole and frames_whole
-
     def token_index(self, device: torch.device | str = "cpu") -> Tensor:
         """Token of each slot, `[N, block_tokens]` int64; `-1` marks slots outside the grid."""
         return _token_index(self, torch.device(device))

@@ -1,50 +1,8 @@
-"""Decide which share of the key blocks an attention call may visit, by role, layer and chunk."""
+"""Decide in which chunks attention stays dense."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from lipass.options import SparseOptions
-
-# Only attention over the history has a choice of blocks; text is short and always dense.
-_BUDGETED_ROLES = ("prefill", "decode")
-
-
-@dataclass(frozen=True)
-class BlockBudget:
-    """Share of the freely chosen key blocks to visit.
-
-    Attributes:
-        share: in (0, 1]; 1 is dense.
-        dense_reason: why it is dense by rule; None where the budget decides.
-    """
-
-    share: float
-    dense_reason: str | None
-
-
-def block_budget(
-    options: SparseOptions | None, *, role: str, layer: int, history_chunks: int
-) -> BlockBudget:
-    """Give the budget of one attention call.
-
-    Args:
-        options: None keeps everything dense.
-        role: "prefill" or "decode"; other roles are dense.
-        layer: attention layer, counted from 0 in call order.
-        history_chunks: chunks before the one that is generated.
-    """
-    if options is None:
-        return BlockBudget(1.0, "sparse attention is off")
-    if role not in _BUDGETED_ROLES:
-        return BlockBudget(1.0, f"role {role} has no history to choose from")
-    if layer in options.dense_layers:
-        return BlockBudget(1.0, f"layer {layer} is in sparse.dense_layers")
-    early = dense_chunk(options, history_chunks)
-    if early is not None:
-        return BlockBudget(1.0, early)
-    share = options.budget_prefill if role == "prefill" else options.budget_decode
-    return BlockBudget(share, None)
 
 
 def dense_chunk(

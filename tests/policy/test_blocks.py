@@ -1,35 +1,14 @@
-import pytest
-
 from lipass.config import Config
-from lipass.policy.blocks import block_budget, dense_chunk
-
-REFERENCE = Config.resolve("reference").sparse
+from lipass.policy.blocks import dense_chunk
 
 
-@pytest.mark.parametrize(("role", "share"), [("prefill", 0.3), ("decode", 0.175)])
-def test_role_has_its_budget(role, share):
-    budget = block_budget(REFERENCE, role=role, layer=5, history_chunks=4)
-    assert (budget.share, budget.dense_reason) == (share, None)
+def test_short_history_is_dense_with_a_reason():
+    reference = Config.resolve("reference").sparse
+    assert dense_chunk(reference, 2) == "history of 2 chunks < sparse.dense_chunks 3"
+    assert dense_chunk(reference, 3) is None
 
 
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"role": "cross"}, "role cross has no history to choose from"),
-        ({"role": "text"}, "role text has no history to choose from"),
-        ({"layer": 0}, "layer 0 is in sparse.dense_layers"),
-        ({"history_chunks": 2}, "history of 2 chunks < sparse.dense_chunks 3"),
-    ],
-)
-def test_kept_dense_by_rule_with_a_reason(changed, reason):
-    call = {"role": "decode", "layer": 5, "history_chunks": 4, **changed}
-    budget = block_budget(REFERENCE, **call)
-    assert (budget.share, budget.dense_reason) == (1.0, reason)
-
-
-def test_section_off_is_dense():
-    budget = block_budget(None, role="decode", layer=0, history_chunks=0)
-    assert (budget.share, budget.dense_reason) == (1.0, "sparse attention is off")
+def test_section_off_has_no_reason():
     assert dense_chunk(None, 0) is None
 
 
