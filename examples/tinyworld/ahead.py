@@ -1,7 +1,7 @@
 """Compile contenders in a process beside the demo, which then finds them in torch's caches.
 
 Both take contenders from opposite ends of the list, so that whoever is free compiles the next one.
-With warm caches the demo is through with the list before the other process has got to anything.
+Once the caches hold all, another process would only trace for nothing; a file beside them says so.
 """
 
 import dataclasses
@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from lipass.passes.identity import code_uuid
 
 from .compare import Contender
 from .model import CHUNK_LATENTS, tokenize
@@ -23,6 +26,22 @@ from .weights import load
 
 _POLL_S = 0.2
 _NICE = 5  # the demo's own work is what somebody waits for
+
+
+def is_warm(presets: tuple[str, ...]) -> bool:
+    """Whether torch's caches hold what these presets compile, as far as is known."""
+    return all(_mark(preset).exists() for preset in presets)
+
+
+def remember_warm(presets: tuple[str, ...]) -> None:
+    """Say beside torch's caches that they hold what these presets compile."""
+    for preset in presets:
+        _mark(preset).parent.mkdir(parents=True, exist_ok=True)
+        _mark(preset).touch()
+
+
+def _mark(preset: str) -> Path:
+    return Path(cache_dir()) / f"tinyworld-{preset}-{code_uuid([])[:16]}"
 
 
 class Ahead:

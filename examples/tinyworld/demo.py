@@ -14,7 +14,7 @@ from torch import Tensor
 import lipass
 from lipass.cli.progress import progress
 
-from .ahead import Ahead
+from .ahead import Ahead, is_warm, remember_warm
 from .camera import invert
 from .compare import INDUCTOR, Contender, Run, baselines, compare
 from .model import CHUNK_LATENTS, tokenize
@@ -86,7 +86,8 @@ _JSON_KEYS = ("schema_version", "device", "versions", "seconds", "rows", "sites"
 
 def _compile(job, model, scene, text, codec, out: Path, advance) -> list[Contender]:
     """Compile all contenders, with a process beside this one, and show the first film early."""
-    ahead = Ahead(job.presets, job.inner, scene) if job.inner == "inductor" else None
+    cold = job.inner == "inductor" and not is_warm(job.presets)
+    ahead = Ahead(job.presets, job.inner, scene) if cold else None
     made: dict[str, Contender] = {}
 
     def compile_one(preset: str, how: str) -> None:
@@ -109,6 +110,8 @@ def _compile(job, model, scene, text, codec, out: Path, advance) -> list[Contend
     finally:
         if ahead is not None:
             ahead.close()
+    if job.inner == "inductor":
+        remember_warm(job.presets)
     return [made[preset] for preset in job.presets]
 
 

@@ -16,7 +16,7 @@ from lipass.policy.context import ContextPlan, keep, plan_context
 from lipass.policy.reference import history_latents, plan_as_released
 from lipass.policy.revisit import Revisit, decide_revisit
 from lipass.policy.steps import StepPlan
-from lipass.policy.views import check_poses, score_points
+from lipass.policy.views import score_points
 
 SCHEMA_VERSION = 1
 
@@ -92,7 +92,7 @@ class ChunkPlan:
 def plan_chunk(
     config: Config,
     *,
-    poses: Tensor | None,
+    poses: Tensor,
     query: Tensor,
     latents: Tensor | None,
     own_context: Sequence[int] | None,
@@ -103,8 +103,8 @@ def plan_chunk(
 
     Args:
         config: options of the policies.
-        poses: `[M, 4, 4]` cameras of the history; None is no history.
-        query: `[q, 4, 4]` cameras of the latents to generate.
+        poses: `[M, 4, 4]` cameras of the history from `check_poses`, M may be 0.
+        query: `[q, 4, 4]` cameras of the latents to generate, from `check_poses`.
         latents: `[M, ...]` history, for the latent dynamics; or None.
         own_context: what the loop reads without a context policy; None is all of the history.
         stream: name of the stream.
@@ -114,7 +114,6 @@ def plan_chunk(
         TypeError: cameras or latents of the wrong kind.
         ValueError: cameras, latents or `own_context` that do not fit together.
     """
-    poses, query = check_poses(poses, query)
     context_options, step_options = config.context, config.steps
     modes = {options.mode for options in (context_options, step_options) if options}
     history = history_latents(len(poses), "matrix-game" if "matrix-game" in modes else "")

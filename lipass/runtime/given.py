@@ -36,7 +36,7 @@ class GivenChunks:
 
     def checked(
         self, poses: Tensor | None, query: Tensor, stream: str, index: int
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Return the cameras as OpenCV world-to-camera matrices.
 
         Raises:
@@ -57,7 +57,7 @@ class GivenChunks:
                 f"convention='{other}')",
                 strict=False,
             )
-        return (history if len(history) else None), new
+        return history, new
 
     def finished(self, stream: str) -> None:
         """Remember the length of the chunk that was planned last."""

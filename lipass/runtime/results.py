@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lipass.passes.graph.marks import StepInputs
 from lipass.receipt import current_report
-from lipass.runtime.inputs import Held, Watched
+from lipass.runtime.inputs import Held, Watched, on_host
 
 Compiled = Callable[..., Any]
 
@@ -206,10 +207,13 @@ def _number(given: Any) -> float | None:
     """Return a level that is one number on the host."""
     if isinstance(given, int | float):
         return float(given)
-    if not isinstance(given, Tensor) or given.device.type != "cpu" or not 0 < given.numel() < 64:
+    if not isinstance(given, Tensor) or not 0 < given.numel() < 64:
         return None
-    flat = given.detach().flatten()
-    return float(flat[0]) if bool((flat == flat[0]).all()) else None
+    values = on_host(given)
+    if values is None or given.dtype is torch.bfloat16:
+        return None
+    flat = values.ravel()
+    return float(flat[0]) if (flat == flat[0]).all() else None
 
 
 def _is_close(a: float, b: float) -> bool:

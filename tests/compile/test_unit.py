@@ -221,9 +221,9 @@ def test_chunks_that_stay_dense_are_forced_dense(model, monkeypatch):
     routes = []
     force = registry.force
 
-    def spy(route):
-        routes.append(route)
-        return force(route)
+    def spy(route, reason):
+        routes.append((route, reason))
+        return force(route, reason)
 
     monkeypatch.setattr(registry, "force", spy)
     rules = {"sparse.dense_chunks": 2, "sparse.dense_latents": 0}
@@ -232,7 +232,7 @@ def test_chunks_that_stay_dense_are_forced_dense(model, monkeypatch):
             now = session.chunk(poses=W2C[:latents], query=W2C[:4])
             with now, torch.no_grad():
                 fast(X, torch.tensor(1.0), *CACHE)
-    assert routes == ["dense"]
+    assert routes == [("dense", "history of 1 chunks < sparse.dense_chunks 2")]
 
 
 @pytest.mark.parametrize(("preset", "expected"), [("context", 1.0), ("cache", 0.0)])
@@ -371,4 +371,6 @@ def test_failing_pass_names_itself(model, monkeypatch):
 
     monkeypatch.setattr("lipass.passes.facts.canonicalize.Canonicalize.run", fail)
     with pytest.raises(Exception, match="pass 'canonicalize' failed: 'lost'"):
-        compiled(model)
+        compiled(model, strict=True)
+    compiled(model)
+    assert "without canonicalize (ask `lipass bisect`)" in lipass.report().table()

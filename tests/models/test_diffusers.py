@@ -102,7 +102,12 @@ def test_prompt_of_a_real_model_is_projected_once():
     fast = torch.compile(
         model.eval(),
         backend="light_interaction",
-        options={"preset": "exact", "inner": "eager", "pipeline": _HOISTED},
+        options={
+            "preset": "exact",
+            "inner": "eager",
+            "pipeline": _HOISTED,
+            "counted_writes": True,
+        },
     )
     with torch.no_grad(), lipass.Session(preset="exact"):
         for step in range(4):

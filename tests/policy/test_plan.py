@@ -8,6 +8,7 @@ from lipass.config import Config
 from lipass.policy.plan import ChunkPlan, plan_chunk, with_steps
 from lipass.policy.steps import plan_steps
 from lipass.policy.trajectory import parse_trajectory
+from lipass.policy.views import check_poses
 from lipass.presets import PRESETS
 
 WAY_BACK = parse_trajectory("left-31, right-32")
@@ -15,9 +16,11 @@ FORWARD = parse_trajectory("w-63")
 
 
 def plan(preset, history, poses=WAY_BACK, **changed):
+    past = poses[:history] if history else None
+    checked, query = check_poses(past, poses[history : history + 4])
     call = {
-        "poses": poses[:history] if history else None,
-        "query": poses[history : history + 4],
+        "poses": checked,
+        "query": query,
         "latents": None,
         "own_context": None,
         "stream": "main",
@@ -127,8 +130,8 @@ def test_planning_64_candidates_is_cheap():
         begin = time.process_time()
         plan_chunk(
             config,
-            poses=poses[:64],
-            query=poses[64:68],
+            poses=poses[:64].double(),
+            query=poses[64:68].double(),
             latents=None,
             own_context=None,
             stream="main",
