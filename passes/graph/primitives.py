@@ -118,9 +118,8 @@ _of_nodes: weakref.WeakKeyDictionary[Node, tuple[_Call, Trace | None]] = (
     weakref.WeakKeyDictionary()
 )
 # Symbols of sizes mean something within one mode only.
-_of_calls: weakref.WeakKeyDictionary[FakeTensorMode, dict[object, Trace | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_Made = dict[object, Trace | None]
+_of_calls: weakref.WeakKeyDictionary[FakeTensorMode, _Made] = weakref.WeakKeyDictionary()
 
 
 def _trace(node: Node) -> Trace | None:
@@ -133,10 +132,20 @@ def _trace(node: Node) -> Trace | None:
     try:
         key = (node.op, node.target, frozen(node.args), frozen(node.kwargs))
         if key not in made:
-            made[key] = _run(node, mode)
+            made[key] = _run_in_place(node, mode)
         return made[key]
     except TypeError:  # an argument that cannot be hashed
-        return _run(node, mode)
+        return _run_in_place(node, mode)
+
+
+def _run_in_place(node: Node, mode: FakeTensorMode) -> Trace | None:
+    """Make a call, in the autocasts of its place where it needs them: others cost a walk."""
+    from lipass.passes.graph.modes import entered, inside  # which ask this table
+
+    if (made := _run(node, mode)) is None and (active := entered(node)):
+        with inside(active):
+            return _run(node, mode)
+    return made
 
 
 def _mode(node: Node) -> FakeTensorMode:
@@ -161,9 +170,8 @@ def _run(node: Node, mode: FakeTensorMode) -> Trace | None:
             if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided:
                 return leaf
             # Not the value itself, as the call may write to it.
-            made = torch.empty_strided(
-                leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
-            )
+            size, stride = leaf.shape, leaf.stride()
+            made = torch.empty_strided(size, stride, dtype=leaf.dtype, device=leaf.device)
             given[_memory(made)] = at
             return made
 

@@ -13,8 +13,11 @@ from lipass.passes.runner import diff_text
 
 REWRITES = f"{FACTS},prune-context,sparse-attention,guard-steps"
 OPTIONS = {
-    "prune-context": {"window_latents": 2, "prefill_each_chunk": True},
-    "sparse-attention": {"budget_prefill": 0.5, "budget_decode": 0.25, "sink_latents": 1},
+    "prune-context.window_latents": 2,
+    "prune-context.prefill_each_chunk": True,
+    "sparse-attention.budget_prefill": 0.5,
+    "sparse-attention.budget_decode": 0.25,
+    "sparse-attention.sink_latents": 1,
 }
 
 
@@ -135,7 +138,7 @@ def test_unrolled_chunk(model, trace, apply):
 +%denoise_step_1 = denoise_step($w2c, $n0, %x_4, %expand_1, $frequencies, $rotary.cos, $rotary.sin, $text_0_0, %k_3, $text_0_1, %v_4, %or__1, $text_1_0, %k_7, $text_1_1, %v_7; 32 parameters)
 +%getitem_227: f32[1, 16, 4, 8, 8] = getitem(%denoise_step_1, 0)
 +%mul_85: f32[1, 16, 4, 8, 8] = mul(%sub_24, %getitem_227)
-500 lines went
+498 lines went
 """,
     )
 

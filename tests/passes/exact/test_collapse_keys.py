@@ -58,7 +58,7 @@ def test_output_is_that_of_all_keys(cross, tokens):
 
 
 def test_distinct_keys_are_counted_once_a_prompt(cross):
-    text = f"{TEXT},find-poses,find-steps,hoist-calls{{work_min=0}}"
+    text = f"{TEXT},find-poses,find-steps,hoist-calls{{work_min=0 counted_writes=true}}"
     graph = run_passes(cross, (LATENTS, prompt(9)), text).gm.graph
     (call,) = invariants(graph)
     body = graph.owning_module.get_submodule(call.target).graph

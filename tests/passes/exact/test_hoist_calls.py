@@ -9,7 +9,7 @@ from lipass.passes.printer import print_graph
 from lipass.testing import assert_rewrites
 
 FACTS = "canonicalize,find-attention,find-poses,find-steps"
-TEXT = f"{FACTS},hoist-calls{{work_min=0}}"
+TEXT = f"{FACTS},hoist-calls{{work_min=0 counted_writes=true}}"
 
 
 class Net(nn.Module):
@@ -188,12 +188,22 @@ def test_what_runs_in_an_autocast_stays(trace, apply):
 def test_loop_in_the_graph_stays(trace, apply):
     net = Net()
 
-    def fn(x, text):
-        for _ in range(2):
-            x = x + net(x, text)
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, sigma, text):
+            return self.net(x * sigma, text)
+
+    model = Timed()
+
+    def fn(x, sigmas, text):
+        for i in range(2):
+            x = x + model(x, sigmas[i], text)
         return x
 
-    records, _ = apply(trace(fn, (X, PROMPT)), TEXT)
+    records, _ = apply(trace(fn, (X, torch.ones(2), PROMPT)), TEXT)
     assert said(records) == [("kept", "the loop is in the graph, where hoist-steps sees it")]
 
 
@@ -245,7 +255,7 @@ def test_conjugates_that_are_only_marked_stay(trace, apply):
 
 
 def test_small_products_stay(trace, apply):
-    records, _ = apply(trace(Net(), (X, PROMPT)), f"{FACTS},hoist-calls")
+    records, _ = apply(trace(Net(), (X, PROMPT)), f"{FACTS},hoist-calls{{counted_writes=true}}")
     assert said(records) == [("kept", "no large product depends on what calls leave alone")]
 
 
@@ -256,5 +266,5 @@ def test_large_products_are_outlined(trace, apply):
             self.key = nn.Linear(4096, 8)
 
     gm = trace(Wide(), (X, torch.randn(1, 64, 4096)))
-    apply(gm, f"{FACTS},hoist-calls")
+    apply(gm, f"{FACTS},hoist-calls{{counted_writes=true}}")
     assert len(invariants(gm.graph)) == 1

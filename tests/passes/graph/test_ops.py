@@ -211,15 +211,15 @@ def test_what_draws_is_drawn_in_each_step(kind):
             super().__init__()
             self.lin, self.fixed = nn.Linear(4, 4), nn.Linear(4, 4)
 
-        def forward(self, x, text):
-            return self.lin(x) + DRAWS[kind](self.fixed(text))
+        def forward(self, x, sigma, text):
+            return self.lin(x) * sigma + DRAWS[kind](self.fixed(text))
 
-    def loop(model, x, text):
-        for _ in range(3):
-            x = x + 0.1 * model(x, text)
+    def loop(model, x, sigmas, text):
+        for i in range(3):
+            x = x + 0.1 * model(x, sigmas[i], text)
         return x
 
-    args = (Noisy(), torch.randn(2, 4), torch.randn(2, 4))
+    args = (Noisy(), torch.randn(2, 4), torch.ones(3), torch.randn(2, 4))
     found = run_passes(loop, args, "canonicalize,find-steps,hoist-steps")
     assert len([node for node in found.gm.graph.nodes if ops.draws(node)]) == 3
     assert "draws random numbers" in found.notes[0].reason
