@@ -1,5 +1,7 @@
 """What a reused step may be answered with, and what it may not."""
 
+import collections
+
 import pytest
 import torch
 from mini_decode import SIGMAS, Mini, chunk, compiled, inputs, level, reusing
@@ -297,6 +299,39 @@ def test_state_outside_of_the_graph_is_kept_up_and_named(kind):
     assert now.lookups == 0
     notes = [note for run in lipass.report().passes for note in run.notes if "call:" in note]
     assert any("not pure" in note and "calls" in note for note in notes)
+
+
+def test_state_in_a_variable_of_an_enclosing_function_is_kept_up_and_named():
+    calls = 0
+
+    class Closure(Mini):
+        def forward(self, *args):
+            nonlocal calls
+            calls += 1
+            return super().forward(*args)
+
+    _, now = play(compiled(Closure().eval()))
+    assert (calls, now.lookups) == (4, 0)
+    notes = [note for run in lipass.report().passes for note in run.notes if "call:" in note]
+    assert any(note.endswith("would not change calls") for note in notes)
+
+
+class Sample(collections.OrderedDict):
+    """What libraries return: a dict that is written to while it is made."""
+
+    def __init__(self, sample):
+        super().__init__()
+        self["sample"] = sample
+
+
+def test_output_that_is_an_object_made_by_the_model_is_answered(model):
+    class Wrapped(Mini):
+        def forward(self, *args):
+            return Sample(super().forward(*args))
+
+    out, now = play(compiled(Wrapped().eval()))
+    assert torch.equal(out[1]["sample"], out[0]["sample"])
+    assert (now.lookups, now.misses) == (2, 0)
 
 
 def test_compiler_reset_in_mid_chunk_computes(model):
