@@ -2,6 +2,7 @@
 
 import collections
 
+import numpy as np
 import pytest
 import torch
 from mini_decode import SIGMAS, Mini, chunk, compiled, inputs, level, reusing
@@ -157,14 +158,19 @@ def test_two_experts_of_one_class_never_answer_for_each_other():
     assert (now.lookups, now.misses) == (1, 1)
 
 
-@pytest.mark.parametrize("merge", ["counted", "replaced"])
+@pytest.mark.parametrize("merge", ["counted", "replaced", "other memory", "swapped"])
 def test_weights_that_change_between_steps_compute(model, merge):
     def change(step):
         if step.index == 1:
             if merge == "counted":
                 model.head.weight.mul_(2)
-            else:
+            elif merge == "replaced":
                 model.head.weight = nn.Parameter(model.head.weight * 2)
+            elif merge == "other memory":
+                model.head.weight.data = model.head.weight * 2
+            else:
+                for mine, other in zip(model.parameters(), Mini().parameters(), strict=True):
+                    mine.data, other.data = other.data, mine.data
 
     x, w2c, text, history = inputs()
     out, _now = play(compiled(model), between=change, given=(x, w2c, text, history))
@@ -211,6 +217,41 @@ def test_refresh_of_a_cache_inside_of_a_reused_step_computes(model):
             fast(x, level(step.sigma), w2c, text, history)
     assert now.lookups == 2
     assert now.why_missed == {"its noise level 'sigma' is not that of the step": 2}
+
+
+class PerFrame(Mini):
+    def forward(self, x, sigma, *rest):
+        return super().forward(x + sigma[:, None, :, None, None], sigma.mean().view(1), *rest)
+
+
+class Counted(Mini):
+    def forward(self, x, timestep, *rest):
+        return super().forward(x, timestep.float() / 1000, *rest)
+
+
+LEVELS = {
+    "sigma": (Mini, level),
+    "timestep": (Counted, lambda s: torch.tensor([round(1000 * float(s))])),
+    "how clean": (Mini, lambda s: level(1 - s)),
+    "rounded to bf16": (Mini, lambda s: level(s).bfloat16().float()),
+    "a frame each, the first clean": (PerFrame, lambda s: torch.tensor([[0.0, s, s, s]])),
+}
+
+
+@pytest.mark.parametrize("form", LEVELS)
+@pytest.mark.parametrize("kind", [list, np.float32, torch.tensor])
+def test_preview_in_front_of_a_reused_call_computes_for_each_form_of_levels(form, kind):
+    of_model, given = LEVELS[form]
+    model = of_model().eval()
+    fast, (x, w2c, text, history) = compiled(model), inputs()
+    sigmas = kind([1.0, 0.77, 0.53, 0.29, 0.0])
+    with reusing() as session, chunk(session, w2c) as now:
+        for step in now.steps(sigmas):
+            if step.reused:
+                args = x * 0.5, given(0.0), w2c, text, history
+                torch.testing.assert_close(fast(*args), model(*args))
+            fast(x, given(float(step.sigma)), w2c, text, history)
+    assert (now.lookups, now.misses) == (2, 2)
 
 
 def test_graph_break_computes_the_whole_call(model):
