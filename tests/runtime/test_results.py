@@ -375,6 +375,23 @@ def test_output_that_is_an_object_made_by_the_model_is_answered(model):
     assert (now.lookups, now.misses) == (2, 0)
 
 
+def test_outputs_that_share_memory_are_not_handed_out_as_copies(model):
+    class Twofold(Mini):
+        def forward(self, *args):
+            out = super().forward(*args)
+            return out, out.flatten(2)
+
+    fast, (x, w2c, text, history) = compiled(Twofold().eval()), inputs()
+    with reusing() as session, chunk(session, w2c) as now:
+        for step in now.steps(SIGMAS):
+            out, flat = fast(x, level(step.sigma), w2c, text, history)
+            out.zero_()
+            assert not flat.any()
+    assert now.lookups == 0
+    notes = [note for run in lipass.report().passes for note in run.notes if "call:" in note]
+    assert any("shares memory" in note for note in notes)
+
+
 def test_compiler_reset_in_mid_chunk_computes(model):
     x, w2c, text, history = inputs()
 
