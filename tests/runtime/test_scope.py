@@ -106,6 +106,29 @@ def test_old_loop_that_is_closed_late_forgets_only_its_own(fast):
     assert (now.lookups, now.misses) == (2, 0)
 
 
+def test_steps_of_a_chunk_that_is_not_open_are_refused(fast):
+    with reusing() as session, pytest.raises(LipassError, match="got chunk 0 of 'main'"):
+        next(chunk(session, W2C).steps(SIGMAS))
+
+
+@pytest.mark.parametrize("entered", [False, True])
+def test_session_closed_in_mid_loop_is_told_at_the_next_step(fast, model, entered):
+    session, seen = reusing(), []
+
+    def go():
+        with chunk(session, W2C) as now:
+            for step in now.steps(SIGMAS):
+                seen.append(step.index)
+                with step if entered else contextlib.nullcontext():
+                    session.close()
+                    want = model(X, level(step.sigma), W2C, TEXT, HISTORY)
+                    torch.testing.assert_close(call(fast, step), want)
+
+    with pytest.raises(LipassError, match="close the session later"):
+        go()
+    assert seen == [0]
+
+
 def test_two_loops_side_by_side_are_refused(fast):
     with reusing() as session, chunk(session, W2C) as now:
         one, other = now.steps(SIGMAS), now.steps(SIGMAS)
