@@ -146,7 +146,10 @@ class StepOutputs:
                 f"{len(found)} calls of the step that computed differ in latents or noise level "
                 "only; name each with session.stream(...)"
             )
-        named = ((inputs.names[i], chosen.held[i].given, args[i]) for i in inputs.levels)
+        named = [
+            (inputs.names[i], held.given, args[i], held.is_same(args[i]))
+            for i, held in ((i, chosen.held[i]) for i in inputs.levels)
+        ]
         if other := other_level(chosen.level_forms, level_forms, named):
             return Miss(other)
         chosen.answered.add(step)
@@ -172,6 +175,11 @@ def _difference(one: _Output, inputs: StepInputs, args: Sequence[Any]) -> str | 
     for i in inputs.latents:
         if not one.held[i].has_kind_of(args[i]):
             return f"its input {inputs.names[i]!r} has another shape or dtype"
+    if len(inputs.latents) > inputs.denoised:  # some condition the call, and cannot be told apart
+        changed = [i for i in inputs.latents if not one.held[i].is_same(args[i])]
+        if len(changed) > inputs.denoised:
+            names = " and ".join(repr(inputs.names[i]) for i in changed)
+            return f"its inputs {names} are others, and it denoises {inputs.denoised} of them"
     return None
 
 

@@ -68,14 +68,15 @@ class StepSequence:
                 timestep = self._schedule.timestep(planned.index)
                 # Read only where outputs are kept or asked for.
                 compared = wanted or planned.reused
-                forms = forms_of(sigma, timestep) if compared else ()
+                following = self._schedule.level(planned.next_index)
+                forms = forms_of(sigma, timestep, following) if compared else ()
                 state = StepState(loop, planned.index, forms, planned.reused, keeps=wanted)
                 loop.take(state)
                 self._chunk.active = state
                 yield Step(
                     index=planned.index,
                     sigma=sigma,
-                    sigma_next=self._schedule.level(planned.next_index),
+                    sigma_next=following,
                     timestep=timestep,
                     reused=planned.reused,
                     state=state,

@@ -50,7 +50,16 @@ def step_inputs(graph: Graph) -> StepInputs | Refusal:
         conditions=places([node for node in free if node not in known]),
         levels=places(levels),
         latents=places(latents),
+        denoised=_denoised(graph, latents),
     )
+
+
+def _denoised(graph: Graph, latents: list[Node]) -> int:
+    """Count the outputs that have the shape of latents, or of all but one axis; at least one."""
+    made = [own for node in graph.output_node().all_input_nodes if (own := _sizes(node))]
+    given = [own for node in latents if (own := _sizes(node))]
+    like = [own for own in made if any(_axes_that_differ(own, one) in (0, 1) for one in given)]
+    return max(1, len(like))
 
 
 def _latents(graph: Graph, free: list[Node]) -> list[Node]:

@@ -254,6 +254,30 @@ def test_preview_in_front_of_a_reused_call_computes_for_each_form_of_levels(form
     assert (now.lookups, now.misses) == (2, 2)
 
 
+@pytest.mark.parametrize("kind", ["strength", "action", "control"])
+def test_condition_that_looks_like_a_level_or_latents_computes_where_it_changes(kind):
+    class Conditioned(Mini):
+        def forward(self, x, sigma, w2c, text, history, given):
+            return super().forward(x + given.float(), sigma, w2c, text, history)
+
+    model = Conditioned().eval()
+    fast, (x, w2c, text, history) = compiled(model), inputs()
+    first = {
+        "strength": torch.tensor([3.0]),
+        "action": torch.tensor([2]),
+        "control": torch.zeros_like(x),
+    }[kind]
+    with reusing() as session, chunk(session, w2c) as now:
+        for step in now.steps(SIGMAS):
+            given = first + 1 if step.index == 1 else first
+            args = x, level(step.sigma), w2c, text, history, given
+            got = fast(*args)
+            if step.index == 1:
+                torch.testing.assert_close(got, model(*args))
+            x = x + (step.sigma_next - step.sigma) * got
+    assert (now.lookups, now.misses) == (1, 1)
+
+
 def test_graph_break_computes_the_whole_call(model):
     class Broken(Mini):
         def forward(self, x, sigma, w2c, text, history):
