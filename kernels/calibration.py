@@ -72,7 +72,8 @@ def cpu_rates(dtype: torch.dtype, dim: int, threads: int) -> Rates:
         dim: head dim.
         threads: as many as torch uses.
     """
-    return _rates(dtype, dim, threads, native.why_not_loaded() is None)
+    compiled = dtype in native.DTYPES and native.why_not_loaded() is None
+    return _rates(dtype, dim, threads, compiled)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,10 +1,12 @@
 """Find attention that no site shows, in a graph and in what runs between graphs; for `strict`.
 
-In a graph: an operator nobody knows that takes queries, keys and values, or a softmax between two
-products. Between graphs: Dynamo leaves out what is behind `torch.compiler.disable`, extensions and
-graph breaks. Names and code objects at a break do not say what such code will call, so the first
-calls are watched by a profile function, which torch does not see and no guard depends on. It is
-there only between two graphs of one call of the model.
+In a graph: an operator nobody knows that takes queries, keys and values or is named so, a softmax
+between two products, and attention in bodies that no pass looks into.
+
+Between graphs: Dynamo leaves out what is behind `torch.compiler.disable`, extensions and graph
+breaks. Names and code objects at a break do not say what such code will call, so the first calls
+are watched by a profile function, which torch does not see and no guard depends on. It is there
+only between two graphs of one call of the model.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch.fx import Node
 
 from lipass.compile.sites import graphs_of
 from lipass.errors import LipassError
+from lipass.passes.attention.site import site_of
 from lipass.passes.graph.compat import is_parameter, value
 from lipass.passes.graph.frame import compiled_frame
 from lipass.passes.graph.names import call_line
@@ -86,11 +89,16 @@ def refuse_unseen(gm: torch.fx.GraphModule) -> None:
 
 def _opaque(node: Node) -> str | None:
     target = node.target
+    if node.op != "call_function":
+        return None
+    if _name(node) in _CALLS:  # such as in the body of a branch or of a checkpoint
+        return None if site_of(node) else _name(node)
     space = getattr(target, "namespace", None) or _packet_space(target)
-    if node.op != "call_function" or space is None or space in _OURS:
+    if space is None or space in _OURS:
         return None
     tensors = [value(arg) for arg in node.all_input_nodes]
-    return f"the operator {target}" if _like_qkv(tensors) else None
+    is_named = any(word in str(target).lower() for word in ("attn", "attention"))
+    return f"the operator {target}" if is_named or _like_qkv(tensors) else None
 
 
 def _packet_space(target: object) -> str | None:

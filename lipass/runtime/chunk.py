@@ -106,7 +106,17 @@ class Chunk:
         self.why_missed[reason] += 1
 
     def begin(self, loop: StepLoop) -> None:
-        """Start a loop of steps; it replaces the one before."""
+        """Start a loop of steps; it replaces the one before.
+
+        Raises:
+            LipassError: the chunk is not open, so no call of the loop could belong to it.
+        """
+        if self._block is None:
+            raise LipassError(
+                f"steps are taken inside of their chunk's block, got chunk {self.index} of "
+                f"{self.plan.stream!r}, which is not open; write "
+                "`with session.chunk(...) as chunk:` around the loop, and close the session later"
+            )
         self.loop = loop
         self.active = None
         self._listed = False

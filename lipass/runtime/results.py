@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lipass.passes.graph.marks import StepInputs
 from lipass.receipt import current_report
-from lipass.runtime.inputs import Held, Watched, on_host
+from lipass.runtime.inputs import Held, Watched
+from lipass.runtime.levels import other_level
 
 Compiled = Callable[..., Any]
 
@@ -47,9 +47,9 @@ class _Output:
     branch: str
     held: dict[int, Held]
     parameters: list[Tensor]
-    versions: list[int]
+    states: list[tuple[int, int]]
     step: int
-    sigma: Any
+    level_forms: tuple[float | None, ...]
     value: Any
     answered: set[int] = field(default_factory=set)
 
@@ -75,7 +75,7 @@ class StepOutputs:
         args: Sequence[Any],
         value: Any,
         step: int,
-        sigma: Any,
+        level_forms: tuple[float | None, ...],
     ) -> None:
         """Keep a copy of what a call of the graph `owner` returned.
 
@@ -92,9 +92,9 @@ class StepOutputs:
                 branch,
                 {i: Held(args[i]) for i in places},
                 parameters,
-                [_version(one) for one in parameters],
+                [_state(one) for one in parameters],
                 step,
-                sigma,
+                level_forms,
                 copy_of(value),
             )
         )
@@ -118,7 +118,7 @@ class StepOutputs:
         inputs: StepInputs,
         args: Sequence[Any],
         step: int,
-        sigma: Any,
+        level_forms: tuple[float | None, ...],
     ) -> Any | Miss:
         """Return a copy of the output that answers a call in the given step, or say why not."""
         own = [one for one in self._kept if one.owner is owner and one.branch == branch]
@@ -146,18 +146,25 @@ class StepOutputs:
                 f"{len(found)} calls of the step that computed differ in latents or noise level "
                 "only; name each with session.stream(...)"
             )
-        if other := _other_level(chosen, inputs, args, sigma):
+        named = [
+            (inputs.names[i], held.given, args[i], held.is_same(args[i]))
+            for i, held in ((i, chosen.held[i]) for i in inputs.levels)
+        ]
+        if other := other_level(chosen.level_forms, level_forms, named):
             return Miss(other)
         chosen.answered.add(step)
         return copy_of(chosen.value)
 
 
-def _version(tensor: Any) -> int:
-    return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
+def _state(tensor: Any) -> tuple[int, int]:
+    """Return what changes where torch counts a write, and where `.data` gets other memory."""
+    if not isinstance(tensor, Tensor):
+        return (-1, 0)
+    return (-1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
 
 
 def _is_same_model(one: _Output, given: list[Any]) -> bool:
-    return all(map(is_, one.parameters, given)) and one.versions == [_version(x) for x in given]
+    return all(map(is_, one.parameters, given)) and one.states == [_state(x) for x in given]
 
 
 def _difference(one: _Output, inputs: StepInputs, args: Sequence[Any]) -> str | None:
@@ -168,6 +175,11 @@ def _difference(one: _Output, inputs: StepInputs, args: Sequence[Any]) -> str | 
     for i in inputs.latents:
         if not one.held[i].has_kind_of(args[i]):
             return f"its input {inputs.names[i]!r} has another shape or dtype"
+    if len(inputs.latents) > inputs.denoised:  # some condition the call, and cannot be told apart
+        changed = [i for i in inputs.latents if not one.held[i].is_same(args[i])]
+        if len(changed) > inputs.denoised:
+            names = " and ".join(repr(inputs.names[i]) for i in changed)
+            return f"its inputs {names} are others, and it denoises {inputs.denoised} of them"
     return None
 
 
@@ -183,41 +195,6 @@ def _tell_apart(found: list[_Output], inputs: StepInputs, args: Sequence[Any]) -
         return first  # the same call several times
     like = [one for one in found if all(one.held[i].is_same(args[i]) for i in telling)]
     return like[0] if len(like) == 1 else None
-
-
-def _other_level(one: _Output, inputs: StepInputs, args: Sequence[Any], sigma: Any) -> str | None:
-    """Say that a call is for another level than its step: a preview, or a refresh of a cache.
-
-    Known only where levels are on the host and were the sigmas of the loop, or a thousand of them.
-    """
-    before, now = _number(one.sigma), _number(sigma)
-    if before is None or now is None or not before:
-        return None
-    for i in inputs.levels:
-        then, level = _number(one.held[i].given), _number(args[i])
-        if then is None or level is None:
-            continue
-        for unit in (1.0, 1000.0):
-            if _is_close(then, unit * before) and not _is_close(level, unit * now):
-                return f"its noise level {inputs.names[i]!r} is not that of the step"
-    return None
-
-
-def _number(given: Any) -> float | None:
-    """Return a level that is one number on the host."""
-    if isinstance(given, int | float):
-        return float(given)
-    if not isinstance(given, Tensor) or not 0 < given.numel() < 64:
-        return None
-    values = on_host(given)
-    if values is None or given.dtype is torch.bfloat16:
-        return None
-    flat = values.ravel()
-    return float(flat[0]) if (flat == flat[0]).all() else None
-
-
-def _is_close(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-3 * max(abs(a), abs(b), 1e-6)
 
 
 def copy_of(value: Any) -> Any:

@@ -6,6 +6,9 @@ A `with` block is open for what runs inside of it. Two things say what runs insi
 - the frame that entered a block is on the stack of the calls made inside of it, whatever context
   or order blocks of interleaved generators, tasks and threads are entered in.
 
+Where neither says anything, as in a thread that no block was entered in, a call belongs to the
+only chunk that is open in the process, if there is one: an executor computes for its loop.
+
 A block that was entered inside another one hides it. Of blocks that do not hide each other, those
 whose frame is on the stack count, the nearest first. Where several are left, nobody can tell, and
 who needs to know raises.
@@ -104,6 +107,8 @@ def _running(of: Callable[[Block], bool]) -> list[Block]:
     if not blocks:  # another context than the one that the blocks were entered in
         with _lock:
             blocks = [one for one in _everywhere if one.frame in depths and of(one)]
+    if not blocks and not _here.get():
+        blocks = _of_the_only_chunk(of)
     hidden = {one for block in blocks for one in block.hides}
     blocks = [one for one in blocks if one not in hidden]
     near = [one for one in blocks if one.frame in depths]
@@ -111,6 +116,14 @@ def _running(of: Callable[[Block], bool]) -> list[Block]:
         nearest = min(depths[one.frame] for one in near if one.frame is not None)
         blocks = [one for one in near if one.frame and depths[one.frame] == nearest]
     return blocks
+
+
+def _of_the_only_chunk(of: Callable[[Block], bool]) -> list[Block]:
+    with _lock:
+        blocks = [one for one in _everywhere if one.chunk is not None]
+    if len({one.chunk for one in blocks}) != 1:
+        return []
+    return [one for one in blocks if of(one)]
 
 
 def current() -> Session | None:
@@ -139,9 +152,6 @@ def current_chunk() -> Chunk | None:
 def current_step() -> StepState | None:
     """Give the step that a model call belongs to; None outside of steps.
 
-    A call in a thread that no block was entered in belongs to the only chunk that is open in the
-    process, if there is one: an executor computes for its loop.
-
     Raises:
         LipassError: steps of several chunks are open and none is entered with `with step:`; or
             the steps of the chunk were taken as a list, so that none is open.
@@ -149,9 +159,6 @@ def current_step() -> StepState | None:
     if not _everywhere:
         return None
     blocks = _running(lambda one: one.chunk is not None)
-    if not blocks and not _here.get():
-        chunks = {one.chunk for one in tuple(_everywhere) if one.chunk is not None}
-        return next(iter(chunks)).active if len(chunks) == 1 else None
     found = [one for one in blocks if _step(one) is not None]
     if len(found) > 1:
         raise LipassError(

@@ -54,14 +54,21 @@ class StepState:
         loop: the loop of steps it belongs to.
         index: number of the step.
         reused: answer with a kept output where one answers the call.
+        level_forms: what the model may be given as the noise level of the step.
     """
 
     def __init__(
-        self, loop: StepLoop, index: int, sigma: Any, reused: bool, *, keeps: bool
+        self,
+        loop: StepLoop,
+        index: int,
+        level_forms: tuple[float | None, ...],
+        reused: bool,
+        *,
+        keeps: bool,
     ) -> None:
         self.loop = loop
         self.index = index
-        self.sigma = sigma
+        self.level_forms = level_forms
         self.reused = reused
         self._keeps = keeps
         self._blocks: list[Block] = []

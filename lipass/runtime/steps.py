@@ -10,6 +10,7 @@ from torch import Tensor
 from lipass.errors import LipassError
 from lipass.passes.graph.marks import StepInputs
 from lipass.policy.steps import PlannedStep
+from lipass.runtime.levels import forms_of
 from lipass.runtime.results import Miss, StepOutputs
 from lipass.runtime.schedule import Schedule
 from lipass.runtime.step import Step, StepState
@@ -64,14 +65,19 @@ class StepSequence:
                 last = place + 1 == len(self._sequence)
                 wanted = not last and self._sequence[place + 1].reused
                 sigma = self._schedule.level(planned.index)
-                state = StepState(loop, planned.index, sigma, planned.reused, keeps=wanted)
+                timestep = self._schedule.timestep(planned.index)
+                # Read only where outputs are kept or asked for.
+                compared = wanted or planned.reused
+                following = self._schedule.level(planned.next_index)
+                forms = forms_of(sigma, timestep, following) if compared else ()
+                state = StepState(loop, planned.index, forms, planned.reused, keeps=wanted)
                 loop.take(state)
                 self._chunk.active = state
                 yield Step(
                     index=planned.index,
                     sigma=sigma,
-                    sigma_next=self._schedule.level(planned.next_index),
-                    timestep=self._schedule.timestep(planned.index),
+                    sigma_next=following,
+                    timestep=timestep,
                     reused=planned.reused,
                     state=state,
                 )
@@ -129,7 +135,7 @@ class StepLoop:
             return Miss("its loop of steps is over")
         if self._partial:
             return Miss(self._partial)
-        return self._outputs.find(owner, branch, inputs, args, state.index, state.sigma)
+        return self._outputs.find(owner, branch, inputs, args, state.index, state.level_forms)
 
     def keep(
         self,
@@ -152,7 +158,7 @@ class StepLoop:
             self._outputs.clear()
             return
         self._made.append(outputs)
-        self._outputs.keep(owner, branch, inputs, args, outputs, state.index, state.sigma)
+        self._outputs.keep(owner, branch, inputs, args, outputs, state.index, state.level_forms)
 
     def close(self) -> None:
         """Forget what this loop kept, and nothing else."""

@@ -15,7 +15,15 @@ from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.marks import StepInputs, set_region, set_step_inputs, step_of
 from lipass.passes.graph.names import without_repeat
 from lipass.passes.graph.outline import body_of, foreign, put_calls
-from lipass.passes.graph.region import Region, alias, difference, impurity, interruption, region_of
+from lipass.passes.graph.region import (
+    Region,
+    alias,
+    alias_between,
+    difference,
+    impurity,
+    interruption,
+    region_of,
+)
 
 STEP_MODULE = "denoise_step"
 
@@ -39,10 +47,10 @@ class GuardSteps(Pass):
     The guard returns the outputs of the last computed step instead of computing; with the Euler
     rule that is exactly the shorter list of sigmas.
 
-    Keeps: steps that write to their inputs or draw random numbers, steps whose outputs share
-    memory with an input, steps that are used before they are complete; functions that change what
-    lies outside of the graph, which a skipped call would not change; graphs without decode sites;
-    calls that are no whole function, or have no noise level.
+    Keeps: steps that write to their inputs or draw random numbers; steps whose outputs share
+    memory with an input or each other; steps that are used before they are complete; functions
+    that change what lies outside of the graph, which a skipped call would not change; graphs
+    without decode sites; calls that are no whole function, or have no noise level.
     """
 
     name: ClassVar[str] = "guard-steps"
@@ -84,7 +92,7 @@ def _guard_call(graph: Graph, ctx: PassContext) -> StepInputs | Refusal:
     inputs = tuple(node for node in nodes if node.op == "placeholder")
     outputs = tuple(graph.output_node().all_input_nodes)
     whole = Region(nodes, inputs, outputs, ())
-    if why := impurity(whole) or alias(whole):
+    if why := impurity(whole) or alias(whole) or alias_between(whole):
         return Refusal(f"it is not pure: {why}")
     if why := _outside(ctx):
         return Refusal(why)
@@ -104,7 +112,7 @@ def _outside(ctx: PassContext) -> str | None:
 def _refusal(graph: Graph, regions: list[Region]) -> str | None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     for i, region in enumerate(regions):
-        if why := impurity(region) or alias(region):
+        if why := impurity(region) or alias(region) or alias_between(region):
             return f"step {i} is not pure: {why}"
         if i and (why := difference(regions[0], region)):
             return f"steps 0 and {i} differ: {why}"

@@ -33,8 +33,8 @@ def step_inputs(graph: Graph) -> StepInputs | Refusal:
     latents = _latents(graph, free)
     if not latents:
         return Refusal("none of its inputs has the shape of latents")
-    counts = _counts(graph, latents[0])
-    levels = [node for node in free if node not in latents and _is_level(value(node), counts)]
+    counts = level_counts(graph, latents[0])
+    levels = [node for node in free if node not in latents and is_level(value(node), counts)]
     if len(levels) > 1:
         levels = [node for node in levels if not _is_looked_up(node)] or levels
     if not levels:
@@ -50,7 +50,16 @@ def step_inputs(graph: Graph) -> StepInputs | Refusal:
         conditions=places([node for node in free if node not in known]),
         levels=places(levels),
         latents=places(latents),
+        denoised=_denoised(graph, latents),
     )
+
+
+def _denoised(graph: Graph, latents: list[Node]) -> int:
+    """Count the outputs that have the shape of latents, or of all but one axis; at least one."""
+    made = [own for node in graph.output_node().all_input_nodes if (own := _sizes(node))]
+    given = [own for node in latents if (own := _sizes(node))]
+    like = [own for own in made if any(_axes_that_differ(own, one) in (0, 1) for one in given)]
+    return max(1, len(like))
 
 
 def _latents(graph: Graph, free: list[Node]) -> list[Node]:
@@ -92,21 +101,29 @@ def _inputs_of_queries(graph: Graph) -> set[Node]:
     return {node for node in seen if node.op == "placeholder"}
 
 
-def _counts(graph: Graph, latents: Node) -> set[int]:
+def level_counts(graph: Graph, latents: Node) -> set[int]:
     """Return how many numbers a level may have along an axis: samples, frames, tokens."""
-    batch = hint(value(latents).shape[0])
+    tensor = value(latents)
+    batched = isinstance(tensor, torch.Tensor) and tensor.dim() > 1
+    batch = hint(tensor.shape[0]) if batched else 1
     grids = [site.q_grid for _, site in sites(graph) if site.q_grid]
     frames = {hint(grid[0]) for grid in grids}
     tokens = {hint(grid[0]) * hint(grid[1]) * hint(grid[2]) for grid in grids}
     return {1, batch, *frames, *tokens, *(batch * n for n in frames)}
 
 
-def _is_level(given: Any, counts: set[int]) -> bool:
+def is_level(given: Any, counts: set[int]) -> bool:
+    """Whether a value has as many numbers as a noise level or timestep may have."""
     if isinstance(given, float | torch.SymFloat):
         return True
     if not isinstance(given, torch.Tensor) or given.dtype is torch.bool or given.dim() > 5:
         return False
     return all(hint(size) in counts for size in given.shape)
+
+
+def is_lookup(node: Node) -> bool:
+    """Whether a call takes rows of an embedding."""
+    return node.target in _EMBEDDINGS
 
 
 def _is_looked_up(node: Node) -> bool:
@@ -115,7 +132,7 @@ def _is_looked_up(node: Node) -> bool:
     while todo:
         above, steps = todo.pop()
         for user in above.users:
-            if user.target in _EMBEDDINGS and user.args[0] is above:
+            if is_lookup(user) and user.args[0] is above:
                 return True
             if user.op == "call_method" and steps < 3:
                 todo.append((user, steps + 1))

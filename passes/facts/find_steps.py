@@ -7,10 +7,9 @@
     size 1                 r0 ? r1 ? r2 ? r3 ? r4 ? r5        prefill r0 differs: run r1 .. r5
     size 2                 (r0 r1) ? (r2 r3) ? (r4 r5)        if no run of size 1 holds
                                    |
-                      isomorphic, another level, and continues: _is_updated or _is_noised_again
+                      isomorphic, another level, and continues: _updated or _noised
 
-`_Loop` holds the regions and what is computed from what outside of them; `runs` tries sizes in
-order; `refusals` says for single calls where the chain breaks.
+`_Loop` holds the regions; `runs` tries sizes in order; `refusals` says where the chain breaks.
 """
 
 from __future__ import annotations
@@ -27,16 +26,18 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from lipass.passes.attention.step_inputs import is_level, is_lookup, level_counts
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import hint, value
 from lipass.passes.graph.marks import StepMark, set_step
+from lipass.passes.graph.ops import draws, flops
 from lipass.passes.graph.region import Region, difference, region_of
 from lipass.passes.graph.writes import memory_written, storage, writes_between
 
 # Heun's rule under classifier-free guidance, each branch a call of its own.
 _CALLS_MAX = 4
 
-Continues = Callable[[Region, Region], bool]
+GoingOn = Callable[[Region, Region], list[Node]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,13 @@ class FindSteps(Pass):
     - a tensor of its size that no call has made, while another input, the noise level, comes from
       outside (`x0 + sigma * noise`).
 
-    Another input, the noise level, comes from outside the calls and differs from step to step.
+    Another input, the noise level, comes from outside the calls and differs from step to step: one
+    number a sample, frame or token, or what is computed from it. Nothing else from outside does.
 
     Keeps: calls with other constants or shapes, such as the prefill in front of the loop; calls
     that do not continue from one another or have no noise level, such as a block whose weights
-    are shared over depth.
+    are shared over depth; calls that differ in text, cameras, frames or embeddings of their own;
+    what layers have made, such as the tokens of a refiner.
     """
 
     name: ClassVar[str] = "find-steps"
@@ -125,19 +128,30 @@ class _Loop:
         self.around.add_edges_from((x, node) for node in outside for x in node.all_input_nodes)
         outputs = {node for region in self.regions for node in region.outputs}
         self.made = self._below(outputs) | outputs
+        last = [node for node in self.regions[-1].inputs if node in self.made]
+        self.counts = level_counts(graph, max(last, key=_elements)) if last else {1}
 
     def runs(self) -> Iterator[list[_Candidate]]:
         """Iterate over runs of steps, those of the fewest calls first."""
         sizes = range(1, min(_CALLS_MAX, len(self.calls) // 2) + 1)
         for run in (run for size in sizes for run in self._isomorphic(size)):
-            rules = (self._is_updated, self._is_noised_again)
-            if any(_broken(run, continues) is None for continues in rules):
+            if any(self._is_loop(run, going_on) for going_on in (self._updated, self._noised)):
                 yield run
+
+    def _is_loop(self, run: list[_Candidate], going_on: GoingOn) -> bool:
+        if _broken(run, going_on) is not None:
+            return False
+        return not self._are_made_by_layers(going_on(run[0].region, run[1].region))
 
     def refusals(self) -> list[str]:
         """Say why the single calls are no steps."""
-        broken = [_broken(run, self._is_updated) for run in self._isomorphic(1)]
-        refusals = [self._refusal(at) for at in broken if at is not None]
+        refusals: list[str] = []
+        for run in self._isomorphic(1):
+            if (at := _broken(run, self._updated)) is not None:
+                refusals.append(self._refusal(at))
+            elif not self._is_loop(run, self._updated):
+                name = _name(self.calls[run[0].first])
+                refusals.append(f"what call {name} is given is made by layers and no sampler's")
         why = next(
             filter(None, itertools.starmap(difference, itertools.pairwise(self.regions))), ""
         )
@@ -149,9 +163,11 @@ class _Loop:
         for node in writes_between(self.calls[at - 1][-1], self.calls[at][0]):
             if memory_written(node) & memory:
                 return f"{said}: %{node.name} writes to its input in place; write `x = x + ..`"
-        if not self._is_another_level(self.regions[at - 1], self.regions[at]):
+        given = self._given_anew(self.regions[at - 1], self.regions[at])
+        if not given:
             return f"{said}: they have no noise level in which they differ"
-        return said
+        other = [pair[1].name for pair in given if not self._are_levels(*pair)]
+        return f"{said}: they differ in %{other[0]}, which is no noise level" if other else said
 
     def _isomorphic(self, size: int) -> list[list[_Candidate]]:
         """Cut the calls into maximal runs of isomorphic candidates, runs of one left out."""
@@ -177,27 +193,49 @@ class _Loop:
             nodes |= self._below(a.outputs) & self._above(b.inputs)
         return region_of(sorted(nodes, key=self.order.__getitem__))
 
-    def _is_updated(self, a: Region, b: Region) -> bool:
-        """Whether an input of `b` is that of `a` and an output, put together."""
+    def _updated(self, a: Region, b: Region) -> list[Node]:
+        """List inputs of `a` that `b` is given put together with an output."""
         if not self._is_another_level(a, b):
-            return False
-        for mine, theirs in _changed(a, b):
-            origins = self._origins(mine)
-            if self._joins(theirs, a, origins | self._below(origins)):
-                return True
-        return False
+            return []
+        changed = [(mine, theirs, self._origins(mine)) for mine, theirs in _changed(a, b)]
+        return [x for x, y, own in changed if self._joins(y, a, own | self._below(own))]
 
-    def _is_noised_again(self, a: Region, b: Region) -> bool:
-        """Whether an input of `b` is an output of `a` and noise, which no call has made."""
-        changed = _changed(a, b)
+    def _noised(self, a: Region, b: Region) -> list[Node]:
+        """List inputs of `a` in whose place `b` is given an output and noise of its own."""
         if not self._is_another_level(a, b):
-            return False
-        noise = set(self.around) - self.made
-        return any(self._joins(theirs, a, noise) for _, theirs in changed)
+            return []
+        # What a call has been given is no fresh noise: the slopes of one step start from one `x`.
+        noise = set(self.around) - self.made - self._above(a.inputs)
+        return [mine for mine, theirs in _changed(a, b) if self._joins(theirs, a, noise)]
+
+    def _are_made_by_layers(self, nodes: list[Node]) -> bool:
+        """Whether matrix products make what goes on, as in a refiner; a sampler starts anew."""
+        return all(any(flops(above) for above in self._above([node])) for node in nodes)
+
+    def _given_anew(self, a: Region, b: Region) -> list[tuple[Node, Node]]:
+        """Pair the inputs in which two calls differ and which no call has made."""
+        return [pair for pair in _changed(a, b) if pair[1] not in self.made]
 
     def _is_another_level(self, a: Region, b: Region) -> bool:
-        """Whether an input that no call has made differs between two calls."""
-        return any(theirs not in self.made for _, theirs in _changed(a, b))
+        """Whether two calls differ in noise levels, and else in what calls have made only."""
+        given = self._given_anew(a, b)
+        return bool(given) and all(self._are_levels(*pair) for pair in given)
+
+    def _are_levels(self, x: Node, y: Node) -> bool:
+        """Whether two nodes differ in one number a sample, frame or token, or computed from it."""
+        if _equal(x, y) or (is_level(value(y), self.counts) and not self._is_weight(y)):
+            return True
+        if x.op == "placeholder" or (x.op, x.target) != (y.op, y.target) or is_lookup(x):
+            return False
+        if not x.all_input_nodes and not y.all_input_nodes:
+            return not draws(y)  # filled with a number of the program
+        first, second = (map_arg((node.args, node.kwargs), lambda _: None) for node in (x, y))
+        inputs = zip(x.all_input_nodes, y.all_input_nodes, strict=False)
+        return first == second and all(itertools.starmap(self._are_levels, inputs))
+
+    def _is_weight(self, node: Node) -> bool:
+        inputs = [above for above in self._above([node]) if above.op == "placeholder"]
+        return bool(inputs) and all(isinstance(value(one), torch.nn.Parameter) for one in inputs)
 
     def _joins(self, node: Node, a: Region, others: set[Node]) -> bool:
         """Whether what `a` gives meets one of `others`, alike in size, on the way to `node`."""
@@ -228,10 +266,10 @@ class _Loop:
         return {x for node in nodes for x in nx.descendants(self.around, node)}
 
 
-def _broken(run: list[_Candidate], continues: Continues) -> int | None:
+def _broken(run: list[_Candidate], going_on: GoingOn) -> int | None:
     """Return the first call of a run that does not continue from the ones before."""
     pairs = itertools.pairwise(run)
-    return next((b.first for a, b in pairs if not continues(a.region, b.region)), None)
+    return next((b.first for a, b in pairs if not going_on(a.region, b.region)), None)
 
 
 def _changed(a: Region, b: Region) -> list[tuple[Node, Node]]:

@@ -11,12 +11,16 @@ import torch._higher_order_ops.invoke_subgraph
 import torch.fx
 import torch.nn.attention
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.base import AttributeMutationNew
 
 
 def _user_name(source: Any) -> str:
     """Return the name of a source without Dynamo's marks of locals and globals."""
-    name = getattr(source, "name", "")
-    name = str(name() if callable(name) else name)
+    try:
+        name = getattr(source, "name", "")
+        name = str(name() if callable(name) else name)
+    except NotImplementedError:  # a variable of an enclosing function, which no guard can reach
+        name = getattr(source, "local_name", "")
     return re.sub(r"\b[LG]\['(\w+)'\]", r"\1", name)
 
 
@@ -50,14 +54,17 @@ def frame_being_compiled(graph: torch.fx.Graph) -> Frame:
     changed = [
         one
         for one in output.side_effects._get_modified_vars()
-        if getattr(one, "source", None) is not None and not hasattr(one, "proxy")
+        if getattr(one, "source", None) is not None
+        and not hasattr(one, "proxy")
+        and not isinstance(one.mutation_type, AttributeMutationNew)
     ]
     attributes = output.side_effects.store_attr_mutations
     names = []
     for one in changed:
         of = _user_name(one.source)
         changed_keys = attributes.get(one, ()) or _changed_keys(one)
-        names += [f"{of}.{name}" for name in changed_keys] or [of]
+        cell = list(changed_keys) == ["cell_contents"]
+        names += [f"{of}.{name}" for name in changed_keys if not cell] or [of]
     return Frame(not resumed and not (why and why.graph_break), tuple(names))
 
 

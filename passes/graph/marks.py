@@ -32,7 +32,9 @@ class StepInputs:
     levels: tuple[int, ...]
     """Noise levels or timesteps, which change from step to step."""
     latents: tuple[int, ...]
-    """What is denoised."""
+    """What is denoised, and what has its shape."""
+    denoised: int = 1
+    """How many of the latents are denoised, by the outputs of their shape."""
 
 
 def step_of(node: torch.fx.Node) -> StepMark | None:

@@ -113,10 +113,8 @@ IN_PLACE = {
 """Functions of Python's `operator` that write to their first argument."""
 
 _OF_ATEN = ("torch", "torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft")
-_Call = tuple[Any, Any, Any]
-_of_nodes: weakref.WeakKeyDictionary[Node, tuple[_Call, Trace | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_Known = tuple[tuple[Any, Any, Any], Trace | None]
+_of_nodes: weakref.WeakKeyDictionary[Node, _Known] = weakref.WeakKeyDictionary()
 # Symbols of sizes mean something within one mode only.
 _Made = dict[object, Trace | None]
 _of_calls: weakref.WeakKeyDictionary[FakeTensorMode, _Made] = weakref.WeakKeyDictionary()
@@ -189,7 +187,7 @@ def _run(node: Node, mode: FakeTensorMode) -> Trace | None:
                     result = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:  # whatever it is, nothing is known
             return None
-        back = frozenset(_positions(result, given))
+    back = frozenset(_positions(result, given))
     return Trace(tuple(watch.ran), back, frozenset(watch.written))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import lipass
 from lipass.testing.fixtures import MiniWorld
@@ -138,6 +139,61 @@ def run_model(model, **options):
 def test_strict_names_attention_that_no_site_shows(attend, words):
     with pytest.raises(Exception, match=f"strict: [^$]*({words})"):
         run(attend)
+
+
+@torch.library.custom_op("lipass_tests::packed_attention", mutates_args=())
+def packed_op(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, kv[0], kv[1])
+
+
+@packed_op.register_fake
+def _(q, kv):
+    return torch.empty_like(q)
+
+
+def packed(q, k, v):
+    return torch.ops.lipass_tests.packed_attention(q, torch.stack([k, v]))
+
+
+def checkpointed(q, k, v):
+    return checkpoint(F.scaled_dot_product_attention, q, k, v, use_reentrant=False)
+
+
+def branch(q, k, v):
+    return torch.cond(q.sum() > 0, plain, lambda q, k, v: plain(q, k, v) * 1.0, (q, k, v))
+
+
+class OfTorch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, q, k, v):
+        given = (one.transpose(1, 2).flatten(2) for one in (q, k, v))
+        return self.inner(*given)[0].unflatten(-1, (2, 16)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("attend", "words"),
+    [
+        (packed, "packed_attention"),
+        (checkpointed, "scaled_dot_product_attention"),
+        (branch, "scaled_dot_product_attention"),
+        (OfTorch(), "multi_head_attention_forward"),
+    ],
+    ids=["packed keys", "checkpoint", "branch", "module of torch"],
+)
+def test_strict_names_hidden_attention_beside_a_site(attend, words):
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = attend
+
+        def forward(self, q, k, v):
+            return plain(q, k, v) + self.attend(q, k, v)
+
+    with pytest.raises(Exception, match=f"strict: every attention must be a site, got .*{words}"):
+        run(Beside())
     assert sys.getprofile() is None
 
 

@@ -27,6 +27,11 @@ def test_every_constant_is_positive(compiled):
         assert min(form[1:]) > 0
 
 
+def test_dtype_that_the_compiled_kernel_does_not_know_is_measured_without_it():
+    rates = calibration.cpu_rates(torch.float64, 16, torch.get_num_threads())
+    assert rates.apart is None
+
+
 def test_random_numbers_of_the_user_stay_theirs():
     torch.manual_seed(0)
     expected = torch.rand(1)

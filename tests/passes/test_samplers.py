@@ -311,7 +311,7 @@ def test_samples_of_their_own_are_no_steps(trace, apply, loop):
     def best_of(net, x, s, prompt, empty):
         return sum(net(x * (i + 1), s[i], prompt) for i in range(4))
 
-    assert found(trace, apply, loop(best_of)) == "call @1 does not continue from @0"
+    assert found(trace, apply, loop(best_of)).startswith("call @1 does not continue from @0: they")
 
 
 def test_branch_that_is_used_before_the_other_is_called_stays(notes, loop):

@@ -1,5 +1,8 @@
 """What a reused step may be answered with, and what it may not."""
 
+import collections
+
+import numpy as np
 import pytest
 import torch
 from mini_decode import SIGMAS, Mini, chunk, compiled, inputs, level, reusing
@@ -155,14 +158,19 @@ def test_two_experts_of_one_class_never_answer_for_each_other():
     assert (now.lookups, now.misses) == (1, 1)
 
 
-@pytest.mark.parametrize("merge", ["counted", "replaced"])
+@pytest.mark.parametrize("merge", ["counted", "replaced", "other memory", "swapped"])
 def test_weights_that_change_between_steps_compute(model, merge):
     def change(step):
         if step.index == 1:
             if merge == "counted":
                 model.head.weight.mul_(2)
-            else:
+            elif merge == "replaced":
                 model.head.weight = nn.Parameter(model.head.weight * 2)
+            elif merge == "other memory":
+                model.head.weight.data = model.head.weight * 2
+            else:
+                for mine, other in zip(model.parameters(), Mini().parameters(), strict=True):
+                    mine.data, other.data = other.data, mine.data
 
     x, w2c, text, history = inputs()
     out, _now = play(compiled(model), between=change, given=(x, w2c, text, history))
@@ -209,6 +217,65 @@ def test_refresh_of_a_cache_inside_of_a_reused_step_computes(model):
             fast(x, level(step.sigma), w2c, text, history)
     assert now.lookups == 2
     assert now.why_missed == {"its noise level 'sigma' is not that of the step": 2}
+
+
+class PerFrame(Mini):
+    def forward(self, x, sigma, *rest):
+        return super().forward(x + sigma[:, None, :, None, None], sigma.mean().view(1), *rest)
+
+
+class Counted(Mini):
+    def forward(self, x, timestep, *rest):
+        return super().forward(x, timestep.float() / 1000, *rest)
+
+
+LEVELS = {
+    "sigma": (Mini, level),
+    "timestep": (Counted, lambda s: torch.tensor([round(1000 * float(s))])),
+    "how clean": (Mini, lambda s: level(1 - s)),
+    "rounded to bf16": (Mini, lambda s: level(s).bfloat16().float()),
+    "a frame each, the first clean": (PerFrame, lambda s: torch.tensor([[0.0, s, s, s]])),
+}
+
+
+@pytest.mark.parametrize("form", LEVELS)
+@pytest.mark.parametrize("kind", [list, np.float32, torch.tensor])
+def test_preview_in_front_of_a_reused_call_computes_for_each_form_of_levels(form, kind):
+    of_model, given = LEVELS[form]
+    model = of_model().eval()
+    fast, (x, w2c, text, history) = compiled(model), inputs()
+    sigmas = kind([1.0, 0.77, 0.53, 0.29, 0.0])
+    with reusing() as session, chunk(session, w2c) as now:
+        for step in now.steps(sigmas):
+            if step.reused:
+                args = x * 0.5, given(0.0), w2c, text, history
+                torch.testing.assert_close(fast(*args), model(*args))
+            fast(x, given(float(step.sigma)), w2c, text, history)
+    assert (now.lookups, now.misses) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", ["strength", "action", "control"])
+def test_condition_that_looks_like_a_level_or_latents_computes_where_it_changes(kind):
+    class Conditioned(Mini):
+        def forward(self, x, sigma, w2c, text, history, given):
+            return super().forward(x + given.float(), sigma, w2c, text, history)
+
+    model = Conditioned().eval()
+    fast, (x, w2c, text, history) = compiled(model), inputs()
+    first = {
+        "strength": torch.tensor([3.0]),
+        "action": torch.tensor([2]),
+        "control": torch.zeros_like(x),
+    }[kind]
+    with reusing() as session, chunk(session, w2c) as now:
+        for step in now.steps(SIGMAS):
+            given = first + 1 if step.index == 1 else first
+            args = x, level(step.sigma), w2c, text, history, given
+            got = fast(*args)
+            if step.index == 1:
+                torch.testing.assert_close(got, model(*args))
+            x = x + (step.sigma_next - step.sigma) * got
+    assert (now.lookups, now.misses) == (1, 1)
 
 
 def test_graph_break_computes_the_whole_call(model):
@@ -297,6 +364,56 @@ def test_state_outside_of_the_graph_is_kept_up_and_named(kind):
     assert now.lookups == 0
     notes = [note for run in lipass.report().passes for note in run.notes if "call:" in note]
     assert any("not pure" in note and "calls" in note for note in notes)
+
+
+def test_state_in_a_variable_of_an_enclosing_function_is_kept_up_and_named():
+    calls = 0
+
+    class Closure(Mini):
+        def forward(self, *args):
+            nonlocal calls
+            calls += 1
+            return super().forward(*args)
+
+    _, now = play(compiled(Closure().eval()))
+    assert (calls, now.lookups) == (4, 0)
+    notes = [note for run in lipass.report().passes for note in run.notes if "call:" in note]
+    assert any(note.endswith("would not change calls") for note in notes)
+
+
+class Sample(collections.OrderedDict):
+    """What libraries return: a dict that is written to while it is made."""
+
+    def __init__(self, sample):
+        super().__init__()
+        self["sample"] = sample
+
+
+def test_output_that_is_an_object_made_by_the_model_is_answered(model):
+    class Wrapped(Mini):
+        def forward(self, *args):
+            return Sample(super().forward(*args))
+
+    out, now = play(compiled(Wrapped().eval()))
+    assert torch.equal(out[1]["sample"], out[0]["sample"])
+    assert (now.lookups, now.misses) == (2, 0)
+
+
+def test_outputs_that_share_memory_are_not_handed_out_as_copies(model):
+    class Twofold(Mini):
+        def forward(self, *args):
+            out = super().forward(*args)
+            return out, out.flatten(2)
+
+    fast, (x, w2c, text, history) = compiled(Twofold().eval()), inputs()
+    with reusing() as session, chunk(session, w2c) as now:
+        for step in now.steps(SIGMAS):
+            out, flat = fast(x, level(step.sigma), w2c, text, history)
+            out.zero_()
+            assert not flat.any()
+    assert now.lookups == 0
+    notes = [note for run in lipass.report().passes for note in run.notes if "call:" in note]
+    assert any("shares memory" in note for note in notes)
 
 
 def test_compiler_reset_in_mid_chunk_computes(model):

@@ -106,6 +106,29 @@ def test_old_loop_that_is_closed_late_forgets_only_its_own(fast):
     assert (now.lookups, now.misses) == (2, 0)
 
 
+def test_steps_of_a_chunk_that_is_not_open_are_refused(fast):
+    with reusing() as session, pytest.raises(LipassError, match="got chunk 0 of 'main'"):
+        next(chunk(session, W2C).steps(SIGMAS))
+
+
+@pytest.mark.parametrize("entered", [False, True])
+def test_session_closed_in_mid_loop_is_told_at_the_next_step(fast, model, entered):
+    session, seen = reusing(), []
+
+    def go():
+        with chunk(session, W2C) as now:
+            for step in now.steps(SIGMAS):
+                seen.append(step.index)
+                with step if entered else contextlib.nullcontext():
+                    session.close()
+                    want = model(X, level(step.sigma), W2C, TEXT, HISTORY)
+                    torch.testing.assert_close(call(fast, step), want)
+
+    with pytest.raises(LipassError, match="close the session later"):
+        go()
+    assert seen == [0]
+
+
 def test_two_loops_side_by_side_are_refused(fast):
     with reusing() as session, chunk(session, W2C) as now:
         one, other = now.steps(SIGMAS), now.steps(SIGMAS)
@@ -259,6 +282,37 @@ def sample(model):
         return x
 
     return loop
+
+
+def test_worker_thread_with_the_loop_in_the_graph_follows_the_plan(model):
+    loop, sigmas = sample(model), torch.tensor(SIGMAS)
+    fast = torch.no_grad()(compiled(loop))
+    with (
+        ThreadPoolExecutor(1) as pool,
+        reusing(**{"steps.form": "merge"}) as session,
+        chunk(session, W2C) as now,
+    ):
+        pool.submit(fast, X, sigmas, W2C, TEXT, HISTORY).result()
+    assert now.lookups == 2
+
+
+def test_worker_thread_reads_what_its_chunk_chose(fast):
+    with ThreadPoolExecutor(1) as pool, reusing() as session, chunk(session, W2C) as now:
+        assert pool.submit(current_chunk).result() is now
+        assert pool.submit(current).result() is session
+        pool.submit(torch.no_grad()(fast), X, level(0.5), W2C, TEXT, HISTORY).result()
+    assert now.latents_read == 2
+
+
+def test_worker_thread_of_steps_that_were_taken_as_a_list(fast):
+    with ThreadPoolExecutor(1) as pool, reusing() as session, chunk(session, W2C) as now:
+        steps = list(now.steps(SIGMAS))
+        with pytest.raises(LipassError, match="inside `with step:`"):
+            pool.submit(call, fast, steps[0]).result()
+        for step in steps:
+            with step:
+                pool.submit(torch.no_grad()(call), fast, step).result()
+    assert (now.lookups, now.misses) == (2, 0)
 
 
 def test_two_users_with_the_loop_in_the_graph_follow_their_own_plan(model):

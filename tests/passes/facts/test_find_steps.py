@@ -133,3 +133,77 @@ def test_model_that_branches_on_the_step(found, net):
     count, reason = found(fn, (X, S))
     assert count == 0
     assert reason.endswith("differ")
+
+
+TOKENS = torch.randn(2, 4)
+
+
+@pytest.mark.parametrize("given", ["embedding", "gain", "tokens"])
+def test_calls_that_differ_in_more_than_a_noise_level(found, given):
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.rows = nn.Linear(4, 4), nn.Embedding(3, 4)
+            self.gains = nn.ParameterList(torch.randn(1) for _ in range(3))
+
+        def forward(self, x, sigma, given):
+            return self.lin(x + given) * sigma
+
+    model = Given()
+
+    def fn(x, s, tokens):
+        more = {"embedding": model.rows.weight, "gain": model.gains, "tokens": tokens}[given]
+        for i in range(3):
+            x = x + (s[i + 1] - s[i]) * model(x, s[i], more[i])
+        return x
+
+    count, reason = found(fn, (X, S, [TOKENS + i for i in range(3)]))
+    assert count == 0
+    assert "call @1 does not continue from @0: they differ in %" in reason
+    assert "which is no noise level" in reason
+
+
+def test_prompt_that_differs_from_step_to_step(found, mini, inputs):
+    def fn(x, w2c, text, history):
+        prompts = [text, [(k * 2, v) for k, v in text], [(k * 3, v) for k, v in text]]
+        for i, sigma in enumerate((0.9, 0.6, 0.3)):
+            x = x - 0.3 * mini(x, torch.full((1, 4), sigma), w2c, prompts[i], history)
+        return x
+
+    made = inputs(4)
+    count, reason = found(fn, (made.noise, made.w2c, made.text, made.history))
+    assert count == 0
+    assert "which is no noise level" in reason
+
+
+def test_level_that_is_embedded_in_front_of_the_call(found, net):
+    time = nn.Linear(1, 4)
+
+    def fn(x, s):
+        for i in range(3):
+            x = x + (s[i + 1] - s[i]) * net(x, time(s[i].view(1, 1)))
+        return x
+
+    assert found(fn, (X, S)) == (3, "3 steps: calls @0 to @2 of 3")
+
+
+def test_tokens_that_layers_have_made(found, net):
+    embed = nn.Linear(4, 4)
+
+    def fn(x):
+        h = embed(x)
+        for i in range(3):
+            h = h + net(h, torch.tensor(0.1 * (i + 1)))
+        return h
+
+    assert found(fn, (X,)) == (0, "what call @0 is given is made by layers and no sampler's")
+
+
+def test_slopes_of_a_rule_of_third_order(found, net):
+    def fn(x, s):
+        a = net(x, s[0])
+        b = net(x + (s[1] - s[0]) * a, s[1])
+        c = net(x + (s[2] - s[0]) * b, s[2])
+        return x + (s[2] - s[0]) * (a + 3 * c) / 4
+
+    assert found(fn, (X, S)) == (0, "call @2 does not continue from @1")
