@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lipass.options import SparseOptions
 
-# Only attention over the history has a choice of blocks; text is short and always dense.
-_BUDGETED_ROLES = ("prefill", "decode")
+# Only attention over latents has a choice of blocks; text is short and always dense.
+_BUDGETED_ROLES = ("prefill", "self", "decode")
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,20 @@ def block_budget(
 
     Args:
         options: None keeps everything dense.
-        role: "prefill" or "decode"; other roles are dense.
+        role: "prefill", "self" or "decode"; other roles are dense.
         layer: attention layer, counted from 0 in call order.
         history_chunks: chunks before the one that is generated.
     """
     if options is None:
         return BlockBudget(1.0, "sparse attention is off")
     if role not in _BUDGETED_ROLES:
-        return BlockBudget(1.0, f"role {role} has no history to choose from")
+        return BlockBudget(1.0, f"role {role} has no latents to choose from")
     if layer in options.dense_layers:
         return BlockBudget(1.0, f"layer {layer} is in sparse.dense_layers")
     early = dense_chunk(options, history_chunks)
-    if early is not None:
+    if early is not None and role != "self":
         return BlockBudget(1.0, early)
-    share = options.budget_prefill if role == "prefill" else options.budget_decode
-    return BlockBudget(share, None)
+    return BlockBudget(getattr(options, f"budget_{role}"), None)
 
 
 def dense_chunk(

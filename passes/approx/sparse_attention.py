@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 import lipass.kernels.distinct  # noqa: F401
 from lipass.passes.attention import cache_pieces
 from lipass.passes.attention.match import Operands, Refusal
-from lipass.passes.attention.site import AttentionSite, sites
+from lipass.passes.attention.site import OVER_LATENTS, AttentionSite, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.emit import refuse_grid, refuse_rewrite
@@ -21,7 +21,7 @@ from lipass.passes.graph.emit import refuse_grid, refuse_rewrite
 
 @dataclass(frozen=True)
 class SparseAttention(Pass):
-    """Call `lipass::sparse_attention` at prefill and decode sites; the concatenations fall away.
+    """Call `lipass::sparse_attention` at sites over latents; the concatenations fall away.
 
     ::
 
@@ -51,6 +51,8 @@ class SparseAttention(Pass):
     """Tokens of one block along `(T, Y, X)`; three more numbers are those of a query block."""
     budget_prefill: float = 1.0
     """Share of the unprotected blocks that prefill visits."""
+    budget_self: float = 1.0
+    """The same where all frames attend to each other without a history."""
     budget_decode: float = 1.0
     """Share of the history blocks that decode visits."""
     sink_latents: int = 0
@@ -62,7 +64,7 @@ class SparseAttention(Pass):
     def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
         if not options.get("sparse"):
             return {}
-        same = ("budget_prefill", "budget_decode", "sink_latents", "dense_layers")
+        same = ("budget_prefill", "budget_self", "budget_decode", "sink_latents", "dense_layers")
         tile = options["sparse.tile"] + (options["sparse.query_tile"] or ())
         return {name: options[f"sparse.{name}"] for name in same} | {"tile": tile}
 
@@ -73,7 +75,7 @@ class SparseAttention(Pass):
             ctx.failing = node
             if node.target is torch.ops.lipass.attend_distinct.default:
                 continue  # cross-attention, which collapse-keys has rewritten
-            if site.role not in ("prefill", "decode"):
+            if site.role not in OVER_LATENTS:
                 ctx.note(site.name, "kept", f"{site.role}: {site.reason}")
                 continue
             call = site.name.partition("@")[2] or site.role
@@ -100,7 +102,7 @@ class SparseAttention(Pass):
         operands: Operands | None,
         ctx: PassContext,
     ) -> None:
-        budget = self.budget_prefill if site.role == "prefill" else self.budget_decode
+        budget: float = getattr(self, f"budget_{site.role}")
         ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
         if operands is None:
             call = SparseCall.of(node)

@@ -18,6 +18,7 @@ from lipass.passes.attention.operators import places_of
 from lipass.passes.attention.planted import describe_planted, other_calls
 from lipass.passes.attention.segments import NAME_THEM
 from lipass.passes.attention.site import (
+    OVER_LATENTS,
     SDPA,
     AttentionSite,
     Grid,
@@ -25,7 +26,7 @@ from lipass.passes.attention.site import (
     set_site,
     site_of,
 )
-from lipass.passes.attention.sources import is_cache, why_not_apart
+from lipass.passes.attention.sources import is_cache, joined_with_others, why_not_apart
 from lipass.passes.attention.token_grid import other_order
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
@@ -33,6 +34,7 @@ from lipass.passes.graph.compat import Size, guard, value
 from lipass.passes.graph.names import call_line, module_path
 
 ROLES = ("text", "history", "current")
+WITHOUT_HISTORY = "its tokens attend to each other, without a history"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class FindAttention(Pass):
       in length too, and what is wrongly called text is attended to in full.
 
     The call is `decode` if it has history, `prefill` if not and its own keys are returned, written
-    to a cache or history to a later call, `text` if q has no grid and all keys are its own. It is
+    to a cache or history to a later call, otherwise `self`: all frames attend to each other, as in
+    a bidirectional video model. It is `text` if q has no grid and all keys are its own. It is
     `cross` if its keys are proven to come from another source: the graph makes them from inputs
     that the tokens of q are not made from, or is given them as one whole input that nobody writes
     to. Slices, expansions and scattered copies of an input may be those of a cache.
@@ -123,7 +126,7 @@ class FindAttention(Pass):
             with _dropped(graph):
                 operands = cut(whole, node, ctx) if isinstance(whole, Operands) else whole
                 site = self._describe(node, names[node], owners, whole, operands)
-                if isinstance(operands, Operands) and site.role in ("prefill", "decode"):
+                if isinstance(operands, Operands) and site.role in OVER_LATENTS:
                     owners[origin(operands.keys[-1])] = node
                     # pieces of a cache are proven by where it is written, at sizes that cannot
                     # be made small
@@ -210,7 +213,9 @@ class FindAttention(Pass):
             return site("decode", "it has history keys", grid, tuple(pieces))
         if why := returned(operands.keys[-1], node):
             return site("prefill", why, grid, tuple(pieces))
-        return site("other", "it has no history keys and its own keys are used nowhere else")
+        if why := joined_with_others(operands.q, operands.keys[-1], q_tokens):
+            return site("other", why)
+        return site("self", WITHOUT_HISTORY, grid, tuple(pieces))
 
     def _named(self, pieces: int) -> tuple[str | None, ...] | Refusal:
         """Return what `segments` calls each piece; history may be absent, as it is in prefill."""

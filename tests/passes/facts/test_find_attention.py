@@ -415,9 +415,9 @@ def test_text_self_attention(found):
     assert role == "text"
 
 
-def test_self_attention_without_history_is_neither_prefill_nor_decode(found):
-    reason = "it has no history keys and its own keys are used nowhere else"
-    assert found(attend, (latents(), kv(6))) == [("other", reason)]
+def test_self_attention_without_history_is_a_role_of_its_own(found):
+    reason = "its tokens attend to each other, without a history"
+    assert found(attend, (latents(), kv(6))) == [("self", reason)]
 
 
 def test_keys_made_from_other_latents_of_the_same_size_are_not_current(found):
@@ -433,8 +433,8 @@ def test_prompt_of_a_length_that_varies_is_text(found):
         return attend(x, heads((words + 1) @ words.new_ones(16, 16)))
 
     args, grown = ((latents(), torch.randn(1, n, 16)) for n in (32, 64))
-    reason = "it has no history keys and its own keys are used nowhere else"
-    assert found(fn, args, grown) == [("other", reason)]
+    reason = "its tokens attend to each other, without a history"
+    assert found(fn, args, grown) == [("self", reason)]
 
 
 def test_prompt_that_varies_with_the_history(trace, apply):
