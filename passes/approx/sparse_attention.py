@@ -32,6 +32,9 @@ class SparseAttention(Pass):
                [4, 8, 8], [1, 1, 32, n, 8, 8, 4, 8, 8], 'text,history,current', [4, 4, 4],
                0.3, 0.125, 1, 'decode', None, 'blocks.0.attn')
 
+    Queries that hold text too are cut: rows of text attend to all keys as before, rows of latents
+    to all of the text and to chosen latents. A mask over keys becomes `key_bias`.
+
     A site that `prune-context` rewrote gets tile, budget and sink here and keeps its frames.
 
     Keeps: sites of role cross, text and other, whose keys are no latent grid; `dense_layers`;
@@ -103,23 +106,37 @@ class SparseAttention(Pass):
         ctx: PassContext,
     ) -> None:
         budget: float = getattr(self, f"budget_{site.role}")
+        assert site.q_grid is not None
+        tile = (
+            _within_frames(self.tile) if site.role == "self" and site.q_grid[0] == 1 else self.tile
+        )
         ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
         if operands is None:
             call = SparseCall.of(node)
-            replace(call, tile=self.tile, budget=budget, sink_latents=self.sink_latents).write(
-                node
-            )
+            replace(call, tile=tile, budget=budget, sink_latents=self.sink_latents).write(node)
             return
         replace_attention(
             node,
             site,
             operands,
             ctx,
-            tile=self.tile,
+            tile=tile,
             budget=budget,
             sink_latents=self.sink_latents,
             keep_frames=None,
         )
+
+
+def _within_frames(tile: tuple[int, ...]) -> tuple[int, ...]:
+    """Give blocks of as many tokens in single frames: `(4, 4, 4)` is `(1, 8, 8)`.
+
+    Frames that attend to themselves alone have no other to fill a block with.
+    """
+    flat: list[int] = []
+    for t, y, x in (tile[n : n + 3] for n in range(0, len(tile), 3)):
+        wide = max(n for n in range(1, t + 1) if t % n == 0 and n * n <= t)
+        flat += [1, y * (t // wide), x * wide]
+    return tuple(flat)
 
 
 def _operands(node: Node, site: AttentionSite, ctx: PassContext) -> Operands | Refusal | None:
