@@ -70,6 +70,8 @@ class AttentionSite:
     """Why the role is `other`, and for the rest what the role was concluded from."""
     proof: str = ""
     """What shows that q has the tokens of `q_grid`, in its order."""
+    latents_first: bool | None = None
+    """Of queries that hold text too, whether it comes behind the latents; None for others."""
     operands: OperandPlaces | None = None
     """Where the call has its operands; None is what its operator says."""
 

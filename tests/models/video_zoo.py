@@ -34,7 +34,12 @@ def skyreels_v2():
 
 def anyflow():
     model, inputs = _wan_like("AnyFlowTransformer3DModel")
-    return model, {**inputs, "r_timestep": torch.tensor([400])}
+    frames = {"hidden_states": torch.randn(1, LATENTS, 4, 2 * ROWS, 2 * COLUMNS)}
+    levels = {
+        "timestep": torch.full((1, LATENTS), 500),
+        "r_timestep": torch.full((1, LATENTS), 400),
+    }
+    return model, {**inputs, **frames, **levels}
 
 
 def wan_vace():
@@ -48,10 +53,6 @@ def allegro():
         caption_channels=16, sample_height=2 * ROWS, sample_width=2 * COLUMNS,
         sample_frames=LATENTS,
     )  # fmt: skip
-    tokens = LATENTS * ROWS * COLUMNS
-    angles = [(torch.rand(1, tokens, 4), torch.rand(1, tokens, 4)) for _ in range(3)]
-    places = [torch.arange(tokens)[None] % n for n in (LATENTS, ROWS, COLUMNS)]
-    del angles, places
     return model, {
         "hidden_states": _latents(),
         "encoder_hidden_states": torch.randn(1, 1, _WORDS, 16),
@@ -216,9 +217,21 @@ def joy_image_edit():
 
 
 def helios():
-    return _wan_like(
-        "HeliosTransformer3DModel", rope_dim=(4, 4, 4), has_multi_term_memory_patch=False
-    )
+    model = diffusers.HeliosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=32, num_layers=2, rope_dim=(4, 4, 4),
+    )  # fmt: skip
+    history = {"short": 2, "mid": 2, "long": 4}
+    return model, {
+        "hidden_states": _latents(),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": _prompt(),
+        "indices_hidden_states": 8 + torch.arange(LATENTS)[None],
+        **{f"latents_history_{name}": torch.randn(1, 4, n, 8, 12) for name, n in history.items()},
+        **{
+            f"indices_latents_history_{name}": torch.arange(n)[None] for name, n in history.items()
+        },
+    }
 
 
 VIDEO = {
