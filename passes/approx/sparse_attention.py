@@ -16,6 +16,7 @@ from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.site import OVER_LATENTS, AttentionSite, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.graph.compat import known_true
 from lipass.passes.graph.emit import refuse_grid, refuse_rewrite
 
 
@@ -106,14 +107,14 @@ class SparseAttention(Pass):
         ctx: PassContext,
     ) -> None:
         budget: float = getattr(self, f"budget_{site.role}")
-        assert site.q_grid is not None
-        tile = (
-            _within_frames(self.tile) if site.role == "self" and site.q_grid[0] == 1 else self.tile
-        )
+        tile, sink_latents = self.tile, self.sink_latents
+        if site.role == "self" and site.q_grid is not None and known_true(site.q_grid[0] == 1):
+            # the one frame there is would be all sink
+            tile, sink_latents = _within_frames(tile), 0
         ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
         if operands is None:
             call = SparseCall.of(node)
-            replace(call, tile=tile, budget=budget, sink_latents=self.sink_latents).write(node)
+            replace(call, tile=tile, budget=budget, sink_latents=sink_latents).write(node)
             return
         replace_attention(
             node,
@@ -122,7 +123,7 @@ class SparseAttention(Pass):
             ctx,
             tile=tile,
             budget=budget,
-            sink_latents=self.sink_latents,
+            sink_latents=sink_latents,
             keep_frames=None,
         )
 

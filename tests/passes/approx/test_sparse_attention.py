@@ -136,9 +136,10 @@ def test_blocks_of_single_frames_lie_within_them(trace, apply):
         return F.scaled_dot_product_attention(q, q * 2, q * 3)
 
     gm = trace(fn, (torch.randn(3, 4, 16, 16),))
-    apply(gm, TEXT + "{tile=4x8x4}")
+    apply(gm, TEXT + "{tile=4x8x4 sink_latents=1}")
     (call,) = gm.graph.find_nodes(
         op="call_function", target=torch.ops.lipass.sparse_attention.default
     )
     assert call.args[3] == [1, 8, 8]
     assert call.args[6] == [1, 16, 8]
+    assert call.args[9] == 0
