@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lipass.kernels.block_sparse.api import unfit_bias
 from lipass.kernels.given import GivenBlocks, unfit_blocks
-from lipass.kernels.plan import BlockGrid, KvLayout, Triple
+from lipass.kernels.plan import CALL_ROLES, BlockGrid, KvLayout, Triple
 from lipass.kernels.planning import PLANNERS, check_means
 
 
@@ -100,9 +100,10 @@ def _unfit_tokens(call: Call) -> str | None:
 def _unfit_options(call: Call) -> str | None:
     if not 0.0 < call.budget <= 1.0:
         return f"budget must be in (0, 1], got {call.budget}; 1.0 is dense attention"
-    if call.role not in ("prefill", "decode"):
+    if call.role not in CALL_ROLES:
         return (
-            f"role must be 'prefill' or 'decode', got {call.role!r}; leave other attention dense"
+            f"role must be one of {', '.join(CALL_ROLES)}, got {call.role!r}; leave other "
+            "attention dense"
         )
     if call.planner not in PLANNERS:
         return f"planner must be one of {', '.join(PLANNERS)}, got {call.planner!r}; use 'mean'"
@@ -117,7 +118,9 @@ def _unfit_options(call: Call) -> str | None:
 
 def _unfit_frames(call: Call) -> str | None:
     if call.history_means is not None and call.role != "decode":
-        return "history_means must come with role 'decode', got 'prefill'; leave them out there"
+        return (
+            f"history_means must come with role 'decode', got {call.role!r}; leave them out there"
+        )
     keep = call.keep_frames
     if keep is None:
         return None
@@ -131,6 +134,6 @@ def _unfit_frames(call: Call) -> str | None:
     if keep.shape != (call.q.shape[0], frames):
         return (
             f"keep_frames must be [B, T] = [{call.q.shape[0]}, {frames}], got "
-            f"{list(keep.shape)}; it covers the history in decode and the current in prefill"
+            f"{list(keep.shape)}; it covers the history in decode, otherwise the current"
         )
     return None

@@ -67,7 +67,8 @@ def _call(
         budget: share of the unprotected candidate blocks to visit; 1.0 is dense attention.
         scale: softmax scale.
         sink_latents: how many of the first candidate frames are always visited.
-        role: `"prefill"` (candidates are the current blocks) or `"decode"` (the history).
+        role: `"decode"` (candidates are the blocks of the history), `"prefill"` or `"self"` (the
+            current blocks; of a context that is being encoded, or of all frames there are).
         keep_frames: `[B, T]` bool over the candidate frames; dropped ones are not visited. In
             prefill their queries see text and their own tile only.
         site: name for the counts; several, comma separated, where layers share this call.

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 ROLES = ("text", "history", "current")
+CALL_ROLES = ("prefill", "self", "decode")
+"""What a call does with the frames of its queries: it encodes a context, denoises all frames at
+once, or denoises frames behind a history."""
 Triple = tuple[int, int, int]
 
 
@@ -201,7 +204,7 @@ class KvLayout:
         return KvLayout(tuple(parts))
 
     def candidate_segment(self, role: str) -> int | None:
-        """Segment whose blocks are chosen: the history in decode, the current in prefill."""
+        """Segment whose blocks are chosen: the history in decode, otherwise the current."""
         wanted = "history" if role == "decode" else "current"
         found = [n for n, segment in enumerate(self.segments) if segment.role == wanted]
         return found[0] if found else None

@@ -42,7 +42,7 @@ def plan_attention(
         q_grid: grid of the queries.
         budget: share of the unprotected candidate blocks to visit, in `(0, 1]`.
         scale: softmax scale.
-        role: `"prefill"` or `"decode"`.
+        role: one of `lipass.kernels.plan.CALL_ROLES`.
         sink_latents: how many of the first candidate frames are always visited.
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
         candidate_means: means of the candidate blocks `[B, H, Nc, D]` fp32 as `pool_blocks` gives

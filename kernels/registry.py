@@ -33,8 +33,8 @@ _PROVIDERS = {
     ("block_sparse", "cuda"): ("triton", "reference"),
 }
 
-_route: contextvars.ContextVar[tuple[Route | None, str]] = contextvars.ContextVar(
-    "route", default=(None, "")
+_route: contextvars.ContextVar[tuple[Route | None, str, tuple[str, ...]]] = contextvars.ContextVar(
+    "route", default=(None, "", ())
 )
 _calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
     "calls", default=None
@@ -76,23 +76,30 @@ class SiteCounts:
 
 
 @contextlib.contextmanager
-def force(route: Route | None, reason: str = "forced by registry.force") -> Iterator[None]:
+def force(
+    route: Route | None,
+    reason: str = "forced by registry.force",
+    *,
+    but_roles: tuple[str, ...] = (),
+) -> Iterator[None]:
     """Bypass the cost gate inside the block: `"sparse"` or `"dense"`; None leaves it in charge.
 
-    `reason` is what the counts say of calls that `"dense"` keeps dense.
+    `reason` is what the counts say of calls that `"dense"` keeps dense. Calls of `but_roles` stay
+    as they were.
     """
     if route not in ("sparse", "dense", None):
         raise ValueError(f"route must be 'sparse', 'dense' or None, got {route!r}")
-    token = _route.set((route, reason))
+    token = _route.set((route, reason, but_roles))
     try:
         yield
     finally:
         _route.reset(token)
 
 
-def forced_route() -> Route | None:
-    """Return the route that `force` asks for."""
-    return _route.get()[0]
+def forced_route(role: str = "") -> Route | None:
+    """Return the route that `force` asks for, of calls of a role."""
+    route, _, but_roles = _route.get()
+    return None if role in but_roles else route
 
 
 def forced_reason() -> str:

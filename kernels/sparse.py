@@ -121,7 +121,7 @@ def _plan(call: Call, budget: float) -> BlockPlan:
 
 def _why_dense(call: Call) -> str:
     """Give the reason to run dense attention over the kept keys, or nothing."""
-    route = registry.forced_route()
+    route = registry.forced_route(call.role)
     if route == "dense":
         return registry.forced_reason()
     if call.given is None and call.budget >= 1.0:

@@ -165,7 +165,7 @@ _SECTION_TYPES: dict[str, Any] = {
 }
 
 SHORTHANDS: dict[str, tuple[str, ...]] = {
-    "sparse.budget": ("sparse.budget_prefill", "sparse.budget_decode"),
+    "sparse.budget": ("sparse.budget_prefill", "sparse.budget_self", "sparse.budget_decode"),
     **{
         field.name: (f"context.{field.name}", f"steps.{field.name}")
         for field in dataclasses.fields(ViewOptions)

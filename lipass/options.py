@@ -109,11 +109,13 @@ class SparseOptions:
         query_tile: the same of queries, a multiple of `tile`; None is `tile`. Larger blocks of
             queries choose more coarsely and run faster.
         budget_prefill: share of the freely chosen key blocks visited while the context is encoded.
-        budget_decode: the same while a chunk is denoised.
+        budget_self: the same where all frames are denoised at once, without a history.
+        budget_decode: the same while a chunk is denoised behind a history.
         sink_latents: first latents of the history whose blocks are always visited.
         token_grid: tokens of one latent frame (Y, X); None infers it from the graph.
         dense_layers: attention layers kept dense, counted from 0 in call order.
-        dense_chunks: attention stays dense while the history holds fewer chunks than this.
+        dense_chunks: attention stays dense while the history holds fewer chunks than this; this
+            and `dense_latents` do not hold for graphs that read no history.
         dense_latents: attention stays dense in chunks whose context is at most so many latents: a
             context that is this short has been chosen, and has no blocks to spare.
     """
@@ -121,6 +123,7 @@ class SparseOptions:
     tile: tuple[int, int, int]
     query_tile: tuple[int, int, int] | None
     budget_prefill: float
+    budget_self: float
     budget_decode: float
     sink_latents: int
     token_grid: tuple[int, int] | None
@@ -143,7 +146,7 @@ class SparseOptions:
             f"{self.query_tile} for tile {self.tile}",
             "use None for blocks of one size",
         )
-        for name in ("budget_prefill", "budget_decode"):
+        for name in ("budget_prefill", "budget_self", "budget_decode"):
             value = getattr(self, name)
             check(
                 0 < value <= 1,

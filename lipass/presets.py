@@ -31,6 +31,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "tile": (4, 4, 4),
         "query_tile": None,
         "budget_prefill": 0.3,
+        "budget_self": 0.3,
         "budget_decode": 0.3,
         "sink_latents": 1,
         "token_grid": None,
@@ -51,7 +52,8 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
 
 # Light Interaction's release for HY-WorldPlay: 12 context latents (4 sink, 4 retrieved, 4 recent),
 # threshold 0.7, tile 4x8x4, budgets 30 % and 17.5 %, layer 0 and chunks 0-2 dense, steps 1 and 2
-# looked up. Its similarity has no near plane; 0.1 only satisfies 0 < near.
+# looked up; without a history 20 %, as in its release for Matrix-Game-3.0. Its similarity has no
+# near plane; 0.1 only satisfies 0 < near.
 _REFERENCE_VIEW = {**_VIEW, "near": 0.1}
 REFERENCE: dict[str, dict[str, Any]] = {
     "context": {
@@ -68,6 +70,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
         **ADAPTIVE["sparse"],
         "tile": (4, 8, 4),
         "budget_prefill": 0.3,
+        "budget_self": 0.2,
         "budget_decode": 0.175,
         "sink_latents": 0,
         "dense_layers": (0,),

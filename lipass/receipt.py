@@ -28,9 +28,9 @@ class SiteRecord:
 
     Attributes:
         name: site name, as in the kernels' telemetry. source: module path or file:line in the
-        user's model. role: "prefill", "decode", "cross", "text" or "other". grid: token grid of
-        the queries (T, Y, X); entries may be symbolic ("4*n"); None if unknown. segments: roles
-        of the key segments in order. action: "rewritten" or "kept". reason: why. provider:
+        user's model. role: "prefill", "self", "decode", "cross", "text" or "other". grid: token
+        grid of the queries (T, Y, X); entries may be symbolic ("4*n"); None if unknown. segments:
+        roles of the key segments in order. action: "rewritten" or "kept". reason: why. provider:
         implementation that ran; "" before the first call. density: visited share of the key
         blocks; None before the first call. model: class of the model, `Class#2` for the second
         one of a class; "" where nobody said.

@@ -191,8 +191,8 @@ def test_options_reach_the_passes():
         "hoist-rows,hoist-steps,"
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
-        "budget_decode=0.2 sink_latents=2 dense_layers=0},pool-history,attend-pieces,guard-steps,"
-        "carry-floats,avoid-faults,hoist-calls,share-blocks"
+        "budget_self=0.3 budget_decode=0.2 sink_latents=2 dense_layers=0},pool-history,"
+        "attend-pieces,guard-steps,carry-floats,avoid-faults,hoist-calls,share-blocks"
     )
 
 

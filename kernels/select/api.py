@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import registry
-from lipass.kernels.plan import BlockGrid, KvLayout
+from lipass.kernels.plan import CALL_ROLES, BlockGrid, KvLayout
 from lipass.kernels.select.vectorized import selected_blocks
 
 __all__ = ["select_blocks", "selected_blocks"]
@@ -27,14 +27,15 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Choose the key blocks that each query block visits.
 
-    The candidates are the history blocks (`role="decode"`) or the current blocks (`"prefill"`);
-    all other segments are visited whole. Of the candidates, blocks with a sink frame and, in
-    prefill, blocks at most one tile away are protected; of the rest the best `ceil(budget *
-    rest)` by `q_mean . k_mean` join them. Every query block visits the same number of blocks, the
-    largest that any of them asks for, so that no row is padded. Candidates without a kept frame
-    are absent; in prefill a query block without one visits itself and the other segments.
-    Infinite scores count as the largest or lowest fp32 number and NaN as the lowest, so that
-    protected blocks stay, absent ones stay out, and a row is ascending whatever it ranks.
+    The candidates are the history blocks (`role="decode"`) or the current blocks (`"prefill"`,
+    `"self"`, which are one rule); all other segments are visited whole. Of the candidates, blocks
+    with a sink frame and, in prefill, blocks at most one tile away are protected; of the rest the
+    best `ceil(budget * rest)` by `q_mean . k_mean` join them. Every query block visits the same
+    number of blocks, the largest that any of them asks for, so that no row is padded. Candidates
+    without a kept frame are absent; in prefill a query block without one visits itself and the
+    other segments. Infinite scores count as the largest or lowest fp32 number and NaN as the
+    lowest, so that protected blocks stay, absent ones stay out, and a row is ascending whatever it
+    ranks.
 
     Source: arXiv 2605.31158, section on AR-aware sparse attention. Differs in: the sink is
     protected, neighbours come on top of the budget, means never count padding.
@@ -47,7 +48,7 @@ def select_blocks(
             multiple of the key tile, in decode it may be any.
         budget: share of the unprotected candidates to visit, in `(0, 1]`.
         scale: softmax scale; positive, so it does not change the ranking.
-        role: `"prefill"` or `"decode"`.
+        role: one of `CALL_ROLES`.
         sink_latents: how many of the first candidate frames are always visited.
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
         provider: implementation to use; by default the best that takes the call.
@@ -132,11 +133,9 @@ def _bad_options(
         return f"budget must be in (0, 1], got {budget}; 1.0 visits every block"
     if scale <= 0.0:
         return f"scale must be positive, got {scale}; the default is D ** -0.5"
-    if role not in ("prefill", "decode"):
-        return f"role must be 'prefill' or 'decode', got {role!r}; text attention stays dense"
+    if role not in CALL_ROLES:
+        return f"role must be one of {', '.join(CALL_ROLES)}, got {role!r}; leave the rest dense"
     segment = layout.candidate_segment(role)
-    if role == "prefill" and (
-        segment is None or layout.segments[segment].grid.grid != q_grid.grid
-    ):
-        return f"in prefill the current keys must have the grid of the queries, {q_grid.grid}"
+    if role != "decode" and (segment is None or layout.segments[segment].grid.grid != q_grid.grid):
+        return f"in {role} the current keys must have the grid of the queries, {q_grid.grid}"
     return None

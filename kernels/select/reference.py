@@ -29,8 +29,8 @@ def select_blocks(
     """Choose key blocks for each query block; `lipass.kernels.select.api` states the contract.
 
     ```text
-    candidates = history blocks (decode) or current blocks (prefill)
-    protected  = blocks with a sink frame; in prefill also blocks one tile away or less
+    candidates = history blocks (decode) or current blocks (prefill, self)
+    protected  = blocks with a sink frame; in the latter also blocks one tile away or less
     wanted(q)  = |protected(q)| + ceil(budget * |candidates - protected(q)|)
     visit(q)   = all other segments + protected(q) + the best scores up to max over q of wanted
     ```
@@ -45,7 +45,7 @@ def select_blocks(
     always = [block for block in range(layout.blocks) if block not in candidates]
     grid = BlockGrid((0, 0, 0), q_grid.tile) if found is None else layout.segments[found].grid
     own, near = torch.zeros(2, q_blocks, grid.blocks, dtype=torch.bool)
-    if role == "prefill":
+    if role != "decode":
         own = q_grid.covers(grid)
         near = torch.stack([grid.neighbours()[mine].any(0) for mine in own])
     sink = grid.first_latents(sink_latents)

@@ -126,7 +126,7 @@ def rule_of(
     grid = BlockGrid((0, 0, 0), q_grid.tile) if segment is None else layout.segments[segment].grid
     span = range(0) if segment is None else layout.block_range(segment)
     protected = grid.first_latents(sink_latents)[None]
-    own = q_grid.covers(grid) if role == "prefill" else None
+    own = q_grid.covers(grid) if role != "decode" else None
     if own is not None:
         protected = protected | ((own.float() @ grid.neighbours().float()) > 0)
     spared = protected.sum(-1).tolist()  # sync-ok: a host table, built once a grid

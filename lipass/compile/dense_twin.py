@@ -83,6 +83,8 @@ class DenseTwin:
             return None
         if all(call.budget == 1.0 for call in self._calls):
             return _EVERY_KEY
+        if all(call.role == "self" for call in self._calls):
+            return None  # the chunk's history says nothing about attention that reads none
         return chunk.plan.dense_reason
 
     def run(self, args: tuple[Any, ...], chunk: Chunk, reason: str) -> Any:

@@ -11,7 +11,7 @@ import torch.fx
 
 from lipass.compile.argument_sizes import ArgumentSizes, Bindings, number
 from lipass.config import Config
-from lipass.passes.attention.site import AttentionSite, poses
+from lipass.passes.attention.site import OVER_LATENTS, AttentionSite, poses
 from lipass.passes.core import PassPipeline
 from lipass.passes.graph.compat import Size
 from lipass.policy.views import check_poses
@@ -46,7 +46,7 @@ class GraphReading:
     ) -> None:
         self._config = config
         self._able = {one.section for one in pipeline if one.section}
-        self._of_latents = any(site.role in ("prefill", "decode") for site in found)
+        self._of_latents = any(site.role in OVER_LATENTS for site in found)
         decode = [site for site in found if site.role == "decode"]
         self._history = _history(decode[0]) if decode else None
         self._prefills = any(site.role == "prefill" for site in found)

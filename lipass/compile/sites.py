@@ -15,7 +15,7 @@ from lipass.passes.graph.compat import is_symbolic
 from lipass.passes.graph.names import names_of, without_repeat
 from lipass.receipt import SiteRecord
 
-_LATENTS = ("prefill", "decode")
+_WITH_CAMERAS = ("prefill", "decode")
 
 
 def graphs_of(gm: torch.fx.GraphModule) -> list[torch.fx.Graph]:
@@ -39,7 +39,7 @@ def site_records(
     """Give each site its record.
 
     Only passes that rewrite attention decide about a site. What one of them says of the whole
-    graph holds for each of its sites over latents; a pass that approximates has the last word.
+    graph holds for each of its sites over a context; a pass that approximates has the last word.
     """
     found, deciding = list(found), {p.name: p for p in pipeline if p.rewrites_attention}
     told = [note for note in notes if note.pass_name in deciding]
@@ -51,7 +51,7 @@ def site_records(
         own = [
             note
             for note in told
-            if without_repeat(note.site) == name or (site.role in _LATENTS and note in whole)
+            if without_repeat(note.site) == name or (site.role in _WITH_CAMERAS and note in whole)
         ]
         last = [n for n in own if deciding[n.pass_name].numerics is Numerics.APPROX] or own
         action, reason = _decision(last) if last else ("kept", _untouched(site, list(deciding)))

@@ -34,6 +34,7 @@ from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates
 from lipass.passes import runner
+from lipass.passes.attention.site import OVER_LATENTS
 from lipass.passes.core import PassContext, PassError, PassPipeline
 from lipass.passes.graph.compat import start_again_with_constants, undisturbed
 from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
@@ -84,8 +85,9 @@ class CompiledUnit:
             scopes.enter_context(registry.one_call())
             if chunk is None:
                 return self.compiled(*args)
-            if chunk.plan.dense_reason is not None:
-                scopes.enter_context(registry.force("dense", chunk.plan.dense_reason))
+            if (reason := chunk.plan.dense_reason) is not None:
+                # a chunk is dense for its short history, of which `self` reads nothing
+                scopes.enter_context(registry.force("dense", reason, but_roles=("self",)))
             if chunk.session.config.context is not None:
                 scopes.enter_context(chosen_by_caller(chosen))
             return self.compiled(*args)
@@ -163,7 +165,7 @@ def _compile(
 ) -> Compiled:
     inner_compile = without_stages(inner_compile, skipped_stages(gm))
     inputs = step_inputs_of(gm.graph.output_node())
-    of_latents = any(site.role in ("prefill", "decode") for site in found_in(gm))
+    of_latents = any(site.role in OVER_LATENTS for site in found_in(gm))
     asks = inputs is not None or bool(outlined(gm.graph)) or of_latents or _has_operators(gm)
     if outlined(gm.graph):
         compiled = compile_parts(gm, example_inputs, inner_compile)

@@ -13,15 +13,16 @@ from torch.fx import Graph, Node
 import lipass.kernels.distinct  # noqa: F401
 from lipass.passes.attention import cache_pieces
 from lipass.passes.attention.match import Operands, Refusal
-from lipass.passes.attention.site import AttentionSite, sites
+from lipass.passes.attention.site import OVER_LATENTS, AttentionSite, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.graph.compat import known_true
 from lipass.passes.graph.emit import refuse_grid, refuse_rewrite
 
 
 @dataclass(frozen=True)
 class SparseAttention(Pass):
-    """Call `lipass::sparse_attention` at prefill and decode sites; the concatenations fall away.
+    """Call `lipass::sparse_attention` at sites over latents; the concatenations fall away.
 
     ::
 
@@ -31,6 +32,9 @@ class SparseAttention(Pass):
         %o = lipass.sparse_attention(%q, [%text_k, %hist_k, %k], [%text_v, %hist_v, %v],
                [4, 8, 8], [1, 1, 32, n, 8, 8, 4, 8, 8], 'text,history,current', [4, 4, 4],
                0.3, 0.125, 1, 'decode', None, 'blocks.0.attn')
+
+    Queries that hold text too are cut: rows of text attend to all keys as before, rows of latents
+    to all of the text and to chosen latents. A mask over keys becomes `key_bias`.
 
     A site that `prune-context` rewrote gets tile, budget and sink here and keeps its frames.
 
@@ -51,6 +55,8 @@ class SparseAttention(Pass):
     """Tokens of one block along `(T, Y, X)`; three more numbers are those of a query block."""
     budget_prefill: float = 1.0
     """Share of the unprotected blocks that prefill visits."""
+    budget_self: float = 1.0
+    """The same where all frames attend to each other without a history."""
     budget_decode: float = 1.0
     """Share of the history blocks that decode visits."""
     sink_latents: int = 0
@@ -62,7 +68,7 @@ class SparseAttention(Pass):
     def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
         if not options.get("sparse"):
             return {}
-        same = ("budget_prefill", "budget_decode", "sink_latents", "dense_layers")
+        same = ("budget_prefill", "budget_self", "budget_decode", "sink_latents", "dense_layers")
         tile = options["sparse.tile"] + (options["sparse.query_tile"] or ())
         return {name: options[f"sparse.{name}"] for name in same} | {"tile": tile}
 
@@ -73,7 +79,7 @@ class SparseAttention(Pass):
             ctx.failing = node
             if node.target is torch.ops.lipass.attend_distinct.default:
                 continue  # cross-attention, which collapse-keys has rewritten
-            if site.role not in ("prefill", "decode"):
+            if site.role not in OVER_LATENTS:
                 ctx.note(site.name, "kept", f"{site.role}: {site.reason}")
                 continue
             call = site.name.partition("@")[2] or site.role
@@ -100,24 +106,38 @@ class SparseAttention(Pass):
         operands: Operands | None,
         ctx: PassContext,
     ) -> None:
-        budget = self.budget_prefill if site.role == "prefill" else self.budget_decode
+        budget: float = getattr(self, f"budget_{site.role}")
+        tile, sink_latents = self.tile, self.sink_latents
+        if site.role == "self" and site.q_grid is not None and known_true(site.q_grid[0] == 1):
+            # the one frame there is would be all sink
+            tile, sink_latents = _within_frames(tile), 0
         ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
         if operands is None:
             call = SparseCall.of(node)
-            replace(call, tile=self.tile, budget=budget, sink_latents=self.sink_latents).write(
-                node
-            )
+            replace(call, tile=tile, budget=budget, sink_latents=sink_latents).write(node)
             return
         replace_attention(
             node,
             site,
             operands,
             ctx,
-            tile=self.tile,
+            tile=tile,
             budget=budget,
-            sink_latents=self.sink_latents,
+            sink_latents=sink_latents,
             keep_frames=None,
         )
+
+
+def _within_frames(tile: tuple[int, ...]) -> tuple[int, ...]:
+    """Give blocks of as many tokens in single frames: `(4, 4, 4)` is `(1, 8, 8)`.
+
+    Frames that attend to themselves alone have no other to fill a block with.
+    """
+    flat: list[int] = []
+    for t, y, x in (tile[n : n + 3] for n in range(0, len(tile), 3)):
+        wide = max(n for n in range(1, t + 1) if t % n == 0 and n * n <= t)
+        flat += [1, y * (t // wide), x * wide]
+    return tuple(flat)
 
 
 def _operands(node: Node, site: AttentionSite, ctx: PassContext) -> Operands | Refusal | None:

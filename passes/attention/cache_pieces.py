@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from lipass.passes.attention import match
+from lipass.passes.attention import joint, match
 from lipass.passes.attention.cache_writes import Place, place_read, scattered, written
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.products import View
@@ -42,7 +42,9 @@ class _Filled:
 
 def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Refusal:
     """Match a call that is about to be rewritten, and cut its keys as its fact says."""
-    found = match.attention(call)
+    if site.latents_first is not None:
+        return joint.whole(call)
+    found = match.attention(call, masked=site.role == "self")
     if isinstance(found, Refusal):
         return found
     found = cut(found, call, ctx)

@@ -33,7 +33,7 @@ def wrong(call: Node, operands: Operands, site: AttentionSite) -> str | None:
             root, small, parts, ctx, tile=(2, 2, 2), budget=1.0, sink_latents=0, keep_frames=None
         )
 
-    shapes = _shapes(operands, segments)
+    shapes = _shapes(operands, small)
     if shapes is None:
         return "one tensor is two of its pieces"
     try:
@@ -52,7 +52,8 @@ def form(call: Node, operands: Operands, site: AttentionSite) -> object:
     region = region_of([node for node in nodes if node not in operands.tensors()])
     pieces = tuple(region.inputs.index(x) for x in operands.tensors() if x in region.inputs)
     roles = tuple(segment.role for segment in site.segments)
-    return str((region.form, pieces, roles, site.role, site.scale, operands.groups))
+    kind = (site.role, site.latents_first, operands.mask is None)
+    return str((region.form, pieces, roles, kind, site.scale, operands.groups))
 
 
 def _small(segment: KeySegment) -> KeySegment:
@@ -62,14 +63,23 @@ def _small(segment: KeySegment) -> KeySegment:
     return replace(segment, tokens=t * y * x, grid=(t, y, x))
 
 
-def _shapes(operands: Operands, segments: tuple[KeySegment, ...]) -> dict[Node, Shape] | None:
+def _shapes(operands: Operands, site: AttentionSite) -> dict[Node, Shape] | None:
     """Return small shapes of q and of the pieces; None if one tensor would need two."""
     features = value(operands.q).shape[3]
     features = features if isinstance(features, int) else _FEATURES
     t, y, x = _GRIDS["current"]
-    tokens = [int(segment.tokens) for segment in segments]
+    tokens = [int(segment.tokens) for segment in site.segments]
     heads = _HEADS * operands.groups
     shapes: dict[Node, Shape] = {operands.q: (_BATCH, heads, int(t * y * x), features)}
+    if operands.mask is not None:
+        given = value(operands.mask).shape
+        batch, rows = (
+            1 if one == 1 else n for one, n in zip(given, (_BATCH, heads), strict=False)
+        )
+        shapes[operands.mask] = (batch, rows, 1, sum(tokens))
+    if site.latents_first is not None:
+        tokens = [sum(tokens)]
+        shapes[operands.q] = (_BATCH, heads, *tokens, features)
     for pieces in (operands.keys, operands.values):
         for piece, length in zip(pieces, tokens, strict=True):
             shape = (_BATCH, _HEADS, length, features)

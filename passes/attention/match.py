@@ -34,23 +34,33 @@ class Operands:
     scale: float
     groups: int = 1
     """Heads of q that share one head of k and v."""
+    mask: Node | None = None
+    """Added to the scores of a key, or whether it is seen, the same for all queries."""
 
     def tensors(self) -> tuple[Node, ...]:
-        """List q and all pieces; a node may come more than once."""
-        return (self.q, *self.keys, *self.values)
+        """List q, all pieces and the mask; a node may come more than once."""
+        return (self.q, *self.keys, *self.values, *([self.mask] if self.mask else []))
 
     def map(self, nodes: Mapping[Node, Node]) -> Operands:
         """Return the same operands in a copy of the graph."""
         keys, values = (tuple(nodes[x] for x in part) for part in (self.keys, self.values))
-        return Operands(nodes[self.q], keys, values, self.scale, self.groups)
+        mask = self.mask and nodes[self.mask]
+        return Operands(nodes[self.q], keys, values, self.scale, self.groups, mask)
 
 
-def attention(node: Node) -> Operands | Refusal:
-    """Match a canonical attention call that is a plain softmax over all keys."""
+def attention(node: Node, *, masked: bool = False, in_pieces: bool = True) -> Operands | Refusal:
+    """Match a canonical attention call that is a plain softmax over all keys.
+
+    Args:
+        node: the call.
+        masked: take a mask too that is one for all queries, such as that of padded keys.
+        in_pieces: take joined keys apart.
+    """
     places = places_of(node)
     if places is None:
         return Refusal("nobody has said where its operands are")
-    if is_call(node, SDPA) and (why := _not_plain(node)):
+    mask = node.kwargs.get("attn_mask") if is_call(node, SDPA) else None
+    if is_call(node, SDPA) and (why := _not_plain(node, masked=masked)):
         return Refusal(why)
     q, k, v = (argument(node, place) for place in places[:3])
     if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)):
@@ -74,7 +84,9 @@ def attention(node: Node) -> Operands | Refusal:
         scale = value(q).shape[3] ** -0.5
     if not isinstance(scale, float):
         return Refusal("its scale is not a constant")
-    keys, values = _segments(k), _segments(v)
+    # a mask covers the keys as they are joined
+    in_pieces = in_pieces and mask is None
+    keys, values = (_segments(k), _segments(v)) if in_pieces else ((k,), (v,))
     if len(keys) != len(values):
         return Refusal(f"k is made of {len(keys)} pieces and v of {len(values)}")
     for i, (key, val) in enumerate(zip(keys, values, strict=True)):
@@ -86,18 +98,37 @@ def attention(node: Node) -> Operands | Refusal:
         return Refusal(f"its dtypes differ: {', '.join(sorted(map(str, dtypes)))}")
     if why := _written_late(node, k, keys) or _written_late(node, v, values):
         return Refusal(why)
-    return Operands(q, keys, values, scale, groups)
+    return Operands(q, keys, values, scale, groups, mask if isinstance(mask, Node) else None)
 
 
-def _not_plain(node: Node) -> str | None:
+def _not_plain(node: Node, *, masked: bool) -> str | None:
     """Say what a call of SDPA does beside a softmax over all keys, or return None."""
-    if "attn_mask" in node.kwargs:
+    mask = node.kwargs.get("attn_mask")
+    if mask is not None and not masked:
         return "it has a mask"
+    if mask is not None and (why := _of_queries(mask, node)):
+        return why
     if node.kwargs.get("dropout_p", 0.0) != 0.0:
         return f"dropout is {node.kwargs['dropout_p']}"
     if node.kwargs.get("is_causal", False) is not False:
         return "it is causal"
     return None
+
+
+def _of_queries(mask: object, node: Node) -> str | None:
+    """Say that a mask may differ between queries, or that it is no row over the keys."""
+    if not isinstance(mask, Node) or not isinstance(value(mask), torch.Tensor):
+        return "it has a mask"
+    shape, keys = value(mask).shape, value(node.args[1]).shape
+    if len(shape) > 1 and not known_true(shape[-2] == 1):
+        return f"it has a mask {_text(shape)}, which may differ between queries"
+    if not shape or not known_true(shape[-1] == keys[2]):
+        return f"it has a mask {_text(shape)}, which is broadcast over its keys"
+    return None if len(shape) == 4 else f"it has a mask {_text(shape)} without batch and heads"
+
+
+def _text(shape: torch.Size) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def _groups(q: torch.Tensor, k: torch.Tensor) -> int | None:

@@ -20,6 +20,9 @@ SDPA = torch.nn.functional.scaled_dot_product_attention
 
 Grid = tuple[Size, Size, Size]
 
+OVER_LATENTS = ("prefill", "self", "decode")
+"""Roles of attention over a latent grid, whose blocks may be chosen."""
+
 _SITE, _POSES = "lipass_site", "lipass_poses"
 
 
@@ -58,7 +61,7 @@ class AttentionSite:
     where: str
     """`file.py:line` of the call, or nothing."""
     role: str
-    """`prefill`, `decode`, `cross`, `text` or `other`."""
+    """`prefill`, `self`, `decode`, `cross`, `text` or `other`."""
     q_grid: Grid | None
     segments: tuple[KeySegment, ...]
     """Runs of keys in order; empty if the role is `other`."""
@@ -67,6 +70,8 @@ class AttentionSite:
     """Why the role is `other`, and for the rest what the role was concluded from."""
     proof: str = ""
     """What shows that q has the tokens of `q_grid`, in its order."""
+    latents_first: bool | None = None
+    """Of queries that hold text too, whether it comes behind the latents; None for others."""
     operands: OperandPlaces | None = None
     """Where the call has its operands; None is what its operator says."""
 

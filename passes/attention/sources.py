@@ -13,7 +13,7 @@ from lipass.passes.attention import token_grid
 from lipass.passes.attention.cameras import is_matrices
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.site import SDPA
-from lipass.passes.attention.walk import has_tokens, upstream
+from lipass.passes.attention.walk import has_tokens, shares_tokens, upstream
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, has_hint, hint, is_parameter, known_true, value
 from lipass.passes.graph.writes import writers_of
@@ -96,6 +96,22 @@ def why_not_apart(q: Node, key: Node, tokens: Size) -> str:
     if source.parts and source.is_given:
         names = ", ".join(f"%{node.name}" for node in source.inputs)
         return f"its keys are part of {names}, as those of a cache are (%{source.parts[0].name})"
+    return ""
+
+
+def joined_with_others(q: Node, key: Node, tokens: Size) -> str:
+    """Say that keys hold more than tokens of q, joined along heads or batch, or nothing."""
+    todo, seen = [key], {key}
+    while todo:
+        node = todo.pop()
+        if _is_made(node) or node.op in ("placeholder", "get_attr"):
+            continue
+        above = _carriers(node)
+        for one in above if is_call(node, torch.cat) else ():
+            if has_tokens(one, tokens) and not shares_tokens(q, one, tokens):
+                return f"%{node.name} joins its keys with %{one.name}, which is not made from q's"
+        todo += [one for one in above if one not in seen]
+        seen.update(above)
     return ""
 
 

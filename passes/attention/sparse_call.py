@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 import lipass.kernels.ops  # noqa: F401
 from lipass.kernels.call import resolve_layout
 from lipass.kernels.plan import BlockGrid, KvLayout
+from lipass.passes.attention import joint
 from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, move_site
 from lipass.passes.core import PassContext
@@ -111,6 +112,10 @@ def replace_attention(
     """Put a sparse call in place of an attention call and move its fact along."""
     assert site.q_grid is not None
     emit = Emitter(node, ctx)
+    cut = None
+    if site.latents_first is not None:
+        cut = joint.cut(node, operands, site, emit)
+        operands = cut.latents
     kv_grids: list[int | Node] = []
     for key, segment in zip(operands.keys, site.segments, strict=True):
         if segment.role == "text":
@@ -135,10 +140,21 @@ def replace_attention(
         role=site.role,
         keep_frames=keep_frames,
         site=site.name,
+        key_bias=None if operands.mask is None else _bias(operands.mask, emit),
     ).emit(emit)
     move_site(site, made)
-    node.replace_all_uses_with(made)
+    node.replace_all_uses_with(made if cut is None else cut.joined(made, emit))
     node.graph.erase_node(node)
+
+
+def _bias(mask: Node, emit: Emitter) -> Node:
+    """Make what is added to scores, `[B or 1, H or 1, Lk]`, of a mask `[.., 1, Lk]`."""
+    row = emit.method("squeeze", mask, 2)
+    if value(mask).dtype != torch.bool:
+        return emit.method("float", row)
+    shown = emit(torch.zeros_like, row, dtype=torch.float32)
+    hidden = emit.method("logical_not", row)
+    return emit.method("masked_fill", shown, hidden, float("-inf"))
 
 
 def _heads_of_q(piece: Node, groups: int, emit: Emitter) -> Node:

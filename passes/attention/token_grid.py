@@ -11,8 +11,11 @@ from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.products import View
 from lipass.passes.attention.site import Grid
 from lipass.passes.attention.walk import upstream
-from lipass.passes.graph.compat import Size, known_true, value
-from lipass.passes.graph.ops import is_reshape
+from lipass.passes.graph.compat import Size, divides, known_true, value
+from lipass.passes.graph.ops import is_reshape, name_of
+
+_NONE = "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q"
+OVER_TIME = "its tokens are the frames at one place, with no blocks to choose from"
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,17 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
 
     Walks up, nearest first and without crossing an attention, to a reshape that merges three
     neighbouring axes `(T, Y, X)` into the tokens, at once (`[B, C, T, Y, X] -> [B, C, L]`) or
-    in two steps (`(Y, X)` first). The order of the axes is the order of the tokens.
+    in two steps (`(Y, X)` first, where T may stand apart or in the batch). The order of the
+    axes is the order of the tokens. Without a T the grid is `(1, Y, X)`, of frames that attend to
+    themselves alone, if a convolution over single frames made them.
 
     Args:
         tokens_of: a tensor made from the tokens, such as q.
         tokens: its number of tokens.
     """
     pairs: list[tuple[Size, Size]] = []
+    frame: Merge | None = None
+    batch, over_time = value(tokens_of).shape[0], False
     for node in upstream(tokens_of):
         if not (_joins_axes(node) and is_reshape(node)):
             continue
@@ -69,16 +76,35 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
         if sum(known_true(size == tokens) for size in below) > 1:
             continue  # features or batch may be what was merged
         for i in _merged(above, below, 3):
+            places = above[i + 1] * above[i + 2]
+            over_time |= known_true(above[i] == tokens) and known_true(divides(places, batch))
             if known_true(above[i] * above[i + 1] * above[i + 2] == tokens) and len(above) >= 5:
                 return Merge(node, (above[i], above[i + 1], above[i + 2]), (i, i + 1, i + 2))
         for i in _merged(above, below, 2):
+            if i == len(above) - 2 and _is_image(node):
+                over_time |= known_true(divides(above[i] * above[i + 1], batch))
+            for latents, per_latent in pairs:
+                if not known_true(above[i] * above[i + 1] == per_latent):
+                    continue
+                if known_true(above[i] == 1):
+                    continue  # an axis of one, such as the batch, is no height
+                grid = (latents, above[i], above[i + 1])
+                for j in reversed(range(i)):
+                    if known_true(above[j] == latents):
+                        return Merge(node, grid, (j, i, i + 1))
+                if i > 1 and known_true(divides(latents, above[0])):
+                    return Merge(node, grid, (0, i, i + 1))  # [B*T, C, Y, X]
             if known_true(above[i] * above[i + 1] == tokens):
                 pairs.append((above[i], above[i + 1]))
-            for latents, per_latent in pairs:
-                whole = known_true(above[i] * above[i + 1] == per_latent)
-                if whole and i > 0 and known_true(above[i - 1] == latents):
-                    return Merge(node, (latents, above[i], above[i + 1]), (i - 1, i, i + 1))
-    return Refusal("no reshape from [.., T, Y, X, ..] to its tokens is upstream of q")
+                if frame is None and i == len(above) - 2 and _is_image(node):
+                    frame = Merge(node, (1, above[i], above[i + 1]), (0, i, i + 1))
+    return frame or Refusal(OVER_TIME if over_time else _NONE)
+
+
+def _is_image(node: Node) -> bool:
+    """Whether a reshape is of what a convolution made of single frames, `[B*T, C, Y, X]`."""
+    made = View(node.all_input_nodes[0], ()).source().node
+    return name_of(made) == "conv2d"
 
 
 def _joins_axes(node: Node) -> bool:

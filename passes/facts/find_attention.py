@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Graph, Node
 
-from lipass.passes.attention import check_site, match, segments, token_grid
+from lipass.passes.attention import check_site, joint, match, segments, token_grid
 from lipass.passes.attention.cache_pieces import cut
 from lipass.passes.attention.evidence import evidence_of, origin, returned
 from lipass.passes.attention.match import Operands, Refusal
@@ -18,6 +18,7 @@ from lipass.passes.attention.operators import places_of
 from lipass.passes.attention.planted import describe_planted, other_calls
 from lipass.passes.attention.segments import NAME_THEM
 from lipass.passes.attention.site import (
+    OVER_LATENTS,
     SDPA,
     AttentionSite,
     Grid,
@@ -25,7 +26,7 @@ from lipass.passes.attention.site import (
     set_site,
     site_of,
 )
-from lipass.passes.attention.sources import is_cache, why_not_apart
+from lipass.passes.attention.sources import is_cache, joined_with_others, why_not_apart
 from lipass.passes.attention.token_grid import other_order
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
@@ -33,6 +34,9 @@ from lipass.passes.graph.compat import Size, guard, value
 from lipass.passes.graph.names import call_line, module_path
 
 ROLES = ("text", "history", "current")
+_UNMASKED = ("prefill", "decode", "other")
+WITH_TEXT = "its latents and what is joined with them attend to each other"
+WITHOUT_HISTORY = "its tokens attend to each other, without a history"
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,21 @@ class FindAttention(Pass):
       in length too, and what is wrongly called text is attended to in full.
 
     The call is `decode` if it has history, `prefill` if not and its own keys are returned, written
-    to a cache or history to a later call, `text` if q has no grid and all keys are its own. It is
+    to a cache or history to a later call, otherwise `self`: all frames attend to each other, as in
+    a bidirectional video model. It is `text` if q has no grid and all keys are its own. It is
     `cross` if its keys are proven to come from another source: the graph makes them from inputs
     that the tokens of q are not made from, or is given them as one whole input that nobody writes
     to. Slices, expansions and scattered copies of an input may be those of a cache.
 
-    Keeps (role `other`): masks, dropout and causal attention; operands of mixed dtypes or
-    broadcast; k and v cut differently, or written to once they are joined; q without a token grid;
-    own keys whose grid is another one; a piece that could be text or history: `segments` names the
-    pieces then; guards that declared sizes (`mark_dynamic`) do not allow; keys of a cache that is
-    not understood; a site that its sparse call at budget 1.0 does not equal on small inputs.
+    A `self` site may have a mask that is one for all queries, such as that of padded keys; and its
+    queries may hold text as well as latents (`passes/attention/joint.py`).
+
+    Keeps (role `other`): other masks, dropout and causal attention; attention along time alone;
+    operands of mixed dtypes or broadcast; k and v cut differently, or written to once they are
+    joined; q without a token grid; own keys whose grid is another one; a piece that could be text
+    or history: `segments` names the pieces then; guards that declared sizes (`mark_dynamic`) do
+    not allow; keys of a cache that is not understood; a site that its sparse call at budget 1.0
+    does not equal on small inputs.
     """
 
     name: ClassVar[str] = "find-attention"
@@ -119,11 +128,17 @@ class FindAttention(Pass):
         for node in ctx.visit(calls):
             refused = site_of(node)
             told = refused is not None and bool(refused.role) and not is_call(node, SDPA)
-            whole = None if told else match.attention(node)
+            whole = None if told else match.attention(node, masked=True)
             with _dropped(graph):
                 operands = cut(whole, node, ctx) if isinstance(whole, Operands) else whole
-                site = self._describe(node, names[node], owners, whole, operands)
-                if isinstance(operands, Operands) and site.role in ("prefill", "decode"):
+                site = self._joint(node, names[node]) or self._describe(
+                    node, names[node], owners, whole, operands
+                )
+                if isinstance(operands, Operands) and operands.mask and site.role in _UNMASKED:
+                    site = replace(site, role="other", segments=(), reason="it has a mask")
+                if site.latents_first is not None:
+                    whole = operands = joint.whole(node)
+                if isinstance(operands, Operands) and site.role in OVER_LATENTS:
                     owners[origin(operands.keys[-1])] = node
                     # pieces of a cache are proven by where it is written, at sizes that cannot
                     # be made small
@@ -183,7 +198,8 @@ class FindAttention(Pass):
         ]
         grid = self._grid(operands.q, q_tokens)
         if isinstance(grid, Refusal):
-            return site("text" if all(own) and not self.token_grid else "other", grid.reason)
+            is_text = all(own) and not self.token_grid and grid.reason != token_grid.OVER_TIME
+            return site("text" if is_text else "other", grid.reason)
         if not any(own):
             apart = (why_not_apart(operands.q, key, q_tokens) for key in operands.keys)
             if why := next(filter(None, apart), ""):
@@ -210,7 +226,26 @@ class FindAttention(Pass):
             return site("decode", "it has history keys", grid, tuple(pieces))
         if why := returned(operands.keys[-1], node):
             return site("prefill", why, grid, tuple(pieces))
-        return site("other", "it has no history keys and its own keys are used nowhere else")
+        if why := joined_with_others(operands.q, operands.keys[-1], q_tokens):
+            return site("other", why)
+        return site("self", WITHOUT_HISTORY, grid, tuple(pieces))
+
+    def _joint(self, node: Node, name: str) -> AttentionSite | None:
+        """Describe attention whose queries hold text and latents, or return None."""
+        told = site_of(node) is not None or self.token_grid or self.segments
+        operands = None if told else joint.whole(node)
+        if not isinstance(operands, Operands):
+            return None
+        if not isinstance(token_grid.merge(operands.q, value(operands.q).shape[2]), Refusal):
+            return None
+        found = joint.describe(operands)
+        if isinstance(found, Refusal):
+            return None
+        grid, pieces, first = found
+        proof = "a reshape merges T, Y, X of the latents"
+        return AttentionSite(
+            name, call_line(node), "self", grid, pieces, operands.scale, WITH_TEXT, proof, first
+        )
 
     def _named(self, pieces: int) -> tuple[str | None, ...] | Refusal:
         """Return what `segments` calls each piece; history may be absent, as it is in prefill."""

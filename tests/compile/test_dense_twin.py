@@ -104,6 +104,32 @@ def test_own_attention_is_counted_as_the_rewritten_call_would_be(ran):
     assert mine.reason == "context of 8 latents <= sparse.dense_latents 10"
 
 
+class Frames(nn.Module):
+    """All frames attend to each other; there is no history."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(16, 16)
+
+    def forward(self, x):
+        q = self.lin(x.flatten(2).mT).unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q * 2, q * 3)
+
+
+def test_attention_without_history_is_sparse_whatever_the_history_of_a_session(ran):
+    options = {"preset": "sparse", "sparse.tile": (1, 2, 2)}
+    fast = torch.compile(Frames().eval(), backend="light_interaction", options=options)
+    with torch.no_grad(), lipass.Session(**options, **{"sparse.dense_chunks": 3}) as session:
+        fast(X)
+        registry.reset_telemetry()
+        with session.chunk(poses=None, query=W2C[:4]):
+            fast(X)
+    (counts,) = registry.telemetry().values()
+    assert ran == ["rewritten"] * 2
+    assert counts.role == "self"
+    assert "dense_" not in counts.reason
+
+
 @pytest.mark.parametrize(
     ("session", "latents", "expected"),
     [

@@ -91,8 +91,9 @@ def test_concatenation_with_another_user_stays(trace, apply):
 def test_attention_over_no_latents_stays(role):
     def fn(x, text):
         q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
-        key = text if role == "cross" else torch.cat([text, q], 2)
-        return F.scaled_dot_product_attention(q, key, key)
+        key = text if role == "cross" else q
+        causal = role == "other"
+        return F.scaled_dot_product_attention(q, key, key, is_causal=causal)
 
     args = (torch.randn(1, 16, 4, 4, 4), torch.randn(1, 2, 6, 8))
     assert_refuses(fn, args, TEXT, f"^{role}: ")
@@ -125,3 +126,20 @@ def test_budget_one_equals_dense(trace, apply, mini, inputs):
         compiled = torch.compile(mini, backend=lambda _, __: gm.forward, dynamic=False)
         apply(gm, TEXT)
         torch.testing.assert_close(compiled(*args), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_of_single_frames_lie_within_them(trace, apply):
+    patch = torch.nn.Conv2d(4, 16, 2, 2)
+
+    def fn(x):
+        q = patch(x).flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q * 2, q * 3)
+
+    gm = trace(fn, (torch.randn(3, 4, 16, 16),))
+    apply(gm, TEXT + "{tile=4x8x4 sink_latents=1}")
+    (call,) = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.lipass.sparse_attention.default
+    )
+    assert call.args[3] == [1, 8, 8]
+    assert call.args[6] == [1, 16, 8]
+    assert call.args[9] == 0

@@ -5,6 +5,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch.nn import functional as F
 
+from lipass.passes.attention import token_grid
 from lipass.passes.attention.site import sites
 
 TEXT = "canonicalize,find-attention"
@@ -155,14 +156,16 @@ def test_history_guards_its_length(trace, apply, grown):
     [
         ({"dropout_p": 0.1}, "dropout is 0.1"),
         ({"is_causal": True}, "it is causal"),
-        ({"attn_mask": torch.zeros(1)}, "it has a mask"),
+        ({"attn_mask": (64, 1)}, "it has a mask [64, 1], which may differ between queries"),
+        ({"attn_mask": (1, 1)}, "it has a mask [1, 1], which is broadcast over its keys"),
     ],
 )
 def test_attention_that_is_no_plain_softmax(found, grown, options, reason):
-    mask = options.pop("attn_mask", None)
+    mask = options.get("attn_mask")
+    options = {key: value for key, value in options.items() if key != "attn_mask"}
 
     def fn(x, text, history):
-        extra = {} if mask is None else {"attn_mask": x.new_zeros(64, 1)}
+        extra = {} if mask is None else {"attn_mask": x.new_zeros(mask)}
         return attend(x, text, history, **extra, **options)
 
     assert found(fn, *grown) == [("other", reason)]
@@ -172,7 +175,17 @@ def test_data_dependent_mask(found, grown):
     def fn(x, text, history):
         return attend(x, text, history, attn_mask=x.sum() > history[0, 0, :1, :1])
 
-    assert found(fn, *grown) == [("other", "it has a mask")]
+    reason = "it has a mask [1, 1], which is broadcast over its keys"
+    assert found(fn, *grown) == [("other", reason)]
+
+
+def test_padded_keys_beside_a_history_stay(found, grown):
+    def fn(x, text, history):
+        keys = text.shape[2] + history.shape[2] + 64
+        return attend(x, text, history, attn_mask=x.new_zeros(1, 1, 1, keys))
+
+    ((role, reason),) = found(fn, *grown)
+    assert (role, reason) == ("other", "it has a mask")
 
 
 def test_grouped_heads(found):
@@ -415,9 +428,9 @@ def test_text_self_attention(found):
     assert role == "text"
 
 
-def test_self_attention_without_history_is_neither_prefill_nor_decode(found):
-    reason = "it has no history keys and its own keys are used nowhere else"
-    assert found(attend, (latents(), kv(6))) == [("other", reason)]
+def test_self_attention_without_history_is_a_role_of_its_own(found):
+    reason = "its tokens attend to each other, without a history"
+    assert found(attend, (latents(), kv(6))) == [("self", reason)]
 
 
 def test_keys_made_from_other_latents_of_the_same_size_are_not_current(found):
@@ -433,8 +446,8 @@ def test_prompt_of_a_length_that_varies_is_text(found):
         return attend(x, heads((words + 1) @ words.new_ones(16, 16)))
 
     args, grown = ((latents(), torch.randn(1, n, 16)) for n in (32, 64))
-    reason = "it has no history keys and its own keys are used nowhere else"
-    assert found(fn, args, grown) == [("other", reason)]
+    reason = "its tokens attend to each other, without a history"
+    assert found(fn, args, grown) == [("self", reason)]
 
 
 def test_prompt_that_varies_with_the_history(trace, apply):
@@ -489,7 +502,7 @@ def test_padding_in_front_of_the_keys_is_no_history(found):
 
     args, grown = ((latents(), torch.randn(1, n, 16)) for n in (32, 48))
     ((role, _),) = found(fn, args, grown)
-    assert role == "other"
+    assert role == "self"
 
 
 def in_place(x, cache, start, window=1024, write=None):
@@ -573,3 +586,52 @@ def test_length_that_is_declared_as_anything_in_a_range(trace, apply):
     assert site.role == "other"
     assert "mark_dynamic declares sizes from 16 to 640" in site.reason
     assert not site.q_grid
+
+
+class Frames(torch.nn.Module):
+    """Patches of single frames `[B, F, C, Y, X]`, then attention as `way` says."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.patch = way, torch.nn.Conv2d(4, 16, 2, 2)
+
+    def forward(self, x):
+        b, f = x.shape[:2]
+        h = self.patch(x.flatten(0, 1)).flatten(2).mT
+        if self.way == "video":
+            h = h.unflatten(0, (b, f)).flatten(1, 2)
+        if self.way == "apart":
+            h = self.patch(x.flatten(0, 1)).unflatten(0, (b, f)).flatten(3).mT.flatten(1, 2)
+        if self.way == "time":
+            h = h.unflatten(0, (b, f)).transpose(1, 2).flatten(0, 1)
+        q = heads(h)
+        return F.scaled_dot_product_attention(q, q * 2, q * 3)
+
+
+@pytest.mark.parametrize(
+    ("way", "grid"), [("video", (5, 4, 6)), ("apart", (5, 4, 6)), ("frame", (1, 4, 6))]
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_grid_of_frames_that_are_patched_one_by_one(trace, apply, way, grid, batch):
+    gm = trace(Frames(way), (torch.randn(batch, 5, 4, 8, 12),))
+    apply(gm, TEXT)
+    ((_, site),) = sites(gm.graph)
+    assert (site.role, site.q_grid) == ("self", grid)
+
+
+def test_batch_of_one_is_no_axis_of_the_grid(trace, apply):
+    def fn(x, shift):
+        h = (x + 1).flatten(2).mT
+        h = h + shift.reshape(1, 1, 64, 16).reshape(1, 64, 16)
+        q = heads(h)
+        return F.scaled_dot_product_attention(q, q * 2, q * 3)
+
+    gm = trace(fn, (latents(), torch.randn(64, 16)))
+    apply(gm, TEXT)
+    ((_, site),) = sites(gm.graph)
+    assert site.q_grid == (4, 4, 4)
+
+
+def test_attention_along_time_says_so(found):
+    ((role, reason),) = found(Frames("time"), (torch.randn(2, 5, 4, 8, 12),))
+    assert (role, reason) == ("other", token_grid.OVER_TIME)
