@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx
 
+from lipass.compile.left_eager import listen
 from lipass.config import SECTIONS, Config
 
 if TYPE_CHECKING:
@@ -76,3 +77,6 @@ def pipeline_of(config: Config) -> PassPipeline:
     for name in config.disable:
         pass_class(name)  # raises for a name that is none
     return PassPipeline(tuple(one for one in pipeline if one.name not in config.disable))
+
+
+listen(light_interaction)

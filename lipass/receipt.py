@@ -80,6 +80,7 @@ class ChunkRecord:
         why_missed: reasons of those, with how often.
         latents_read: most history latents that a compiled call read, whatever was planned; None
             where none was called, or it chose by itself.
+        steps_skipped: denoising steps that were not computed, whatever was planned.
     """
 
     session: int
@@ -89,6 +90,7 @@ class ChunkRecord:
     misses: int
     why_missed: Mapping[str, int] = field(default_factory=dict)
     latents_read: int | None = None
+    steps_skipped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""
@@ -99,6 +101,7 @@ class ChunkRecord:
             "misses": self.misses,
             "why_missed": dict(self.why_missed),
             "latents_read": self.latents_read,
+            "steps_skipped": self.steps_skipped,
             "plan": self.plan.to_dict(),
         }
 
@@ -122,6 +125,7 @@ class Report:
             whether they were written to.
         idle: sessions in which no approximation did anything, with the cause, a line each.
         graph_breaks: where Dynamo cut a function into graphs that passes see one by one.
+        left_eager: functions that Dynamo runs as they are, without any graph, and why.
     """
 
     sites: dict[str, SiteRecord] = field(default_factory=dict)
@@ -137,6 +141,7 @@ class Report:
     invariants_untold: int = 0
     idle: list[str] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
+    left_eager: list[GraphBreak] = field(default_factory=list)
 
     def add_site(self, site: SiteRecord) -> None:
         """Record a site; a later record of the same name replaces it."""
@@ -207,6 +212,7 @@ class Report:
             "invariants_untold": self.invariants_untold,
             "idle": list(self.idle),
             "graph_breaks": [asdict(found) for found in self.graph_breaks],
+            "left_eager": [asdict(found) for found in self.left_eager],
         }
 
     def to_json(self) -> str:

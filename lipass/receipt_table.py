@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lipass.receipt import ChunkRecord, PassRecord, Report, SiteRecord
 
 _WIDTH = 80
+_IN = " " * 4
 
 
 def render(report: Report) -> str:
@@ -20,11 +21,12 @@ def render(report: Report) -> str:
     parts = [
         "\n".join(line for one in report.idle for line in textwrap.wrap(one, _WIDTH)),
         _summary(report),
+        _left_eager(report.left_eager),
         _failures(report.passes),
         _graph_breaks(report.graph_breaks),
         *_models(report.sites.values()),
         _passes(report.passes),
-        _chunks(report.chunks, report.chunks_forgotten),
+        _chunks(report),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -44,6 +46,16 @@ def _summary(report: Report) -> str:
             f"invariants: {report.invariants_untold} computed in torch.inference_mode, where none "
             "can be kept; torch.no_grad() lets a session keep them"
         )
+    return "\n".join(lines)
+
+
+def _left_eager(places: Iterable[GraphBreak]) -> str:
+    """Say in full what runs without any graph: nothing else in the receipt is about it."""
+    lines = []
+    for found in places:
+        lines.append(textwrap.shorten(f"not compiled: {found.source}", _WIDTH, placeholder=" .."))
+        for text in (found.reason, f"remedy: {found.remedy}"):
+            lines += textwrap.wrap(text, _WIDTH, initial_indent=_IN, subsequent_indent=_IN)
     return "\n".join(lines)
 
 
@@ -111,9 +123,9 @@ def _passes(passes: Iterable[PassRecord]) -> str:
     return "\n".join(_grid(("pass", "changed", "s", "notes"), rows))
 
 
-def _chunks(chunks: Sequence[ChunkRecord], forgotten: int) -> str:
+def _chunks(report: Report) -> str:
     """One row a chunk, planned beside done, and why it may reuse steps on the line below."""
-    rows = []
+    chunks, forgotten, rows = report.chunks, report.chunks_forgotten, []
     for record in chunks:
         plan = record.plan
         context = f"{len(plan.context.indices)}/{plan.history_latents}"
@@ -121,17 +133,40 @@ def _chunks(chunks: Sequence[ChunkRecord], forgotten: int) -> str:
         window = "" if plan.context.window_chunks is None else str(plan.context.window_chunks)
         steps, reused = "", ""
         if plan.steps is not None:
-            steps = f"{len(plan.steps.computed)}/{plan.steps.total}"
-            reused = str(len(plan.steps.reused))
+            steps = f"{plan.steps.total - record.steps_skipped}/{plan.steps.total}"
+            reused = f"{record.steps_skipped}/{len(plan.steps.reused)}"
         where, done = f"{record.session}.{plan.stream}", (str(record.lookups), str(record.misses))
         rows.append((where, str(plan.index), context, read, window, steps, reused, *done))
     head = ("session", "chunk", "context", "read", "window", "steps", "reused")
     lines = _grid((*head, "looked up", "missed"), rows)
-    reasons = [textwrap.shorten(one.plan.revisit.reason, _WIDTH - 4) for one in chunks]
+    reasons = [textwrap.shorten(_why_steps(one, report), _WIDTH - 4) for one in chunks]
     lines[1:] = [f"{a}\n    {b}" for a, b in zip(lines[1:], reasons, strict=True)]
     if forgotten:
         lines.append(f"({forgotten} earlier chunks not shown)")
     return "\n".join(lines)
+
+
+def _why_steps(record: ChunkRecord, report: Report) -> str:
+    """Say why steps may be reused, or why those that were planned to be were computed."""
+    steps = record.plan.steps
+    planned = len(steps.reused) if steps is not None else 0
+    if record.steps_skipped >= planned:
+        return record.plan.revisit.reason
+    if record.why_missed:
+        why = max(record.why_missed, key=lambda reason: record.why_missed[reason])
+    else:
+        why = _why_unguarded(report) or "no compiled call was in a reused step"
+    return f"{planned - record.steps_skipped} of them computed all the same: {why}"
+
+
+def _why_unguarded(report: Report) -> str:
+    """Return why no call may be answered, as the latest graph has it, or nothing."""
+    start = "call: kept, "
+    for one in reversed(report.passes):
+        for note in one.notes if one.name == "guard-steps" else ():
+            if note.startswith(start):
+                return note.removeprefix(start)
+    return ""
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,6 +9,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 _TABLES = ("_modules", "_parameters", "_buffers")
+# Where Dynamo keeps what it knows of an input beside its metadata; AOTAutograd asks for it.
+_SOURCE = "_dynamo_source"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class _SavedGraph:
             args, kwargs = map_arg(args, made.__getitem__), map_arg(kwargs, made.__getitem__)
             node = graph.create_node(op, target, args, kwargs, saved.name, saved.type)
             node.meta = dict(saved.meta)
+            if hasattr(saved.node, _SOURCE):
+                setattr(node, _SOURCE, getattr(saved.node, _SOURCE))
             made[saved.node] = node
         self.owner.graph = graph
 

@@ -13,8 +13,8 @@ import torch.fx
 
 from lipass.passes.core import Note, Pass, PassContext, PassError, PassPipeline
 from lipass.passes.graph.compat import trace_artifact
+from lipass.passes.graph.dead_code import erase_dead
 from lipass.passes.graph.names import module_path
-from lipass.passes.graph.ops import has_effect
 from lipass.passes.integrity import check_integrity, snapshot
 from lipass.passes.printer import print_graph
 from lipass.passes.restore import SavedModule
@@ -126,7 +126,7 @@ def _run_one(one: Pass, graph: torch.fx.Graph, ctx: PassContext) -> bool:
         changed = one.run(graph, ctx)
         ctx.failing = None
         if changed:
-            graph.eliminate_dead_code(has_effect)
+            erase_dead(graph)
             check_integrity(graph, before, ctx)
     except Exception as error:
         where = ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lipass.cli import UsageError
+from lipass.cli.fakes import casts_of_fakes
 from lipass.errors import LipassError
 
 HELP = (
@@ -127,7 +128,7 @@ def load(text: str, fake: bool = False) -> Target:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         # What a model prints must not end up in a JSON document.
-        with contextlib.redirect_stdout(sys.stderr), mode or contextlib.nullcontext():
+        with contextlib.redirect_stdout(sys.stderr), casts_of_fakes(mode):
             made = build()
     except Exception as error:
         raise LipassError(f"{text} must return (model, inputs), and {raised(error)}") from error

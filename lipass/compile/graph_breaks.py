@@ -31,7 +31,12 @@ def break_of(found: Any) -> GraphBreak:
     source = f"{Path(frame.filename).name}:{frame.lineno}" if frame else ""
     if str(found.reason).startswith(_JUMP):
         return GraphBreak(source, _BRANCH, _CHOOSE)
-    lines = [line.strip() for line in str(found.reason).splitlines()]
+    return GraphBreak(source, *parts_of(str(found.reason)))
+
+
+def parts_of(text: str) -> tuple[str, str]:
+    """Return the reason and the remedy in a paragraph of Dynamo."""
+    lines = [line.strip() for line in text.splitlines()]
     parts: dict[str, list[str]] = {"Explanation": [], "Hint": []}
     for line in lines:
         key, colon, rest = line.partition(":")
@@ -41,7 +46,7 @@ def break_of(found: Any) -> GraphBreak:
     if parts["Explanation"]:
         reason += f": {parts['Explanation'][0]}"
     remedy = " ".join(parts["Hint"]) or _REMEDY
-    return GraphBreak(source, re.sub(r"\s+", " ", reason), re.sub(r"\s+", " ", remedy))
+    return re.sub(r"\s+", " ", reason), re.sub(r"\s+", " ", remedy)
 
 
 def distinct(breaks: Iterable[GraphBreak]) -> list[GraphBreak]:

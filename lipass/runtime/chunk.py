@@ -45,6 +45,8 @@ class Chunk:
         self.lookups = 0
         self.misses = 0
         self.why_missed: Counter[str] = Counter()
+        self._answered: set[int] = set()
+        self._missed: set[int] = set()
         self.latents_read: int | None = None
         self._listed = False
         self._began = 0.0
@@ -100,10 +102,27 @@ class Chunk:
             )
         return self.plan.steps
 
-    def miss(self, reason: str) -> None:
+    def hit(self, step: int) -> None:
+        """Count a call that was answered in a reused step."""
+        self.lookups += 1
+        self._answered.add(step)
+
+    def miss(self, step: int, reason: str) -> None:
         """Count a call that computed though its step is reused."""
         self.misses += 1
         self.why_missed[reason] += 1
+        self._missed.add(step)
+
+    def steps_skipped(self) -> int:
+        """Count the steps that were not computed, whatever was planned.
+
+        A merged step never comes; a looked-up one is skipped where all that was asked for in it
+        was answered.
+        """
+        steps = self.plan.steps
+        if steps is None or steps.form == "merge":
+            return 0 if steps is None else len(steps.reused)
+        return len(self._answered - self._missed)
 
     def begin(self, loop: StepLoop) -> None:
         """Start a loop of steps; it replaces the one before.
@@ -187,6 +206,7 @@ class Chunk:
             self.misses,
             dict(self.why_missed),
             self.latents_read,
+            self.steps_skipped(),
         )
         current_report().add_chunk(record)
         self.session.effect.add(record)

@@ -57,7 +57,7 @@ class GraphLoop:
         run: _Run = self._local.run
         if index in run.reused:
             assert run.chunk is not None
-            run.chunk.lookups += 1
+            run.chunk.hit(index)
             return copy_of(run.outputs)
         outputs = compiled(*args)
         # The sampler may write to what it gets, so a copy stays here.

@@ -100,9 +100,9 @@ class StepState:
         if self.reused:
             found = self.loop.find(owner, branch, inputs, args, self)
             if not isinstance(found, Miss):
-                self.chunk.lookups += 1
+                self.chunk.hit(self.index)
                 return found
-            self.chunk.miss(found)
+            self.chunk.miss(self.index, found)
         outputs = compute(args)
         if self._keeps:
             self.loop.keep(owner, branch, inputs, args, outputs, self)

@@ -13,9 +13,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from lipass.passes.attention.site import rename_site, site_of
 from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.graph.body_sizes import give_sizes
 from lipass.passes.graph.compat import guard, holds_now, invoke_subgraph, value
 from lipass.passes.graph.names import joint_name, module_path, module_paths
-from lipass.passes.graph.outline import body_of, foreign, hidden_sizes, put_calls
+from lipass.passes.graph.outline import body_of, foreign, put_calls
 from lipass.passes.graph.region import (
     Region,
     alias,
@@ -29,6 +30,8 @@ from lipass.passes.graph.settings import is_setting
 from lipass.passes.printer import print_graph
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+_ROOT = "layers"
+"""What layers are called whose list is the root itself, and has no name."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -119,7 +122,7 @@ def _layers(graph: Graph, depth: int) -> dict[str, list[list[Node]]]:
             indices = list(_INDEX.finditer(path))
             if len(indices) >= depth:
                 at = indices[depth - 1]
-                family = _INDEX.sub(".*", path[: at.start()]).strip(".")
+                family = _INDEX.sub(".*", path[: at.start()]).strip(".") or _ROOT
                 found[family][f"{path[: at.end()]}@{repeat}"].append(node)
                 break
     return {name: list(members.values()) for name, members in found.items()}
@@ -150,11 +153,8 @@ def _outline(graph: Graph, family: str, regions: list[Region], ctx: PassContext)
     """Put calls of one subgraph in place of equal regions."""
     body = body_of(regions, ctx)
     inner = body.module.graph
-    for size in hidden_sizes(regions[0], ctx):
-        body.columns.insert(0, [size] * len(regions))
-        with inner.inserting_before(next(iter(inner.nodes))):
-            inner.placeholder(size.name).meta["example_value"] = value(size)
     _join_sites(inner, regions)
+    give_sizes(body, regions[0], ctx)
     body.module.recompile()
     owner = graph.owning_module
     assert owner is not None
@@ -189,7 +189,7 @@ def _join_sites(body: Graph, regions: list[Region]) -> None:
 
 
 def _free_name(module: torch.nn.Module, family: str) -> str:
-    name = re.sub(r"\W+", "_", family).strip("_")
+    name = re.sub(r"\W+", "_", family).strip("_") or _ROOT
     taken = {taken for taken, _ in module.named_children()}
     while name in taken or hasattr(module, name):
         name += "_"

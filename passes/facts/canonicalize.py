@@ -17,10 +17,12 @@ from lipass.passes.attention.softmax_attention import Spelled
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.dead_code import erase_dead
 from lipass.passes.graph.equivalence import Incomparable
 from lipass.passes.graph.modes import place_switches
 from lipass.passes.graph.names import call_line, module_path
-from lipass.passes.graph.ops import has_effect, is_other_look, name_of
+from lipass.passes.graph.ops import is_other_look, name_of
+from lipass.passes.graph.transforms import drop_unread
 from lipass.passes.graph.writes import storage, writes_between
 
 _SDPA_NAMES = (
@@ -94,7 +96,10 @@ class Canonicalize(Pass):
             changed |= self._spell_as_sdpa(node, ctx)
         if changed:
             # what was replaced still reads the keys, and keys with other readers are left alone
-            graph.eliminate_dead_code(has_effect)
+            erase_dead(graph)
+            # FlexAttention makes a mask under `vmap`, which nobody reads any more
+            while drop_unread(graph):
+                erase_dead(graph)
         for node in ctx.visit([node for node in graph.nodes if is_call(node, SDPA)]):
             changed |= join_late(node, ctx)
         return changed

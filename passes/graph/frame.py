@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -14,14 +18,19 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationNew
 
 
+def _user_names(text: str) -> str:
+    """Take Dynamo's marks of locals and globals out of an expression."""
+    return re.sub(r"\b[LG]\['(\w+)'\]", r"\1", text)
+
+
 def _user_name(source: Any) -> str:
     """Return the name of a source without Dynamo's marks of locals and globals."""
     try:
         name = getattr(source, "name", "")
         name = str(name() if callable(name) else name)
-    except NotImplementedError:  # a variable of an enclosing function, which no guard can reach
+    except NotImplementedError:  # a variable of an enclosing function, or Dynamo's own
         name = getattr(source, "local_name", "")
-    return re.sub(r"\b[LG]\['(\w+)'\]", r"\1", name)
+    return _user_names(str(name))
 
 
 def source_name(placeholder: torch.fx.Node) -> str:
@@ -62,6 +71,8 @@ def frame_being_compiled(graph: torch.fx.Graph) -> Frame:
     names = []
     for one in changed:
         of = _user_name(one.source)
+        if not of:
+            continue
         changed_keys = attributes.get(one, ()) or _changed_keys(one)
         cell = list(changed_keys) == ["cell_contents"]
         names += [f"{of}.{name}" for name in changed_keys if not cell] or [of]
@@ -100,3 +111,49 @@ def compiled_frame() -> tuple[str, torch.nn.Module | None]:
         return name, mine
     modules = [one for one in local.values() if isinstance(one, torch.nn.Module)]
     return name, modules[0] if len(modules) == 1 else None
+
+
+class _Kept(list[Any]):
+    """Callbacks of which one outlives `torch._dynamo.reset`: it is no cache."""
+
+    def __init__(self, others: list[Any], own: Callable[[Any], None]) -> None:
+        super().__init__([*others, own])
+        self._own = own
+
+    def clear(self) -> None:
+        super().clear()
+        self.append(self._own)
+
+
+def on_compile_end(callback: Callable[[], None]) -> None:
+    """Have a function called whenever Dynamo ends a compilation, from within it."""
+    handler = getattr(torch._dynamo, "callback_handler", None)
+    if isinstance(getattr(handler, "end_callbacks", None), list):
+        handler.end_callbacks = _Kept(handler.end_callbacks, lambda _: callback())
+
+
+def when_left(callback: Callable[[], None]) -> None:
+    """Have a function called when the compilation that ends now has been left; it may raise."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        stack = frame.f_locals.get("stack")
+        if frame.f_code.co_name == "compile_inner" and isinstance(stack, contextlib.ExitStack):
+            stack.callback(callback)
+            return
+        frame = frame.f_back
+
+
+def recompile_reasons(code: CodeType) -> list[str]:
+    """Return the guards that failed when a function was compiled again, in order."""
+    try:
+        from torch._dynamo.utils import get_compilation_metrics
+    except ImportError:
+        return []
+    found = []
+    for one in get_compilation_metrics():
+        place = (getattr(one, "co_filename", None), getattr(one, "co_firstlineno", None))
+        reason = getattr(one, "recompile_reason", None)
+        if place == (code.co_filename, code.co_firstlineno) and reason:
+            text = _user_names(re.sub(r"^\d+/\d+: ", "", reason.splitlines()[0]))
+            found.append(re.split(r"\s{2,}#", text)[0].strip())
+    return found

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes.graph.ops import gives_nothing
 from lipass.passes.graph.settings import Settings, is_setting, scopes
+from lipass.passes.graph.transforms import half_transformed, place_ends
 from lipass.passes.graph.writes import mutates
 
 
@@ -22,6 +23,7 @@ def place_switches(graph: Graph) -> None:
     An autocast, or a choice of kernels, belongs to the innermost module that the calls on both
     sides of its beginning, or of its end, are made in, if all calls within it are.
     """
+    place_ends(graph)
     for enter, leave in (*_autocasts(graph), *scopes(graph)):
         within = _calls(enter.next, leave)
         sides = [_shared_stack(_beside(switch)) for switch in (enter, leave)]
@@ -131,10 +133,11 @@ def _half_set(nodes: Sequence[Node], own: set[Node]) -> str | None:
 def half_inside(nodes: Sequence[Node]) -> str | None:
     """Say what holds for some nodes but is not entered and left among them, or None.
 
-    What is outlined runs in the autocasts and settings that are called within it, and in no other.
+    What is outlined runs in the autocasts, settings and transforms that are called within it, and
+    in no other.
     """
     graph, own = nodes[0].graph, set(nodes)
-    if why := _half_set(nodes, own):
+    if why := half_transformed(nodes, own) or _half_set(nodes, own):
         return why
     if not graph.find_nodes(op="call_function", target=_enter_autocast):
         return None

@@ -4,6 +4,7 @@ import json
 import textwrap
 
 import pytest
+import torch
 
 from lipass.cli import main
 
@@ -288,3 +289,21 @@ def test_unknown_preset_is_usage(model, capsys):
 def test_option_without_value_is_usage(model, capsys):
     assert main(["inspect", f"{model}:attention", "-o", "strict"]) == 2
     assert "must be KEY=VALUE, got 'strict'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "cast", ["to(torch.bfloat16)", "half()", "double()", "to('cpu', torch.half)"]
+)
+def test_builder_that_casts_its_model_keeps_fake_tensors(cast, tmp_path, capsys):
+    file = tmp_path / "casting.py"
+    file.write_text(
+        "import torch\n"
+        "def build():\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))\n"
+        f"    model = model.eval().{cast}\n"
+        "    return model, (torch.randn(2, 8, dtype=model[0].weight.dtype),)\n"
+    )
+    before = torch.nn.Module._apply
+    assert main(["inspect", f"{file}:build", "--json"]) == 0
+    assert document(capsys)["fake"] is True
+    assert torch.nn.Module._apply is before

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lipass.passes.core import Numerics, Pass, PassContext, PassError, PassPipeline
+from lipass.passes.exact.share_blocks import ShareBlocks
 from lipass.passes.printer import print_graph
 from lipass.passes.runner import run_pipeline
 
@@ -129,6 +130,21 @@ def test_pass_that_fails_is_undone(trace):
         ("toy", "kept"), ("behind", "kept"), ("last", "kept"),
     ]  # fmt: skip
     gm.graph.lint()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_inductor_compiles_a_graph_in_which_a_pass_was_undone(monkeypatch):
+    def fail(self, graph, ctx):
+        graph.call_function(torch.add, (1, 1))
+        raise KeyError("lost")
+
+    monkeypatch.setattr(ShareBlocks, "run", fail)
+    model, x = Net().eval(), torch.randn(3, 2)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        options = {"preset": "exact", "inner": "inductor"}
+        fast = torch.compile(model, backend="light_interaction", options=options)
+        torch.testing.assert_close(fast(x), model(x))
 
 
 def test_pass_that_leaves_an_invalid_graph_is_undone(trace):

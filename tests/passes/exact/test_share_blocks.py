@@ -4,11 +4,19 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+import lipass
 from lipass.passes.attention.site import sites
+from lipass.passes.graph.compat import symbols_of
 from lipass.passes.graph.names import names_of
 from lipass.passes.printer import print_graph
+from lipass.receipt import reset_report
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
 
 TEXT = "canonicalize,find-attention,share-blocks{nodes_min=2}"
 
@@ -164,8 +172,11 @@ def test_sizes_that_no_input_shows_are_passed_along(mini, inputs, trace, apply):
     text = "canonicalize,find-attention,find-poses,prune-context{window_latents=1},share-blocks"
     apply(gm, text)
     assert outlined(gm) == {"blocks": 2}
-    first = gm.blocks.graph.find_nodes(op="placeholder")[0]
-    assert isinstance(first.meta["example_value"], torch.SymInt)
+    # As the axis of a tensor, which says what holds when a later guard has made sizes equal.
+    given = [n.meta["example_value"] for n in gm.blocks.graph.find_nodes(op="placeholder")]
+    assert all(isinstance(one, torch.Tensor) for one in given)
+    plain = {str(size) for one in given for size in one.shape}
+    assert all(str(s) in plain for one in given for size in one.shape for s in symbols_of(size))
 
 
 def test_layers_of_an_outlined_step_are_outlined_in_turn(mini, inputs, trace, apply):
@@ -250,3 +261,169 @@ def test_layers_whose_gradient_is_recorded_are_refused(apply):
     torch._dynamo.reset()
     records, _ = apply(graphs[0], TEXT)
     assert any("gradient is recorded" in reason for reason in reasons(records))
+
+
+def seen(model, *calls, inner="inductor"):
+    """Compile a model, compare it with itself for some calls, and return how often it compiled."""
+    torch._dynamo.reset()
+    reset_report()
+    model = model.eval() if isinstance(model, nn.Module) else model
+    options = {"preset": "exact", "inner": inner}
+    fast = torch.compile(model, backend="light_interaction", options=options)
+    with torch.no_grad():
+        for call in calls:
+            torch.testing.assert_close(fast(*call), model(*call), atol=1e-4, rtol=1e-4)
+    return [run.changed for run in lipass.report().passes if run.name == "share-blocks"]
+
+
+class Attending(nn.Module):
+    def __init__(self, attend=F.scaled_dot_product_attention):
+        super().__init__()
+        self.qkv, self.out, self.attend = nn.Linear(32, 96), nn.Linear(32, 32), attend
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Listed(nn.ModuleList):
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+LISTED = nn.ModuleList([Attending(), Attending()]).eval()
+
+
+def over_a_list(x):
+    for layer in LISTED:
+        x = layer(x)
+    return x
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(Attending(), Attending()),
+        nn.Sequential(nn.Linear(32, 32), Attending(), Attending()),
+        nn.Sequential(nn.Sequential(Attending(), Attending()), Attending()),
+        Listed([Attending(), Attending()]),
+        over_a_list,
+    ],
+    ids=["sequential", "mixed", "nested", "list", "function"],
+)
+def test_layers_of_a_root_that_is_a_list_are_shared(model, inner):
+    assert seen(model, (torch.randn(1, 8, 32),), inner=inner) == [True]
+
+
+class InVmap(Attending):
+    def forward(self, x):
+        y = super().forward(x)
+        return y + torch.vmap(lambda one: one.softmax(-1) * 2)(y)
+
+
+class InJvp(Attending):
+    def forward(self, x):
+        y = super().forward(x)
+        return y + torch.func.jvp(torch.sin, (y,), (torch.ones_like(y),))[1]
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("layer", "shared"),
+    [(lambda: Attending(flex_attention), True), (InVmap, True), (InJvp, False)],
+    ids=["flex_attention", "vmap", "jvp"],
+)
+def test_transforms_go_into_the_layer_or_keep_it(layer, shared, inner):
+    model = Listed([layer(), layer(), layer()])
+    assert seen(model, (torch.randn(2, 24, 32),), inner=inner) == [shared]
+
+
+def causal(x):
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, x.shape[1], x.shape[1], "cpu")
+
+
+class Masked(Attending):
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        y = flex_attention(q, k, v, block_mask=causal(x))
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_block_mask_that_is_made_in_the_model_compiles():
+    seen(Listed([Masked(), Masked()]), (torch.randn(1, 24, 32),), inner="eager")
+
+
+class TwoInputs(nn.Module):
+    """A video and its control of one length, which a later guard finds out (Wan-VACE)."""
+
+    def __init__(self):
+        super().__init__()
+        self.video, self.control = nn.Linear(8, 32), nn.Linear(8, 32)
+        self.layers = Listed([Attending(), Attending()])
+
+    def forward(self, x, c):
+        h, g = self.video(x).flatten(1, 2), self.control(c).flatten(1, 2)
+        pad = h.new_zeros(h.size(0), h.size(1) - g.size(1), h.size(2))
+        return self.layers(h + torch.cat([g, pad], 1))
+
+
+class Counted(nn.Module):
+    """Frames are counted in Python, which makes their number a constant (SANA-WM)."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.layers = nn.Linear(8, 32), nn.ModuleList([Folded(), Folded()])
+
+    def forward(self, x):
+        h, frames, tokens = self.qkv(x).flatten(1, 2), x.shape[1], x.shape[2]
+        for layer in self.layers:
+            h = layer(h, frames, tokens)
+        states = h.unflatten(1, (frames, tokens))
+        return h + sum(states[:, i] for i in range(frames)).mean()
+
+
+class Folded(Attending):
+    def forward(self, x, frames, tokens):
+        y = super().forward(x).unflatten(1, (frames, tokens))
+        return (y + y.mean(1, keepdim=True) / tokens).flatten(1, 2)
+
+
+def two(frames):
+    return torch.randn(1, frames, 24, 8), torch.randn(1, frames, 24, 8)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("model", "calls"),
+    [
+        (TwoInputs, [two(3), two(5), two(6)]),
+        (Counted, [two(3)[:1], two(5)[:1]]),
+    ],
+)
+def test_second_length_of_the_video_compiles(model, calls, dynamic):
+    with torch._dynamo.config.patch(assume_static_by_default=not dynamic):
+        assert all(seen(model(), *calls))
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Scaled(), Scaled()])
+
+    def forward(self, x, n):
+        for layer in self.layers:
+            x = layer(x, n)
+        return x
+
+
+class Scaled(Attending):
+    def forward(self, x, n):
+        return super().forward(x) / (n + 1)
+
+
+def test_number_that_is_the_size_of_nothing_is_passed_as_it_is():
+    calls = [(torch.randn(1, 8, 32), n) for n in (2, 3, 5)]
+    assert seen(Counting(), *calls)[-1]
