@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from lipass.passes.attention import match
 from lipass.passes.attention.cache_pieces import is_cut
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.site import SDPA, move_site, sites
-from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.core import Gate, Numerics, Pass, PassContext
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import hint, value
 from lipass.passes.graph.emit import Emitter, refuse_rewrite
@@ -47,12 +48,15 @@ class AttendPieces(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False
+        # One answer for calls of one form: on a busy machine measurements differ from call to
+        # call, and steps of a loop must stay alike.
+        gate = ctx.gate and functools.cache(ctx.gate)
         for node, site in sites(graph):
             if not is_call(node, SDPA):
                 continue
             ctx.failing = node
             operands = match.attention(node)
-            if why := _refusal(node, operands, ctx):
+            if why := _refusal(node, operands, gate):
                 ctx.note(site.name, "kept", why)
                 continue
             assert isinstance(operands, Operands)
@@ -73,7 +77,7 @@ class AttendPieces(Pass):
         return changed
 
 
-def _refusal(node: Node, operands: Operands | Refusal, ctx: PassContext) -> str | None:
+def _refusal(node: Node, operands: Operands | Refusal, gate: Gate | None) -> str | None:
     if isinstance(operands, Refusal):
         return operands.reason
     if is_cut(operands, node):
@@ -82,8 +86,8 @@ def _refusal(node: Node, operands: Operands | Refusal, ctx: PassContext) -> str 
         return "heads of k and v are shared by groups of q"
     if why := refuse_rewrite(node):
         return why
-    if ctx.gate is None:
+    if gate is None:
         return "nothing is known of this machine's speed"
     q = value(operands.q)
     tokens = tuple(hint(value(key).shape[2]) for key in operands.keys)
-    return ctx.gate(tuple(map(hint, q.shape)), q.dtype, q.device, tokens)
+    return gate(tuple(map(hint, q.shape)), q.dtype, q.device, tokens)

@@ -148,3 +148,21 @@ def test_the_gate_is_given(trace):
     records = run_pipeline(PassPipeline.parse(TEXT), gm, PassContext.of(gm.graph, gate))
     assert asked == [((1, 2, 4, 8), torch.float32, "cpu", (6, 4))]
     assert reasons(records) == ["too slow here"]
+
+
+def test_calls_of_one_form_get_one_answer(trace):
+    """On a busy machine each measurement may say another thing, and steps must stay alike."""
+    asked = []
+
+    def gate(*call):
+        asked.append(call)
+        return None if len(asked) == 1 else "joining pays"
+
+    def twice(q, a, b):
+        return attend(attend(q, a, b), a, b)
+
+    gm = trace(twice, heads(4, 6, 4))
+    ctx = PassContext.of(gm.graph, gate)
+    records = run_pipeline(PassPipeline.parse(TEXT), gm, ctx)
+    assert [note.action for note in records[-1].notes] == ["rewritten", "rewritten"]
+    assert len(asked) == 1
