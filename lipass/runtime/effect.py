@@ -44,7 +44,7 @@ class Effect:
         if self._config.context:
             self._note("context", _kept_all(plan, record.latents_read))
         if self._config.steps:
-            self._note("steps", _computed_all(plan, record.steps_skipped))
+            self._note("steps", _computed_all(plan, record.lookups))
         if self._config.sparse and plan.dense_reason:
             self._dense[plan.dense_reason] += 1
 
@@ -109,14 +109,14 @@ def _kept_all(plan: ChunkPlan, read: int | None) -> str | None:
     return None if chosen < there else f"short context, all of the {there} latents were kept"
 
 
-def _computed_all(plan: ChunkPlan, skipped: int) -> str | None:
+def _computed_all(plan: ChunkPlan, lookups: int) -> str | None:
     if plan.history_latents == 0:
         return _NO_CAMERAS
     if plan.steps is None:
         return "no loop asked which steps to compute; use chunk.steps"
     if not plan.steps.reused:
         return "too few steps" if plan.revisit.allowed else plan.revisit.reason
-    if not skipped:
+    if plan.steps.form == "lookup" and not lookups:
         return "no call in a reused step was answered; call the compiled model inside the loop"
     return None
 
