@@ -15,8 +15,8 @@ def test_role_has_its_budget(role, share):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"role": "cross"}, "role cross has no history to choose from"),
-        ({"role": "text"}, "role text has no history to choose from"),
+        ({"role": "cross"}, "role cross has no latents to choose from"),
+        ({"role": "text"}, "role text has no latents to choose from"),
         ({"layer": 0}, "layer 0 is in sparse.dense_layers"),
         ({"history_chunks": 2}, "history of 2 chunks < sparse.dense_chunks 3"),
     ],
