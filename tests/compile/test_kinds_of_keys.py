@@ -91,8 +91,8 @@ KINDS = {
         [(kv(6), kv(16 * n), kv(32 * n)) for n in (4, 6, 8)],
         {"other"},
     ),
-    "no history at first": (history, [(kv(16 * n),) for n in (0, 4, 8)], {"other", "decode"}),
-    "empty tensor at first": (history, [(EMPTY,), (kv(64),), (kv(96),)], {"other", "decode"}),
+    "no history at first": (history, [(kv(16 * n),) for n in (0, 4, 8)], {"self", "decode"}),
+    "empty tensor at first": (history, [(EMPTY,), (kv(64),), (kv(96),)], {"self", "decode"}),
     "text that varies": (
         projected_text,
         [(torch.randn(1, 16 * n, 32), kv(32 * n)) for n in (2, 3, 4)],

@@ -583,6 +583,6 @@ def sdpa_causal(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@near_miss("it has a mask")
+@near_miss("it has a mask [1, 2, 64, 64], which may differ between queries")
 def sdpa_masked_by_data(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(q @ k.mT) > 0)
