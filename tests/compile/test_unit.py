@@ -221,9 +221,9 @@ def test_chunks_that_stay_dense_are_forced_dense(model, monkeypatch):
     routes = []
     force = registry.force
 
-    def spy(route, reason):
+    def spy(route, reason, **rest):
         routes.append((route, reason))
-        return force(route, reason)
+        return force(route, reason, **rest)
 
     monkeypatch.setattr(registry, "force", spy)
     rules = {"sparse.dense_chunks": 2, "sparse.dense_latents": 0}

@@ -1,5 +1,7 @@
 """Models that nobody here wrote: found, listed, and left as they are to rounding."""
 
+import copy
+
 import pytest
 import torch
 from zoo import ZOO
@@ -11,7 +13,11 @@ from lipass.receipt import current_report
 
 pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    # Some models leave a function to Python, of which the receipt tells.
+    pytest.mark.filterwarnings("ignore:every call of a compiled model:lipass.LipassWarning"),
+]
 
 _HOISTED = PIPELINES["exact"].replace("hoist-calls", "hoist-calls{work_min=0}")
 BUDGET_ONE = {"preset": "all", "sparse.budget": 1.0, "context.overlap_min": 0.0}
@@ -39,7 +45,19 @@ def test_output_is_that_of_the_model(made, options):
     )
     with torch.no_grad():
         expected, actual = model(**inputs)[0], fast(**inputs)[0]
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert (actual - expected).abs().max() <= max(1e-5, own_rounding(model, inputs, expected))
+
+
+def own_rounding(model, inputs, expected):
+    """Return how far the model is from itself in fp64: linear attention makes 1e-7 into 1e-4."""
+
+    def wide(given):
+        floats = isinstance(given, torch.Tensor) and given.is_floating_point()
+        return given.double() if floats else given
+
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(**{k: wide(v) for k, v in inputs.items()})[0]
+    return (exact - expected).abs().max()
 
 
 def test_every_attention_is_listed_with_its_grid_or_the_reason(name, made):
