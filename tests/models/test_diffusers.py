@@ -1,10 +1,8 @@
 """Models that nobody here wrote: found, listed, and left as they are to rounding."""
 
-import copy
-
 import pytest
 import torch
-from zoo import ZOO
+from zoo import ZOO, own_rounding
 
 import lipass
 from lipass.kernels import registry
@@ -46,18 +44,6 @@ def test_output_is_that_of_the_model(made, options):
     with torch.no_grad():
         expected, actual = model(**inputs)[0], fast(**inputs)[0]
     assert (actual - expected).abs().max() <= max(1e-5, own_rounding(model, inputs, expected))
-
-
-def own_rounding(model, inputs, expected):
-    """Return how far the model is from itself in fp64: linear attention makes 1e-7 into 1e-4."""
-
-    def wide(given):
-        floats = isinstance(given, torch.Tensor) and given.is_floating_point()
-        return given.double() if floats else given
-
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(**{k: wide(v) for k, v in inputs.items()})[0]
-    return (exact - expected).abs().max()
 
 
 def test_every_attention_is_listed_with_its_grid_or_the_reason(name, made):

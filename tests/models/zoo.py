@@ -1,5 +1,7 @@
 """Small random configurations of diffusers' video transformers: their code, not their weights."""
 
+import copy
+
 import torch
 
 LATENTS, ROWS, COLUMNS = 3, 4, 6
@@ -98,3 +100,15 @@ ZOO = {
     "ltx": ltx,
     "cogvideox": cogvideox,
 }
+
+
+def own_rounding(model, inputs, expected):
+    """Return how far the model is from itself in fp64: linear attention makes 1e-7 into 1e-4."""
+
+    def wide(given):
+        floats = isinstance(given, torch.Tensor) and given.is_floating_point()
+        return given.double() if floats else given
+
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(**{k: wide(v) for k, v in inputs.items()})[0]
+    return (exact - expected).abs().max()
