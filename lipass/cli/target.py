@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lipass.cli import UsageError
-from lipass.cli.fakes import casts_of_fakes
 from lipass.errors import LipassError
 
 HELP = (
@@ -128,6 +127,8 @@ def load(text: str, fake: bool = False) -> Target:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         # What a model prints must not end up in a JSON document.
+        from lipass.cli.fakes import casts_of_fakes
+
         with contextlib.redirect_stdout(sys.stderr), casts_of_fakes(mode):
             made = build()
     except Exception as error:

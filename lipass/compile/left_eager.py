@@ -71,6 +71,8 @@ def _at_the_end(backend: Any) -> None:
         return
     code, config = compilation
     reason, remedy = parts_of(str(getattr(error, "msg", error)))
+    if "RestartAnalysis" in reason:
+        return  # only this call: the next value of a float is compiled again
     found = GraphBreak(_place(code), f"nothing of it is a graph: {reason}", remedy)
     # What is raised here would leave Dynamo in the middle of a compilation.
     when_left(lambda: _tell(found, config))

@@ -40,8 +40,8 @@ def values_in_another_order(monkeypatch):
     """Let every match of SDPA pair keys with the values of other pieces."""
     right = match.attention
 
-    def turn(node):
-        found = right(node)
+    def turn(node, **how):
+        found = right(node, **how)
         if not isinstance(found, match.Operands):
             return found
         return dataclasses.replace(found, values=(*found.values[1:], found.values[0]))
