@@ -13,6 +13,9 @@ from lipass.passes import PIPELINES
 from lipass.policy.trajectory import parse_trajectory
 from lipass.testing import assert_no_device_reads, device_reads
 
+# The gate may keep so small a model dense, of which a session tells.
+pytestmark = pytest.mark.filterwarnings("ignore:an approximate session:lipass.LipassWarning")
+
 TINY = ModelConfig(width=48, heads=1, blocks=2, rows=4, columns=4)
 PATH = parse_trajectory("left-15, right-16", step_deg=6.0)
 CAMERA = {"hfov_deg": 75.0, "vfov_deg": 75.0}
