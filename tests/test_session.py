@@ -392,6 +392,16 @@ def test_step_plan_is_the_one_that_the_loop_follows():
         assert chunk.plan.steps is plan
 
 
+def test_chunk_that_was_generated_is_not_entered_again():
+    with session_of("all") as session:
+        with chunk_of(session, 6) as chunk:
+            pass
+        with pytest.raises(LipassError, match="generated once, got chunk 0 of stream 'main'"):
+            chunk.__enter__()
+        assert chunk_of(session, 7).index == 1
+    assert len(current_report().chunks) == 1
+
+
 def test_stream_has_one_open_chunk():
     with session_of("all") as session, chunk_of(session, 6):
         with pytest.raises(LipassError, match="one chunk at a time, got a second for 'main'"):

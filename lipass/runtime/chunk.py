@@ -50,6 +50,7 @@ class Chunk:
         self.latents_read: int | None = None
         self._listed = False
         self._began = 0.0
+        self._finished = False
         self._block: Block | None = None
 
     @property
@@ -98,7 +99,8 @@ class Chunk:
         if self.plan.steps.total != total:
             raise ValueError(
                 f"a chunk has one number of steps, got {total} after {self.plan.steps.total}; "
-                "pass sigmas of the same length"
+                "pass sigmas of the same length, or open another loop, such as a refiner's, in a "
+                "chunk of a stream of its own"
             )
         return self.plan.steps
 
@@ -171,6 +173,11 @@ class Chunk:
             self._block = None
 
     def __enter__(self) -> Chunk:
+        if self._finished:
+            raise LipassError(
+                f"a chunk is generated once, got chunk {self.index} of stream "
+                f"{self.plan.stream!r} again; make the next with session.chunk(...)"
+            )
         streams = self.session.open_chunks
         if self.plan.stream in streams:
             raise LipassError(
@@ -196,6 +203,7 @@ class Chunk:
         del open_chunks[self.plan.stream]
         if kind is not None:
             return
+        self._finished = True
         self.session.finish(self.plan)
         seconds = time.perf_counter() - self._began
         record = ChunkRecord(
