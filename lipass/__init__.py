@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lipass._version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from lipass.adapters.adopt import adopt
     from lipass.config import Config
     from lipass.eager.attend import attend
     from lipass.errors import LipassError, LipassWarning
@@ -24,6 +25,7 @@ __all__ = [
     "LipassWarning",
     "Session",
     "__version__",
+    "adopt",
     "attend",
     "report",
 ]
@@ -33,6 +35,7 @@ _HOME = {
     "LipassError": "lipass.errors",
     "LipassWarning": "lipass.errors",
     "Session": "lipass.session",
+    "adopt": "lipass.adapters.adopt",
     "attend": "lipass.eager.attend",
     "report": "lipass.receipt",
 }

@@ -1,0 +1,1 @@
+"""Let models be compiled as they are: bring to graphs what they hide from them."""

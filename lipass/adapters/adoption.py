@@ -1,0 +1,96 @@
+"""Replace what a model calls by name, reversibly, and list each replacement.
+
+Models of the field bind their attention by name in the module that calls it, often behind
+`torch.compiler.disable` or as an operator that no graph shows. An adoption binds those names to
+code that Dynamo sees; `undo` puts back, last first, exactly the objects that stood there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One name that was bound to something else, or one place that could not be."""
+
+    where: str
+    """`file.py:line` of what stood there."""
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _Binding:
+    owner: Any
+    name: str
+    before: object
+
+
+class Adoption:
+    """What `lipass.adopt` did to one model, and the way back.
+
+    Attributes:
+        family: name of the family whose rules applied, or `"any"`.
+        changes: each name that was bound anew.
+        lints: what Dynamo will not see and nothing here could replace.
+    """
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.changes: list[Change] = []
+        self.lints: list[Change] = []
+        self._bindings: list[_Binding] = []
+
+    def rebind(self, owner: Any, name: str, value: object, why: str) -> None:
+        """Bind `name` of a module, class or object to `value` until `undo`."""
+        own = vars(owner).get(name, _MISSING)
+        before = getattr(owner, name) if own is _MISSING else own
+        self.changes.append(Change(place(before, owner), name, why))
+        self._bindings.append(_Binding(owner, name, own))
+        setattr(owner, name, value)
+
+    def lint(self, found: object, name: str, why: str) -> None:
+        """Say of a function that stays what it keeps from being seen."""
+        self.lints.append(Change(place(found, found), name, why))
+
+    def undo(self) -> None:
+        """Put back what stood there, last first; a second call does nothing."""
+        while self._bindings:
+            one = self._bindings.pop()
+            if one.before is _MISSING:
+                delattr(one.owner, one.name)
+            else:
+                setattr(one.owner, one.name, one.before)
+
+    def table(self) -> str:
+        """Return one line a change and one a lint, with its place."""
+        lines = [f"adopted as {self.family}: {len(self.changes)} names bound anew"]
+        lines += [f"  {one.where}  {one.name}: {one.why}" for one in self.changes]
+        lines += [f"  left: {one.where}  {one.name}: {one.why}" for one in self.lints]
+        return "\n".join(lines)
+
+    def __enter__(self) -> Adoption:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+def place(found: object, owner: object) -> str:
+    """Return `file.py:line` where something was defined, or the name of what holds it."""
+    plain = getattr(found, "_torchdynamo_orig_callable", found)
+    code = getattr(inspect.unwrap(plain) if callable(plain) else plain, "__code__", None)
+    if code is None:
+        return str(getattr(owner, "__name__", type(owner).__name__))
+    return f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}"
