@@ -22,7 +22,7 @@ $(READY): $(INPUTS)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@rm -f $(VENV)/ready-* && touch $@
 
-demo: $(READY) ## the main job: roll out TinyWorld with four presets, write demo/report.html
+demo: $(READY) ## the main job: roll out TinyWorld dense and accelerated, write demo/report.html
 	$(BIN)/lipass demo $(ARGS)
 
 demo-full: $(READY) ## all trajectories, regimes and presets

@@ -1,5 +1,6 @@
 """The main job: roll TinyWorld out under several presets and write down what it cost and saved."""
 
+import dataclasses
 import json
 import platform
 import time
@@ -14,7 +15,6 @@ from torch import Tensor
 import lipass
 from lipass.cli.progress import progress
 
-from .ahead import Ahead, is_warm, remember_warm
 from .camera import invert
 from .compare import INDUCTOR, Contender, Run, baselines, compare
 from .model import CHUNK_LATENTS, tokenize
@@ -44,23 +44,28 @@ _FREE = tuple((path, "free") for path in PATHS)
 SCOPES = {
     "quick": Scope(("off", "all"), (("left/right", "explored"),), (9001,), 1, "eager", False),
     "main": Scope(
-        ("off", "exact", "all", "reference"), (("left/right", "explored"),), (9001,), 3,
-        "inductor", True,
+        ("off", "all"), (("left/right", "explored"),), (9001,), 3, "inductor", True,
     ),
     "full": Scope(
         (INDUCTOR, "off", "exact", "context", "sparse", "cache", "all", "reference"),
         _EXPLORED + _FREE, (9001, 9002), 3, "inductor", True,
     ),
 }  # fmt: skip
+_ORDER = ("all", *(one for one in SCOPES["full"].presets if one != "all"))
 
 
-def run(*, scope: str, out: Path, as_json: bool, threads: int | None) -> int:
-    """Run the demo of a scope; `lipass demo` calls this."""
+def run(
+    *, scope: str, presets: tuple[str, ...], out: Path, as_json: bool, threads: int | None
+) -> int:
+    """Run the demo of a scope, with presets beside those that it has; `lipass demo` calls this."""
     if threads is not None:
         torch.set_num_threads(threads)
     job = SCOPES[scope]
+    everything = SCOPES["full"].presets
+    asked = {*job.presets, *presets}
+    job = dataclasses.replace(job, presets=tuple(one for one in everything if one in asked))
     # Every preset compiles the same forward; each is one entry a role in that function's cache.
-    torch._dynamo.config.recompile_limit = 4 * len(SCOPES["full"].presets)
+    torch._dynamo.config.recompile_limit = 4 * len(everything)
     begin = time.perf_counter()
     model, codec = load()
     scenes = [
@@ -85,33 +90,19 @@ _JSON_KEYS = ("schema_version", "device", "versions", "seconds", "rows", "sites"
 
 
 def _compile(job, model, scene, text, codec, out: Path, advance) -> list[Contender]:
-    """Compile all contenders, with a process beside this one, and show the first film early."""
-    cold = job.inner == "inductor" and not is_warm(job.presets)
-    ahead = Ahead(job.presets, job.inner, scene) if cold else None
-    made: dict[str, Contender] = {}
+    """Compile all contenders one after the other, and show the first film at once.
 
-    def compile_one(preset: str, how: str) -> None:
-        advance(f"compiling {preset}{how}", done=0)
+    The accelerated one comes first: equal layers are compiled once, so its film is there sooner,
+    and what others share with it is then in torch's caches.
+    """
+    made: dict[str, Contender] = {}
+    for preset in sorted(job.presets, key=_ORDER.index):
+        advance(f"compiling {preset}", done=0)
         made[preset] = Contender(preset, model, job.inner)
         run_ = made[preset].warm_up(scene, text)
         advance(f"compiled {preset} in {made[preset].compile_s:.0f} s")
         if len(made) == 1:
             advance(f"{_first_film(preset, scene, run_, codec, out)} moves already", done=0)
-
-    try:
-        for preset in job.presets:
-            if ahead is None or ahead.take(preset):
-                compile_one(preset, "")
-        for preset in job.presets:
-            if preset not in made and ahead is not None:
-                advance(f"waiting for the process that compiles {preset}", done=0)
-                ahead.wait(preset)
-                compile_one(preset, " from torch's caches")
-    finally:
-        if ahead is not None:
-            ahead.close()
-    if job.inner == "inductor":
-        remember_warm(job.presets)
     return [made[preset] for preset in job.presets]
 
 

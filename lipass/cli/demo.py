@@ -7,6 +7,8 @@ from pathlib import Path
 
 SUMMARY = "roll out a trained world model with several presets and write a report"
 
+_ALSO = ("inductor", "exact", "context", "sparse", "cache", "reference")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lipass demo`."""
@@ -27,6 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(scope="main")
     parser.add_argument(
+        "--also",
+        action="append",
+        choices=_ALSO,
+        default=[],
+        metavar="PRESET",
+        help=f"one more beside off and all: {', '.join(_ALSO)}; may be repeated",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON document and nothing else on stdout"
     )
     parser.add_argument(
@@ -45,7 +55,13 @@ def run(args: argparse.Namespace) -> int:
     """Delegate to the example, which owns the model, the presets and the report."""
     from lipass.examples.tinyworld import demo
 
-    return demo.run(scope=args.scope, out=args.out, as_json=args.json, threads=args.threads)
+    return demo.run(
+        scope=args.scope,
+        presets=tuple(args.also),
+        out=args.out,
+        as_json=args.json,
+        threads=args.threads,
+    )
 
 
 def _positive(text: str) -> int:
