@@ -44,7 +44,9 @@ def light_interaction(
     config = Config.resolve(mode, options)
     plain = config.preset == "off" and config.pipeline is None
     if plain and not (config.context or config.sparse or config.steps):
-        return inner_compile(gm, example_inputs, config.inner)
+        from lipass.compile.plain import telling
+
+        return telling(inner_compile(gm, example_inputs, config.inner), gm, config)
     from lipass.compile.unit import compile_unit
     from lipass.passes.identity import code_uuid
 

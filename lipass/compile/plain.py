@@ -1,0 +1,44 @@
+"""Tell a session that a graph compiled with preset `off` does nothing of what it asks for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch.fx
+
+from lipass.config import Config
+from lipass.runtime.agreement import differences, disagreement, tell
+from lipass.runtime.scope import current_chunk
+from lipass.session import Session
+
+Compiled = Callable[..., Any]
+
+
+def telling(compiled: Compiled, gm: torch.fx.GraphModule, config: Config) -> Compiled:
+    """Return the compiled graph so that its calls in a session with other options are told of.
+
+    A graph without attention is returned as it is: nobody expects a part of a codec to be sparse.
+
+    Args:
+        compiled: what the inner compiler made.
+        gm: the graph.
+        config: what it was compiled with.
+    """
+    if not any("attention" in str(node.target) for node in gm.graph.nodes):
+        return compiled
+    met: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def run(*args: Any) -> Any:
+        chunk = current_chunk()
+        if chunk is not None and chunk.session not in met:
+            session = chunk.session
+            met.add(session)
+            if lines := differences(config, set(), session.config):
+                strict = config.strict or session.config.strict
+                said = disagreement(lines, config.preset, session.config.preset)
+                tell(said, strict=strict)
+        return compiled(*args)
+
+    return run
