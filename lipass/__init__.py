@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lipass.errors import LipassError, LipassWarning
     from lipass.receipt import report
     from lipass.session import Session
+    from lipass.switch import disabled
 
 __all__ = [
     "Config",
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "adopt",
     "attend",
+    "disabled",
     "report",
 ]
 
@@ -37,6 +39,7 @@ _HOME = {
     "Session": "lipass.session",
     "adopt": "lipass.adapters.adopt",
     "attend": "lipass.eager.attend",
+    "disabled": "lipass.switch",
     "report": "lipass.receipt",
 }
 

@@ -15,6 +15,7 @@ import torch.fx
 
 from lipass.compile.left_eager import listen
 from lipass.config import SECTIONS, Config
+from lipass.switch import process_is_off
 
 if TYPE_CHECKING:
     from lipass.passes.core import PassPipeline
@@ -42,6 +43,8 @@ def light_interaction(
         LipassError: when `strict` is set and a pass fails or a site stays dense.
     """
     config = Config.resolve(mode, options)
+    if process_is_off():
+        return inner_compile(gm, example_inputs, config.inner)
     plain = config.preset == "off" and config.pipeline is None
     if plain and not (config.context or config.sparse or config.steps):
         from lipass.compile.plain import telling

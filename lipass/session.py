@@ -29,8 +29,11 @@ from lipass.runtime.effect import Effect
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
+from lipass.switch import is_off
 
 __all__ = ["Chunk", "Session", "current", "current_chunk", "current_step"]
+
+_NOTHING = Config.resolve("off")
 
 
 class Session:
@@ -126,7 +129,7 @@ class Session:
             raise ValueError("query must hold the new latents' cameras, got None; pass [q, 4, 4]")
         poses, query = self.given.checked(poses, query, stream, index)
         plan = plan_chunk(
-            self.config,
+            _NOTHING if is_off() else self.config,
             poses=poses,
             query=query,
             latents=latents,

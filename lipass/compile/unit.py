@@ -41,6 +41,7 @@ from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.receipt import PassRecord, current_report
 from lipass.runtime.chosen_context import chosen_by_caller
 from lipass.runtime.scope import current_chunk, current_step
+from lipass.switch import is_off
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
@@ -69,6 +70,9 @@ class CompiledUnit:
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph, or answer from what is kept."""
+        if is_off():
+            with registry.force("dense", "lipass.disabled()"):
+                return (self.twin or self).compiled(*args)
         step = current_step() if self.inputs is not None else None
         if self.inputs is None or step is None:
             return self._compute(args)

@@ -18,6 +18,7 @@ from lipass.runtime.schedule import Schedule
 from lipass.runtime.scope import Block, enter, leave
 from lipass.runtime.step import StepState
 from lipass.runtime.steps import StepLoop, StepSequence
+from lipass.switch import is_off
 
 if TYPE_CHECKING:
     from lipass.session import Session
@@ -92,7 +93,8 @@ class Chunk:
             ValueError: another number than the chunk was asked for before.
         """
         if self.plan.steps is None:
-            options, revisit = self.session.config.steps, self.plan.revisit
+            options = None if is_off() else self.session.config.steps
+            revisit = self.plan.revisit
             steps = plan_steps(total, options, allowed=revisit.allowed, reason=revisit.reason)
             self.plan = with_steps(self.plan, steps)
         assert self.plan.steps is not None
@@ -217,4 +219,5 @@ class Chunk:
             self.steps_skipped(),
         )
         current_report().add_chunk(record)
-        self.session.effect.add(record)
+        if not is_off():
+            self.session.effect.add(record)

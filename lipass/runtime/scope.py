@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lipass.errors import LipassError
+from lipass.switch import is_off
 
 if TYPE_CHECKING:
     from lipass.runtime.chunk import Chunk
@@ -98,7 +99,7 @@ def _depths(frame: FrameType | None) -> dict[FrameType, int]:
 
 def _running(of: Callable[[Block], bool]) -> list[Block]:
     """List the blocks of a kind that the caller runs in; more than one if nobody can tell."""
-    if not _everywhere:
+    if not _everywhere or is_off():
         return []
     blocks = [one for one in _here.get() if one.frame is not None and of(one)]
     if len(blocks) == 1:

@@ -1,0 +1,81 @@
+"""Switched off, a model and its session compute everything, and nothing else changes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from mini_decode import REUSE, SIGMAS, Mini, compiled, inputs, level
+
+import lipass
+from lipass.kernels import registry
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+OPTIONS = {"sparse.tile": (1, 2, 2), "sparse.dense_latents": 0, "sparse.budget": 0.1, **REUSE}
+
+
+def rollout(model, session, history=6):
+    x, w2c, text, cache = inputs(history)
+    with torch.no_grad(), session:
+        with session.chunk(poses=w2c[0, :history], query=w2c[0, history:]) as chunk:
+            for step in chunk.steps(SIGMAS):
+                v = model(x, level(step.sigma), w2c, text, cache)
+                x = x + (step.sigma_next - step.sigma) * v
+        return x, chunk
+
+
+def test_disabled_block_computes_what_the_model_computes():
+    model = Mini().eval()
+    expected, _ = rollout(model, lipass.Session(preset="off"))
+    fast = compiled(model, preset="all", **OPTIONS)
+    options = {"preset": "all", **OPTIONS}
+    with registry.force("sparse"):
+        changed, _ = rollout(fast, lipass.Session(**options))
+    assert not torch.allclose(changed, expected, atol=1e-4)
+    with lipass.disabled():
+        plain, chunk = rollout(fast, lipass.Session(**options))
+    torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
+    assert chunk.context == list(range(6))
+    assert chunk.plan.steps.reused == ()
+    with registry.force("sparse"):
+        again, _ = rollout(fast, lipass.Session(**options))
+    assert torch.equal(again, changed)
+
+
+def test_chunk_that_is_open_computes_calls_of_a_disabled_block():
+    model = Mini().eval()
+    fast = compiled(model, **REUSE)
+    x, w2c, text, cache = inputs(4)
+    session = lipass.Session(preset="cache", **REUSE)
+    with torch.no_grad(), session, session.chunk(poses=w2c[0, :4], query=w2c[0, 4:]) as chunk:
+        for step in chunk.steps(SIGMAS):
+            with lipass.disabled():
+                found = fast(x, level(step.sigma), w2c, text, cache)
+            expected = model(x, level(step.sigma), w2c, text, cache)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert chunk.lookups == 0
+
+
+def test_process_with_lipass_off_has_no_passes():
+    code = (
+        "import torch, lipass\n"
+        "from torch import nn\n"
+        "fast = torch.compile(nn.Linear(2, 2), backend='light_interaction',"
+        " options={'preset': 'all', 'inner': 'eager'})\n"
+        "fast(torch.zeros(1, 2))\n"
+        "session = lipass.Session(preset='all')\n"
+        "w2c = torch.eye(4).repeat(24, 1, 1)\n"
+        "with session, session.chunk(poses=w2c[:20], query=w2c[20:]) as chunk:\n"
+        "    print(len(chunk.context), len(list(chunk.steps([1.0, 0.6, 0.3, 0.1, 0.0]))),"
+        " len(lipass.report().to_dict()['passes']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"LIPASS": "off"}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["20", "4", "0"], done.stderr
+
+
+def test_another_value_is_refused(monkeypatch):
+    monkeypatch.setenv("LIPASS", "no")
+    with pytest.raises(ValueError, match="LIPASS must be 'on' or 'off', got 'no'"):
+        rollout(Mini().eval(), lipass.Session(preset="off"))
