@@ -9,8 +9,8 @@ from importlib import import_module
 from lipass._version import VERSION
 from lipass.errors import LipassError
 
-OK, FAILURE, USAGE, NOTHING_MATCHED = 0, 1, 2, 3
-COMMANDS = ("demo", "warmup", "inspect", "diff", "explain", "bisect", "doctor")
+OK, FAILURE, USAGE, NOTHING_MATCHED, INTERRUPTED = 0, 1, 2, 3, 130
+COMMANDS = ("demo", "warmup", "inspect", "diff", "explain", "bisect", "options", "doctor")
 
 
 class UsageError(ValueError):
@@ -20,7 +20,8 @@ class UsageError(ValueError):
 def main(argv: list[str] | None = None) -> int:
     """Parse `argv`, run one command and return its exit code.
 
-    0 is success, 1 a failure, 2 wrong usage, 3 "nothing matched" under `--strict`.
+    0 is success, 1 a failure, 2 wrong usage, 3 "nothing matched" under `--strict`, 130 that
+    it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="lipass", description="Make interactive video world models fast, and show how."
@@ -46,4 +47,4 @@ def main(argv: list[str] | None = None) -> int:
         return FAILURE
     except KeyboardInterrupt:
         print(f"lipass {args.command}: interrupted", file=sys.stderr)
-        return FAILURE
+        return INTERRUPTED
