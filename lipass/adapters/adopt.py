@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,10 @@ def adopt(model: Any, *, family: str | None = None) -> Adoption:
     """
     found = _modules_of(model)
     adapter = _named(family) if family else _first_family(found)
-    adoption = Adoption(adapter.name if adapter else "any")
+    drive = adapter.drive if adapter and not isinstance(model, nn.Module) else None
+    adoption = Adoption(
+        adapter.name if adapter else "any", drive and functools.partial(drive, model)
+    )
     try:
         for module in found:
             show_attention(module, adoption)

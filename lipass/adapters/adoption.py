@@ -8,9 +8,16 @@ code that Dynamo sees; `undo` puts back, last first, exactly the objects that st
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lipass.errors import LipassError
+
+if TYPE_CHECKING:
+    from lipass.session import Session
 
 _MISSING = object()
 
@@ -41,8 +48,11 @@ class Adoption:
         lints: what Dynamo will not see and nothing here could replace.
     """
 
-    def __init__(self, family: str) -> None:
+    def __init__(
+        self, family: str, drive: Callable[[Session, Adoption], None] | None = None
+    ) -> None:
         self.family = family
+        self._drive = drive
         self.changes: list[Change] = []
         self.lints: list[Change] = []
         self._bindings: list[_Binding] = []
@@ -67,6 +77,31 @@ class Adoption:
                 delattr(one.owner, one.name)
             else:
                 setattr(one.owner, one.name, one.before)
+
+    @contextmanager
+    def drive(self, session: Session) -> Iterator[Adoption]:
+        """Let the pipeline's own rollout ask a session for context and steps inside the block.
+
+        Args:
+            session: an open session; chunks are opened and closed for it.
+
+        Yields:
+            What is bound anew for the block; it is undone behind it.
+
+        Raises:
+            LipassError: if nothing is known of the loop that this model is rolled out by.
+        """
+        if self._drive is None:
+            raise LipassError(
+                f"a rollout must be known to be driven, got one of family {self.family!r}; adopt "
+                "the pipeline that holds the loop, or open chunks in a loop of your own"
+            )
+        bound = Adoption(self.family)
+        try:
+            self._drive(session, bound)
+            yield bound
+        finally:
+            bound.undo()
 
     def table(self) -> str:
         """Return one line a change and one a lint, with its place."""
