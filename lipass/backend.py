@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx
 
+from lipass.adapters.adoption import options_told
 from lipass.compile.left_eager import listen
 from lipass.config import SECTIONS, Config
+from lipass.passes.graph.frame import compiled_frame
 from lipass.switch import process_is_off
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def light_interaction(
         ValueError: for an unknown preset or option, or a pipeline that does not parse.
         LipassError: when `strict` is set and a pass fails or a site stays dense.
     """
-    config = Config.resolve(mode, options)
+    config = Config.resolve(mode, {**options_told(compiled_frame()[1]), **(options or {})})
     if process_is_off():
         return inner_compile(gm, example_inputs, config.inner)
     plain = config.preset == "off" and config.pipeline is None

@@ -8,11 +8,14 @@ code that Dynamo sees; `undo` puts back, last first, exactly the objects that st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from lipass.errors import LipassError
 
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
     from lipass.session import Session
 
 _MISSING = object()
+_told: weakref.WeakKeyDictionary[object, Mapping[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def options_told(model: object) -> Mapping[str, Any]:
+    """Return options of passes that an adapter has told of a model, or none."""
+    return {} if model is None else _told.get(model, {})
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Adoption:
         self.changes: list[Change] = []
         self.lints: list[Change] = []
         self._bindings: list[_Binding] = []
+        self._told: list[nn.Module] = []
 
     def rebind(self, owner: Any, name: str, value: object, why: str) -> None:
         """Bind `name` of a module, class or object to `value` until `undo`."""
@@ -65,12 +75,20 @@ class Adoption:
         self._bindings.append(_Binding(owner, name, own))
         setattr(owner, name, value)
 
+    def tell(self, model: nn.Module, options: Mapping[str, Any], why: str) -> None:
+        """Give passes options for the graphs of a model until `undo`; the user's own win."""
+        self.changes.append(Change(place(type(model).forward, model), ", ".join(options), why))
+        self._told.append(model)
+        _told[model] = options
+
     def lint(self, found: object, name: str, why: str) -> None:
         """Say of a function that stays what it keeps from being seen."""
         self.lints.append(Change(place(found, found), name, why))
 
     def undo(self) -> None:
         """Put back what stood there, last first; a second call does nothing."""
+        while self._told:
+            _told.pop(self._told.pop(), None)
         while self._bindings:
             one = self._bindings.pop()
             if one.before is _MISSING:

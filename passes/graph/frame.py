@@ -14,8 +14,11 @@ import torch
 import torch._higher_order_ops.invoke_subgraph
 import torch.fx
 import torch.nn.attention
+from torch._dynamo.source import TensorPropertySource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables import SymNodeVariable
 from torch._dynamo.variables.base import AttributeMutationNew
+from torch._dynamo.variables.lists import BaseListVariable
 
 
 def _user_names(text: str) -> str:
@@ -45,7 +48,9 @@ class Frame:
 
     Attributes:
         is_whole: the graph begins where the function does and ends where it does.
-        changes: what the function changes outside of the graph: attributes, lists, globals.
+        changes: what the function changes outside of the graph (attributes, lists, globals), but
+            for what follows from guards and sizes: Dynamo writes that behind the graph, whether
+            it has run or not.
     """
 
     is_whole: bool = True
@@ -73,19 +78,51 @@ def frame_being_compiled(graph: torch.fx.Graph) -> Frame:
         of = _user_name(one.source)
         if not of:
             continue
-        changed_keys = attributes.get(one, ()) or _changed_keys(one)
-        cell = list(changed_keys) == ["cell_contents"]
-        names += [f"{of}.{name}" for name in changed_keys if not cell] or [of]
+        written = attributes.get(one) or _changed_items(one)
+        if written is not None and all(map(_is_constant, written.values())):
+            continue
+        kept = [name for name, now in (written or {}).items() if not _is_constant(now)]
+        cell = kept == ["cell_contents"]
+        names += [f"{of}.{name}" for name in kept if not cell] or [of]
     return Frame(not resumed and not (why and why.graph_break), tuple(names))
 
 
-def _changed_keys(variable: Any) -> list[str]:
-    """Return the keys of a dict that Dynamo has seen change, such as those of buffers."""
-    before, after = (getattr(variable, name, {}) for name in ("original_items", "items"))
+def _changed_items(variable: Any) -> dict[str, Any] | None:
+    """Return what Dynamo has seen written to a dict, such as that of buffers; None for others."""
+    before, after = (getattr(variable, name, None) for name in ("original_items", "items"))
     if not isinstance(before, dict) or not isinstance(after, dict):
-        return []
-    keys = [key for key, now in after.items() if before.get(key) is not now]
-    return [str(getattr(getattr(key, "vt", key), "value", "")) for key in keys]
+        return None
+    old, new = ({_key(key): now for key, now in one.items()} for one in (before, after))
+    return {key: new.get(key) for key in old | new if new.get(key) is not old.get(key)}
+
+
+def _key(key: Any) -> str:
+    return str(getattr(getattr(key, "vt", key), "value", ""))
+
+
+def _is_constant(variable: Any) -> bool:
+    """Whether what is written follows from the guards and the sizes of the tensors of a call."""
+    if isinstance(variable, SymNodeVariable):
+        return _is_of_sizes(variable.sym_num)
+    if isinstance(variable, BaseListVariable):
+        return all(map(_is_constant, variable.items))
+    known = getattr(variable, "is_python_constant", None)
+    try:
+        return bool(callable(known) and known())
+    except NotImplementedError:
+        return False
+
+
+def _is_of_sizes(number: Any) -> bool:
+    """Whether a number is computed from sizes of tensors alone, not from numbers given."""
+    node = getattr(number, "node", None)
+    sources = getattr(getattr(node, "shape_env", None), "var_to_sources", None)
+    if sources is None:
+        return False
+    return all(
+        any(isinstance(one, TensorPropertySource) for one in sources.get(symbol, ()))
+        for symbol in node.expr.free_symbols
+    )
 
 
 def real_input(placeholder: torch.fx.Node) -> object:

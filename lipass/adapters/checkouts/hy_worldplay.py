@@ -1,0 +1,274 @@
+"""Build a small HY-WorldPlay from a checkout, and roll it out as its pipeline does."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipass.adapters.checkouts.imports import imported_from
+from lipass.adapters.checkouts.poses import there_and_back
+from lipass.adapters.checkouts.subject import Ran, Subject
+from lipass.receipt import ChunkRecord
+from lipass.session import Session
+
+CHUNK, STEPS = 4, 4
+OPTIONS = {"chunk_latents": CHUNK, "sparse.dense_latents": 0, "sparse.tile": (2, 4, 4)}
+_NEEDED = ("diffusers", "einops", "loguru")
+_SHIFT, _CONTEXT_LEVEL = 5.0, 14.0
+# The release has 30 x 52 tokens a latent frame and 32 channels.
+_LATENT, _STATES, _PROMPT = (8, 8, 8), 32, 6
+_RECENT, _CONTEXT = 12, 20
+
+
+def build(checkout: Path) -> Subject:
+    """Import a checkout and make two layers of its transformer with random weights."""
+    with imported_from(checkout, _NEEDED) as stubbed:
+        from hyvideo.commons import infer_state, parallel_states
+        from hyvideo.models.transformers.worldplay_1_5_transformer import (
+            HunyuanVideo_1_5_DiffusionTransformer,
+        )
+        from hyvideo.pipelines import worldplay_video_pipeline
+        from hyvideo.schedulers.scheduling_flow_match_discrete import FlowMatchDiscreteScheduler
+    _run_as_one_process(infer_state, parallel_states)
+    torch.manual_seed(0)
+    model = _small(HunyuanVideo_1_5_DiffusionTransformer)
+    loop = Loop(lambda: FlowMatchDiscreteScheduler(shift=_SHIFT), worldplay_video_pipeline)
+    pipeline = _pipeline(worldplay_video_pipeline, model, FlowMatchDiscreteScheduler(shift=_SHIFT))
+    return Subject(
+        family="hy_worldplay",
+        model=model,
+        rollout=loop,
+        seen=latents_embedded,
+        expected=expected,
+        options=OPTIONS,
+        pipeline=pipeline,
+        drive=functools.partial(own_rollout, pipeline),
+        stubbed=tuple(stubbed),
+    )
+
+
+def latents_embedded(operator: str, shapes: Sequence[Sequence[int]]) -> int | None:
+    """Read the latents of a call from its patch embedding, `[B, C, T, Y, X]`."""
+    return shapes[0][2] if operator == "aten::conv3d" else None
+
+
+def expected(record: ChunkRecord) -> Ran:
+    """Say what a chunk runs: its context once, if it has one, and itself in each step."""
+    assert record.plan.steps is not None
+    context = len(record.plan.context.indices)
+    steps = record.plan.steps.total - record.steps_skipped
+    return Ran(bool(context) + steps, context + steps * CHUNK)
+
+
+class Loop:
+    """A user's own loop: the calls that the pipeline makes, without what is around them."""
+
+    def __init__(self, scheduler: Callable[[], Any], pipeline: Any) -> None:
+        self._scheduler = scheduler
+        self._pipeline = pipeline
+
+    def __call__(
+        self, model: Callable[..., Any], session: Session | None, chunks: int
+    ) -> Iterator[Tensor]:
+        """Yield the latents of each chunk, `[1, C, T, Y, X]`."""
+        given = Given(chunks)
+        text = model(**_TEXT, **given.prompt())
+        for index in range(chunks):
+            start, end = index * CHUNK, (index + 1) * CHUNK
+            if session is None:
+                context = self._own_context(given, start)
+                self._denoise(model, given, text, context, start, self._pairs())
+            else:
+                with session.chunk(
+                    poses=given.w2c[0, :start] if start else None,
+                    query=given.w2c[0, start:end],
+                    latents=given.latents[0, :, :start].transpose(0, 1),
+                ) as chunk:
+                    steps = chunk.steps(self._sigmas())
+                    levels = ((step.sigma, step.sigma_next) for step in steps)
+                    self._denoise(model, given, text, chunk.context, start, levels)
+            yield given.latents[:, :, start:end].clone()
+
+    def _sigmas(self) -> list[float]:
+        scheduler = self._scheduler()
+        scheduler.set_timesteps(STEPS)
+        return scheduler.sigmas.tolist()
+
+    def _pairs(self) -> Iterator[tuple[float, float]]:
+        return itertools.pairwise(self._sigmas())
+
+    def _own_context(self, given: Given, start: int) -> list[int]:
+        if start == 0:
+            return []
+        return self._pipeline.select_aligned_memory_frames(
+            given.w2c[0].numpy(),
+            start,
+            memory_frames=_CONTEXT,
+            temporal_context_size=_RECENT,
+            pred_latent_size=CHUNK,
+            points_local=given.points,
+            device="cpu",
+        )
+
+    def _denoise(
+        self,
+        model: Callable[..., Any],
+        given: Given,
+        text: list[dict[str, Any]],
+        context: list[int],
+        start: int,
+        levels: Any,
+    ) -> None:
+        cache, own = text, list(range(start, start + CHUNK))
+        if context:
+            level = torch.full((len(context),), _CONTEXT_LEVEL)
+            cache = model(
+                **_VISION,
+                **given.call(context),
+                timestep=level,
+                kv_cache=text,
+                cache_vision=True,
+                rope_temporal_size=len(context),
+                start_rope_start_idx=0,
+            )
+        for sigma, following in levels:
+            velocity = model(
+                **_VISION,
+                **given.call(own),
+                timestep=torch.full((CHUNK,), 1000.0 * sigma),
+                kv_cache=cache,
+                cache_vision=False,
+                rope_temporal_size=len(context) + CHUNK,
+                start_rope_start_idx=len(context),
+            )[0]
+            given.latents[:, :, start : start + CHUNK] += (following - sigma) * velocity
+
+
+_TEXT = {"bi_inference": False, "ar_txt_inference": True, "cache_txt": True}
+_VISION = {"bi_inference": False, "ar_vision_inference": True}
+
+
+class Given:
+    """What a rollout is given, the same each time: noise, prompt, cameras, actions."""
+
+    def __init__(self, chunks: int) -> None:
+        draw = torch.Generator().manual_seed(7)
+        channels, height, width = _LATENT
+        self._prompt = torch.randn(1, _PROMPT, _STATES, generator=draw)
+        # Drawn chunk by chunk, so that more chunks begin as fewer do.
+        drawn = [
+            torch.randn(2 * channels + 1, CHUNK, height, width, generator=draw)
+            for _ in range(chunks)
+        ]
+        self.latents, self.condition = (
+            torch.cat(drawn, 1)[None].split([channels, channels + 1], dim=1)
+        )  # fmt: skip
+        self.latents = self.latents.clone()
+        self.w2c = there_and_back(chunks, CHUNK)[None]
+        self.intrinsics = torch.tensor([[0.9, 0.0, 0.5], [0.0, 1.6, 0.5], [0.0, 0.0, 1.0]])
+        self.actions = torch.arange(chunks * CHUNK)[None].remainder(9).float()
+        direction = torch.randn(2000, 3, generator=draw)
+        distance = 8.0 * torch.rand(2000, 1, generator=draw) ** (1 / 3)
+        self.points = direction / direction.norm(dim=1, keepdim=True) * distance
+
+    def prompt(self) -> dict[str, Any]:
+        """Return the arguments of the text call; the last two tokens are padding."""
+        mask = (torch.arange(_PROMPT) < _PROMPT - 2).long()[None]
+        return {
+            "timestep_txt": torch.zeros(1),
+            "text_states": self._prompt,
+            "encoder_attention_mask": mask,
+            "mask_type": "i2v",
+            "extra_kwargs": {},
+            "kv_cache": None,
+        }
+
+    def call(self, frames: list[int]) -> dict[str, Any]:
+        """Return what a call gets of some latent frames."""
+        return {
+            "hidden_states": torch.cat(
+                [self.latents[:, :, frames], self.condition[:, :, frames]], 1
+            ),
+            "viewmats": self.w2c[:, frames],
+            "Ks": self.intrinsics.repeat(1, len(frames), 1, 1),
+            "action": self.actions[:, frames],
+        }
+
+
+def own_rollout(pipeline: Any, chunks: int) -> list[Tensor]:
+    """Run the rollout of the release, without what encodes in front and decodes behind."""
+    given = Given(chunks)
+    pipeline.chunk_num = chunks
+    pipeline.points_local = given.points
+    pipeline.scheduler.set_timesteps(STEPS)
+    text = given.prompt()
+    latents = pipeline.ar_rollout(
+        latents=given.latents,
+        timesteps=pipeline.scheduler.timesteps,
+        prompt_embeds=text["text_states"],
+        prompt_mask=text["encoder_attention_mask"],
+        vision_states=torch.zeros(1, 1, 1),
+        cond_latents=given.condition,
+        task_type=text["mask_type"],
+        extra_kwargs={"byt5_text_states": torch.zeros(1, 1), "byt5_text_mask": torch.zeros(1, 1)},
+        viewmats=given.w2c,
+        Ks=given.intrinsics.repeat(1, chunks * CHUNK, 1, 1),
+        action=given.actions,
+        device=torch.device("cpu"),
+    )
+    return list(latents.split(CHUNK, dim=2))
+
+
+def _pipeline(module: Any, model: nn.Module, scheduler: Any) -> Any:
+    """Make a pipeline of a transformer and a scheduler alone; its constructor wants encoders."""
+    pipeline = object.__new__(module.HunyuanVideo_1_5_Pipeline)
+    vars(pipeline).update(
+        transformer=model,
+        scheduler=scheduler,
+        chunk_latent_frames=CHUNK,
+        num_inference_steps=STEPS,
+        num_warmup_steps=0,
+        target_dtype=torch.float32,
+        autocast_enabled=False,
+        enable_offloading=False,
+        execution_device=torch.device("cpu"),
+        _guidance_scale=1.0,
+        _progress_bar_config={"disable": True},
+        _internal_dict={},
+    )
+    return pipeline
+
+
+def _run_as_one_process(infer_state: Any, parallel_states: Any) -> None:
+    """Make the states that its command line makes, without the mesh of CUDA devices."""
+    if infer_state.get_infer_state() is None:
+        vars(infer_state)["__infer_state"] = infer_state.InferState()
+    if vars(parallel_states)["__parallel_dims"] is None:
+        single = object.__new__(parallel_states.ParallelDims)
+        single.sp = single.world_size = 1
+        vars(parallel_states)["__parallel_dims"] = single
+
+
+def _small(kind: Callable[..., nn.Module]) -> nn.Module:
+    model: Any = kind(
+        patch_size=[1, 1, 1],
+        in_channels=_LATENT[0],
+        out_channels=_LATENT[0],
+        hidden_size=64,
+        heads_num=2,
+        mm_double_blocks_depth=2,
+        mm_single_blocks_depth=0,
+        rope_dim_list=[8, 12, 12],
+        attn_mode="torch",
+        text_states_dim=_STATES,
+    )
+    model.add_action_parameters()
+    for parameter in model.parameters():  # some start at zero and would hide a wrong gate
+        nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 0.1)
+    return model.eval()

@@ -1,0 +1,95 @@
+"""Let a loop that is not the user's own take its steps and chunks from a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from lipass.runtime.chunk import Chunk
+from lipass.session import Session
+
+
+class Driven:
+    """The chunks of one rollout, opened and closed as its loop goes; one at a time.
+
+    Attributes:
+        chunk: the one that is open, or None.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.chunk: Chunk | None = None
+        self._session = session
+
+    def begin(self, **given: Any) -> Chunk:
+        """Open the next chunk; what it is given is what `Session.chunk` takes."""
+        self.end()
+        self.chunk = self._session.chunk(**given)
+        self.chunk.__enter__()
+        return self.chunk
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Close the chunk that is open; with an error it was not generated to its end."""
+        chunk, self.chunk = self.chunk, None
+        if chunk is not None:
+            chunk.__exit__(error and type(error), error, None)
+
+
+class DrivenTimesteps:
+    """Stand in for the timesteps that a loop iterates over once a chunk: those of its session.
+
+    With a rule of Euler the scheduler is told of each step where it starts and where it ends, so
+    reused steps are merged into the ones before; with any other every step is taken, and the
+    compiled model answers those that are reused.
+    """
+
+    def __init__(
+        self,
+        timesteps: Tensor,
+        scheduler: Any,
+        *,
+        is_euler: bool,
+        opened: Callable[[], Chunk],
+        done: Callable[[BaseException | None], None],
+    ) -> None:
+        """Keep what each iteration needs.
+
+        Args:
+            timesteps: as the loop was given them.
+            scheduler: whose `step` the loop calls.
+            is_euler: whether that is `x + (sigmas[i + 1] - sigmas[i]) * v`, with `i` in
+                `_step_index`.
+            opened: returns the chunk that the steps belong to.
+            done: is called behind the last step, or with what ended the loop before.
+        """
+        self._timesteps = timesteps
+        self._scheduler = scheduler
+        self._is_euler = is_euler
+        self._opened = opened
+        self._done = done
+
+    def __len__(self) -> int:
+        return len(self._timesteps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._timesteps, name)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        chunk, sigmas = self._opened(), self._scheduler.sigmas
+        try:
+            if not self._is_euler:
+                for step in chunk.steps(self._scheduler):
+                    yield self._timesteps[step.index]
+            else:
+                for step in chunk.steps(sigmas):
+                    self._scheduler.sigmas = sigmas.clone()
+                    self._scheduler.sigmas[step.index + 1] = step.sigma_next
+                    self._scheduler._step_index = step.index
+                    yield self._timesteps[step.index]
+        except BaseException as error:
+            self._done(error)
+            raise
+        finally:
+            self._scheduler.sigmas = sigmas
+        self._done(None)

@@ -1,0 +1,92 @@
+"""HY-WorldPlay: what its autoregressive transformer and pipeline keep from graphs and sessions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lipass.adapters.adoption import Adoption
+from lipass.adapters.families import Family
+from lipass.adapters.hy_worldplay_rollout import drive
+from lipass.adapters.rope import rotary_tables
+
+
+def _adopt(model: Any, adoption: Adoption) -> None:
+    package = type(model).__module__.partition(".")[0]
+    _say_how_it_runs(package, adoption)
+    # A first context of four latents could be a prompt by its length.
+    pieces = {"find-attention.segments": ("text", "history", "current")}
+    adoption.tell(model, pieces, "keys are text, history and current, in this order")
+    # Written in each call and read by none that is compiled here; absent at first, it would be a
+    # guard that fails at the second call.
+    there = {"thw": None, "layer-name": None, **model.attn_param}
+    adoption.rebind(
+        model, "attn_param", there, "keys that each call writes are there from the first"
+    )
+    adoption.rebind(
+        model, "forward_vision", _with_tables(model), "rotary tables of the call's own tokens"
+    )
+
+
+def _say_how_it_runs(package: str, adoption: Adoption) -> None:
+    """Make the two states that attention asks for, which are made lazily, for CUDA."""
+    infer = sys.modules.get(f"{package}.commons.infer_state")
+    parallel = sys.modules.get(f"{package}.commons.parallel_states")
+    if infer is not None and infer.get_infer_state() is None:
+        adoption.rebind(infer, "__infer_state", infer.InferState(), "made before it is asked for")
+    if parallel is not None and vars(parallel)["__parallel_dims"] is None:
+        single: Any = object.__new__(parallel.ParallelDims)
+        single.sp = single.world_size = 1
+        adoption.rebind(parallel, "__parallel_dims", single, "one process, made before asked for")
+    attention = sys.modules.get(f"{package}.models.transformers.modules.attention")
+    if attention is not None:
+        adoption.rebind(
+            attention, "maybe_fallback_attn_mode", _torch_for_flash, "flash attention is torch's"
+        )
+
+
+def _torch_for_flash(mode: str, infer_state: Any = None, block_idx: int | None = None) -> str:
+    """Name the code that computes attention: where it is flash attention's, that of torch."""
+    sage = infer_state is not None and infer_state.enable_sageattn
+    if sage and block_idx in infer_state.sage_blocks_range:
+        return "sageattn"
+    return "torch" if mode.startswith("flash") else mode
+
+
+def _with_tables(model: Any) -> Callable[..., Any]:
+    own = model.forward_vision
+
+    def forward_vision(
+        hidden_states: Tensor,
+        *,
+        start_rope_start_idx: int = 0,
+        freqs_cos: Tensor | None = None,
+        freqs_sin: Tensor | None = None,
+        **given: Any,
+    ) -> Any:
+        if freqs_cos is None and freqs_sin is None:
+            sizes = [
+                size // patch
+                for size, patch in zip(hidden_states.shape[2:], model.patch_size, strict=True)
+            ]
+            freqs_cos, freqs_sin = rotary_tables(
+                model.rope_dim_list,
+                start_rope_start_idx,
+                sizes,
+                model.rope_theta,
+                hidden_states.device,
+            )
+        return own(hidden_states, freqs_cos=freqs_cos, freqs_sin=freqs_sin, **given)
+
+    return forward_vision
+
+
+FAMILY = Family(
+    name="hy_worldplay",
+    classes=("worldplay_1_5_transformer.HunyuanVideo_1_5_DiffusionTransformer",),
+    adopt=_adopt,
+    drive=drive,
+)
