@@ -1,4 +1,7 @@
-"""Show versions, devices, and which kernels can run here and why others cannot."""
+"""Show versions, devices, and which kernels can run here and why others cannot.
+
+With --model and --checkout: examine the user's own checkout of a released model instead.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-SUMMARY = "show versions, devices, and which kernels run here and why others do not"
+SUMMARY = "show versions, devices and kernels; or examine a checkout of a released model"
 SCHEMA_VERSION = 1
 
 _PACKAGES = ("lipass", "torch", "triton", "numpy", "networkx", "sympy", "rich", "matplotlib")
@@ -24,10 +27,23 @@ _BACKEND = "light_interaction"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lipass doctor`."""
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--model", metavar="FAMILY", help="family of a checkout to examine")
+    parser.add_argument(
+        "--checkout",
+        metavar="PATH",
+        help="folder of the model's code, which is imported and run in a small random "
+        "configuration; nothing is installed or written there",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; fail if torch does not know the backend."""
+    """Print the findings; fail if torch does not know the backend, or a check does not hold."""
+    if args.model or args.checkout:
+        from lipass.cli.examination import examination, lines
+
+        examined = examination(args.model, args.checkout)
+        print(json.dumps(examined, indent=1) if args.json else "\n".join(lines(examined)))
+        return 0 if examined["holds"] else 1
     found = findings()
     if args.json:
         print(json.dumps(found, indent=1))

@@ -28,7 +28,7 @@ _RECENT, _CONTEXT = 12, 20
 
 def build(checkout: Path) -> Subject:
     """Import a checkout and make two layers of its transformer with random weights."""
-    with imported_from(checkout, _NEEDED) as stubbed:
+    with imported_from(checkout, _NEEDED, "hyvideo") as stubbed:
         from hyvideo.commons import infer_state, parallel_states
         from hyvideo.models.transformers.worldplay_1_5_transformer import (
             HunyuanVideo_1_5_DiffusionTransformer,

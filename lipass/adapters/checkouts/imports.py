@@ -23,31 +23,34 @@ _ASK_BEFORE = ("torch", "numpy", "diffusers")
 
 
 @contextmanager
-def imported_from(checkout: Path, needed: Sequence[str] = ()) -> Iterator[list[str]]:
+def imported_from(
+    checkout: Path, needed: Sequence[str] = (), holds: str = "."
+) -> Iterator[list[str]]:
     """Let a checkout be imported inside the block; it stays importable behind it.
 
     Args:
         checkout: the folder that goes to the front of `sys.path`.
         needed: packages that the transformer itself computes with.
+        holds: what lies in the folder of a checkout of this family.
 
     Yields:
         The packages that were stood in for, filled as they are asked for.
 
     Raises:
+        FileNotFoundError: if the folder does not hold it.
         ModuleNotFoundError: if a needed package is missing; says how to install all that are.
     """
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"the checkout computes with {', '.join(missing)}, which this Python does not have; "
-            f"{sys.executable} -m pip install {' '.join(missing)}"
+    if not (checkout / holds).exists():
+        raise FileNotFoundError(
+            f"a checkout of this family holds {holds}, and {checkout} does not; pass the folder "
+            "that does"
         )
     for name in _ASK_BEFORE:
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(name)
     sys.path.insert(0, str(checkout.resolve()))
     importlib.invalidate_caches()
-    stand_ins = _StandIns(checkout.resolve())
+    stand_ins = _StandIns(checkout.resolve(), needed)
     sys.meta_path.append(stand_ins)
     try:
         yield stand_ins.names
@@ -58,8 +61,9 @@ def imported_from(checkout: Path, needed: Sequence[str] = ()) -> Iterator[list[s
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Find what nobody else has found, for files of a checkout: last on `sys.meta_path`."""
 
-    def __init__(self, checkout: Path) -> None:
+    def __init__(self, checkout: Path, needed: Sequence[str]) -> None:
         self.names: list[str] = []
+        self._needed = needed
         self._checkout = str(checkout)
 
     def find_spec(
@@ -70,6 +74,8 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if root not in self.names:
             if fullname != root or not self._is_wanted():
                 return None
+            if root in self._needed:
+                raise ModuleNotFoundError(_how_to_install(self._needed))
             self.names.append(root)
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
@@ -102,6 +108,14 @@ class _Empty(ModuleType):
         made = type(name, (), {"__init__": _refuse, "__module__": self.__name__})
         setattr(self, name, made)
         return made
+
+
+def _how_to_install(needed: Sequence[str]) -> str:
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    return (
+        f"the checkout computes with {', '.join(missing)}, which this Python does not have; "
+        f"{sys.executable} -m pip install {' '.join(missing)}"
+    )
 
 
 def _refuse(self: object, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,246 @@
+"""Examine a model of a family: parity, graphs, what the receipt counts against what ran, undo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipass.adapters.adopt import adopt
+from lipass.adapters.adoption import Adoption
+from lipass.adapters.checkouts.subject import Ran, Subject
+from lipass.config import Config
+from lipass.kernels import registry
+from lipass.receipt import ChunkRecord, Report, report, reset_report
+from lipass.session import Session
+
+PARITY_CHUNKS, ROLLOUT_CHUNKS = 4, 5
+# A rollout of four chunks and as many steps amplifies the rounding of a call.
+_TOLERANCE = 1e-4
+_SETTLED = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold, and what was seen."""
+
+    name: str
+    holds: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found of one subject.
+
+    Attributes:
+        family: name of its adapter.
+        checks: in order.
+        changes: each name that adoption bound anew, with its place.
+        lints: what it could not.
+        stubbed: packages that were stood in for.
+        table: the receipt of the rollout under preset `all`.
+        seconds: wall time of it all.
+    """
+
+    family: str
+    checks: tuple[Check, ...]
+    changes: tuple[str, ...]
+    lints: tuple[str, ...]
+    stubbed: tuple[str, ...]
+    table: str
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether every check holds."""
+        return all(check.holds for check in self.checks)
+
+
+@dataclass
+class _Rolled:
+    """One rollout: what it gave, what the receipt says, graphs behind each chunk."""
+
+    latents: list[Tensor]
+    graphs: list[int] = field(default_factory=list)
+    receipt: Report = field(default_factory=Report)
+    ran: Ran = field(default_factory=lambda: Ran(0, 0))
+
+
+def examine(subject: Subject, *, inner: str = "eager") -> Findings:
+    """Adopt a subject, roll it out under presets, and undo.
+
+    Args:
+        subject: what to examine; its model is as it was behind this.
+        inner: compiler behind the passes.
+    """
+    began = time.perf_counter()
+    with torch.no_grad():
+        untouched = list(subject.rollout(subject.model, None, PARITY_CHUNKS))
+        adoption = adopt(subject.pipeline or subject.model)
+        checks, table = [], ""
+        try:
+            checks.append(_parity("exact", _rolled(subject, "exact", inner), untouched))
+            full = _rolled(subject, "sparse", inner, **{"sparse.budget": 1.0})
+            checks.append(_parity("sparse.budget 1.0", full, untouched))
+            everything = _rolled(subject, "all", inner, session=True, chunks=ROLLOUT_CHUNKS)
+            checks += _truths(subject, everything)
+            checks.append(_bounded(everything))
+            table = everything.receipt.table()
+            if subject.drive is not None:
+                checks.append(_driven(subject, adoption, inner, everything.latents))
+        finally:
+            adoption.undo()
+            torch._dynamo.reset()
+        again = list(subject.rollout(subject.model, None, PARITY_CHUNKS))
+    same = all(torch.equal(a, b) for a, b in zip(untouched, again, strict=True))
+    checks.append(Check("undo", same, "bit for bit" if same else "its outputs differ"))
+    return Findings(
+        subject.family,
+        tuple(checks),
+        tuple(f"{one.where}  {one.name}: {one.why}" for one in adoption.changes),
+        tuple(f"{one.where}  {one.name}: {one.why}" for one in adoption.lints),
+        subject.stubbed,
+        table,
+        time.perf_counter() - began,
+    )
+
+
+def options_of(subject: Subject, preset: str, **more: Any) -> dict[str, Any]:
+    """Return the options of a preset and those of the subject whose section it has."""
+    config = Config.resolve(preset)
+    on = {name for name in ("context", "sparse", "steps") if getattr(config, name)}
+    kept = {
+        key: value
+        for key, value in subject.options.items()
+        if (key.partition(".")[0] in on if "." in key else on & {"context", "steps"})
+    }
+    return {"preset": preset, **kept, **more}
+
+
+def _rolled(
+    subject: Subject,
+    preset: str,
+    inner: str,
+    *,
+    session: bool = False,
+    chunks: int = PARITY_CHUNKS,
+    **more: Any,
+) -> _Rolled:
+    torch._dynamo.reset()
+    reset_report()
+    registry.reset_telemetry()
+    options = options_of(subject, preset, **more)
+    compiled = torch.compile(
+        subject.model, backend="light_interaction", options={**options, "inner": inner}
+    )
+    rolled = _Rolled([])
+    with registry.force("sparse", "an examination takes the sparse kernel"):
+        for latents in _chunks(subject, compiled, options if session else None, chunks):
+            rolled.latents.append(latents)
+            rolled.graphs.append(report().graphs)
+        if session:
+            # A second time, as compiling runs operators too.
+            reset = len(report().chunks)
+            rolled.ran = _counted(
+                subject, lambda: list(_chunks(subject, compiled, options, chunks))
+            )
+            rolled.graphs.append(report().graphs)
+            rolled.receipt = report()
+            assert len(rolled.receipt.chunks) == reset + chunks
+    return rolled
+
+
+def _chunks(
+    subject: Subject, model: Callable[..., Any], options: dict[str, Any] | None, chunks: int
+) -> Iterator[Tensor]:
+    if options is None:
+        yield from subject.rollout(model, None, chunks)
+        return
+    with Session(**options) as session:
+        yield from subject.rollout(model, session, chunks)
+
+
+def _counted(subject: Subject, run: Callable[[], object]) -> Ran:
+    """Count calls of the model by the operators that run, whatever a receipt says."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        run()
+    seen = [subject.seen(event.name, event.input_shapes) for event in profile.events()]
+    took = [latents for latents in seen if latents is not None]
+    return Ran(len(took), sum(took))
+
+
+def _parity(name: str, rolled: _Rolled, untouched: list[Tensor]) -> Check:
+    worst = max(float((a - b).abs().max()) for a, b in zip(rolled.latents, untouched, strict=True))
+    return Check(
+        name, worst <= _TOLERANCE, f"largest error {worst:.1e} in {len(untouched)} chunks"
+    )
+
+
+def _truths(subject: Subject, rolled: _Rolled) -> Iterator[Check]:
+    """Check that the rollout left something out, and that the receipt counts what ran."""
+    records = list(rolled.receipt.chunks)[-ROLLOUT_CHUNKS:]
+    finite = all(bool(one.isfinite().all()) for one in rolled.latents)
+    yield Check("all: finite", finite, "yes" if finite else "no")
+    dropped = sum(_dropped(one) for one in records)
+    there = sum(one.plan.history_latents for one in records)
+    yield Check("all: frames dropped", dropped > 0, f"{dropped} of {there} history latents")
+    skipped = sum(one.steps_skipped for one in records)
+    total = sum(one.plan.steps.total for one in records if one.plan.steps)
+    yield Check("all: steps reused", skipped > 0, f"{skipped} of {total}")
+    sparse = [one for one in rolled.receipt.sites.values() if (one.density or 1.0) < 1.0]
+    lowest = min((one.density or 1.0 for one in sparse), default=1.0)
+    yield Check(
+        "all: key blocks skipped", bool(sparse), f"{len(sparse)} sites, density from {lowest:.2f}"
+    )
+    said = _total(map(subject.expected, records))
+    yield Check(
+        "all: receipt is true",
+        said == rolled.ran,
+        f"{rolled.ran.calls} calls over {rolled.ran.latents} latents ran, the receipt says "
+        f"{said.calls} over {said.latents}",
+    )
+
+
+def _dropped(record: ChunkRecord) -> int:
+    return record.plan.history_latents - len(record.plan.context.indices)
+
+
+def _total(parts: Iterable[Ran]) -> Ran:
+    found = list(parts)
+    return Ran(sum(one.calls for one in found), sum(one.latents for one in found))
+
+
+def _bounded(rolled: _Rolled) -> Check:
+    settled, last = rolled.graphs[_SETTLED - 1], rolled.graphs[-1]
+    left = rolled.receipt.left_eager
+    seen = f"{last}, {last - settled} of them behind chunk {_SETTLED}"
+    if left:
+        seen += f"; not compiled: {left[0].source}"
+    return Check("graphs", last == settled and not left, seen)
+
+
+def _driven(subject: Subject, adoption: Adoption, inner: str, own: list[Tensor]) -> Check:
+    """Check that the rollout of the release, driven, gives what the user's own loop gives."""
+    assert subject.drive is not None
+    options = options_of(subject, "all")
+    torch._dynamo.reset()
+    subject.model.compile(backend="light_interaction", options={**options, "inner": inner})
+    try:
+        with (
+            registry.force("sparse", "an examination takes the sparse kernel"),
+            Session(**options) as session,
+            adoption.drive(session),
+        ):
+            driven = list(subject.drive(ROLLOUT_CHUNKS))
+    finally:
+        subject.model._compiled_call_impl = None
+    worst = float((torch.cat(driven, 2) - torch.cat(own, 2)).abs().max())
+    return Check(
+        "driven rollout", worst <= _TOLERANCE, f"largest error {worst:.1e} to the loop above"
+    )
