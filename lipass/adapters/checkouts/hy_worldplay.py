@@ -26,8 +26,8 @@ _LATENT, _STATES, _PROMPT = (8, 8, 8), 32, 6
 _RECENT, _CONTEXT = 12, 20
 
 
-def build(checkout: Path) -> Subject:
-    """Import a checkout and make two layers of its transformer with random weights."""
+def build(checkout: Path, layers: int = 2) -> Subject:
+    """Import a checkout and make a few layers of its transformer with random weights."""
     with imported_from(checkout, _NEEDED, "hyvideo") as stubbed:
         from hyvideo.commons import infer_state, parallel_states
         from hyvideo.models.transformers.worldplay_1_5_transformer import (
@@ -37,7 +37,7 @@ def build(checkout: Path) -> Subject:
         from hyvideo.schedulers.scheduling_flow_match_discrete import FlowMatchDiscreteScheduler
     _run_as_one_process(infer_state, parallel_states)
     torch.manual_seed(0)
-    model = _small(HunyuanVideo_1_5_DiffusionTransformer)
+    model = _small(HunyuanVideo_1_5_DiffusionTransformer, layers)
     loop = Loop(lambda: FlowMatchDiscreteScheduler(shift=_SHIFT), worldplay_video_pipeline)
     pipeline = _pipeline(worldplay_video_pipeline, model, FlowMatchDiscreteScheduler(shift=_SHIFT))
     return Subject(
@@ -204,7 +204,7 @@ class Given:
 def own_rollout(pipeline: Any, chunks: int) -> list[Tensor]:
     """Run the rollout of the release, without what encodes in front and decodes behind."""
     given = Given(chunks)
-    pipeline.chunk_num = chunks
+    pipeline.chunk_num = chunks * CHUNK // pipeline.chunk_latent_frames
     pipeline.points_local = given.points
     pipeline.scheduler.set_timesteps(STEPS)
     text = given.prompt()
@@ -255,14 +255,14 @@ def _run_as_one_process(infer_state: Any, parallel_states: Any) -> None:
         vars(parallel_states)["__parallel_dims"] = single
 
 
-def _small(kind: Callable[..., nn.Module]) -> nn.Module:
+def _small(kind: Callable[..., nn.Module], layers: int) -> nn.Module:
     model: Any = kind(
         patch_size=[1, 1, 1],
         in_channels=_LATENT[0],
         out_channels=_LATENT[0],
         hidden_size=64,
         heads_num=2,
-        mm_double_blocks_depth=2,
+        mm_double_blocks_depth=layers,
         mm_single_blocks_depth=0,
         rope_dim_list=[8, 12, 12],
         attn_mode="torch",

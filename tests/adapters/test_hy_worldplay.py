@@ -1,0 +1,195 @@
+"""HY-WorldPlay's call structure, in miniature: adopted, compiled, driven, counted, undone."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lipass
+from lipass.adapters.checkouts import examine
+from lipass.adapters.checkouts.hy_worldplay import CHUNK, build, expected, latents_embedded
+from lipass.adapters.checkouts.poses import there_and_back
+from lipass.adapters.checkouts.subject import Ran
+from lipass.policy.reference_worldplay import gate_chunk
+from lipass.receipt import report, reset_report
+
+CONTRACT = Path(__file__).parent / "contracts" / "hy_worldplay"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Calls this small take longer to share than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """Yield one layer of the miniature, and forget its code behind the tests."""
+    before = set(sys.modules)
+    yield build(CONTRACT, layers=1)
+    sys.path.remove(str(CONTRACT))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "hyvideo"]:
+        if name not in before:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def adoption(subject):
+    with lipass.adopt(subject.pipeline) as adopted:
+        yield adopted
+
+
+def counted(subject, run):
+    """Run something, and count the calls over latents by a hook."""
+    calls = []
+    hook = subject.model.img_in.register_forward_hook(
+        lambda module, given, out: calls.append(given[0].shape[2])
+    )
+    with torch.no_grad():
+        latents = list(run())
+    hook.remove()
+    return torch.cat(latents, 2), calls
+
+
+def said(chunks):
+    """What the receipt says of the latest chunks."""
+    parts = [expected(one) for one in list(report().chunks)[-chunks:]]
+    return Ran(sum(one.calls for one in parts), sum(one.latents for one in parts))
+
+
+@pytest.mark.parametrize("preset", ["exact", "cache", "all"])
+def test_the_loop_of_a_user_and_the_driven_rollout_do_the_same(subject, adoption, preset):
+    options = examine.options_of(subject, preset)
+    with lipass.Session(**options) as session:
+        own, calls = counted(subject, lambda: subject.rollout(subject.model, session, 5))
+    assert said(5) == Ran(len(calls), sum(calls))
+    with lipass.Session(**options) as session, adoption.drive(session) as bound:
+        driven, driven_calls = counted(subject, lambda: subject.drive(5))
+        assert [one.name for one in bound.changes] == [
+            "select_aligned_memory_frames",
+            "_ar_rollout_inner",
+        ]
+    assert said(5) == Ran(len(calls), sum(calls))
+    assert driven_calls == calls
+    assert torch.equal(driven, own)
+    released, _ = counted(subject, lambda: subject.drive(5))
+    assert torch.equal(released, own) == (preset == "exact")
+
+
+def test_a_rollout_that_fails_leaves_a_session_that_goes_on(subject, adoption, monkeypatch):
+    with lipass.Session(**examine.options_of(subject, "all")) as session, adoption.drive(session):
+        with monkeypatch.context() as broken, torch.no_grad():
+            broken.setattr(subject.pipeline.scheduler, "step", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                subject.drive(2)
+        assert not session.open_chunks
+        with torch.no_grad():
+            assert len(list(subject.drive(2))) == 2
+
+
+def test_chunks_of_eight_latents_are_one_decision(subject, adoption):
+    pipeline = subject.pipeline
+    pipeline.chunk_latent_frames = 2 * CHUNK
+    options = {**examine.options_of(subject, "all"), "chunk_latents": 2 * CHUNK}
+    try:
+        with lipass.Session(**options) as session, adoption.drive(session):
+            _, calls = counted(subject, lambda: subject.drive(4))
+    finally:
+        pipeline.chunk_latent_frames = CHUNK
+    records = list(report().chunks)[-2:]
+    assert [one.plan.history_latents for one in records] == [0, 8]
+    assert calls[-1] == 8
+
+
+@pytest.fixture(scope="module")
+def compiled(subject):
+    """Return the miniature compiled under `all`, and how it was rolled out."""
+    with torch.no_grad(), lipass.adopt(subject.model):
+        return examine._rolled(subject, "all", "eager", session=True, chunks=5)
+
+
+def test_a_rollout_under_all_leaves_out_what_its_receipt_counts(subject, compiled):
+    checks = list(examine._truths(subject, compiled))
+    assert [one for one in checks if not one.holds] == []
+    assert "12 of 40" in checks[1].seen
+
+
+def test_no_graph_is_made_behind_the_third_chunk(compiled):
+    assert examine._bounded(compiled).holds
+    assert compiled.graphs[-1] <= 7
+
+
+def test_every_call_of_latents_is_a_site_of_its_role(compiled):
+    # Of the last layer a prefill only keeps keys, so of one layer it has no attention.
+    roles = {one.role: one.segments for one in compiled.receipt.sites.values()}
+    assert roles["decode"] == ("text", "history", "current")
+    assert roles["self"] == ("text", "current")
+
+
+@pytest.mark.slow
+def test_all_that_is_examined_of_a_checkout_holds_for_the_contract():
+    found = examine.examine(build(CONTRACT))
+    assert [one for one in found.checks if not one.holds] == []
+    assert found.lints == ()
+
+
+def test_exact_equals_the_untouched_model_over_four_chunks(subject, fresh_dynamo):
+    with torch.no_grad():
+        untouched = list(subject.rollout(subject.model, None, 4))
+        with lipass.adopt(subject.model):
+            options = {"preset": "exact", "inner": "eager"}
+            fast = torch.compile(
+                subject.model, backend="light_interaction", options=options, dynamic=True
+            )
+            found = list(subject.rollout(fast, None, 4))
+        again = list(subject.rollout(subject.model, None, 4))
+    torch.testing.assert_close(torch.cat(found, 2), torch.cat(untouched, 2), rtol=0, atol=1e-5)
+    assert all(map(torch.equal, untouched, again))
+
+
+def test_undo_puts_back_the_very_objects(subject):
+    from hyvideo.models.transformers import worldplay_1_5_transformer as code
+
+    before = dict(vars(code)), dict(vars(subject.model))
+    adoption = lipass.adopt(subject.pipeline)
+    assert vars(code) != before[0]
+    places = [one.where for one in adoption.changes]
+    assert all(":" in place or place.endswith("Transformer") for place in places)
+    adoption.undo()
+    assert all(vars(code)[name] is found for name, found in before[0].items())
+    assert vars(subject.model).keys() == before[1].keys()
+    assert subject.model.attn_param is before[1]["attn_param"]
+
+
+def test_the_released_gates_choose_what_the_preset_reference_reads(subject, adoption):
+    reset_report()
+    options = {"preset": "reference", "chunk_latents": CHUNK}
+    with lipass.Session(**options) as session, adoption.drive(session):
+        _, calls = counted(subject, lambda: subject.drive(6))
+    w2c = there_and_back(6, CHUNK).double()
+    for record in report().chunks:
+        start = record.plan.history_latents
+        gate = gate_chunk(w2c[:start], w2c[start : start + CHUNK])
+        assert record.plan.context.indices == list(gate.indices)
+        assert bool(record.plan.steps.reused) == gate.reuse
+        assert record.plan.steps.form == "lookup"
+    assert sum(calls) > 0
+
+
+def test_a_rollout_that_nobody_knows_is_not_driven(subject):
+    with (
+        lipass.adopt(subject.model) as adoption,
+        lipass.Session(preset="all") as session,
+        pytest.raises(lipass.LipassError, match="a rollout must be known to be driven"),
+        adoption.drive(session),
+    ):
+        pass
+
+
+def test_one_operator_a_call_is_counted():
+    assert latents_embedded("aten::conv3d", [[1, 17, 4, 8, 8], [64, 17, 1, 1, 1]]) == 4
+    assert latents_embedded("aten::convolution", [[1, 17, 4, 8, 8]]) is None
