@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lipass.adapters.adopt import adopt
 from lipass.adapters.adoption import Adoption
-from lipass.adapters.checkouts.subject import Ran, Subject
+from lipass.adapters.checkouts.subject import Check, Ran, Subject
 from lipass.config import Config
 from lipass.kernels import registry
 from lipass.receipt import ChunkRecord, Report, report, reset_report
@@ -22,15 +23,6 @@ PARITY_CHUNKS, ROLLOUT_CHUNKS = 4, 5
 # A rollout of four chunks and as many steps amplifies the rounding of a call.
 _TOLERANCE = 1e-4
 _SETTLED = 3
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that must hold, and what was seen."""
-
-    name: str
-    holds: bool
-    seen: str
 
 
 @dataclass(frozen=True)
@@ -63,12 +55,16 @@ class Findings:
 
 @dataclass
 class _Rolled:
-    """One rollout: what it gave, what the receipt says, graphs behind each chunk."""
+    """One rollout: what it gave, what the receipt says, graphs behind each chunk.
+
+    With a session it is rolled out twice more: steps merged, then looked up; both are counted.
+    """
 
     latents: list[Tensor]
     graphs: list[int] = field(default_factory=list)
     receipt: Report = field(default_factory=Report)
     ran: Ran = field(default_factory=lambda: Ran(0, 0))
+    looked_up: Ran = field(default_factory=lambda: Ran(0, 0))
 
 
 def examine(subject: Subject, *, inner: str = "eager") -> Findings:
@@ -93,6 +89,7 @@ def examine(subject: Subject, *, inner: str = "eager") -> Findings:
             table = everything.receipt.table()
             if subject.drive is not None:
                 checks.append(_driven(subject, adoption, inner, everything.latents))
+            checks += subject.more() if subject.more is not None else ()
         finally:
             adoption.undo()
             torch._dynamo.reset()
@@ -144,14 +141,13 @@ def _rolled(
             rolled.latents.append(latents)
             rolled.graphs.append(report().graphs)
         if session:
-            # A second time, as compiling runs operators too.
-            reset = len(report().chunks)
-            rolled.ran = _counted(
-                subject, lambda: list(_chunks(subject, compiled, options, chunks))
-            )
-            rolled.graphs.append(report().graphs)
+            # Only now, as compiling runs operators too.
+            for form, name in (("merge", "ran"), ("lookup", "looked_up")):
+                again = {**options, "steps.form": form}
+                run = functools.partial(_chunks, subject, compiled, again, chunks)
+                setattr(rolled, name, _counted(subject, lambda run=run: list(run())))
+                rolled.graphs.append(report().graphs)
             rolled.receipt = report()
-            assert len(rolled.receipt.chunks) == reset + chunks
     return rolled
 
 
@@ -184,7 +180,8 @@ def _parity(name: str, rolled: _Rolled, untouched: list[Tensor]) -> Check:
 
 def _truths(subject: Subject, rolled: _Rolled) -> Iterator[Check]:
     """Check that the rollout left something out, and that the receipt counts what ran."""
-    records = list(rolled.receipt.chunks)[-ROLLOUT_CHUNKS:]
+    every = list(rolled.receipt.chunks)
+    records, looked_up = every[-2 * ROLLOUT_CHUNKS : -ROLLOUT_CHUNKS], every[-ROLLOUT_CHUNKS:]
     finite = all(bool(one.isfinite().all()) for one in rolled.latents)
     yield Check("all: finite", finite, "yes" if finite else "no")
     dropped = sum(_dropped(one) for one in records)
@@ -198,13 +195,17 @@ def _truths(subject: Subject, rolled: _Rolled) -> Iterator[Check]:
     yield Check(
         "all: key blocks skipped", bool(sparse), f"{len(sparse)} sites, density from {lowest:.2f}"
     )
+    yield _true("all: receipt is true", subject, records, rolled.ran)
+    yield _true("all: receipt is true, steps looked up", subject, looked_up, rolled.looked_up)
+
+
+def _true(name: str, subject: Subject, records: list[ChunkRecord], ran: Ran) -> Check:
     said = _total(map(subject.expected, records))
-    yield Check(
-        "all: receipt is true",
-        said == rolled.ran,
-        f"{rolled.ran.calls} calls over {rolled.ran.latents} latents ran, the receipt says "
-        f"{said.calls} over {said.latents}",
+    seen = (
+        f"{ran.calls} calls over {ran.latents} latents ran, the receipt says {said.calls} over "
+        f"{said.latents}"
     )
+    return Check(name, said == ran, seen)
 
 
 def _dropped(record: ChunkRecord) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lipass.adapters.checkouts.imports import imported_from
 from lipass.adapters.checkouts.poses import there_and_back
-from lipass.adapters.checkouts.subject import Ran, Subject
+from lipass.adapters.checkouts.subject import Check, Ran, Subject
+from lipass.policy.reference_worldplay import gate_chunk
 from lipass.receipt import ChunkRecord
 from lipass.session import Session
 
@@ -23,7 +24,7 @@ _NEEDED = ("diffusers", "einops", "loguru")
 _SHIFT, _CONTEXT_LEVEL = 5.0, 14.0
 # The release has 30 x 52 tokens a latent frame and 32 channels.
 _LATENT, _STATES, _PROMPT = (8, 8, 8), 32, 6
-_RECENT, _CONTEXT = 12, 20
+_RECENT, _CONTEXT, _RETRIEVED_CHUNKS = 12, 20, 10
 
 
 def build(checkout: Path, layers: int = 2) -> Subject:
@@ -49,6 +50,7 @@ def build(checkout: Path, layers: int = 2) -> Subject:
         options=OPTIONS,
         pipeline=pipeline,
         drive=functools.partial(own_rollout, pipeline),
+        more=functools.partial(_retrieval_is_reproduced, worldplay_video_pipeline),
         stubbed=tuple(stubbed),
     )
 
@@ -106,15 +108,7 @@ class Loop:
     def _own_context(self, given: Given, start: int) -> list[int]:
         if start == 0:
             return []
-        return self._pipeline.select_aligned_memory_frames(
-            given.w2c[0].numpy(),
-            start,
-            memory_frames=_CONTEXT,
-            temporal_context_size=_RECENT,
-            pred_latent_size=CHUNK,
-            points_local=given.points,
-            device="cpu",
-        )
+        return retrieved(self._pipeline, given.w2c[0], start, given.points)
 
     def _denoise(
         self,
@@ -223,6 +217,42 @@ def own_rollout(pipeline: Any, chunks: int) -> list[Tensor]:
         device=torch.device("cpu"),
     )
     return list(latents.split(CHUNK, dim=2))
+
+
+def _retrieval_is_reproduced(pipeline: Any) -> Iterator[Check]:
+    """Compare the gates of mode reference, with its settings, with what the checkout retrieves."""
+    w2c = there_and_back(_RETRIEVED_CHUNKS, CHUNK)
+    points = Given(1).points
+    starts = range(CHUNK, len(w2c), CHUNK)
+    same = 0
+    for start in starts:
+        gate = gate_chunk(
+            w2c[:start].double(),
+            w2c[start : start + CHUNK].double(),
+            context_latents=_CONTEXT,
+            temporal_latents=_RECENT,
+            context_threshold=0.0,
+        )
+        same += list(gate.indices) == retrieved(pipeline, w2c, start, points)
+    yield Check(
+        "reference: context of the release",
+        same == len(starts),
+        f"{same} of {len(starts)} chunks as select_aligned_memory_frames chooses",
+    )
+
+
+def retrieved(pipeline: Any, w2c: Tensor, start: int, points: Tensor) -> list[int]:
+    """Ask the checkout for the context of the chunk that starts at a latent."""
+    chosen: list[int] = pipeline.select_aligned_memory_frames(
+        w2c.numpy(),
+        start,
+        memory_frames=_CONTEXT,
+        temporal_context_size=_RECENT,
+        pred_latent_size=CHUNK,
+        points_local=points,
+        device="cpu",
+    )
+    return chosen
 
 
 def _pipeline(module: Any, model: nn.Module, scheduler: Any) -> Any:

@@ -34,6 +34,15 @@ class Rollout(Protocol):
 
 
 @dataclass(frozen=True)
+class Check:
+    """One thing that must hold, and what was seen."""
+
+    name: str
+    holds: bool
+    seen: str
+
+
+@dataclass(frozen=True)
 class Ran:
     """What one chunk makes a model do.
 
@@ -62,6 +71,7 @@ class Subject:
         pipeline: what `lipass.adopt` is given in place of the model where the rollout of the
             release is driven; its model is `model`.
         drive: that rollout: yields its chunks, or all of them at its end.
+        more: checks of this family alone.
         stubbed: packages that the checkout imports, that are not here and are not needed to run.
     """
 
@@ -73,4 +83,5 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Any = None
     drive: Callable[[int], Iterable[Tensor]] | None = None
+    more: Callable[[], Iterable[Check]] | None = None
     stubbed: tuple[str, ...] = ()

@@ -1,6 +1,8 @@
-"""Choose memory by cameras: first clip, latest latents, and clips that look the same way."""
+"""Choose memory by cameras: first clip, latest latents, and clips that show what comes next."""
 
-import numpy as np
+import torch
+
+from lipass.policy.reference_worldplay import gate_chunk
 
 
 def select_aligned_memory_frames(
@@ -12,14 +14,12 @@ def select_aligned_memory_frames(
     points_local=None,
     device=None,
 ):
-    if current_frame_idx <= memory_frames:
-        return list(range(current_frame_idx))
-    forward, recent = w2c_list[:, 2, :3], current_frame_idx - temporal_context_size
-    ahead = forward[current_frame_idx : current_frame_idx + pred_latent_size].mean(0)
-    clips = sorted(range(4, recent, 4), key=lambda clip: -float(np.dot(forward[clip], ahead)))
-    kept = {*range(4), *range(recent, current_frame_idx)}
-    for clip in clips:
-        if len(kept) >= memory_frames:
-            break
-        kept |= set(range(clip, clip + 4))
-    return sorted(kept)
+    w2c = torch.from_numpy(w2c_list).double()
+    gate = gate_chunk(
+        w2c[:current_frame_idx],
+        w2c[current_frame_idx : current_frame_idx + pred_latent_size],
+        context_latents=memory_frames,
+        temporal_latents=temporal_context_size,
+        context_threshold=0.0,
+    )
+    return list(gate.indices)
