@@ -33,7 +33,7 @@ class Driven:
         """Close the chunk that is open; with an error it was not generated to its end."""
         chunk, self.chunk = self.chunk, None
         if chunk is not None:
-            chunk.__exit__(error and type(error), error, None)
+            chunk.__exit__(None if error is None else type(error), error, None)
 
 
 class DrivenTimesteps:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +80,7 @@ def examine(subject: Subject, *, inner: str = "eager") -> Findings:
         checks, table = [], ""
         try:
             checks.append(_parity("exact", _rolled(subject, "exact", inner), untouched))
-            full = _rolled(subject, "sparse", inner, **{"sparse.budget": 1.0})
+            full = _rolled(subject, "sparse", inner, {"sparse.budget": 1.0})
             checks.append(_parity("sparse.budget 1.0", full, untouched))
             everything = _rolled(subject, "all", inner, session=True, chunks=ROLLOUT_CHUNKS)
             checks += _truths(subject, everything)
@@ -107,7 +106,7 @@ def examine(subject: Subject, *, inner: str = "eager") -> Findings:
     )
 
 
-def options_of(subject: Subject, preset: str, **more: Any) -> dict[str, Any]:
+def options_of(subject: Subject, preset: str) -> dict[str, Any]:
     """Return the options of a preset and those of the subject whose section it has."""
     config = Config.resolve(preset)
     on = {name for name in ("context", "sparse", "steps") if getattr(config, name)}
@@ -116,22 +115,22 @@ def options_of(subject: Subject, preset: str, **more: Any) -> dict[str, Any]:
         for key, value in subject.options.items()
         if (key.partition(".")[0] in on if "." in key else on & {"context", "steps"})
     }
-    return {"preset": preset, **kept, **more}
+    return {"preset": preset, **kept}
 
 
 def _rolled(
     subject: Subject,
     preset: str,
     inner: str,
+    more: Mapping[str, Any] | None = None,
     *,
     session: bool = False,
     chunks: int = PARITY_CHUNKS,
-    **more: Any,
 ) -> _Rolled:
     torch._dynamo.reset()
     reset_report()
     registry.reset_telemetry()
-    options = options_of(subject, preset, **more)
+    options = {**options_of(subject, preset), **(more or {})}
     compiled = torch.compile(
         subject.model, backend="light_interaction", options={**options, "inner": inner}
     )
@@ -144,8 +143,7 @@ def _rolled(
             # Only now, as compiling runs operators too.
             for form, name in (("merge", "ran"), ("lookup", "looked_up")):
                 again = {**options, "steps.form": form}
-                run = functools.partial(_chunks, subject, compiled, again, chunks)
-                setattr(rolled, name, _counted(subject, lambda run=run: list(run())))
+                setattr(rolled, name, _counted(subject, compiled, again, chunks))
                 rolled.graphs.append(report().graphs)
             rolled.receipt = report()
     return rolled
@@ -161,11 +159,13 @@ def _chunks(
         yield from subject.rollout(model, session, chunks)
 
 
-def _counted(subject: Subject, run: Callable[[], object]) -> Ran:
+def _counted(
+    subject: Subject, model: Callable[..., Any], options: dict[str, Any], chunks: int
+) -> Ran:
     """Count calls of the model by the operators that run, whatever a receipt says."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-        run()
+        list(_chunks(subject, model, options, chunks))
     seen = [subject.seen(event.name, event.input_shapes) for event in profile.events()]
     took = [latents for latents in seen if latents is not None]
     return Ran(len(took), sum(took))

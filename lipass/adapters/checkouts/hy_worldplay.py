@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,13 @@ from lipass.session import Session
 CHUNK, STEPS = 4, 4
 OPTIONS = {"chunk_latents": CHUNK, "sparse.dense_latents": 0, "sparse.tile": (2, 4, 4)}
 _NEEDED = ("diffusers", "einops", "loguru")
+_MODULES = (
+    "hyvideo.commons.infer_state",
+    "hyvideo.commons.parallel_states",
+    "hyvideo.models.transformers.worldplay_1_5_transformer",
+    "hyvideo.pipelines.worldplay_video_pipeline",
+    "hyvideo.schedulers.scheduling_flow_match_discrete",
+)
 _SHIFT, _CONTEXT_LEVEL = 5.0, 14.0
 # The release has 30 x 52 tokens a latent frame and 32 channels.
 _LATENT, _STATES, _PROMPT = (8, 8, 8), 32, 6
@@ -30,17 +38,14 @@ _RECENT, _CONTEXT, _RETRIEVED_CHUNKS = 12, 20, 10
 def build(checkout: Path, layers: int = 2) -> Subject:
     """Import a checkout and make a few layers of its transformer with random weights."""
     with imported_from(checkout, _NEEDED, "hyvideo") as stubbed:
-        from hyvideo.commons import infer_state, parallel_states
-        from hyvideo.models.transformers.worldplay_1_5_transformer import (
-            HunyuanVideo_1_5_DiffusionTransformer,
+        infer_state, parallel_states, transformer, module, schedulers = map(
+            importlib.import_module, _MODULES
         )
-        from hyvideo.pipelines import worldplay_video_pipeline
-        from hyvideo.schedulers.scheduling_flow_match_discrete import FlowMatchDiscreteScheduler
     _run_as_one_process(infer_state, parallel_states)
     torch.manual_seed(0)
-    model = _small(HunyuanVideo_1_5_DiffusionTransformer, layers)
-    loop = Loop(lambda: FlowMatchDiscreteScheduler(shift=_SHIFT), worldplay_video_pipeline)
-    pipeline = _pipeline(worldplay_video_pipeline, model, FlowMatchDiscreteScheduler(shift=_SHIFT))
+    model = _small(transformer.HunyuanVideo_1_5_DiffusionTransformer, layers)
+    loop = Loop(lambda: schedulers.FlowMatchDiscreteScheduler(shift=_SHIFT), module)
+    pipeline = _pipeline(module, model, schedulers.FlowMatchDiscreteScheduler(shift=_SHIFT))
     return Subject(
         family="hy_worldplay",
         model=model,
@@ -50,7 +55,7 @@ def build(checkout: Path, layers: int = 2) -> Subject:
         options=OPTIONS,
         pipeline=pipeline,
         drive=functools.partial(own_rollout, pipeline),
-        more=functools.partial(_retrieval_is_reproduced, worldplay_video_pipeline),
+        more=functools.partial(_retrieval_is_reproduced, module),
         stubbed=tuple(stubbed),
     )
 
