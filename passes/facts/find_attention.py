@@ -16,6 +16,7 @@ from lipass.passes.attention.evidence import evidence_of, origin, returned
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.operators import places_of
 from lipass.passes.attention.planted import describe_planted, other_calls
+from lipass.passes.attention.prompt import is_padded_prompt
 from lipass.passes.attention.segments import NAME_THEM
 from lipass.passes.attention.site import (
     OVER_LATENTS,
@@ -70,10 +71,11 @@ class FindAttention(Pass):
 
     The call is `decode` if it has history, `prefill` if not and its own keys are returned, written
     to a cache or history to a later call, otherwise `self`: all frames attend to each other, as in
-    a bidirectional video model. It is `text` if q has no grid and all keys are its own. It is
-    `cross` if its keys are proven to come from another source: the graph makes them from inputs
-    that the tokens of q are not made from, or is given them as one whole input that nobody writes
-    to. Slices, expansions and scattered copies of an input may be those of a cache.
+    a bidirectional video model. It is `text` if q has no grid and all keys are its own, or if its
+    mask is that of a padded prompt (`passes/attention/prompt.py`). It is `cross` if its keys are
+    proven to come from another source: the graph makes them from inputs that the tokens of q are
+    not made from, or is given them as one whole input that nobody writes to. Slices, expansions
+    and scattered copies of an input may be those of a cache.
 
     A `self` site may have a mask that is one for all queries, such as that of padded keys; and its
     queries may hold text as well as latents (`passes/attention/joint.py`).
@@ -190,7 +192,8 @@ class FindAttention(Pass):
             assert refused is not None
             return replace(refused, name=name)
         if isinstance(operands, Refusal) or isinstance(whole, Refusal):
-            return site("other", whole.reason if isinstance(whole, Refusal) else "")
+            role = "text" if is_padded_prompt(node) else "other"
+            return site(role, whole.reason if isinstance(whole, Refusal) else "")
         q_tokens: Size = value(operands.q).shape[2]
         own = [
             segments.is_current_piece(operands.q, key, q_tokens) and not is_cache(key)

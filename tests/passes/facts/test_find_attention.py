@@ -179,6 +179,26 @@ def test_data_dependent_mask(found, grown):
     assert found(fn, *grown) == [("other", reason)]
 
 
+def test_a_prompt_that_is_padded_is_text(found):
+    def fn(x, seen):
+        q, there = heads(x), seen.bool()
+        mask = there[:, None, :, None] & there[:, None, None, :]
+        return F.scaled_dot_product_attention(q, q * 2, q * 3, attn_mask=mask)
+
+    prompt, reason = torch.randn(1, 6, 16), "it has a mask [1, 1, 6, 6], which may differ between"
+    ((role, told),) = found(fn, (prompt, torch.ones(1, 6).long()))
+    assert (role, told) == ("text", f"{reason} queries")
+    # A bias is no padding, nor is what is computed from the tokens.
+    assert found(fn, (prompt, torch.ones(1, 6)))[0][0] == "other"
+
+    def gated(x, seen):
+        q = heads(x)
+        mask = (seen.bool()[:, None, :, None] & seen.bool()[:, None, None, :]) & (x.sum() > 0)
+        return F.scaled_dot_product_attention(q, q * 2, q * 3, attn_mask=mask)
+
+    assert found(gated, (prompt, torch.ones(1, 6).long()))[0][0] == "other"
+
+
 def test_padded_keys_beside_a_history_stay(found, grown):
     def fn(x, text, history):
         keys = text.shape[2] + history.shape[2] + 64
