@@ -70,7 +70,7 @@ class Adoption:
     def rebind(self, owner: Any, name: str, value: object, why: str) -> None:
         """Bind `name` of a module, class or object to `value` until `undo`."""
         own = vars(owner).get(name, _MISSING)
-        before = getattr(owner, name) if own is _MISSING else own
+        before = getattr(owner, name, None) if own is _MISSING else own
         self.changes.append(Change(place(before, owner), name, why))
         self._bindings.append(_Binding(owner, name, own))
         setattr(owner, name, value)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lipass
+from lipass.adapters.adoption import Adoption
+from lipass.receipt import reset_report
 
 _SOURCE = """
 import torch
@@ -79,3 +81,39 @@ def test_what_is_no_model_is_refused(given):
 def test_an_unknown_family_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="family must be one of any"):
         lipass.adopt(nn.Linear(2, 2), family="nobody")
+
+
+def test_options_that_an_adapter_tells_hold_until_undo(stranger, fresh_dynamo):
+    model, x = stranger.Block(), torch.randn(1, 8, 16)
+    with lipass.adopt(model, family="any") as adoption:
+        adoption.tell(model, {"find-attention.token_grid": (2, 4)}, "its tokens show no grid")
+        assert adoption.changes[-1].where == "stranger_model.py:15"
+        roles = [site.role for site in _sites_of(model, x)]
+        # An option that the user gives wins.
+        given = [site.role for site in _sites_of(model, x, {"find-attention.token_grid": (3, 5)})]
+    assert roles == ["self"]
+    assert given == ["other"]
+    with lipass.adopt(model, family="any"):
+        assert [site.role for site in _sites_of(model, x)] == ["text"]
+
+
+def _sites_of(model, x, options=None):
+    torch._dynamo.reset()
+    reset_report()
+    given = {"inner": "eager", "preset": "exact", **(options or {})}
+    with torch.no_grad():
+        torch.compile(model, backend="light_interaction", options=given)(x)
+    return list(lipass.report().sites.values())
+
+
+def test_a_drive_is_undone_by_itself(stranger):
+    class Pipeline:
+        transformer = None
+
+    pipeline = Pipeline()
+    pipeline.transformer = stranger.Block()
+    adoption = Adoption("any", lambda _, bound: bound.rebind(pipeline, "steps", 2, "a test"))
+    with adoption.drive(None) as bound:
+        assert pipeline.steps == 2
+        assert [one.name for one in bound.changes] == ["steps"]
+    assert not hasattr(pipeline, "steps")

@@ -366,6 +366,43 @@ def test_state_outside_of_the_graph_is_kept_up_and_named(kind):
     assert any("not pure" in note and "calls" in note for note in notes)
 
 
+class Noted(Mini):
+    """Writes what follows from its sizes, as models tell their kernels of the grid."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = {"grid": None, "layer": ""}
+        self.latest = ""
+
+    def forward(self, x, *args):
+        self.notes["grid"] = list(x.shape[2:])
+        self.notes["layer"] = self.latest = "block_1"
+        return super().forward(x, *args)
+
+
+def test_notes_of_sizes_and_constants_do_not_keep_a_step_from_being_reused():
+    model = Noted().eval()
+    _, now = play(compiled(model))
+    assert now.lookups == 2
+    assert (model.notes["layer"], model.latest) == ("block_1", "block_1")
+    assert model.notes["grid"] == list(inputs()[0].shape[2:])
+
+
+def test_a_count_of_calls_given_as_a_number_keeps_them_computed():
+    model = Noted().eval()
+    model.calls = 0
+    plain = type(model).forward
+
+    class Counted(Noted):
+        def forward(self, *args):
+            self.calls = self.calls + 1
+            return plain(self, *args)
+
+    model.__class__ = Counted
+    play(compiled(model))
+    assert model.calls == 4
+
+
 def test_state_in_a_variable_of_an_enclosing_function_is_kept_up_and_named():
     calls = 0
 
