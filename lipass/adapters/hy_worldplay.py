@@ -35,16 +35,34 @@ def _say_how_it_runs(package: str, adoption: Adoption) -> None:
     """Make the two states that attention asks for, which are made lazily, for CUDA."""
     infer = sys.modules.get(f"{package}.commons.infer_state")
     parallel = sys.modules.get(f"{package}.commons.parallel_states")
-    if infer is not None and infer.get_infer_state() is None:
-        adoption.rebind(infer, "__infer_state", infer.InferState(), "made before it is asked for")
-    if parallel is not None and vars(parallel)["__parallel_dims"] is None:
+    attention = sys.modules.get(f"{package}.models.transformers.modules.attention")
+    if infer is None or parallel is None or attention is None:
+        return
+    state = infer.get_infer_state()
+    if state is None:
+        state = infer.InferState()
+        adoption.rebind(infer, "__infer_state", state, "made before it is asked for")
+    if vars(parallel)["__parallel_dims"] is None:
         single: Any = object.__new__(parallel.ParallelDims)
         single.sp = single.world_size = 1
         adoption.rebind(parallel, "__parallel_dims", single, "one process, made before asked for")
-    attention = sys.modules.get(f"{package}.models.transformers.modules.attention")
-    if attention is not None:
+    adoption.rebind(
+        attention, "maybe_fallback_attn_mode", _torch_for_flash, "flash attention is torch's"
+    )
+    if getattr(state, "enable_torch_compile", False):
         adoption.rebind(
-            attention, "maybe_fallback_attn_mode", _torch_for_flash, "flash attention is torch's"
+            state, "enable_torch_compile", False, "blocks are compiled with the model, not alone"
+        )
+    if state.enable_sageattn:
+        vision = attention.sequence_parallel_attention_vision
+        blocks = ", ".join(map(str, state.sage_blocks_range))
+        adoption.lint(
+            vision, vision.__name__, f"blocks {blocks} call sageattention, which no graph shows"
+        )
+    if parallel.get_parallel_state().sp_enabled:
+        vision = attention.sequence_parallel_attention_vision
+        adoption.lint(
+            vision, vision.__name__, "its collectives between processes are left as they are"
         )
 
 

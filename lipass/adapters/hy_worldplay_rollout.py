@@ -79,8 +79,15 @@ class _Rollout:
                 if frame < start
             }
             self._begin(start, sorted(retrieved))
+            self._release()
         assert self._driven.chunk is not None
         return self._driven.chunk.context
+
+    def _release(self) -> None:
+        """Let go of the last context's keys: the next one is computed without them."""
+        for name in ("_kv_cache", "_kv_cache_neg"):
+            for layer in getattr(self._pipeline, name, ()):
+                layer["k_vision"] = layer["v_vision"] = None
 
     def _opened(self) -> Chunk:
         return self._driven.chunk or self._begin(0, None)

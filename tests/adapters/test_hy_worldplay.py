@@ -91,6 +91,52 @@ def test_a_rollout_that_fails_leaves_a_session_that_goes_on(subject, adoption, m
             assert len(list(subject.drive(2))) == 2
 
 
+def test_the_keys_of_the_last_context_are_let_go_before_the_next(subject, adoption):
+    held = []
+    own = subject.model.forward_vision
+
+    def watching(*args, **given):
+        if given["cache_vision"]:
+            held.append(given["kv_cache"][0]["k_vision"])
+        return own(*args, **given)
+
+    adoption.rebind(subject.model, "forward_vision", watching, "a test")
+    with lipass.Session(preset="exact") as session, adoption.drive(session), torch.no_grad():
+        subject.drive(4)
+    assert held == [None] * 3
+    with torch.no_grad():
+        subject.drive(3)
+    assert [one is None for one in held[3:]] == [True, False]
+
+
+def test_sage_attention_is_a_lint_and_compilation_of_single_blocks_is_off(subject):
+    from hyvideo.commons import infer_state
+
+    state = infer_state.InferState(True, (0, 1), True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(vars(infer_state), "__infer_state", state)
+        with lipass.adopt(subject.model) as adoption:
+            (lint,) = adoption.lints
+            assert "blocks 0, 1 call sageattention" in lint.why
+            assert lint.where.startswith("attention.py:")
+            assert not state.enable_torch_compile
+            assert "left: attention.py:" in adoption.table()
+        assert state.enable_torch_compile
+
+
+def test_states_that_nobody_has_made_are_made_for_one_process(subject):
+    from hyvideo.commons import infer_state, parallel_states
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(vars(infer_state), "__infer_state", None)
+        patched.setitem(vars(parallel_states), "__parallel_dims", None)
+        with pytest.raises(RuntimeError, match="no mesh"):
+            parallel_states.get_parallel_state()
+        with lipass.adopt(subject.model), torch.no_grad():
+            assert len(list(subject.rollout(subject.model, None, 1))) == 1
+        assert infer_state.get_infer_state() is None
+
+
 def test_chunks_of_eight_latents_are_one_decision(subject, adoption):
     pipeline = subject.pipeline
     pipeline.chunk_latent_frames = 2 * CHUNK

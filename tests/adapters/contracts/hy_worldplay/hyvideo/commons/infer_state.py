@@ -7,6 +7,7 @@ from dataclasses import dataclass
 class InferState:
     enable_sageattn: bool = False
     sage_blocks_range: tuple = ()
+    enable_torch_compile: bool = False
 
 
 __infer_state = None
