@@ -39,6 +39,12 @@ class Change:
     """`file.py:line` of what stood there."""
     name: str
     why: str
+    owner: str = ""
+    """The module, class or kind of object whose name it is."""
+
+    def __str__(self) -> str:
+        owner = f"{self.owner}." if self.owner else ""
+        return f"{self.where}  {owner}{self.name}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Adoption:
         """Bind `name` of a module, class or object to `value` until `undo`."""
         own = vars(owner).get(name, _MISSING)
         before = getattr(owner, name, None) if own is _MISSING else own
-        self.changes.append(Change(place(before, owner), name, why))
+        self.changes.append(Change(place(before, owner), name, why, _last_name(owner)))
         self._bindings.append(_Binding(owner, name, own))
         setattr(owner, name, value)
 
@@ -124,8 +130,8 @@ class Adoption:
     def table(self) -> str:
         """Return one line a change and one a lint, with its place."""
         lines = [f"adopted as {self.family}: {len(self.changes)} names bound anew"]
-        lines += [f"  {one.where}  {one.name}: {one.why}" for one in self.changes]
-        lines += [f"  left: {one.where}  {one.name}: {one.why}" for one in self.lints]
+        lines += [f"  {one}" for one in self.changes]
+        lines += [f"  left: {one}" for one in self.lints]
         return "\n".join(lines)
 
     def __enter__(self) -> Adoption:
@@ -145,5 +151,9 @@ def place(found: object, owner: object) -> str:
     plain = getattr(found, "_torchdynamo_orig_callable", found)
     code = getattr(inspect.unwrap(plain) if callable(plain) else plain, "__code__", None)
     if code is None:
-        return str(getattr(owner, "__name__", type(owner).__name__))
+        return _last_name(owner)
     return f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}"
+
+
+def _last_name(owner: object) -> str:
+    return str(getattr(owner, "__name__", type(owner).__name__)).rpartition(".")[2]

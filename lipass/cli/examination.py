@@ -95,5 +95,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
                 title + one, _WIDTH, initial_indent="  ", subsequent_indent="    "
             )
     yield ""
-    yield from found["table"].splitlines()
+    yield "\n\n".join(part for part in found["table"].split("\n\n") if not _of_passes(part))
     yield f"({found['seconds']:.0f} s)"
+
+
+def _of_passes(part: str) -> bool:
+    """Whether a part of a receipt says what each pass did: long, and in the JSON document."""
+    return part.startswith("pass ")

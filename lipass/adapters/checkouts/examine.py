@@ -98,8 +98,8 @@ def examine(subject: Subject, *, inner: str = "eager") -> Findings:
     return Findings(
         subject.family,
         tuple(checks),
-        tuple(f"{one.where}  {one.name}: {one.why}" for one in adoption.changes),
-        tuple(f"{one.where}  {one.name}: {one.why}" for one in adoption.lints),
+        tuple(map(str, adoption.changes)),
+        tuple(map(str, adoption.lints)),
         subject.stubbed,
         table,
         time.perf_counter() - began,
