@@ -91,6 +91,8 @@ def _taken(node: Node, body: Body) -> Node:
     body.columns.insert(0, [node] * len(body.columns[0]))
     with inner.inserting_before(next(iter(inner.nodes))):
         own = inner.placeholder(node.name)
+    # The first region's own input may have that name, where the others pass another.
+    own.target = own.name
     own.meta["example_value"] = value(node)
     return own
 

@@ -427,3 +427,32 @@ class Scaled(Attending):
 def test_number_that_is_the_size_of_nothing_is_passed_as_it_is():
     calls = [(torch.randn(1, 8, 32), n) for n in (2, 3, 5)]
     assert seen(Counting(), *calls)[-1]
+
+
+class Remembering(Attending):
+    """Reads a prompt of its own, once for each of two streams on the batch (HY-WorldPlay)."""
+
+    def forward(self, x, kept):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        batch, heads, tokens, dim = kept.shape
+        kept = kept[None].expand(2, -1, -1, -1, -1).reshape(2 * batch, heads, tokens, dim)
+        out = self.attend(q, torch.cat([kept, k], 2), torch.cat([kept, v], 2))
+        return x + self.out(out.transpose(1, 2).flatten(2))
+
+
+class WithPrompts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Remembering(), Remembering()])
+
+    def forward(self, x, *kept):
+        for layer, own in zip(self.layers, kept, strict=True):
+            x = layer(x, own)
+        return x
+
+
+def test_size_that_only_inputs_of_single_layers_show_is_read_from_the_first():
+    def call(tokens):
+        return torch.randn(2, 8, 32), *(torch.randn(1, 2, tokens, 16) for _ in range(2))
+
+    assert seen(WithPrompts(), call(3), call(4), call(6), inner="eager")[-1]
