@@ -72,12 +72,22 @@ class Adoption:
         self.lints: list[Change] = []
         self._bindings: list[_Binding] = []
         self._told: list[nn.Module] = []
+        self._at_undo: list[Callable[[], None]] = []
 
-    def rebind(self, owner: Any, name: str, value: object, why: str) -> None:
-        """Bind `name` of a module, class or object to `value` until `undo`."""
+    def rebind(self, owner: Any, name: str, value: object, why: str, where: str = "") -> None:
+        """Bind `name` of a module, class or object to `value` until `undo`.
+
+        Args:
+            owner: what holds the name.
+            name: is listed among the changes.
+            value: what it is bound to.
+            why: is listed too.
+            where: `file.py:line` that matters, where it is not that of what stood there.
+        """
         own = vars(owner).get(name, _MISSING)
         before = getattr(owner, name, None) if own is _MISSING else own
-        self.changes.append(Change(place(before, owner), name, why, _last_name(owner)))
+        said = where or place(before, owner)
+        self.changes.append(Change(said, name, why, _last_name(owner)))
         self._bindings.append(_Binding(owner, name, own))
         setattr(owner, name, value)
 
@@ -91,10 +101,16 @@ class Adoption:
         """Say of a function that stays what it keeps from being seen."""
         self.lints.append(Change(place(found, found), name, why))
 
+    def at_undo(self, put_back: Callable[[], None]) -> None:
+        """Have something called by `undo` that no name is bound to."""
+        self._at_undo.append(put_back)
+
     def undo(self) -> None:
         """Put back what stood there, last first; a second call does nothing."""
         while self._told:
             _told.pop(self._told.pop(), None)
+        while self._at_undo:
+            self._at_undo.pop()()
         while self._bindings:
             one = self._bindings.pop()
             if one.before is _MISSING:

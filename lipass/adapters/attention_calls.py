@@ -18,7 +18,7 @@ _WORDS = ("attention", "attn")
 def show_attention(model: nn.Module, adoption: Adoption) -> None:
     """Bind anew each attention function that modules of the model's package hide from Dynamo."""
     roots = _roots(model)
-    for module in _modules(roots):
+    for module in modules_of(model):
         for name, found in list(vars(module).items()):
             plain = _disabled(found) if any(word in name.lower() for word in _WORDS) else None
             seen = found if plain is None else plain
@@ -52,7 +52,9 @@ def _root(found: object) -> str:
     return str(getattr(found, "__module__", "")).partition(".")[0]
 
 
-def _modules(roots: set[str]) -> Iterator[ModuleType]:
+def modules_of(model: nn.Module) -> Iterator[ModuleType]:
+    """Yield the loaded modules of the packages whose classes the model is made of."""
+    roots = _roots(model)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in roots and isinstance(module, ModuleType):
             yield module

@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from lipass.adapters.adoption import Adoption
 
-FAMILIES: tuple[str, ...] = ("hy_worldplay",)
+FAMILIES: tuple[str, ...] = ("hy_worldplay", "self_forcing")
 """Modules of this folder, each with a `FAMILY`."""
 
 
