@@ -37,6 +37,7 @@ def without_frames(call: Call, kept: Tensor) -> Call:
 
 def pick_frames(x: Tensor, grid: BlockGrid, kept: Tensor) -> Tensor:
     """Select frames of the tokens of a grid, which are axis 2."""
+    kept = kept.to(x.device, non_blocking=True)  # a mask may be on the host, where reading is free
     return x.unflatten(2, (grid.grid[0], -1)).index_select(2, kept).flatten(2, 3)
 
 

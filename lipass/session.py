@@ -94,6 +94,7 @@ class Session:
         query: Tensor | None = None,
         latents: Tensor | None = None,
         own_context: Sequence[int] | None = None,
+        held: Sequence[int] | None = None,
         stream: str = "main",
     ) -> Chunk:
         """Decide about the next chunk of a stream.
@@ -104,10 +105,13 @@ class Session:
         Args:
             poses: `[M, 4, 4]` cameras of all history latents in the session's convention, oldest
                 first; None for a first chunk without history.
-            query: `[q, 4, 4]` of the latents to generate.
+            query: `[q, 4, 4]` of the latents to generate; None for models without cameras, whose
+                history is chosen by `latents` alone.
             latents: `[M, ...]` history, for the latent dynamics; None leaves the window longest.
             own_context: indices that the loop reads by itself, used while the context policy is
                 off; None reads all of the history.
+            held: indices that the model still holds, in order, such as what is left in a rolled
+                cache; nothing else is chosen. None holds all of the history.
             stream: name of the request; chunks of different streams may be open at once.
 
         Raises:
@@ -125,9 +129,13 @@ class Session:
         index = self._chunks.get(stream, 0)
         if self._replay is not None:
             return Chunk(self, self._recorded(stream, poses))
-        if query is None:
-            raise ValueError("query must hold the new latents' cameras, got None; pass [q, 4, 4]")
-        poses, query = self.given.checked(poses, query, stream, index)
+        if query is not None:
+            poses, query = self.given.checked(poses, query, stream, index)
+        elif poses is not None or latents is None:
+            raise ValueError(
+                "query must hold the new latents' cameras, got None; pass [q, 4, 4], or, for a "
+                "model without cameras, the history as latents=[M, ...] and no poses"
+            )
         plan = plan_chunk(
             _NOTHING if is_off() else self.config,
             poses=poses,
@@ -136,8 +144,9 @@ class Session:
             own_context=own_context,
             stream=stream,
             index=index,
+            held=held,
         )
-        return Chunk(self, plan)
+        return Chunk(self, plan, held)
 
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator[None]:

@@ -25,10 +25,12 @@ class Reading:
 
     Attributes:
         chosen: history latents that the graph has to leave the others out for; None where the
-            model has done so, or nobody has.
+            model has done so, or nobody has. Positions in what the model holds.
+        latents: how many the graph reads.
     """
 
     chosen: tuple[int, ...] | None = None
+    latents: int = 0
 
 
 _AS_GIVEN = Reading()
@@ -51,10 +53,11 @@ class GraphReading:
         self._history = _history(decode[0]) if decode else None
         self._prefills = any(site.role == "prefill" for site in found)
         self._sizes = ArgumentSizes(gm.graph)
-        masks = gm.graph.find_nodes(
-            op="call_function", target=torch.ops.lipass.view_overlap.default
+        scores, asks = (
+            gm.graph.find_nodes(op="call_function", target=target.default)
+            for target in (torch.ops.lipass.view_overlap, torch.ops.lipass.chosen_latents)
         )
-        self._prunes = bool(masks)
+        self._prunes, self._asks = bool(scores), bool(asks)
         always = [one for one in pipeline if one.section == "context" and one.leaves_out]
         self._sink, self._window = (
             max((getattr(one, name, 0) for one in always), default=0)
@@ -102,9 +105,12 @@ class GraphReading:
         read, chosen = number(self._history, dict(sizes)), chunk.context
         reading = _AS_GIVEN
         if session.config.context is not None and read > len(chosen):
-            if read == there and self._prunes and not self._prefills:
+            if self._asks and read == len(chunk.held):
+                kept = tuple(i for i, latent in enumerate(chunk.held) if latent in set(chosen))
+                reading, read = Reading(kept, read), len(kept)
+            elif read == there and self._prunes and not self._prefills:
                 self._check_cameras(chunk, args, dict(sizes))
-                reading = Reading(tuple(chosen))
+                reading = Reading(tuple(chosen), there)
                 window = range(max(0, there - self._window), there)
                 read = len({*chosen, *window, *range(min(self._sink, there))})
             elif session not in self._told:

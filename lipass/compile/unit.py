@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.fx
 
-# Importing ops registers an operator that passes insert; so does the import of view_overlap.
+# Importing ops registers an operator that passes insert; so do the imports beside it.
+import lipass.kernels.chosen_latents
 import lipass.kernels.ops
 import lipass.kernels.view_overlap.api  # noqa: F401
 from lipass import kernels
@@ -20,7 +21,7 @@ from lipass.compile.gate import measured_gate
 from lipass.compile.graph_breaks import break_of
 from lipass.compile.hidden import is_whole, refuse_unseen, watched
 from lipass.compile.models import model_of
-from lipass.compile.reading import GraphReading
+from lipass.compile.reading import GraphReading, Reading
 from lipass.compile.sites import (
     found_in,
     graphs_of,
@@ -80,7 +81,8 @@ class CompiledUnit:
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
         chunk = current_chunk()
-        chosen = self.reading.of_call(chunk, args).chosen if self.reading else None
+        reading = self.reading.of_call(chunk, args) if self.reading else Reading()
+        chosen = reading.chosen
         if self.twin is not None and chunk is not None and chosen is None:
             reason = self.twin.why_dense(chunk)
             if reason is not None:
@@ -93,7 +95,7 @@ class CompiledUnit:
                 # a chunk is dense for its short history, of which `self` reads nothing
                 scopes.enter_context(registry.force("dense", reason, but_roles=("self",)))
             if chunk.session.config.context is not None:
-                scopes.enter_context(chosen_by_caller(chosen))
+                scopes.enter_context(chosen_by_caller(chosen, reading.latents))
             return self.compiled(*args)
 
 

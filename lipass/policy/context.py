@@ -20,7 +20,7 @@ subject to `gain_min`: they have drifted less than what repeats them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,48 @@ def keep(history: int, own_context: Sequence[int] | None) -> ContextPlan:
         reason = "kept: context policy is off" if index in kept else "dropped: by the loop itself"
         frames.append(FrameDecision(index, index in kept, reason, None))
     return ContextPlan(tuple(frames), None, None)
+
+
+def plan_window(latents: Tensor, options: ContextOptions) -> ContextPlan:
+    """Choose without cameras: sink and temporal window, as nothing says what the rest shows.
+
+    Args:
+        latents: `[M, ...]` history.
+        options: budgets and thresholds.
+
+    Raises:
+        ValueError: latents that are not finite.
+    """
+    history = len(latents)
+    dynamics = latent_dynamics(latents, history, options.chunk_latents)
+    window_chunks = window_length(dynamics, options)
+    first = history - window_chunks * options.chunk_latents
+    frames = []
+    for index in range(history):
+        reason = "window" if index >= first else "dropped: no cameras, and older than the window"
+        reason = "sink" if index < options.sink_latents else reason
+        frames.append(FrameDecision(index, not reason.startswith("dropped"), reason, None))
+    return ContextPlan(tuple(frames), window_chunks, dynamics)
+
+
+def among(plan: ContextPlan, held: Sequence[int]) -> ContextPlan:
+    """Drop what a model does not hold any more, such as what a rolled cache has lost.
+
+    Args:
+        plan: what would be read if all were there.
+        held: indices into the history.
+
+    Raises:
+        ValueError: an index outside the history or given twice.
+    """
+    there = set(keep(len(plan.frames), held).indices)
+    frames = [
+        frame
+        if frame.index in there
+        else replace(frame, kept=False, reason="dropped: the model does not hold it")
+        for frame in plan.frames
+    ]
+    return replace(plan, frames=tuple(frames))
 
 
 def plan_context(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lipass.config import Config
 from lipass.policy.blocks import dense_chunk
-from lipass.policy.context import ContextPlan, keep, plan_context
+from lipass.policy.context import ContextPlan, among, keep, plan_context, plan_window
 from lipass.policy.reference import history_latents, plan_as_released
 from lipass.policy.revisit import Revisit, decide_revisit
 from lipass.policy.steps import StepPlan
@@ -92,29 +92,34 @@ class ChunkPlan:
 def plan_chunk(
     config: Config,
     *,
-    poses: Tensor,
-    query: Tensor,
+    poses: Tensor | None,
+    query: Tensor | None,
     latents: Tensor | None,
     own_context: Sequence[int] | None,
     stream: str,
     index: int,
+    held: Sequence[int] | None = None,
 ) -> ChunkPlan:
     """Decide everything about one chunk.
 
     Args:
         config: options of the policies.
-        poses: `[M, 4, 4]` cameras of the history from `check_poses`, M may be 0.
-        query: `[q, 4, 4]` cameras of the latents to generate, from `check_poses`.
+        poses: `[M, 4, 4]` cameras of the history from `check_poses`, M may be 0; None where
+            there are no cameras.
+        query: `[q, 4, 4]` cameras of the latents to generate, from `check_poses`; or None.
         latents: `[M, ...]` history, for the latent dynamics; or None.
         own_context: what the loop reads without a context policy; None is all of the history.
         stream: name of the stream.
         index: chunks of the stream before this one.
+        held: what there is to choose from; None is all of the history.
 
     Raises:
         TypeError: cameras or latents of the wrong kind.
         ValueError: cameras, latents or `own_context` that do not fit together.
     """
     context_options, step_options = config.context, config.steps
+    if poses is None or query is None:
+        return _without_cameras(config, latents, own_context, stream, index, held)
     modes = {options.mode for options in (context_options, step_options) if options}
     history = history_latents(len(poses), "matrix-game" if "matrix-game" in modes else "")
     context: ContextPlan | None = None
@@ -133,7 +138,10 @@ def plan_chunk(
         )
     if step_options is None:
         revisit = Revisit(False, None, None, "step policy is off")
-    chosen = keep(history, own_context) if context is None else context
+    if context is not None and held is not None:
+        context = among(context, held)
+    own = held if own_context is None else own_context
+    chosen = keep(history, own) if context is None else context
     return ChunkPlan(
         stream=stream,
         index=index,
@@ -141,6 +149,43 @@ def plan_chunk(
         revisit=revisit or Revisit(False, None, None, "no history"),
         steps=None,
         dense_reason=dense_chunk(config.sparse, history // len(query), len(chosen.indices)),
+    )
+
+
+def _without_cameras(
+    config: Config,
+    latents: Tensor | None,
+    own_context: Sequence[int] | None,
+    stream: str,
+    index: int,
+    held: Sequence[int] | None,
+) -> ChunkPlan:
+    history = 0 if latents is None else len(latents)
+    context, steps = config.context, config.steps
+    modes = {options.mode for options in (context, steps) if options} - {"adaptive"}
+    if modes:
+        raise ValueError(
+            f"mode {modes.pop()!r} chooses by cameras, got none; pass query=[q, 4, 4], or use "
+            "mode 'adaptive'"
+        )
+    chosen = keep(history, held if own_context is None else own_context)
+    if context is not None and latents is not None:
+        chosen = plan_window(latents, context)
+        chosen = chosen if held is None else among(chosen, held)
+    revisit = Revisit(False, None, None, "no cameras, so no view is known to be seen again")
+    if steps is None:
+        revisit = Revisit(False, None, None, "step policy is off")
+    elif history == 0:
+        revisit = Revisit(False, None, None, "no history")
+    elif steps.overlap_min == 0:
+        revisit = Revisit(True, None, None, "steps.overlap_min is 0")
+    return ChunkPlan(
+        stream=stream,
+        index=index,
+        context=chosen,
+        revisit=revisit,
+        steps=None,
+        dense_reason=dense_chunk(config.sparse, index, len(chosen.indices)),
     )
 
 

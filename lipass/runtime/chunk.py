@@ -30,6 +30,7 @@ class Chunk:
     Attributes:
         session: the session it belongs to.
         plan: its decisions.
+        held: history latents that the loop holds, in order.
         active: the step that model calls belong to; None outside of steps.
         loop: the loop of steps that is running; None outside of one.
         lookups: calls answered from kept outputs.
@@ -38,9 +39,12 @@ class Chunk:
             or it chose by itself.
     """
 
-    def __init__(self, session: Session, plan: ChunkPlan) -> None:
+    def __init__(
+        self, session: Session, plan: ChunkPlan, held: Sequence[int] | None = None
+    ) -> None:
         self.session = session
         self.plan = plan
+        self.held = tuple(range(plan.history_latents) if held is None else held)
         self.active: StepState | None = None
         self.loop: StepLoop | None = None
         self.lookups = 0

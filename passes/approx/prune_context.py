@@ -36,7 +36,12 @@ class PruneContext(Pass):
     With `sparse-attention` behind it the budget is replaced there; without, every kept block is
     visited. Prefill leaves out the same latents, as keys.
 
-    Keeps: graphs without one camera input; histories that are all sink and window; sites of role
+    A graph without cameras asks the session, at each decode site; without one nothing is dropped::
+
+        %keep: b8[1, n] = lipass.chosen_latents(%history_keys, 24)
+        %o = lipass.sparse_attention(%q, [..], [..], .., budget 1.0, .., %keep, 'blocks.0.attn')
+
+    Keeps: graphs with several camera inputs; histories that are all sink and window; sites of role
     cross, text and other; prefill whose keys outlive the call, unless `prefill_each_chunk` says
     that they die with the chunk: what is left out for one view may be what the next one shows.
     """
@@ -75,6 +80,8 @@ class PruneContext(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         cameras = poses(graph)
+        if not cameras:
+            return self._ask(graph, ctx)
         if len(cameras) != 1:
             ctx.note(
                 "context", "kept", f"the graph has {len(cameras)} camera inputs, one is needed"
@@ -101,6 +108,50 @@ class PruneContext(Pass):
                 continue
             ctx.note(site.name, "rewritten", f"{site.role}, keys of kept latents only")
         return bool(calls)
+
+    def _ask(self, graph: Graph, ctx: PassContext) -> bool:
+        """Let a session choose among the latents of each history, where the graph cannot."""
+        calls = [(node, site) for node, site in sites(graph) if site.role == "decode"]
+        if not calls:
+            ctx.note("context", "kept", "the graph has no cameras and no decode site")
+            return False
+        changed = False
+        for node, site in calls:
+            ctx.failing = node
+            if why := self._ask_at(node, site, ctx):
+                ctx.note(site.name, "kept", why)
+                continue
+            changed = True
+            ctx.note(site.name, "rewritten", "decode, keys of latents that a session chooses")
+        return changed
+
+    def _ask_at(self, node: Node, site: AttentionSite, ctx: PassContext) -> str | None:
+        """Let one site ask; say why it cannot."""
+        if SparseCall.is_one(node):
+            return "lipass.attend asks the session itself"
+        if why := refuse_rewrite(node) or refuse_grid(site):
+            return why
+        operands = cache_pieces.operands(node, site, ctx)
+        if isinstance(operands, Refusal):
+            return operands.reason
+        roles = [segment.role for segment in site.segments]
+        assert site.q_grid is not None
+        per_latent = int(site.q_grid[1]) * int(site.q_grid[2])
+        emit, keys = Emitter(node, ctx), operands.keys[roles.index("history")]
+        keep = emit(torch.ops.lipass.chosen_latents.default, keys, per_latent)
+        batch = emit.size(value(operands.q).shape[0], operands.q, 0)
+        mask = emit.method("expand", keep, batch, -1)
+        replace_attention(
+            node,
+            site,
+            operands,
+            ctx,
+            tile=self.tile,
+            budget=1.0,
+            sink_latents=self.sink_latents,
+            keep_frames=mask,
+        )
+        return None
 
     def _without_caches(
         self, calls: list[tuple[Node, AttentionSite]], ctx: PassContext

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import lipass.kernels.chosen_latents
 import lipass.kernels.ops
-import lipass.kernels.view_overlap.api  # noqa: F401  (both register operators)
+import lipass.kernels.view_overlap.api  # noqa: F401  (all register operators)
 from lipass.compile.gate import measured_gate
 from lipass.passes.core import PassContext, PassPipeline
 from lipass.passes.runner import run_pipeline

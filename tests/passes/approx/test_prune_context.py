@@ -154,5 +154,5 @@ def test_prefill_that_writes_a_cache(notes, mini, inputs):
 
 
 def test_graph_without_cameras(notes):
-    reason = "the graph has 0 camera inputs, one is needed"
+    reason = "the graph has no cameras and no decode site"
     assert notes(lambda x: x + 1, (torch.randn(3),), TEXT) == [("context", "kept", reason)]
