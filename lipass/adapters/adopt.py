@@ -34,15 +34,21 @@ def adopt(model: Any, *, family: str | None = None) -> Adoption:
     """
     found = _modules_of(model)
     adapter = _named(family) if family else _first_family(found)
-    drive = adapter.drive if adapter and not isinstance(model, nn.Module) else None
+    members = _members(found, adapter) if adapter else []
+    if family and not members:
+        members = found
+    # what holds the model holds the loop that it is rolled out by
+    plain = getattr(model, "_orig_mod", model)
+    drive = None if adapter is None or plain in members else adapter.drive
     adoption = Adoption(
         adapter.name if adapter else "any", drive and functools.partial(drive, model)
     )
     try:
         for module in found:
             show_attention(module, adoption)
-            if adapter and (family or family_of(module) is adapter):
-                adapter.adopt(module, adoption)
+        for module in members:
+            assert adapter is not None
+            adapter.adopt(module, adoption)
     except BaseException:
         adoption.undo()
         raise
@@ -75,4 +81,12 @@ def _named(name: str) -> Family | None:
 
 
 def _first_family(found: list[nn.Module]) -> Family | None:
-    return next((one for module in found if (one := family_of(module))), None)
+    kinds = {type(part): None for module in found for part in module.modules()}
+    return next((one for kind in kinds if (one := family_of(kind))), None)
+
+
+def _members(found: list[nn.Module], adapter: Family) -> list[nn.Module]:
+    """Return the models of a family that are among some modules or inside of them."""
+    parts = [part for module in found for part in module.modules()]
+    kinds = {kind for kind in map(type, parts) if family_of(kind) is adapter}
+    return [part for part in parts if type(part) in kinds]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -25,14 +25,14 @@ class Family:
     """Ends of qualified class names (`module.Class`) by which one of its models is known."""
     adopt: Callable[[nn.Module, Adoption], None]
     """Bind anew what keeps a model's attention out of graphs, and what recompiles."""
-    drive: Callable[[Any, Any, Adoption], None] | None = None
-    """`drive(pipeline, session, adoption)`: let the pipeline's own rollout ask the session for
+    drive: Callable[..., None] | None = None
+    """`drive(pipeline, session, adoption, ..)`: let the pipeline's own rollout ask the session for
     context and steps; everything that it binds goes through the adoption."""
 
 
-def family_of(model: nn.Module) -> Family | None:
-    """Return the family of a model, by the names of its class and of those above it."""
-    names = [f"{one.__module__}.{one.__qualname__}" for one in type(model).__mro__]
+def family_of(kind: type) -> Family | None:
+    """Return the family of a class of models, by its name and the names of those above it."""
+    names = [f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__]
     for family in all_families():
         if any(name.endswith(end) for name in names for end in family.classes):
             return family

@@ -2,44 +2,126 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lipass.adapters.adoption import Adoption
+from lipass.adapters.adoption import Adoption, place
+from lipass.adapters.blockwise import Blocks, Cache, Levels
 from lipass.adapters.cache_ends import CacheEnds, holds_indices, tie
 from lipass.adapters.families import Family
 from lipass.adapters.size_tensors import keep_sizes
+from lipass.session import Session
+
+_CACHES = ("kv_cache", "prope_kv_cache")
+_LEVELS = ("denoising_step_list", "denoising_step_list_first_chunk")
 
 
 def _adopt(model: nn.Module, adoption: Adoption) -> None:
     keep_sizes(model, adoption)
     ends = CacheEnds(adoption)
-    adoption.rebind(
-        model, "forward", _with_ends(model, ends), "ends of its cache are ints, not tensors"
+    why = "ends of its caches are ints, not tensors"
+    # what reads a cache for the first time is outside of what `model.compile()` compiles
+    kind, where = type(model), place(type(model).forward, model)
+    adoption.rebind(kind, "__call__", _reading(kind.__call__, ends), why, where)
+    adoption.rebind(model, "forward", MethodType(_tying(kind.forward), model), why)
+
+
+def _reading(own: Callable[..., Any], ends: CacheEnds) -> Callable[..., Any]:
+    @torch.compiler.disable(reason="a cache is seen for the first time")
+    def read(caches: list[Any]) -> None:
+        for layers in caches:
+            ends.keep(layers)
+
+    def __call__(self: Any, *args: Any, **given: Any) -> Any:
+        caches = [given[name] for name in _CACHES if given.get(name) is not None]
+        if any([holds_indices(layers) for layers in caches]):
+            read(caches)
+        return own(self, *args, **given)
+
+    return __call__
+
+
+def _tying(own: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **given: Any) -> Any:
+        for name in _CACHES:
+            if given.get(name) is not None:
+                tie(given[name])
+        return own(self, *args, **given)
+
+    return forward
+
+
+def _drive(
+    pipeline: Any, session: Session, adoption: Adoption, poses: Tensor | None = None
+) -> None:
+    """Let `pipeline.inference` ask a session, block by block.
+
+    Args:
+        pipeline: a `CausalInferencePipeline`.
+        session: an open session.
+        adoption: what is bound anew goes through it.
+        poses: `[N, 4, 4]` cameras of all latents; None where the model has none: then the history
+            is chosen by how fast latents change, and steps only with `steps.overlap_min` 0.
+    """
+    generator: Any = pipeline.generator
+    blocks = Blocks(
+        session,
+        cache=functools.partial(_cache, pipeline),
+        new_latents=functools.partial(_new_latents, pipeline),
+        sigma_of=functools.partial(_sigma_of, generator.scheduler),
+        poses=poses,
     )
+    own_forward, own_inference = generator.forward, pipeline.inference
+
+    def forward(*args: Any, **given: Any) -> Any:
+        out = own_forward(*args, **given)
+        if not blocks.in_step and given.get("kv_cache") is not None:
+            latents: Tensor = args[0] if args else given["noisy_image_or_video"]
+            blocks.add(latents, given["current_start"] // pipeline.frame_seq_length)
+        return out
+
+    def inference(*args: Any, **given: Any) -> Any:
+        blocks.restart()
+        try:
+            out = own_inference(*args, **given)
+        except BaseException as error:
+            blocks.finish(error)
+            raise
+        blocks.finish()
+        return out
+
+    adoption.rebind(generator, "forward", forward, "clean latents are the history")
+    adoption.rebind(pipeline, "inference", inference, "each block is a chunk of the session")
+    for name in _LEVELS:
+        levels = getattr(pipeline, name, None)
+        if levels is not None:
+            adoption.rebind(pipeline, name, Levels(levels, blocks), "levels that compute")
 
 
-def _with_ends(model: Any, ends: CacheEnds) -> Callable[..., Any]:
-    own = type(model).forward
-    keep = torch.compiler.disable(ends.keep, reason="a cache is seen for the first time")
+def _cache(pipeline: Any) -> Cache:
+    attention, latent = pipeline.generator.model.blocks[0].self_attn, pipeline.frame_seq_length
+    window = attention.max_attention_size // latent
+    tokens = pipeline.kv_cache1[0]["k"].shape[1] if pipeline.kv_cache1 else window * latent
+    return Cache(tokens // latent, window, attention.sink_size)
 
-    def forward(self: Any, *args: Any, kv_cache: Any = None, **given: Any) -> Any:
-        if kv_cache is None:
-            return own(self, *args, **given)
-        if holds_indices(kv_cache):
-            keep(kv_cache)
-        tie(kv_cache)
-        return own(self, *args, kv_cache=kv_cache, **given)
 
-    return MethodType(forward, model)
+def _new_latents(pipeline: Any, history: int) -> int:
+    alone = pipeline.independent_first_frame and not history
+    return 1 if alone else int(pipeline.num_frame_per_block)
+
+
+def _sigma_of(scheduler: Any, level: Any) -> float:
+    return float(level) / float(getattr(scheduler, "num_train_timesteps", 1000))
 
 
 FAMILY = Family(
     name="self_forcing",
     classes=("causal_model.CausalWanModel",),
     adopt=_adopt,
+    drive=_drive,
 )

@@ -115,7 +115,9 @@ def _filled(keys: Node, call: Node) -> _Filled | None:
     at, new, writer = write
     if at.axis != read.axis or not known_true(at.last() == read.last()):
         return None
-    if not (known_true(read.first() == at.first()) or guard(read.first() < at.first())):
+    # the first call of a rollout, whose ends may be symbolic, reads what it writes and no more
+    begins = read.first() == at.first()
+    if not (known_true(begins) or guard(read.first() < at.first()) or guard(begins)):
         return None
     tokens = at.last() - at.first()
     shape = value(new).shape
