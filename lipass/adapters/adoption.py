@@ -63,7 +63,9 @@ class Adoption:
         lints: what Dynamo will not see and nothing here could replace.
     """
 
-    def __init__(self, family: str, drive: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self, family: str, drive: Callable[[Session, Adoption], None] | None = None
+    ) -> None:
         self.family = family
         self._drive = drive
         self.changes: list[Change] = []
@@ -117,12 +119,11 @@ class Adoption:
                 setattr(one.owner, one.name, one.before)
 
     @contextmanager
-    def drive(self, session: Session, **given: Any) -> Iterator[Adoption]:
+    def drive(self, session: Session) -> Iterator[Adoption]:
         """Let the pipeline's own rollout ask a session for context and steps inside the block.
 
         Args:
             session: an open session; chunks are opened and closed for it.
-            given: what the family asks for beside it, such as `poses` where a pipeline has none.
 
         Yields:
             What is bound anew for the block; it is undone behind it.
@@ -137,7 +138,7 @@ class Adoption:
             )
         bound = Adoption(self.family)
         try:
-            self._drive(session, bound, **given)
+            self._drive(session, bound)
             yield bound
         finally:
             bound.undo()

@@ -46,7 +46,6 @@ class Blocks:
         cache: Callable[[], Cache | None],
         new_latents: Callable[[int], int],
         sigma_of: Callable[[Any], float],
-        poses: Tensor | None = None,
     ) -> None:
         """Begin before the first block.
 
@@ -55,17 +54,16 @@ class Blocks:
             cache: returns what holds the history; None holds all of it.
             new_latents: returns how many latents are generated behind so many.
             sigma_of: returns the noise level of an entry of the list of levels.
-            poses: `[N, 4, 4]` cameras of all latents that will be, or None.
         """
         self._session, self._cache = session, cache
         self._new_latents, self._sigma_of = new_latents, sigma_of
-        self._poses = poses
+        self._poses: Tensor | None = None
         self._rollouts = 0
         self._latents: list[Tensor] = []
         self._chunk: Chunk | None = None
         self.in_step = False
 
-    def begin(self, levels: Any) -> Chunk:
+    def begin(self) -> Chunk:
         """Open the chunk of the next block; the one before is over."""
         self.finish()
         history = len(self._latents)
@@ -90,7 +88,7 @@ class Blocks:
 
     def steps(self, levels: Any) -> Iterator[int]:
         """Open the next chunk, and yield which of its levels to compute, one after the other."""
-        chunk = self.begin(levels)
+        chunk = self.begin()
         sigmas = [self._sigma_of(level) for level in levels]
         for step in chunk.steps([*sigmas, 0.0]):
             self.in_step = True
@@ -107,9 +105,14 @@ class Blocks:
         """Take clean latents `[B, T, ..]` for those from `at` on of the rollout."""
         self._latents[at:] = [one.detach() for one in latents.unbind(1)]
 
-    def restart(self) -> None:
-        """Begin another rollout, without a history."""
+    def restart(self, poses: Tensor | None = None) -> None:
+        """Begin another rollout, without a history.
+
+        Args:
+            poses: `[N, 4, 4]` cameras of all latents that will be, or None.
+        """
         self.finish()
+        self._poses = poses
         self._rollouts += 1
         self._latents.clear()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,8 +25,8 @@ class Family:
     """Ends of qualified class names (`module.Class`) by which one of its models is known."""
     adopt: Callable[[nn.Module, Adoption], None]
     """Bind anew what keeps a model's attention out of graphs, and what recompiles."""
-    drive: Callable[..., None] | None = None
-    """`drive(pipeline, session, adoption, ..)`: let the pipeline's own rollout ask the session for
+    drive: Callable[[Any, Any, Adoption], None] | None = None
+    """`drive(pipeline, session, adoption)`: let the pipeline's own rollout ask the session for
     context and steps; everything that it binds goes through the adoption."""
 
 

@@ -56,17 +56,12 @@ def _tying(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _drive(
-    pipeline: Any, session: Session, adoption: Adoption, poses: Tensor | None = None
-) -> None:
+def _drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
     """Let `pipeline.inference` ask a session, block by block.
 
-    Args:
-        pipeline: a `CausalInferencePipeline`.
-        session: an open session.
-        adoption: what is bound anew goes through it.
-        poses: `[N, 4, 4]` cameras of all latents; None where the model has none: then the history
-            is chosen by how fast latents change, and steps only with `steps.overlap_min` 0.
+    While it is driven it takes `poses`, `[N, 4, 4]` cameras of all latents, or the `viewmats`
+    `[B, N, 4, 4]` of models that have them. Without cameras history is chosen by how fast latents
+    change, and steps are reused with `steps.overlap_min` 0 only.
     """
     generator: Any = pipeline.generator
     blocks = Blocks(
@@ -74,7 +69,6 @@ def _drive(
         cache=functools.partial(_cache, pipeline),
         new_latents=functools.partial(_new_latents, pipeline),
         sigma_of=functools.partial(_sigma_of, generator.scheduler),
-        poses=poses,
     )
     own_forward, own_inference = generator.forward, pipeline.inference
 
@@ -85,8 +79,10 @@ def _drive(
             blocks.add(latents, given["current_start"] // pipeline.frame_seq_length)
         return out
 
-    def inference(*args: Any, **given: Any) -> Any:
-        blocks.restart()
+    def inference(*args: Any, poses: Tensor | None = None, **given: Any) -> Any:
+        if poses is None and given.get("viewmats") is not None:
+            poses = given["viewmats"][0]
+        blocks.restart(poses)
         try:
             out = own_inference(*args, **given)
         except BaseException as error:
