@@ -34,9 +34,7 @@ def adopt(model: Any, *, family: str | None = None) -> Adoption:
     """
     found = _modules_of(model)
     adapter = _named(family) if family else _first_family(found)
-    members = _members(found, adapter) if adapter else []
-    if family and not members:
-        members = found
+    members = _members(found, adapter) or found if adapter else []
     # what holds the model holds the loop that it is rolled out by
     plain = getattr(model, "_orig_mod", model)
     drive = None if adapter is None or plain in members else adapter.drive

@@ -45,7 +45,7 @@ def _disabled(found: object) -> Callable[..., Any] | None:
 
 def _roots(model: nn.Module) -> set[str]:
     """Return the packages whose classes the model is made of."""
-    return {_root(type(part)) for part in model.modules()} - {"torch"}
+    return {_root(type(part)) for part in model.modules()} - {"torch", "lipass"}
 
 
 def _root(found: object) -> str:

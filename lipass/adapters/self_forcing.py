@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -53,7 +53,9 @@ def _tying(own: Callable[..., Any]) -> Callable[..., Any]:
                 tie(given[name])
         return own(self, *args, **given)
 
-    return forward
+    # torch counts recompilations by code object: those of one model are not those of the next
+    code = forward.__code__.replace()
+    return FunctionType(code, forward.__globals__, "forward", None, forward.__closure__)
 
 
 def _drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
