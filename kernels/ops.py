@@ -76,8 +76,9 @@ def _call(
             call computes it.
         key_bias: added to the scores of each key, over all segments in order, `[B or 1, Lk]` or
             `[B or 1, H or 1, Lk]` floats. Blocks are chosen without it.
-        planner: who chooses blocks: `"mean"` by products of means over blocks, as the budget
-            says; `"given"` takes `blocks`, whatever the budget.
+        planner: who chooses blocks: `"mean"` by products of means over blocks, `"cosine"` by
+            their cosines, as many as the budget says; `"given"` takes `blocks`, whatever the
+            budget.
         blocks: key blocks that each query block visits `[B or 1, H or 1, Nq, S]` ints, numbered
             over the segments, ascending.
         block_counts: how many of the `S` count `[B or 1, H or 1, Nq]` ints; all by default.

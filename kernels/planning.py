@@ -14,8 +14,8 @@ from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select.api import check_options, select_blocks
 from lipass.kernels.select.vectorized import rule_of
 
-PLANNERS = ("mean", "given")
-"""Who may choose blocks: the means of queries and keys, or the caller."""
+PLANNERS = ("mean", "cosine", "given")
+"""Who may choose blocks: products or cosines of the means of queries and keys, or the caller."""
 
 
 def plan_attention(
@@ -65,6 +65,8 @@ def plan_attention(
     candidate = layout.candidate_segment(role)
     if candidate_means is not None:
         check_means(candidate_means, q, layout, candidate)
+    if planner == "cosine" and candidate is not None:
+        candidate_means = _directions(keys[candidate], layout, candidate, candidate_means)
     if candidate is not None and keep_frames is None:
         plan = _plan_natively(
             q, keys[candidate], layout, q_grid, budget, scale, role, sink_latents, candidate_means
@@ -101,6 +103,18 @@ def plan_attention(
         uniform=keep_frames is None,
         shared_segments=_shared(layout, candidate),
     )
+
+
+def _directions(keys: Tensor, layout: KvLayout, candidate: int, means: Tensor | None) -> Tensor:
+    """Scale the means of key blocks to length 1: products then rank as cosines do.
+
+    The length of a query's mean is one factor for all that it ranks, so it does not enter.
+
+    Source: the release of arXiv 2605.31158 for Matrix-Game-3.0 ranks by cosine of means.
+    """
+    if means is None:
+        means = pool_blocks(keys, layout.segments[candidate].grid)
+    return torch.nn.functional.normalize(means, dim=-1)
 
 
 def check_means(means: Tensor, q: Tensor, layout: KvLayout, candidate: int | None) -> None:

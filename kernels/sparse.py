@@ -116,6 +116,7 @@ def _plan(call: Call, budget: float) -> BlockPlan:
         sink_latents=call.sink_latents,
         keep_frames=call.keep_frames,
         candidate_means=call.history_means,
+        planner=call.planner,
     )
 
 

@@ -23,7 +23,7 @@ from lipass.options import (
     check,
     check_choice,
 )
-from lipass.presets import ADAPTIVE, PRESETS, REFERENCE
+from lipass.presets import ADAPTIVE, PRESETS, SECTIONS_OF
 
 INNERS = ("inductor", "aot_eager", "eager")
 VERIFY = ("off", "first")
@@ -110,7 +110,7 @@ class Config:
             (key, tuple(value) if isinstance(value, list) else value)
             for key, value in sorted(of_passes.items())
         )
-        defaults = REFERENCE if preset == "reference" else ADAPTIVE
+        defaults = SECTIONS_OF.get(preset, ADAPTIVE)
         for name in SECTIONS:
             if name in options:
                 switch = _coerce(name, options.pop(name), bool)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 POLICY_MODES = ("adaptive", "reference", "matrix-game")
 STEP_FORMS = ("merge", "lookup")
+RANKINGS = ("product", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ class SparseOptions:
         budget_self: the same where all frames are denoised at once, without a history.
         budget_decode: the same while a chunk is denoised behind a history.
         sink_latents: first latents of the history whose blocks are always visited.
+        ranking: what ranks blocks, "product" of the means of queries and keys or its "cosine".
         token_grid: tokens of one latent frame (Y, X); None infers it from the graph.
         dense_layers: attention layers kept dense, counted from 0 in call order.
         dense_chunks: attention stays dense while the history holds fewer chunks than this; this
@@ -126,6 +128,7 @@ class SparseOptions:
     budget_self: float
     budget_decode: float
     sink_latents: int
+    ranking: str
     token_grid: tuple[int, int] | None
     dense_layers: tuple[int, ...]
     dense_chunks: int
@@ -157,6 +160,7 @@ class SparseOptions:
         for name in ("sink_latents", "dense_chunks", "dense_latents"):
             value = getattr(self, name)
             check(value >= 0, f"sparse.{name} must be >= 0", value, "use 0 to switch it off")
+        check_choice("sparse.ranking", self.ranking, RANKINGS)
         check(
             self.token_grid is None or (len(self.token_grid) == 2 and min(self.token_grid) >= 1),
             "sparse.token_grid must be None or two positive ints (Y, X)",

@@ -34,6 +34,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "budget_self": 0.3,
         "budget_decode": 0.3,
         "sink_latents": 1,
+        "ranking": "product",
         "token_grid": None,
         "dense_layers": (),
         "dense_chunks": 0,
@@ -87,6 +88,32 @@ REFERENCE: dict[str, dict[str, Any]] = {
     },
 }
 
+# Its release for Matrix-Game-3.0: threshold 0.45, the sink and up to four retrieved latents, tile
+# 4x4x8, 20 % by cosine in all layers, the first clip dense, step 1 of 3 looked up. Options of the
+# camera are not read in mode "matrix-game".
+REFERENCE_MATRIX_GAME: dict[str, dict[str, Any]] = {
+    "context": {
+        **REFERENCE["context"],
+        "mode": "matrix-game",
+        "sink_latents": 1,
+        "overlap_min": 0.45,
+    },
+    "sparse": {
+        **REFERENCE["sparse"],
+        "tile": (4, 4, 8),
+        "budget_self": 0.2,
+        "ranking": "cosine",
+        "dense_layers": (),
+        "dense_chunks": 1,
+    },
+    "steps": {
+        **REFERENCE["steps"],
+        "mode": "matrix-game",
+        "overlap_min": 0.45,
+        "reuse": (1,),
+    },
+}
+
 _TOP: dict[str, Any] = {
     "inner": "inductor",
     "strict": False,
@@ -97,6 +124,9 @@ _TOP: dict[str, Any] = {
 }
 _OFF: dict[str, Any] = {"context": None, "sparse": None, "steps": None}
 
+SECTIONS_OF = {"reference": REFERENCE, "reference-matrix-game": REFERENCE_MATRIX_GAME}
+"""Preset name to its own defaults of the sections; those of the others are `ADAPTIVE`."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {**_TOP, **_OFF},
     "exact": {**_TOP, **_OFF},
@@ -105,4 +135,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cache": {**_TOP, **_OFF, "steps": ADAPTIVE["steps"]},
     "all": {**_TOP, **ADAPTIVE},
     "reference": {**_TOP, **REFERENCE},
+    "reference-matrix-game": {**_TOP, **REFERENCE_MATRIX_GAME},
 }

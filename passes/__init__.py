@@ -86,5 +86,6 @@ PIPELINES: dict[str, str] = {
     "cache": f"{_FIRST},attend-pieces,guard-steps,{_LAST}",
     "all": _ALL,
     "reference": _ALL,
+    "reference-matrix-game": _ALL,
 }
 """Preset name to pipeline text."""

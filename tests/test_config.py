@@ -4,7 +4,7 @@ import pytest
 
 from lipass.config import Config
 from lipass.options import ContextOptions, SparseOptions, StepOptions, ViewOptions
-from lipass.presets import ADAPTIVE, PRESETS, REFERENCE
+from lipass.presets import ADAPTIVE, PRESETS, REFERENCE, REFERENCE_MATRIX_GAME
 
 SECTIONS_ON = {
     "off": "",
@@ -14,6 +14,7 @@ SECTIONS_ON = {
     "cache": "steps",
     "all": "context sparse steps",
     "reference": "context sparse steps",
+    "reference-matrix-game": "context sparse steps",
 }
 
 
@@ -42,11 +43,21 @@ def test_reference_holds_the_released_numbers():
     assert (steps.form, steps.reuse) == ("lookup", (1, 2))
 
 
+def test_reference_for_matrix_game_holds_the_released_numbers():
+    config = Config.resolve("reference-matrix-game")
+    context, sparse, steps = config.context, config.sparse, config.steps
+    assert (context.mode, context.overlap_min) == ("matrix-game", 0.45)
+    assert (sparse.tile, sparse.budget_self, sparse.ranking) == ((4, 4, 8), 0.2, "cosine")
+    assert (sparse.dense_layers, sparse.dense_chunks) == ((), 1)
+    assert (steps.mode, steps.form, steps.reuse) == ("matrix-game", "lookup", (1,))
+
+
 @pytest.mark.parametrize("kind", [ContextOptions, SparseOptions, StepOptions])
 def test_every_field_has_a_default_in_both_tables_and_a_line_in_the_docstring(kind):
     name = {ContextOptions: "context", SparseOptions: "sparse", StepOptions: "steps"}[kind]
     fields = {field.name for field in dataclasses.fields(kind)}
-    assert set(ADAPTIVE[name]) == set(REFERENCE[name]) == fields
+    for defaults in (ADAPTIVE, REFERENCE, REFERENCE_MATRIX_GAME):
+        assert set(defaults[name]) == fields
     text = (kind.__doc__ or "") + (ViewOptions.__doc__ or "")
     assert all(f"{field}:" in text for field in fields)
 

@@ -30,6 +30,7 @@ from lipass.passes.core import Pass, PassPipeline
 from lipass.passes.graph.compat import value
 from lipass.passes.graph.marks import region_name
 from lipass.passes.graph.names import names_of
+from lipass.policy.blocks import roles_that_stay_sparse
 from lipass.runtime.chunk import Chunk
 from lipass.runtime.scope import current_step
 
@@ -83,8 +84,9 @@ class DenseTwin:
             return None
         if all(call.budget == 1.0 for call in self._calls):
             return _EVERY_KEY
-        if all(call.role == "self" for call in self._calls):
-            return None  # the chunk's history says nothing about attention that reads none
+        sparse = roles_that_stay_sparse(chunk.session.config)
+        if all(call.role in sparse for call in self._calls):
+            return None
         return chunk.plan.dense_reason
 
     def run(self, args: tuple[Any, ...], chunk: Chunk, reason: str) -> Any:

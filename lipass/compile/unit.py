@@ -39,6 +39,7 @@ from lipass.passes.attention.site import OVER_LATENTS
 from lipass.passes.core import PassContext, PassError, PassPipeline
 from lipass.passes.graph.compat import start_again_with_constants, undisturbed
 from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
+from lipass.policy.blocks import roles_that_stay_sparse
 from lipass.receipt import PassRecord, current_report
 from lipass.runtime.chosen_context import chosen_by_caller
 from lipass.runtime.scope import current_chunk, current_step
@@ -92,8 +93,8 @@ class CompiledUnit:
             if chunk is None:
                 return self.compiled(*args)
             if (reason := chunk.plan.dense_reason) is not None:
-                # a chunk is dense for its short history, of which `self` reads nothing
-                scopes.enter_context(registry.force("dense", reason, but_roles=("self",)))
+                sparse = roles_that_stay_sparse(chunk.session.config)
+                scopes.enter_context(registry.force("dense", reason, but_roles=sparse))
             if chunk.session.config.context is not None:
                 scopes.enter_context(chosen_by_caller(chosen, reading.latents))
             return self.compiled(*args)

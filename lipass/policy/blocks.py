@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lipass.config import Config
 from lipass.options import SparseOptions
 
 
@@ -24,3 +25,13 @@ def dense_chunk(
             f"context of {context_latents} latents <= sparse.dense_latents {options.dense_latents}"
         )
     return None
+
+
+def roles_that_stay_sparse(config: Config) -> tuple[str, ...]:
+    """Return the roles of attention for which a dense chunk is none.
+
+    Attention among all frames (`self`) reads no history, so a short one says nothing about it. In
+    mode "matrix-game" the memory is part of what it reads, and the release is dense without.
+    """
+    modes = {one.mode for one in (config.context, config.steps) if one is not None}
+    return () if "matrix-game" in modes else ("self",)

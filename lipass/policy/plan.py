@@ -121,7 +121,8 @@ def plan_chunk(
     if poses is None or query is None:
         return _without_cameras(config, latents, own_context, stream, index, held)
     modes = {options.mode for options in (context_options, step_options) if options}
-    history = history_latents(len(poses), "matrix-game" if "matrix-game" in modes else "")
+    counted = "matrix-game" if "matrix-game" in modes else ""
+    history, new = (history_latents(len(cameras), counted) for cameras in (poses, query))
     context: ContextPlan | None = None
     revisit: Revisit | None = None
 
@@ -148,7 +149,7 @@ def plan_chunk(
         context=chosen,
         revisit=revisit or Revisit(False, None, None, "no history"),
         steps=None,
-        dense_reason=dense_chunk(config.sparse, history // len(query), len(chosen.indices)),
+        dense_reason=dense_chunk(config.sparse, history // new, len(chosen.indices)),
     )
 
 

@@ -19,6 +19,9 @@ from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import known_true
 from lipass.passes.graph.emit import refuse_grid, refuse_rewrite
 
+RANKINGS = {"product": "mean", "cosine": "cosine"}
+"""Name of a ranking to the planner of the operator that ranks so."""
+
 
 @dataclass(frozen=True)
 class SparseAttention(Pass):
@@ -63,12 +66,24 @@ class SparseAttention(Pass):
     """Leading latents whose blocks are always visited."""
     dense_layers: tuple[int, ...] = ()
     """Attention calls that stay dense, counted from 0 in the order of one model call."""
+    ranking: str = "product"
+    """What ranks blocks: the `product` of the means of queries and keys, or its `cosine`."""
+
+    def __post_init__(self) -> None:
+        if self.ranking not in RANKINGS:
+            raise ValueError(
+                f"ranking must be one of {', '.join(RANKINGS)}, got {self.ranking!r}; "
+                "use 'product'"
+            )
 
     @classmethod
     def options_from(cls, options: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102
         if not options.get("sparse"):
             return {}
-        same = ("budget_prefill", "budget_self", "budget_decode", "sink_latents", "dense_layers")
+        same = (
+            "budget_prefill", "budget_self", "budget_decode", "sink_latents", "dense_layers",
+            "ranking",
+        )  # fmt: skip
         tile = options["sparse.tile"] + (options["sparse.query_tile"] or ())
         return {name: options[f"sparse.{name}"] for name in same} | {"tile": tile}
 
@@ -108,13 +123,16 @@ class SparseAttention(Pass):
     ) -> None:
         budget: float = getattr(self, f"budget_{site.role}")
         tile, sink_latents = self.tile, self.sink_latents
+        planner = RANKINGS[self.ranking]
         if site.role == "self" and site.q_grid is not None and known_true(site.q_grid[0] == 1):
             # the one frame there is would be all sink
             tile, sink_latents = _within_frames(tile), 0
         ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
         if operands is None:
             call = SparseCall.of(node)
-            replace(call, tile=tile, budget=budget, sink_latents=sink_latents).write(node)
+            replace(
+                call, tile=tile, budget=budget, sink_latents=sink_latents, planner=planner
+            ).write(node)
             return
         replace_attention(
             node,
@@ -125,6 +143,7 @@ class SparseAttention(Pass):
             budget=budget,
             sink_latents=sink_latents,
             keep_frames=None,
+            planner=planner,
         )
 
 

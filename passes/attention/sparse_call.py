@@ -108,6 +108,7 @@ def replace_attention(
     budget: float,
     sink_latents: int,
     keep_frames: Node | None,
+    planner: str = "mean",
 ) -> None:
     """Put a sparse call in place of an attention call and move its fact along."""
     assert site.q_grid is not None
@@ -141,6 +142,7 @@ def replace_attention(
         keep_frames=keep_frames,
         site=site.name,
         key_bias=None if operands.mask is None else _bias(operands.mask, emit),
+        planner=planner,
     ).emit(emit)
     move_site(site, made)
     node.replace_all_uses_with(made if cut is None else cut.joined(made, emit))

@@ -30,7 +30,11 @@ def plan(preset, history, poses=WAY_BACK, **changed):
     return plan_chunk(Config.resolve(preset, changed), **call)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+# its cameras are of video frames, in clips
+LATENTWISE = [preset for preset in PRESETS if preset != "reference-matrix-game"]
+
+
+@pytest.mark.parametrize("preset", LATENTWISE)
 @pytest.mark.parametrize("history", [0, 1, 4, 30, 60])
 def test_every_preset_accounts_for_every_latent_and_survives_json(preset, history):
     made = plan(preset, history)

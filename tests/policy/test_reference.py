@@ -41,3 +41,22 @@ def test_cameras_of_no_whole_clip_are_refused(history, new):
         pytest.raises(ValueError, match="plans clips by the cameras of video frames"),
     ):
         session.chunk(poses=WALK[:history] if history else None, query=WALK[:new])
+
+
+def test_preset_for_matrix_game_plans_as_those_options_and_keeps_the_first_clip_dense():
+    plans = []
+    for options in (OPTIONS, {"preset": "reference-matrix-game"}):
+        with lipass.Session(**options) as session:
+            for clip in range(3):
+                end = 57 + 40 * clip
+                begin = end - 40 if clip else 0
+                poses = WALK[:begin] if clip else None
+                with session.chunk(poses=poses, query=WALK[begin:end]) as chunk:
+                    plans.append(chunk.plan)
+    for one, other in zip(plans[:3], plans[3:], strict=True):
+        assert (one.context, one.revisit) == (other.context, other.revisit)
+    assert [plan.dense_reason for plan in plans[3:]] == [
+        "history of 0 chunks < sparse.dense_chunks 1",
+        None,
+        None,
+    ]

@@ -4,6 +4,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch.nn import functional as F
 
+from lipass.passes.core import PassPipeline
 from lipass.testing import assert_refuses
 
 TEXT = "canonicalize,find-attention,sparse-attention"
@@ -143,3 +144,17 @@ def test_blocks_of_single_frames_lie_within_them(trace, apply):
     assert call.args[3] == [1, 8, 8]
     assert call.args[6] == [1, 16, 8]
     assert call.args[9] == 0
+
+
+def test_blocks_are_ranked_as_the_option_says(trace, apply, mini, inputs):
+    gm = trace(mini, inputs(4).decode)
+    apply(gm, f"{TEXT}{{ranking=cosine}}")
+    calls = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.lipass.sparse_attention.default
+    )
+    assert [call.kwargs["planner"] for call in calls] == ["cosine", "cosine"]
+
+
+def test_an_unknown_ranking_is_refused():
+    with pytest.raises(ValueError, match="ranking must be one of product, cosine, got 'dot'"):
+        PassPipeline.parse(f"{TEXT}{{ranking=dot}}")
