@@ -84,8 +84,8 @@ class GuardSteps(Pass):
 
 def _guard_call(graph: Graph, ctx: PassContext) -> StepInputs | Refusal:
     """Mark the whole call as the region, where it is one denoising step."""
-    if not any(site.role == "decode" for _, site in sites(graph)):
-        return Refusal("it has no decode site, so it is no denoising step")
+    if not any(site.role in ("decode", "self") for _, site in sites(graph)):
+        return Refusal("it has no decode or self site, so it is no denoising step")
     if not ctx.frame.is_whole:
         return Refusal("a graph break cuts it: part would be reused, part computed")
     nodes = tuple(graph.nodes)

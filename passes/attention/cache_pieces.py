@@ -44,7 +44,8 @@ def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Re
     """Match a call that is about to be rewritten, and cut its keys as its fact says."""
     if site.latents_first is not None:
         return joint.whole(call)
-    found = match.attention(call, masked=site.role == "self")
+    is_whole = len(site.segments) == 1
+    found = match.attention(call, masked=site.role == "self", in_pieces=not is_whole)
     if isinstance(found, Refusal):
         return found
     found = cut(found, call, ctx)

@@ -86,7 +86,7 @@ def attention(node: Node, *, masked: bool = False, in_pieces: bool = True) -> Op
         return Refusal("its scale is not a constant")
     # a mask covers the keys as they are joined
     in_pieces = in_pieces and mask is None
-    keys, values = (_segments(k), _segments(v)) if in_pieces else ((k,), (v,))
+    keys, values = (pieces_of(k), pieces_of(v)) if in_pieces else ((k,), (v,))
     if len(keys) != len(values):
         return Refusal(f"k is made of {len(keys)} pieces and v of {len(values)}")
     for i, (key, val) in enumerate(zip(keys, values, strict=True)):
@@ -155,7 +155,7 @@ def _written_late(call: Node, joined: Node, pieces: tuple[Node, ...]) -> str | N
     return None
 
 
-def _segments(tensor: Node) -> tuple[Node, ...]:
+def pieces_of(tensor: Node) -> tuple[Node, ...]:
     """Return the inputs of a concatenation along the tokens, or the tensor itself."""
     tensor = same_values(tensor)
     if is_call(tensor, torch.cat) and tensor.args[1] == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ def step_inputs(graph: Graph) -> StepInputs | Refusal:
 
     * latents: tensors of the shape of an output, or of all of it but one axis (models that join
       channels take more than they return); else the largest that queries are computed from.
-    * levels: floats, and tensors with one number a sample, latent frame or token of the queries.
-      Where several qualify, those that are looked up in an embedding are conditions, such as an
-      action or a class.
+    * levels: floats, and tensors with one number a sample, latent frame or token of the queries,
+      or of those queries that are made from the latents. Where several qualify, those that are
+      looked up in an embedding or a table are conditions, such as an action or a position.
     * parameters; and all else are conditions.
     """
     inputs = graph.find_nodes(op="placeholder")
@@ -102,13 +103,19 @@ def _inputs_of_queries(graph: Graph) -> set[Node]:
 
 
 def level_counts(graph: Graph, latents: Node) -> set[int]:
-    """Return how many numbers a level may have along an axis: samples, frames, tokens."""
+    """Return how many numbers a level may have along an axis: samples, frames, tokens.
+
+    Latents may be part of what attends, as where clean frames of a memory are put in front.
+    """
     tensor = value(latents)
     batched = isinstance(tensor, torch.Tensor) and tensor.dim() > 1
     batch = hint(tensor.shape[0]) if batched else 1
     grids = [site.q_grid for _, site in sites(graph) if site.q_grid]
     frames = {hint(grid[0]) for grid in grids}
-    tokens = {hint(grid[0]) * hint(grid[1]) * hint(grid[2]) for grid in grids}
+    places = {hint(grid[1]) * hint(grid[2]) for grid in grids}
+    own = {hint(n) for n in tensor.shape[1:-2]} if batched and tensor.dim() == 5 else set()
+    own = {n for n in own if n < max(frames, default=0)}
+    tokens = {n * each for n in frames | own for each in places}
     return {1, batch, *frames, *tokens, *(batch * n for n in frames)}
 
 
@@ -127,13 +134,23 @@ def is_lookup(node: Node) -> bool:
 
 
 def _is_looked_up(node: Node) -> bool:
-    """Whether an input is an index into an embedding, as it is or cast."""
+    """Whether an input is an index into an embedding or a table, as it is or cast."""
     todo = [(node, 0)]
     while todo:
         above, steps = todo.pop()
         for user in above.users:
-            if is_lookup(user) and user.args[0] is above:
+            if (is_lookup(user) and user.args[0] is above) or _is_index(above, user):
                 return True
             if user.op == "call_method" and steps < 3:
                 todo.append((user, steps + 1))
     return False
+
+
+def _is_index(node: Node, user: Node) -> bool:
+    """Whether a call takes those rows of a tensor that a node names."""
+    tensor = value(node)
+    if not isinstance(tensor, torch.Tensor) or tensor.is_floating_point():
+        return False
+    if user.target not in (operator.getitem, torch.index_select, "index_select"):
+        return False
+    return node in user.all_input_nodes and user.args[0] is not node

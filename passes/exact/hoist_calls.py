@@ -17,6 +17,7 @@ import lipass.kernels.ops  # noqa: F401
 from lipass.passes.attention import match
 from lipass.passes.attention.operators import is_attention
 from lipass.passes.attention.site import poses, site_of, sites
+from lipass.passes.attention.step_inputs import step_inputs
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import hint, is_parameter, value
 from lipass.passes.graph.marks import invariants, set_invariant, step_of
@@ -47,10 +48,11 @@ class HoistCalls(Pass):
     merged. So products are kept only where `counted_writes` promises that there are none; without
     it only means of a history are, which choose blocks and are no part of the result.
 
-    Inputs that stay, by what the graph shows: parameters; the cameras; and what keys are computed
-    from that no query is computed from, such as an encoded prompt. An input that changes all the
-    same costs a comparison. There is one body for each set of inputs, so that a new camera path
-    does not project the prompt anew.
+    Inputs that stay, by what the graph shows: parameters; the cameras; what keys are computed from
+    that no query is computed from, such as an encoded prompt; and where the graph is one denoising
+    step, all that is neither denoised nor a noise level, such as rays or actions. An input that
+    changes all the same costs a comparison. There is one body for each set of inputs, so that a
+    new camera path does not project the prompt anew.
 
     Keeps: what holds no large matrix product and no means of a large history; views, which cost
     nothing; what is written to, drawn at random, returned or differentiated; what runs in an
@@ -156,7 +158,18 @@ def _fixed_inputs(graph: Graph) -> list[Node]:
         for key in keys:
             own = _inputs_above(key) - cameras
             of_keys |= own if len(own) == 1 else set()
-    return [*cameras, *sorted(of_keys - of_queries - cameras, key=_name)]
+    of_step = _conditions(graph) - cameras
+    return [*cameras, *sorted((of_keys - of_queries - cameras) | of_step, key=_name)]
+
+
+def _conditions(graph: Graph) -> set[Node]:
+    """List the tensors that every denoising step of a chunk is given, if the graph is one step."""
+    given = step_inputs(graph)
+    if isinstance(given, match.Refusal):
+        return set()
+    inputs = graph.find_nodes(op="placeholder")
+    found = {inputs[i] for i in given.conditions}
+    return {node for node in found if isinstance(value(node), torch.Tensor)}
 
 
 def _operands(call: Node) -> tuple[list[Node], list[Node]]:

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from lipass.passes.attention import check_site, joint, match, segments, token_grid
 from lipass.passes.attention.cache_pieces import cut
 from lipass.passes.attention.evidence import evidence_of, origin, returned
-from lipass.passes.attention.match import Operands, Refusal
+from lipass.passes.attention.match import Operands, Refusal, pieces_of
 from lipass.passes.attention.operators import places_of
 from lipass.passes.attention.planted import describe_planted, other_calls
 from lipass.passes.attention.prompt import is_padded_prompt
@@ -29,6 +29,7 @@ from lipass.passes.attention.site import (
 )
 from lipass.passes.attention.sources import is_cache, joined_with_others, why_not_apart
 from lipass.passes.attention.token_grid import other_order
+from lipass.passes.attention.walk import shares_tokens
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, guard, value
@@ -130,7 +131,7 @@ class FindAttention(Pass):
         for node in ctx.visit(calls):
             refused = site_of(node)
             told = refused is not None and bool(refused.role) and not is_call(node, SDPA)
-            whole = None if told else match.attention(node, masked=True)
+            whole = None if told else self._match(node)
             with _dropped(graph):
                 operands = cut(whole, node, ctx) if isinstance(whole, Operands) else whole
                 site = self._joint(node, names[node]) or self._describe(
@@ -149,6 +150,21 @@ class FindAttention(Pass):
             set_site(node, replace(site, operands=site.operands or places_of(node)))
             ctx.note(site.name, "found", f"{site.role}: {site.reason}")
         return False
+
+    def _match(self, node: Node) -> Operands | Refusal:
+        """Match a call; keys that are joined as the tokens of q are, such as past and new, whole.
+
+        Positions are often put in before the parts are joined, those of k and not of v.
+        """
+        found = match.attention(node, masked=True)
+        whole = joint.whole(node)
+        if isinstance(whole, Refusal) or found == whole:
+            return found
+        q, tokens = whole.q, value(whole.q).shape[2]
+        if not segments.is_current_piece(q, whole.keys[0], tokens):
+            return found
+        own = all(shares_tokens(q, piece, tokens) for piece in pieces_of(whole.keys[0]))
+        return whole if own and not isinstance(self._grid(q, tokens), Refusal) else found
 
     def _wrong(
         self,

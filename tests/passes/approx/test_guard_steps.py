@@ -121,7 +121,7 @@ def test_whole_call_of_a_loop_in_python(trace, apply, mini, inputs):
 
 
 def test_prefill_is_no_step(notes, mini, inputs):
-    reason = "it has no decode site, so it is no denoising step"
+    reason = "it has no decode or self site, so it is no denoising step"
     assert notes(mini, inputs(4).prefill, TEXT) == [("call", "kept", reason)]
 
 

@@ -268,3 +268,31 @@ def test_large_products_are_outlined(trace, apply):
     gm = trace(Wide(), (X, torch.randn(1, 64, 4096)))
     apply(gm, f"{FACTS},hoist-calls{{counted_writes=true}}")
     assert len(invariants(gm.graph)) == 1
+
+
+class Rays(nn.Module):
+    """A denoising step whose latents are moved along by rays, as Matrix-Game-3.0's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.rays, self.qkv = nn.Linear(4, 8), nn.Linear(8, 24)
+
+    def forward(self, x, level, rays):
+        tokens = x.flatten(2).mT * level + F.silu(self.rays(rays))
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return out.mT.unflatten(-1, x.shape[2:])
+
+
+LATENTS, RAYS = torch.randn(1, 8, 2, 3, 4), torch.randn(1, 24, 4)
+
+
+def test_what_conditions_a_denoising_step_is_outlined(trace, apply):
+    records, _ = apply(trace(Rays(), (LATENTS, torch.tensor([0.5]), RAYS)), TEXT)
+    assert said(records) == [("rewritten", "2 calls run once for the same rays")]
+
+
+def test_what_conditions_a_call_without_a_level_stays(trace, apply):
+    level = torch.rand(1, 24, 8)  # as many numbers as the tokens have
+    records, _ = apply(trace(Rays(), (LATENTS, level, RAYS)), TEXT)
+    assert not records[-1].changed

@@ -453,6 +453,31 @@ def test_self_attention_without_history_is_a_role_of_its_own(found):
     assert found(attend, (latents(), kv(6))) == [("self", reason)]
 
 
+@pytest.mark.parametrize("values_too", [False, True])
+def test_tokens_put_in_their_places_part_by_part_are_joined_again(found, values_too):
+    """As where memory and what is new have positions of their own."""
+
+    def fn(x, memory, new):
+        def placed(tokens):
+            return torch.cat([tokens[:, :, :16] * memory, tokens[:, :, 16:] * new], 2)
+
+        q, v = heads(x.flatten(2).mT), heads(x.flatten(2).mT * 3)
+        return F.scaled_dot_product_attention(placed(q), placed(q), placed(v) if values_too else v)
+
+    reason = "its tokens attend to each other, without a history"
+    assert found(fn, (latents(), torch.rand(8), torch.rand(8))) == [("self", reason)]
+
+
+def test_keys_of_which_a_part_is_of_others_are_not_joined_again(found):
+    def fn(x, other):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([heads(other.flatten(2).mT), q[:, :, 16:]], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    ((role, _),) = found(fn, (latents(), latents(1)))
+    assert role == "other"
+
+
 def test_keys_made_from_other_latents_of_the_same_size_are_not_current(found):
     def fn(x, other):
         key = heads(other.flatten(2).mT)
