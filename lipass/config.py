@@ -233,6 +233,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
         "int": plain_int,
+        "int | None": value is None or plain_int,
         "float": plain_int or (isinstance(value, float) and not math.isnan(value)),
         "tuple[int, int, int]": ints and len(value) == 3,
         "tuple[int, int, int] | None": value is None or (ints and len(value) == 3),

@@ -57,6 +57,9 @@ class ContextOptions(ViewOptions):
         memory_latents: most latents retrieved by view overlap (spatial memory).
         window_chunks_min: shortest temporal window, chunks.
         window_chunks_max: longest temporal window, chunks (`L_m` of the paper).
+        window_latents: latents of the temporal window, where a model always reads so many whatever
+            its chunks are, as Matrix-Game-3.0 reads 4 past ones; None leaves it to the two above.
+            Adaptive mode only.
         dynamics_low: at or below this `MSE(z[t-1], z[t-2])` the window is longest; unit: variance
             of the latents, 1 for normalised ones.
         dynamics_high: at or above it the window is shortest.
@@ -72,6 +75,7 @@ class ContextOptions(ViewOptions):
     memory_latents: int
     window_chunks_min: int
     window_chunks_max: int
+    window_latents: int | None
     dynamics_low: float
     dynamics_high: float
     overlap_min: float
@@ -89,6 +93,12 @@ class ContextOptions(ViewOptions):
             "context window must satisfy 1 <= window_chunks_min <= window_chunks_max",
             (self.window_chunks_min, self.window_chunks_max),
             "use (1, 3)",
+        )
+        check(
+            self.window_latents is None or self.window_latents >= 1,
+            "context.window_latents must be None or >= 1",
+            self.window_latents,
+            "use 4",
         )
         check(
             0 <= self.dynamics_low < self.dynamics_high < math.inf,

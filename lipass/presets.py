@@ -19,6 +19,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "window_chunks_min": 1,
         # Upstream HY-WorldPlay reads 12 recent latents, hence L_m = 3.
         "window_chunks_max": 3,
+        "window_latents": None,
         # Unrelated latents of unit variance differ by an MSE of 2, a standing camera's by ~0. So
         # the window is one chunk as soon as the camera moves.
         "dynamics_low": 0.02,

@@ -5,7 +5,8 @@ memory (earlier latents that show the view to be generated).
 
 Window: `D = MSE(z[t-1], z[t-2])` between the latents of the two latest chunks. `D <= dynamics_low`
 gives `window_chunks_max` chunks, `D >= dynamics_high` gives `window_chunks_min`, in between the
-lengths strictly between them in equal steps: what changes fast is worth remembering briefly.
+lengths strictly between them in equal steps: what changes fast is worth remembering briefly. A
+model whose past is fixed says so (`window_latents`).
 Source: arXiv 2605.31158, Fig. 1a; thresholds and steps are ours, the release has a fixed window.
 
 Memory: greedy maximum coverage. The views to be generated are sampled at points; each round takes
@@ -160,10 +161,14 @@ def plan_context(
         ValueError: latents that do not match the history or are not finite.
     """
     history = visibility.shape[1]
-    dynamics = latent_dynamics(latents, history, options.chunk_latents)
-    window_chunks = window_length(dynamics, options)
+    dynamics, window_chunks = None, None
+    window_latents = options.window_latents
+    if window_latents is None:
+        dynamics = latent_dynamics(latents, history, options.chunk_latents)
+        window_chunks = window_length(dynamics, options)
+        window_latents = window_chunks * options.chunk_latents
     reasons: dict[int, str] = {}
-    window = range(max(0, history - window_chunks * options.chunk_latents), history)
+    window = range(max(0, history - window_latents), history)
     sink = range(min(options.sink_latents, history))
     reasons.update(dict.fromkeys(window, "window"))
     reasons.update(dict.fromkeys(sink, "sink"))

@@ -75,7 +75,9 @@ class PruneContext(Pass):
         if not options.get("context"):
             return {}
         same = ("overlap_min", "sink_latents", "hfov_deg", "vfov_deg", "near", "far")
-        window = options["context.window_chunks_max"] * options["context.chunk_latents"]
+        window = options["context.window_latents"]
+        if window is None:
+            window = options["context.window_chunks_max"] * options["context.chunk_latents"]
         return {name: options[f"context.{name}"] for name in same} | {"window_latents": window}
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102

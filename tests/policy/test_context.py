@@ -53,6 +53,12 @@ def test_sink_and_window_are_kept():
     assert [i for i, reason in enumerate(reasons(made)) if reason == "window"] == [*range(32, 40)]
 
 
+def test_a_window_that_a_model_fixes_has_no_dynamics():
+    made = plan(WAY_BACK, 40, window_latents=3, latents=still(40))
+    assert [i for i, reason in enumerate(reasons(made)) if reason == "window"] == [37, 38, 39]
+    assert (made.window_chunks, made.dynamics) == (None, None)
+
+
 def test_history_inside_the_window_is_kept_whole():
     assert plan(WAY_BACK, 8).indices == list(range(8))
 
