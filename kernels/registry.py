@@ -33,8 +33,20 @@ _PROVIDERS = {
     ("block_sparse", "cuda"): ("triton", "reference"),
 }
 
-_route: contextvars.ContextVar[tuple[Route | None, str, tuple[str, ...]]] = contextvars.ContextVar(
-    "route", default=(None, "", ())
+
+class _Forced(NamedTuple):
+    """What `force` asks for, and of whom not."""
+
+    route: Route | None = None
+    reason: str = ""
+    but_roles: tuple[str, ...] = ()
+    outside: _Forced | None = None
+    """What holds for those roles: that of the block around."""
+
+
+_route: contextvars.ContextVar[_Forced] = contextvars.ContextVar(
+    "route",
+    default=_Forced(),  # noqa: B039  (a tuple)
 )
 _calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
     "calls", default=None
@@ -89,7 +101,7 @@ def force(
     """
     if route not in ("sparse", "dense", None):
         raise ValueError(f"route must be 'sparse', 'dense' or None, got {route!r}")
-    token = _route.set((route, reason, but_roles))
+    token = _route.set(_Forced(route, reason, but_roles, _route.get()))
     try:
         yield
     finally:
@@ -98,13 +110,15 @@ def force(
 
 def forced_route(role: str = "") -> Route | None:
     """Return the route that `force` asks for, of calls of a role."""
-    route, _, but_roles = _route.get()
-    return None if role in but_roles else route
+    forced = _route.get()
+    while role in forced.but_roles and forced.outside is not None:
+        forced = forced.outside
+    return forced.route
 
 
 def forced_reason() -> str:
     """Return why `force` asks for it."""
-    return _route.get()[1]
+    return _route.get().reason
 
 
 @contextlib.contextmanager

@@ -365,3 +365,13 @@ def test_means_that_do_not_fit_never_reach_a_kernel(means):
 def test_pooling_passes_opcheck():
     x = torch.randn(1, 2, 24, 8)
     torch.library.opcheck(torch.ops.lipass.pool_blocks.default, (x, [2, 3, 4], [1, 2, 4]))
+
+
+def test_roles_that_a_route_leaves_out_keep_the_one_around():
+    with registry.force("sparse"), registry.force("dense", "a reason", but_roles=("self",)):
+        assert (registry.forced_route("self"), registry.forced_route("decode")) == (
+            "sparse",
+            "dense",
+        )
+    with registry.force("dense", but_roles=("self",)):
+        assert registry.forced_route("self") is None
