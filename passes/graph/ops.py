@@ -228,7 +228,8 @@ def _is_opaque(node: Node) -> bool:
         return False
     module = getattr(node.target, "__module__", None) or ""
     own = module.startswith(("torch._", "torch.autograd", "torch.amp", "torch.nn.attention"))
-    return hasattr(node.target, "__code__") and not own and bool(node.all_input_nodes)
+    sizes = module == "torch" and getattr(node.target, "__name__", "").startswith("sym_")
+    return hasattr(node.target, "__code__") and not (own or sizes) and bool(node.all_input_nodes)
 
 
 def has_effect(node: Node) -> bool:

@@ -241,6 +241,17 @@ def test_what_does_not_draw(call, fn):
     assert not ops.draws(call(fn))
 
 
+@pytest.mark.parametrize(
+    "fn", [lambda n: int(n / 2), lambda n: sum([n, n, 1]), lambda n: max(n, 3)]
+)
+def test_sizes_are_not_drawn(trace, fn):
+    def sized(x):
+        return x.new_zeros(fn(x.shape[0]))
+
+    gm = trace(sized, (torch.rand(6),), (torch.rand(8),))
+    assert not any(map(ops.draws, gm.graph.nodes))
+
+
 def test_attention_module_draws_by_its_dropout():
     def last(layer):
         gm = run_passes(lambda q: layer(q, q, q, need_weights=False)[0], (X[0],), "").gm
