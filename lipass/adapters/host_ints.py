@@ -138,11 +138,16 @@ class HostInts:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        for i in range(*first.indices(len(self.values))) if isinstance(first, slice) else (first,):
+        value = plain(value)
+        rows, each = [first], [value]
+        if isinstance(first, slice):
+            rows = list(range(*first.indices(len(self.values))))
+            each = value if isinstance(value, list) else [value] * len(rows)
+        for i, one in zip(rows, each, strict=True):
             if rest:
-                HostInts(self.values[i])[tuple(rest)] = value
+                HostInts(self.values[i])[tuple(rest)] = one
             else:
-                self.values[i] = _like(self.values[i], plain(value))
+                self.values[i] = _like(self.values[i], one)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -165,45 +170,45 @@ class HostInts:
     def __repr__(self) -> str:
         return f"HostInts({self.values})"
 
-    def __add__(self, other: Any) -> HostInts:
+    def __add__(self, other: Any) -> Any:
         return _each(operator.add, self, other)
 
     __radd__ = __add__
 
-    def __mul__(self, other: Any) -> HostInts:
+    def __mul__(self, other: Any) -> Any:
         return _each(operator.mul, self, other)
 
     __rmul__ = __mul__
 
-    def __sub__(self, other: Any) -> HostInts:
+    def __sub__(self, other: Any) -> Any:
         return _each(operator.sub, self, other)
 
-    def __rsub__(self, other: Any) -> HostInts:
+    def __rsub__(self, other: Any) -> Any:
         return _each(_from, self, other)
 
-    def __floordiv__(self, other: Any) -> HostInts:
+    def __floordiv__(self, other: Any) -> Any:
         return _each(operator.floordiv, self, other)
 
-    def __mod__(self, other: Any) -> HostInts:
+    def __mod__(self, other: Any) -> Any:
         return _each(operator.mod, self, other)
 
     def __eq__(self, other: object) -> Any:
-        return _compared(operator.eq, self, other)
+        return _each(operator.eq, self, other)
 
     def __ne__(self, other: object) -> Any:
-        return _compared(operator.ne, self, other)
+        return _each(operator.ne, self, other)
 
     def __lt__(self, other: Any) -> Any:
-        return _compared(operator.lt, self, other)
+        return _each(operator.lt, self, other)
 
     def __le__(self, other: Any) -> Any:
-        return _compared(operator.le, self, other)
+        return _each(operator.le, self, other)
 
     def __gt__(self, other: Any) -> Any:
-        return _compared(operator.gt, self, other)
+        return _each(operator.gt, self, other)
 
     def __ge__(self, other: Any) -> Any:
-        return _compared(operator.ge, self, other)
+        return _each(operator.ge, self, other)
 
 
 for _same in ("long", "int", "cpu", "cuda", "detach", "contiguous"):
@@ -268,19 +273,14 @@ def _prod(values: Any, **named: Any) -> Any:
     return values.prod() if isinstance(values, HostInts) else math.prod(values, **named)
 
 
-def _each(apply: Callable[[Any, Any], Any], ours: Any, theirs: Any) -> HostInts:
+def _each(apply: Callable[[Any, Any], Any], ours: Any, theirs: Any) -> Any:
+    """Compute with each; of one it is an int or a bool, which Dynamo slices and branches by."""
     ours, theirs = plain(ours), plain(theirs)
     if isinstance(ours, list):
         others = theirs if isinstance(theirs, list) else [theirs] * len(ours)
         pairs = zip(ours, others, strict=True)
-        return HostInts([_each(apply, one, other).values for one, other in pairs])
-    return HostInts(apply(ours, theirs))
-
-
-def _compared(apply: Callable[[Any, Any], Any], ours: Any, theirs: Any) -> Any:
-    """Compare; one comparison is a bool, which Dynamo can take a branch by."""
-    found = _each(apply, ours, theirs)
-    return found if isinstance(found.values, list) else found.values
+        return HostInts([plain(_each(apply, one, other)) for one, other in pairs])
+    return apply(ours, theirs)
 
 
 def _from(ours: Any, theirs: Any) -> Any:

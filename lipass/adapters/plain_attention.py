@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lipass.adapters.host_ints import plain
+
 
 def attend(
     q: torch.Tensor,
@@ -96,6 +98,7 @@ def attend_packed(
 
 def _cut(k: torch.Tensor, v: torch.Tensor, k_lens: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Leave keys out that no sample has; what is left to mask are lengths that differ."""
+    k_lens = plain(k_lens)
     lengths = [k_lens] * k.shape[0] if isinstance(k_lens, int) else list(k_lens)
     longest = max(lengths)
     if longest != k.shape[1]:

@@ -11,6 +11,7 @@ from torch import nn
 import lipass
 from lipass.adapters.cache_ends import CacheEnds
 from lipass.adapters.host_ints import HostInts, with_host_ints, with_products
+from lipass.adapters.plain_attention import attend
 from lipass.adapters.size_tensors import keep_sizes
 
 _WAN_LIKE = """
@@ -136,3 +137,36 @@ def test_the_end_of_a_cache_that_was_made_anew_is_left_alone():
     layer["end"] = new
     adoption.undo()
     assert layer["end"] is new
+
+
+def test_a_column_is_computed_and_written_element_by_element():
+    grid = HostInts([[7, 2, 3], [9, 2, 3]])
+    copy = grid.clone()
+    copy[:, 0] = copy[:, 0] - 5
+    assert copy.tolist() == [[2, 2, 3], [4, 2, 3]]
+    copy[:, 1] = 1
+    assert (copy[0].tolist(), grid[0].tolist()) == ([2, 1, 3], [7, 2, 3])
+
+
+def test_what_is_computed_of_single_ints_can_slice(fresh_dynamo):
+    """Dynamo slices with no object, and compares none with a size that varies."""
+
+    def fn(x, memory):
+        grid = HostInts([list(x.shape)])
+        places = grid[0][1] * grid[0][2]
+        assert memory.shape[0] * places <= x.numel()
+        rest = x.flatten()[memory.shape[0] * places :]
+        q, k = rest[None, :, None, None], x.flatten()[None, :, None, None]
+        return attend(q, k, k, k_lens=HostInts([rest.shape[0]]))
+
+    graphs = []
+
+    def keep(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    compiled = torch.compile(fn, fullgraph=True, backend=keep)
+    for frames in (4, 5, 6):
+        x, memory = torch.randn(frames, 2, 3), torch.randn(2, 1)
+        torch.testing.assert_close(compiled(x, memory), fn(x, memory))
+    assert len(graphs) == 2
