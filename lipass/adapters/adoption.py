@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lipass.errors import LipassError
@@ -90,6 +91,17 @@ class Adoption:
         self.changes.append(Change(said, name, why, _last_name(owner)))
         self._bindings.append(_Binding(owner, name, own))
         setattr(owner, name, value)
+
+    def before_calls(self, model: Any, hook: Callable[..., Any], why: str) -> None:
+        """Let `hook(model, args, kwargs)` change what a module is called with, until `undo`.
+
+        `torch.compile(model)` runs it in front of the graph: what it makes of numbers is not
+        compiled anew for other ones.
+        """
+        hidden = torch.compiler.disable(hook, reason="it prepares the arguments of a call")
+        handle = model.register_forward_pre_hook(hidden, with_kwargs=True)
+        self.changes.append(Change(place(type(model).forward, model), "forward", why))
+        self.at_undo(handle.remove)
 
     def tell(self, model: nn.Module, options: Mapping[str, Any], why: str) -> None:
         """Give passes options for the graphs of a model until `undo`; the user's own win."""

@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from lipass.adapters.adoption import Adoption
 
-FAMILIES: tuple[str, ...] = ("hy_worldplay", "self_forcing")
+FAMILIES: tuple[str, ...] = ("hy_worldplay", "self_forcing", "matrix_game_3")
 """Modules of this folder, each with a `FAMILY`."""
 
 

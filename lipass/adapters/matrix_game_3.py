@@ -1,0 +1,99 @@
+"""Matrix-Game-3.0: memory, past and new latents attend to each other; no cache; clips by poses."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipass.adapters.adoption import Adoption
+from lipass.adapters.families import Family
+from lipass.adapters.host_ints import plain
+from lipass.adapters.matrix_game_3_rollout import drive
+from lipass.adapters.size_tensors import keep_sizes
+
+_POSITIONAL = ("x", "t", "context", "seq_len")
+_GROWS = {
+    "x_memory": 2, "timestep_memory": 1, "mouse_cond_memory": 1, "keyboard_cond_memory": 1,
+    "plucker_emb": 2, "memory_latent_idx": 0,
+}  # fmt: skip
+"""Arguments by the axis that is longer with more memory."""
+
+
+def _adopt(model: Any, adoption: Adoption) -> None:
+    keep_sizes(model, adoption)
+    for block in model.blocks:
+        actions = block.action_model
+        if actions is not None:
+            why = "the grid that it is given is three ints"
+            adoption.rebind(actions, "forward", _with_ints(actions.forward), why)
+    package = type(model).__module__.rpartition(".")[0]
+    positions = sys.modules[f"{package}.posemb_layers"]
+    why = "its tables are as long as a size that varies says"
+    adoption.rebind(positions, "get_meshgrid_nd", _meshgrid, why)
+    why = "positions are tensors, and rows of padding are left out"
+    adoption.before_calls(model, _arguments, why)
+
+
+def _with_ints(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def with_ints(x: Tensor, *given: Any, **named: Any) -> Any:
+        return forward(x, *map(plain, given), **named)
+
+    return with_ints
+
+
+def _meshgrid(start: Any, *stops: Any, dim: int = 2) -> Tensor:
+    """Count along each axis from 0: `linspace`, which is asked for it, has a fixed length."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = (start,) * dim if isinstance(start, int) else start
+    axes = [torch.arange(n, device=device).float() for n in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
+def _arguments(
+    model: Any, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a call its positions as tensors, and no more rows than it has latents for.
+
+    Of lists of ints each one would be a constant of the graph, and each clip another graph. Rows
+    behind the latents are padding that nothing reads, and fewer latents of memory save nothing
+    while it fills their places.
+    """
+    named = {**dict(zip(_POSITIONAL, args, strict=False)), **named}
+    args = args[len(_POSITIONAL) :]
+    video, memory = named["x"][0], named.get("x_memory")
+    frames, remembered = video.shape[1], 0 if memory is None else memory.shape[2]
+    t, y, x = model.patch_size
+    named["seq_len"] = (frames + remembered) // t * (video.shape[2] // y) * (video.shape[3] // x)
+    new = named.get("predict_latent_idx")
+    new = (0, frames) if new is None else new
+    if isinstance(new, tuple):
+        named["predict_latent_idx"] = _positions(tuple(range(*new)), video.device)
+    if memory is not None:
+        old = named.get("memory_latent_idx")
+        if not isinstance(old, Tensor):
+            old = tuple(range(remembered)) if old is None else tuple(map(int, old))
+            named["memory_latent_idx"] = _positions(old, video.device)
+        for name, axis in _GROWS.items():
+            if isinstance(found := named.get(name), Tensor):
+                torch._dynamo.maybe_mark_dynamic(found, axis)
+    return args, named
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _positions(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Make a tensor of positions; the same one in each step, so that steps may be told alike."""
+    return torch.tensor(indices, device=device)
+
+
+FAMILY = Family(
+    name="matrix_game_3",
+    classes=("wan.modules.model.WanModel",),
+    adopt=_adopt,
+    drive=drive,
+)

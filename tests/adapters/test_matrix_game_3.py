@@ -1,0 +1,199 @@
+"""Matrix-Game-3.0: clips with memory, past and new latents in one sequence, in one graph each."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lipass
+from lipass.adapters.checkouts.examine import _counted, options_of
+from lipass.adapters.checkouts.matrix_game_3 import build
+from lipass.adapters.checkouts.subject import Ran
+from lipass.errors import LipassError
+from lipass.kernels import registry
+from lipass.policy.convention import inverted
+from lipass.policy.reference_matrixgame import gate_clip
+from lipass.policy.trajectory import parse_trajectory
+from lipass.receipt import current_report
+
+CONTRACT = Path(__file__).parent / "contracts" / "matrix_game_3"
+VIEW = {"chunk_latents": 10, "hfov_deg": 90.0, "vfov_deg": 90.0, "far": 30.0}
+OWN = {**VIEW, "context.window_latents": 4}
+
+
+@pytest.fixture
+def subject(monkeypatch, fresh_dynamo):
+    """Yield a model with the call structure of the release, as a checkout of it would give."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)
+    before = {name for name in sys.modules if _is_of_checkout(name)}
+    hidden = {name: sys.modules.pop(name) for name in before}
+    yield build(CONTRACT, layers=1)
+    for name in [name for name in sys.modules if _is_of_checkout(name)]:
+        del sys.modules[name]
+    sys.modules.update(hidden)
+
+
+def _is_of_checkout(name):
+    return name.partition(".")[0] in ("wan", "utils", "pipeline")
+
+
+def compiled(subject, preset, **more):
+    options = {**options_of(subject, preset, **more), "inner": "eager"}
+    return torch.compile(subject.model, backend="light_interaction", options=options)
+
+
+def rolled(subject, model, chunks, session=None):
+    with torch.no_grad():
+        return list(subject.rollout(model, session, chunks))
+
+
+def test_exact_equals_the_model_over_clips_and_compiles_two_graphs(subject):
+    expected = rolled(subject, subject.model, 4)
+    with lipass.adopt(subject.model):
+        actual = rolled(subject, compiled(subject, "exact"), 4)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    # the first clip has no memory, the others share one
+    assert current_report().graphs == 2
+    assert not current_report().left_eager
+
+
+@pytest.mark.slow
+def test_full_budget_equals_the_model(subject):
+    expected = rolled(subject, subject.model, 2)
+    with lipass.adopt(subject.model):
+        actual = rolled(subject, compiled(subject, "sparse", **{"sparse.budget": 1.0}), 2)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_all_leaves_out_memory_steps_and_blocks_and_counts_them_truly(subject):
+    options = options_of(subject, "all")
+    with lipass.adopt(subject.model), registry.force("sparse"):
+        model = compiled(subject, "all")
+        with lipass.Session(**options) as session:
+            rolled(subject, model, 4, session)
+        graphs = current_report().graphs
+        with lipass.Session(**options) as session:
+            ran = _counted(subject, lambda: rolled(subject, model, 4, session))
+    records = list(current_report().chunks)[-4:]
+    said = [subject.expected(record) for record in records]
+    assert ran == Ran(sum(one.calls for one in said), sum(one.latents for one in said))
+    assert [one.steps_skipped for one in records] == [0, 0, 1, 1]
+    assert all(one.plan.history_latents > len(one.plan.context.indices) for one in records[2:])
+    sites = [site for site in lipass.report().sites.values() if site.role == "self"]
+    assert len(sites) == 1
+    assert all(site.action == "rewritten" and site.density < 1 for site in sites)
+    assert current_report().graphs == graphs
+
+
+def test_what_was_adopted_comes_back_bit_for_bit(subject):
+    expected = rolled(subject, subject.model, 2)
+    adoption = lipass.adopt(subject.model)
+    assert adoption.family == "matrix_game_3"
+    places = {change.where.partition(":")[0] for change in adoption.changes}
+    assert places == {"attention.py", "model.py", "action_module.py", "posemb_layers.py"}
+    adopted = rolled(subject, subject.model, 2)
+    adoption.undo()
+    again = rolled(subject, subject.model, 2)
+    for first, second, third in zip(expected, adopted, again, strict=True):
+        torch.testing.assert_close(second, first, atol=1e-4, rtol=0)
+        assert torch.equal(third, first)
+
+
+def test_fewer_latents_of_memory_are_fewer_rows(subject):
+    seen = []
+    blocks = subject.model.blocks
+    blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    rolled(subject, subject.model, 2)
+    padded, seen[:] = list(seen), []
+    with lipass.adopt(subject.model):
+        rolled(subject, subject.model, 2)
+    assert set(padded) == {20 * 24}
+    assert seen == [15 * 24] * 3 + [(5 + 14) * 24] * 3
+
+
+@pytest.fixture
+def pipeline(subject):
+    """Yield the release's own rollout, and what it is called with."""
+    from pipeline.inference_pipeline import MatrixGame3Pipeline
+
+    c2w = inverted(parse_trajectory("left-116, right-101", step_deg=1.5))
+    noise = torch.randn(1, 48, 55, 8, 12, generator=torch.Generator().manual_seed(0))
+    actions = torch.randn(1, 217, 2), torch.randn(1, 217, 6)
+    given = {"c2ws": c2w, "prompt": [torch.randn(7, 24)], "noise": noise, "actions": actions}
+    return MatrixGame3Pipeline(subject.model), given
+
+
+def driven(pipeline, clips, **options):
+    pipe, given = pipeline
+    with (
+        torch.no_grad(),
+        lipass.adopt(pipe) as adoption,
+        lipass.Session(**options) as session,
+        adoption.drive(session),
+    ):
+        return pipe.generate(**given, clips=clips)
+
+
+def test_a_driven_rollout_that_leaves_nothing_out_is_the_released_one(pipeline):
+    pipe, given = pipeline
+    with torch.no_grad():
+        expected, memory = pipe.generate(**given, clips=3)
+    actual, read = driven(pipeline, 3, preset="off")
+    assert read == memory
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    assert pipe.generate(**given, clips=1)[0].shape[2] == 15  # and it is undone
+
+
+def test_memory_of_the_released_gate_is_read_once_each_and_the_sink_last(pipeline):
+    _, read = driven(pipeline, 5, preset="reference-matrix-game", convention="c2w")
+    cameras = inverted(pipeline[1]["c2ws"])
+    for clip, memory in enumerate(read, 1):
+        gate = gate_clip(cameras, clip)
+        assert sorted(memory) == sorted(set(gate.latents))
+        assert memory[-1] == 1
+    plans = [record.plan for record in current_report().chunks]
+    assert [plan.revisit.allowed for plan in plans] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("convention", ["c2w", "w2c"])
+def test_memory_of_our_own_policy_is_what_the_receipt_says(pipeline, convention):
+    options = {**OWN, "preset": "context", "convention": convention}
+    _, read = driven(pipeline, 5, **options)
+    records = list(current_report().chunks)
+    assert len(records) == 5
+    for memory, record in zip(read, records[1:], strict=True):
+        past = range(record.plan.history_latents - 4, record.plan.history_latents)
+        chosen = [index + 1 for index in record.plan.context.indices if index not in past]
+        assert sorted(memory) == chosen
+        assert len(memory) <= 4
+
+
+def test_steps_of_a_driven_rollout_are_answered_and_its_scheduler_steps_each(
+    pipeline, monkeypatch
+):
+    from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler as Scheduler
+
+    taken, step = [], Scheduler.step
+    monkeypatch.setattr(
+        Scheduler, "step", lambda *args, **kw: taken.append(0) or step(*args, **kw)
+    )
+    options = {**VIEW, "preset": "cache"}
+    pipe, _ = pipeline
+    pipe.model.compile(backend="light_interaction", options={**options, "inner": "eager"})
+    driven(pipeline, 4, convention="c2w", **options)
+    records = list(current_report().chunks)
+    assert len(taken) == 4 * 3
+    assert [record.steps_skipped for record in records] == [0, 0, 0, 1]
+    assert [record.lookups for record in records] == [0, 0, 0, 1]
+
+
+def test_a_session_that_cannot_choose_for_it_is_refused(pipeline):
+    with pytest.raises(LipassError, match="OpenCV axes, got a session of w2c-opengl"):
+        driven(pipeline, 1, preset="off", convention="opengl")
+    mixed = {**OWN, "context.mode": "matrix-game"}
+    with pytest.raises(LipassError, match="plans by video frames and the others by latents"):
+        driven(pipeline, 1, preset="all", **mixed)
