@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lipass.adapters.adoption import Adoption
+from lipass.adapters.adoption import Adoption, Change
+from lipass.adapters.attention_calls import modules_of
 from lipass.adapters.families import Family
 from lipass.adapters.host_ints import plain
 from lipass.adapters.matrix_game_3_rollout import drive
@@ -25,6 +27,7 @@ _GROWS = {
 
 
 def _adopt(model: Any, adoption: Adoption) -> None:
+    _lint(model, adoption)
     keep_sizes(model, adoption)
     for block in model.blocks:
         actions = block.action_model
@@ -37,6 +40,32 @@ def _adopt(model: Any, adoption: Adoption) -> None:
     adoption.rebind(positions, "get_meshgrid_nd", _meshgrid, why)
     why = "positions are tensors, and rows of padding are left out"
     adoption.before_calls(model, _arguments, why)
+
+
+def _lint(model: Any, adoption: Adoption) -> None:
+    """Say what stays hidden, or would hide what goes wrong."""
+    for part in (model, model.blocks[0].self_attn):
+        if "forward" in vars(part):
+            why = "sequence parallelism was not tried: its ranks are not told of shorter sequences"
+            adoption.lint(vars(part)["forward"], "forward", why)
+    int8 = next((one for one in model.modules() if type(one).__name__ == "Int8Linear"), None)
+    if int8 is not None:
+        why = "its kernels are loaded and reported in the call: a graph break in each layer"
+        adoption.lint(type(int8).forward, "Int8Linear", why)
+    if torch._dynamo.config.suppress_errors:
+        why = "set while the model was imported: what fails to compile runs eagerly, in silence"
+        adoption.lints.append(Change(_where(model, "suppress_errors"), "suppress_errors", why))
+
+
+def _where(model: nn.Module, words: str) -> str:
+    """Return the line of a model's code in which something is written."""
+    for module in modules_of(model):
+        path = Path(getattr(module, "__file__", None) or "")
+        lines = path.read_text().splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            if words in line:
+                return f"{path.name}:{number}"
+    return "torch._dynamo.config"
 
 
 def _with_ints(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """Matrix-Game-3.0: clips with memory, past and new latents in one sequence, in one graph each."""
 
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -49,15 +50,18 @@ def rolled(subject, model, chunks, session=None):
         return list(subject.rollout(model, session, chunks))
 
 
-def test_exact_equals_the_model_over_clips_and_compiles_two_graphs(subject):
+def test_exact_equals_the_model_in_two_graphs_with_its_rays_once_a_clip(subject):
     expected = rolled(subject, subject.model, 4)
-    with lipass.adopt(subject.model):
-        actual = rolled(subject, compiled(subject, "exact"), 4)
+    with lipass.adopt(subject.model), lipass.Session(preset="exact") as session:
+        actual = rolled(subject, compiled(subject, "exact", counted_writes=True), 4, session)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
     # the first clip has no memory, the others share one
     assert current_report().graphs == 2
     assert not current_report().left_eager
+    # what only the rays determine is computed once a clip, and kept for its other two steps
+    report = current_report()
+    assert (report.invariants_computed, report.invariants_kept) == (4, 8)
 
 
 @pytest.mark.slow
@@ -101,6 +105,24 @@ def test_what_was_adopted_comes_back_bit_for_bit(subject):
     for first, second, third in zip(expected, adopted, again, strict=True):
         torch.testing.assert_close(second, first, atol=1e-4, rtol=0)
         assert torch.equal(third, first)
+
+
+def test_what_stays_hidden_is_said_with_its_place(subject):
+    class Int8Linear(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    attention = subject.model.blocks[0].self_attn
+    attention.q = Int8Linear(48, 48)
+    attention.forward = types.MethodType(type(attention).forward, attention)
+    hidden = torch._dynamo.config.patch(suppress_errors=True)
+    with hidden, lipass.adopt(subject.model) as adoption:
+        lints = {one.name: one.where.partition(":")[0] for one in adoption.lints}
+    assert lints == {
+        "forward": "model.py",
+        "Int8Linear": "test_matrix_game_3.py",
+        "suppress_errors": "test_matrix_game_3.py",  # a package of its classes too
+    }
 
 
 def test_fewer_latents_of_memory_are_fewer_rows(subject):

@@ -118,12 +118,13 @@ class _Rollout:
             done = latents.shape[2]
             new = _NEW if clip else _FIRST
             query = w2c[done : done + new]
+            # five of memory, as the release has always
+            own = [1, 3, 5, 7, 9, *range(done - PAST_LATENTS, done)] if done else []
             if session is None:
-                own = list(range(done)) if done <= 9 else [1, 3, 5, 7, 9, *range(done - 4, done)]
                 made = self._clip(model, given, latents, own, new, None)
             else:
                 poses = w2c[:done] if done else None
-                with session.chunk(poses=poses, query=query) as chunk:
+                with session.chunk(poses=poses, query=query, own_context=own) as chunk:
                     made = self._clip(model, given, latents, chunk.context, new, chunk)
             latents = torch.cat([latents, made], 2)
             yield made.clone()
