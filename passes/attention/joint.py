@@ -53,6 +53,23 @@ def whole(call: Node) -> Operands | Refusal:
     return match.attention(call, masked=True, in_pieces=False)
 
 
+def joined_as_q(call: Node) -> Operands | None:
+    """Match a call whose keys are joined of parts that are all made from the tokens of q.
+
+    Positions are often put in before memory and new latents are joined, in k and not in v.
+    """
+    found = whole(call)
+    if isinstance(found, Refusal):
+        return None
+    tokens, (key,), (val,) = value(found.q).shape[2], found.keys, found.values
+    parts = match.pieces_of(key)
+    if len(parts) == len(match.pieces_of(val)) == 1:
+        return None
+    if not known_true(value(key).shape[2] == tokens):
+        return None
+    return found if all(shares_tokens(found.q, one, tokens) for one in parts) else None
+
+
 def find(tensor: Node, tokens: Size) -> Joint | Refusal:
     """Find the nearest concatenation of text and a latent grid that a tensor is made from."""
     for node in upstream(tensor):

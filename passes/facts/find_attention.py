@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from torch.fx import Graph, Node
 from lipass.passes.attention import check_site, joint, match, segments, token_grid
 from lipass.passes.attention.cache_pieces import cut
 from lipass.passes.attention.evidence import evidence_of, origin, returned
-from lipass.passes.attention.match import Operands, Refusal, pieces_of
+from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.operators import places_of
 from lipass.passes.attention.planted import describe_planted, other_calls
 from lipass.passes.attention.prompt import is_padded_prompt
@@ -29,11 +28,10 @@ from lipass.passes.attention.site import (
 )
 from lipass.passes.attention.sources import is_cache, joined_with_others, why_not_apart
 from lipass.passes.attention.token_grid import other_order
-from lipass.passes.attention.walk import shares_tokens
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, guard, value
-from lipass.passes.graph.names import call_line, module_path
+from lipass.passes.graph.names import call_line, call_names
 
 ROLES = ("text", "history", "current")
 _UNMASKED = ("prefill", "decode", "other")
@@ -125,7 +123,7 @@ class FindAttention(Pass):
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         describe_planted(graph, ctx)
         calls = other_calls(graph)
-        names = _names(calls)
+        names = call_names(calls)
         owners: dict[Node, Node] = {}
         compared: dict[object, str | None] = {}
         for node in ctx.visit(calls):
@@ -152,19 +150,11 @@ class FindAttention(Pass):
         return False
 
     def _match(self, node: Node) -> Operands | Refusal:
-        """Match a call; keys that are joined as the tokens of q are, such as past and new, whole.
-
-        Positions are often put in before the parts are joined, those of k and not of v.
-        """
-        found = match.attention(node, masked=True)
-        whole = joint.whole(node)
-        if isinstance(whole, Refusal) or found == whole:
-            return found
-        q, tokens = whole.q, value(whole.q).shape[2]
-        if not segments.is_current_piece(q, whole.keys[0], tokens):
-            return found
-        own = all(shares_tokens(q, piece, tokens) for piece in pieces_of(whole.keys[0]))
-        return whole if own and not isinstance(self._grid(q, tokens), Refusal) else found
+        """Match a call; keys that are joined as the tokens of a grid in q are come whole."""
+        whole = joint.joined_as_q(node)
+        if whole and not isinstance(self._grid(whole.q, value(whole.q).shape[2]), Refusal):
+            return whole
+        return match.attention(node, masked=True)
 
     def _wrong(
         self,
@@ -298,18 +288,3 @@ def _dropped(graph: Graph) -> Iterator[None]:
     for node in reversed(graph.nodes):
         if node not in before:
             graph.erase_node(node)
-
-
-def _names(calls: list[Node]) -> dict[Node, str]:
-    """Name each call by its module path; several calls in one module count `#1`, `#2`, ..."""
-    paths = {node: _path(node) for node in calls}
-    total, seen, names = Counter(paths.values()), Counter[str](), {}
-    for node, path in paths.items():
-        seen[path] += 1
-        names[node] = f"{path}#{seen[path]}" if total[path] > 1 else path
-    return names
-
-
-def _path(node: Node) -> str:
-    path = module_path(node)
-    return path if path and not path.startswith("@") else f"attention{path}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import torch.fx
 
@@ -51,3 +52,18 @@ def call_line(node: torch.fx.Node) -> str:
     """Return `file.py:line` of the user's code that made the node, or nothing."""
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return f"{lines[-1][0].rsplit('/', 1)[-1]}:{lines[-1][1]}" if lines else ""
+
+
+def call_names(calls: list[torch.fx.Node]) -> dict[torch.fx.Node, str]:
+    """Name each call by its module path; several calls in one module count `#1`, `#2`, ..."""
+    paths = {node: _path(node) for node in calls}
+    total, seen, names = Counter(paths.values()), Counter[str](), {}
+    for node, path in paths.items():
+        seen[path] += 1
+        names[node] = f"{path}#{seen[path]}" if total[path] > 1 else path
+    return names
+
+
+def _path(node: torch.fx.Node) -> str:
+    path = module_path(node)
+    return path if path and not path.startswith("@") else f"attention{path}"

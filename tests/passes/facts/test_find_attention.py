@@ -453,16 +453,18 @@ def test_self_attention_without_history_is_a_role_of_its_own(found):
     assert found(attend, (latents(), kv(6))) == [("self", reason)]
 
 
-@pytest.mark.parametrize("values_too", [False, True])
-def test_tokens_put_in_their_places_part_by_part_are_joined_again(found, values_too):
+@pytest.mark.parametrize("parts", ["k", "kv", "v"])
+def test_tokens_put_in_their_places_part_by_part_are_joined_again(found, parts):
     """As where memory and what is new have positions of their own."""
 
     def fn(x, memory, new):
         def placed(tokens):
             return torch.cat([tokens[:, :, :16] * memory, tokens[:, :, 16:] * new], 2)
 
-        q, v = heads(x.flatten(2).mT), heads(x.flatten(2).mT * 3)
-        return F.scaled_dot_product_attention(placed(q), placed(q), placed(v) if values_too else v)
+        tokens = x.flatten(2).mT
+        q, v = heads(tokens), heads(tokens * 3)
+        k = placed(q) if parts != "v" else q * 2
+        return F.scaled_dot_product_attention(placed(q), k, placed(v) if "v" in parts else v)
 
     reason = "its tokens attend to each other, without a history"
     assert found(fn, (latents(), torch.rand(8), torch.rand(8))) == [("self", reason)]
