@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lipass
-from lipass.adapters.checkouts.examine import _counted, options_of
+from lipass.adapters.checkouts.examine import counted, options_of
 from lipass.adapters.checkouts.matrix_game_3 import build
 from lipass.adapters.checkouts.subject import Ran
 from lipass.errors import LipassError
@@ -82,7 +82,7 @@ def test_all_leaves_out_memory_steps_and_blocks_and_counts_them_truly(subject):
             rolled(subject, model, 4, session)
         graphs = current_report().graphs
         with lipass.Session(**options) as session:
-            ran = _counted(subject, lambda: rolled(subject, model, 4, session))
+            ran = counted(subject, lambda: rolled(subject, model, 4, session))
     records = list(current_report().chunks)[-4:]
     said = [subject.expected(record) for record in records]
     assert ran == Ran(sum(one.calls for one in said), sum(one.latents for one in said))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def examine(subject: Subject, *, inner: str = "eager") -> Findings:
     )
 
 
-def options_of(subject: Subject, preset: str) -> dict[str, Any]:
+def options_of(subject: Subject, preset: str, **more: Any) -> dict[str, Any]:
     """Return the options of a preset and those of the subject whose section it has."""
     config = Config.resolve(preset)
     on = {name for name in ("context", "sparse", "steps") if getattr(config, name)}
@@ -115,7 +116,7 @@ def options_of(subject: Subject, preset: str) -> dict[str, Any]:
         for key, value in subject.options.items()
         if (key.partition(".")[0] in on if "." in key else on & {"context", "steps"})
     }
-    return {"preset": preset, **kept}
+    return {"preset": preset, **kept, **more}
 
 
 def _rolled(
@@ -130,7 +131,7 @@ def _rolled(
     torch._dynamo.reset()
     reset_report()
     registry.reset_telemetry()
-    options = {**options_of(subject, preset), **(more or {})}
+    options = options_of(subject, preset, **(more or {}))
     compiled = torch.compile(
         subject.model, backend="light_interaction", options={**options, "inner": inner}
     )
@@ -143,7 +144,8 @@ def _rolled(
             # Only now, as compiling runs operators too.
             for form, name in (("merge", "ran"), ("lookup", "looked_up")):
                 again = {**options, "steps.form": form}
-                setattr(rolled, name, _counted(subject, compiled, again, chunks))
+                run = functools.partial(list, _chunks(subject, compiled, again, chunks))
+                setattr(rolled, name, counted(subject, run))
                 rolled.graphs.append(report().graphs)
             rolled.receipt = report()
     return rolled
@@ -159,13 +161,11 @@ def _chunks(
         yield from subject.rollout(model, session, chunks)
 
 
-def _counted(
-    subject: Subject, model: Callable[..., Any], options: dict[str, Any], chunks: int
-) -> Ran:
+def counted(subject: Subject, run: Callable[[], object]) -> Ran:
     """Count calls of the model by the operators that run, whatever a receipt says."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-        list(_chunks(subject, model, options, chunks))
+        run()
     seen = [subject.seen(event.name, event.input_shapes) for event in profile.events()]
     took = [latents for latents in seen if latents is not None]
     return Ran(len(took), sum(took))
