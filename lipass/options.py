@@ -127,8 +127,8 @@ class SparseOptions:
         token_grid: tokens of one latent frame (Y, X); None infers it from the graph.
         dense_layers: attention layers kept dense, counted from 0 in call order.
         dense_chunks: attention stays dense while the history holds fewer chunks than this; this
-            and `dense_latents` do not hold for graphs that read no history.
-        dense_latents: attention stays dense in chunks whose context is at most so many latents: a
+            and `dense_tokens` do not hold for graphs that read no history.
+        dense_tokens: attention stays dense in chunks whose context is at most so many tokens: a
             context that is this short has been chosen, and has no blocks to spare.
     """
 
@@ -142,7 +142,7 @@ class SparseOptions:
     token_grid: tuple[int, int] | None
     dense_layers: tuple[int, ...]
     dense_chunks: int
-    dense_latents: int
+    dense_tokens: int
 
     def __post_init__(self) -> None:
         volume = math.prod(self.tile)
@@ -167,7 +167,7 @@ class SparseOptions:
                 value,
                 "use 0.3; 1.0 is dense; set 'sparse': False to switch the section off",
             )
-        for name in ("sink_latents", "dense_chunks", "dense_latents"):
+        for name in ("sink_latents", "dense_chunks", "dense_tokens"):
             value = getattr(self, name)
             check(value >= 0, f"sparse.{name} must be >= 0", value, "use 0 to switch it off")
         check_choice("sparse.ranking", self.ranking, RANKINGS)

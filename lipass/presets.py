@@ -39,8 +39,9 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "token_grid": None,
         "dense_layers": (),
         "dense_chunks": 0,
-        # What poses have chosen is not thinned a second time; DESIGN.md says why.
-        "dense_latents": 10,
+        # What poses have chosen is not thinned a second time where latents are small; DESIGN.md
+        # says why.
+        "dense_tokens": 640,
     },
     "steps": {
         **_VIEW,
@@ -77,7 +78,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
         "sink_latents": 0,
         "dense_layers": (0,),
         "dense_chunks": 3,
-        "dense_latents": 0,
+        "dense_tokens": 0,
     },
     "steps": {
         **ADAPTIVE["steps"],

@@ -11,7 +11,7 @@ from lipass.policy.trajectory import parse_trajectory
 from lipass.receipt import reset_report
 
 WAY_BACK = parse_trajectory("left-15, right-16")
-SPARSE = {"sparse.tile": (1, 4, 4), "sparse.dense_chunks": 0, "sparse.dense_latents": 0}
+SPARSE = {"sparse.tile": (1, 4, 4), "sparse.dense_chunks": 0, "sparse.dense_tokens": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_a_context_without_history_is_prefill():
 
 def test_a_chunk_that_stays_dense_is_dense_here_too():
     q, runs = decode(history=4)
-    options = {"sparse.dense_chunks": 2, "sparse.dense_latents": 0, "sparse.budget": 0.1}
+    options = {"sparse.dense_chunks": 2, "sparse.dense_tokens": 0, "sparse.budget": 0.1}
     session = lipass.Session(preset="sparse", **options)
     with session, chunk_of(session, 1), registry.force("sparse"):
         out = lipass.attend(q, runs, site="layer")
@@ -320,7 +320,7 @@ def test_in_a_compiled_model_it_is_a_site_of_the_graph(budget):
 def test_in_a_compiled_model_a_dense_chunk_is_dense():
     torch._dynamo.reset()
     model = Planted().eval()
-    options = {"sparse.dense_chunks": 3, "sparse.dense_latents": 0, "sparse.budget": 0.1}
+    options = {"sparse.dense_chunks": 3, "sparse.dense_tokens": 0, "sparse.budget": 0.1}
     compiled = torch.compile(
         model,
         backend="light_interaction",

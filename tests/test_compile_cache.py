@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
 ]
 
-SPARSE = {"preset": "sparse", "sparse.token_grid": (4, 4), "sparse.dense_latents": 0}
+SPARSE = {"preset": "sparse", "sparse.token_grid": (4, 4), "sparse.dense_tokens": 0}
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import lipass
+from lipass.policy.blocks import short_context
 from lipass.policy.trajectory import parse_trajectory
 from lipass.runtime.chunk import Chunk
 
@@ -59,11 +60,12 @@ def worldplay(family: Family, walk: str, options: dict[str, object]) -> list[Pla
                 own_context=range(min(start, WORLDPLAY_LATENTS)),
             ) as chunk:
                 chunk.steps(sigmas)
-            planned.append(_planned(chunk))
+            planned.append(_planned(chunk, family))
         session.effect.told = True  # no model runs here
     return planned
 
 
-def _planned(chunk: Chunk) -> Planned:
-    steps = chunk.plan.steps
-    return Planned(len(chunk.context), len(steps.computed), chunk.plan.dense_reason)
+def _planned(chunk: Chunk, family: Family) -> Planned:
+    steps, latents = chunk.plan.steps, len(chunk.context)
+    short = short_context(chunk.session.config.sparse, latents, family.latent_tokens)
+    return Planned(latents, len(steps.computed), chunk.plan.dense_reason or short)

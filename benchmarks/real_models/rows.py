@@ -14,11 +14,8 @@ from .protocol import WORLDPLAY_WALKS, Planned, worldplay
 
 PRESETS = ("off", "exact", "sparse", "all")
 SELF_FORCING_CHUNKS = 7
-# A latent is the unit that poses choose, so no tile reaches over two of them; and a latent of
-# 1,560 tokens is worth thinning in short contexts too.
-_OWN: dict[str, dict[str, object]] = {
-    HY_WORLDPLAY.name: {"sparse.tile": (1, 8, 8), "sparse.dense_latents": 0}
-}
+# A latent is the unit that poses choose, so no tile reaches over two of them.
+_OWN: dict[str, dict[str, object]] = {HY_WORLDPLAY.name: {"sparse.tile": (1, 8, 8)}}
 
 
 def all_rows() -> list[dict[str, object]]:

@@ -78,8 +78,13 @@ class DenseTwin:
         steps = rewritten.graph.find_nodes(op="call_module")
         self._steps = sum(region_name(node) is not None for node in steps)
 
-    def why_dense(self, chunk: Chunk) -> str | None:
-        """Say why the rewritten graph would visit every key in this chunk, or return None."""
+    def why_dense(self, chunk: Chunk, short: str | None) -> str | None:
+        """Say why the rewritten graph would visit every key in this chunk, or return None.
+
+        Args:
+            chunk: that the call belongs to.
+            short: why its context is too short for the graph, or None.
+        """
         if chunk.session.config.context is None and any(call.masked for call in self._calls):
             return None
         if all(call.budget == 1.0 for call in self._calls):
@@ -87,7 +92,7 @@ class DenseTwin:
         sparse = roles_that_stay_sparse(chunk.session.config)
         if all(call.role in sparse for call in self._calls):
             return None
-        return chunk.plan.dense_reason
+        return chunk.plan.dense_reason or short
 
     def run(self, args: tuple[Any, ...], chunk: Chunk, reason: str) -> Any:
         """Run the model's own attention and count it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.fx
@@ -14,6 +14,7 @@ from lipass.config import Config
 from lipass.passes.attention.site import OVER_LATENTS, AttentionSite, poses
 from lipass.passes.core import PassPipeline
 from lipass.passes.graph.compat import Size
+from lipass.policy.blocks import short_context
 from lipass.policy.views import check_poses
 from lipass.runtime.agreement import differences, disagreement, tell
 from lipass.session import Chunk, Session
@@ -27,10 +28,12 @@ class Reading:
         chosen: history latents that the graph has to leave the others out for; None where the
             model has done so, or nobody has. Positions in what the model holds.
         latents: how many the graph reads.
+        dense_reason: why the context of the chunk is too short for sparse attention, or None.
     """
 
     chosen: tuple[int, ...] | None = None
     latents: int = 0
+    dense_reason: str | None = None
 
 
 _AS_GIVEN = Reading()
@@ -48,7 +51,10 @@ class GraphReading:
     ) -> None:
         self._config = config
         self._able = {one.section for one in pipeline if one.section}
-        self._of_latents = any(site.role in OVER_LATENTS for site in found)
+        over = [site for site in found if site.role in OVER_LATENTS]
+        self._of_latents = bool(over)
+        grids = [site.q_grid for site in over if site.q_grid]
+        self._latent_tokens: Size = grids[0][1] * grids[0][2] if grids else 0
         decode = [site for site in found if site.role == "decode"]
         self._history = _history(decode[0]) if decode else None
         self._prefills = any(site.role == "prefill" for site in found)
@@ -84,7 +90,9 @@ class GraphReading:
         latest, of_sizes, reading = self._latest
         if latest() is not chunk or of_sizes != sizes:  # once for all steps of a chunk
             self._meet(chunk.session)
-            reading = self._first(chunk, args, sizes)
+            tokens = number(self._latent_tokens, dict(sizes))
+            short = short_context(self._config.sparse, len(chunk.context), tokens)
+            reading = replace(self._first(chunk, args, sizes), dense_reason=short)
             self._latest = (weakref.ref(chunk), sizes, reading)
         return reading
 

@@ -85,14 +85,14 @@ class CompiledUnit:
         reading = self.reading.of_call(chunk, args) if self.reading else Reading()
         chosen = reading.chosen
         if self.twin is not None and chunk is not None and chosen is None:
-            reason = self.twin.why_dense(chunk)
+            reason = self.twin.why_dense(chunk, reading.dense_reason)
             if reason is not None:
                 return self.twin.run(args, chunk, reason)
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(registry.one_call())
             if chunk is None:
                 return self.compiled(*args)
-            if (reason := chunk.plan.dense_reason) is not None:
+            if (reason := chunk.plan.dense_reason or reading.dense_reason) is not None:
                 sparse = roles_that_stay_sparse(chunk.session.config)
                 scopes.enter_context(registry.force("dense", reason, but_roles=sparse))
             if chunk.session.config.context is not None:

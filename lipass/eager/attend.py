@@ -17,6 +17,7 @@ from lipass import session
 from lipass.eager.keys import Grid, Keys, check, grid_of, heads_of, joined_bias, own_grid
 from lipass.errors import LipassError
 from lipass.kernels import registry
+from lipass.policy.blocks import short_context
 from lipass.receipt import SiteRecord, current_report
 
 # Where no session sets one, and where a pass will.
@@ -99,8 +100,7 @@ def attend(
     scope = _scope(role, layer)
     keep, told = _chosen_frames(scope.chunk, grids.get("history"), q, site)
     _record(site, role, own, tuple(grids), scope, told)
-    chunk_reason = scope.chunk and scope.chunk.plan.dense_reason
-    reason = scope.dense_reason or chunk_reason
+    reason = scope.dense_reason or _of_chunk(scope.chunk, own)
     with registry.force("dense", reason) if reason else contextlib.nullcontext():
         return _out(
             call(
@@ -115,6 +115,15 @@ def attend(
 def _out(result: Any) -> Tensor | tuple[Tensor, Tensor]:
     found: Tensor | tuple[Tensor, Tensor] = result
     return found
+
+
+def _of_chunk(chunk: session.Chunk | None, own: Grid) -> str | None:
+    """Say why every call of a chunk stays dense, or None."""
+    if chunk is None:
+        return None
+    options, latent_tokens = chunk.session.config.sparse, own[1] * own[2]
+    short = short_context(options, len(chunk.context), latent_tokens)
+    return chunk.plan.dense_reason or short
 
 
 def _scope(role: str, layer: int | None) -> _Scope:

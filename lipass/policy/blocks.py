@@ -6,25 +6,33 @@ from lipass.config import Config
 from lipass.options import SparseOptions
 
 
-def dense_chunk(
-    options: SparseOptions | None, history_chunks: int, context_latents: int | None = None
-) -> str | None:
+def dense_chunk(options: SparseOptions | None, history_chunks: int) -> str | None:
     """Say why a whole chunk stays dense, or None.
 
     Args:
         options: None keeps everything dense anyway.
         history_chunks: chunks before the one that is generated.
-        context_latents: history latents that the model reads; None where nobody chose them.
     """
     if options is None:
         return None
     if history_chunks < options.dense_chunks:
         return f"history of {history_chunks} chunks < sparse.dense_chunks {options.dense_chunks}"
-    if context_latents is not None and context_latents <= options.dense_latents:
-        return (
-            f"context of {context_latents} latents <= sparse.dense_latents {options.dense_latents}"
-        )
     return None
+
+
+def short_context(options: SparseOptions | None, latents: int, latent_tokens: int) -> str | None:
+    """Say why attention over a context that poses have chosen stays dense, or None.
+
+    Args:
+        options: None keeps everything dense anyway.
+        latents: of the context.
+        latent_tokens: tokens of one latent, which a graph or a call shows.
+    """
+    tokens = latents * latent_tokens
+    if options is None or tokens > options.dense_tokens:
+        return None
+    limit = options.dense_tokens
+    return f"context of {latents} latents, {tokens} tokens <= sparse.dense_tokens {limit}"
 
 
 def roles_that_stay_sparse(config: Config) -> tuple[str, ...]:

@@ -149,7 +149,7 @@ def plan_chunk(
         context=chosen,
         revisit=revisit or Revisit(False, None, None, "no history"),
         steps=None,
-        dense_reason=dense_chunk(config.sparse, history // new, len(chosen.indices)),
+        dense_reason=dense_chunk(config.sparse, history // new),
     )
 
 
@@ -186,7 +186,7 @@ def _without_cameras(
         context=chosen,
         revisit=revisit,
         steps=None,
-        dense_reason=dense_chunk(config.sparse, index, len(chosen.indices)),
+        dense_reason=dense_chunk(config.sparse, index),
     )
 
 

@@ -17,8 +17,8 @@ from lipass.errors import LipassError, LipassWarning
 from lipass.options import ViewOptions
 from lipass.presets import ADAPTIVE
 
-# Of the options of sparse attention a session reads those that hold for whole chunks.
-_CHUNKWISE = ("sparse.dense_chunks", "sparse.dense_latents")
+# Of the options of sparse attention a session reads the one that holds for whole chunks.
+_CHUNKWISE = ("sparse.dense_chunks",)
 _CAMERA = tuple(field.name for field in fields(ViewOptions) if field.name != "chunk_latents")
 
 

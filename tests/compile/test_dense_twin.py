@@ -101,7 +101,7 @@ def test_own_attention_is_counted_as_the_rewritten_call_would_be(ran):
     assert ran[-2:] == ["twin", "rewritten"]
     for field in ("site", "role", "calls", "dense_calls", "total_blocks", "visited_blocks"):
         assert getattr(mine, field) == getattr(expected, field), field
-    assert mine.reason == "context of 8 latents <= sparse.dense_latents 10"
+    assert mine.reason == "context of 8 latents, 128 tokens <= sparse.dense_tokens 640"
 
 
 class Frames(nn.Module):
@@ -131,18 +131,19 @@ def test_attention_without_history_is_sparse_whatever_the_history_of_a_session(r
 
 
 @pytest.mark.parametrize(
-    ("session", "latents", "expected"),
+    ("graph", "session", "latents", "expected"),
     [
-        ({"preset": "all"}, 8, "twin"),
-        ({"preset": "all", "sparse.dense_latents": 0}, 8, "rewritten"),
-        ({"preset": "all", "sparse.dense_latents": 0, "sparse.dense_chunks": 3}, 8, "twin"),
+        ({}, {"preset": "all"}, 8, "twin"),
+        ({"sparse.dense_tokens": 127}, {"preset": "all"}, 8, "rewritten"),
+        ({"sparse.dense_tokens": 128}, {"preset": "all"}, 8, "twin"),
+        ({"sparse.dense_tokens": 0}, {"preset": "all", "sparse.dense_chunks": 3}, 8, "twin"),
         # No session context: the mask of the graph decides, and it may drop frames.
-        ({"preset": "sparse", "sparse.dense_latents": 100}, 8, "rewritten"),
-        ({"preset": "cache"}, 8, "rewritten"),
+        ({"sparse.dense_tokens": 1000}, {"preset": "sparse"}, 8, "rewritten"),
+        ({}, {"preset": "cache"}, 8, "rewritten"),
     ],
 )
-def test_twin_runs_only_where_nothing_is_left_out(session, latents, expected, ran):
-    fast = compiled(Decode().eval())
+def test_twin_runs_only_where_nothing_is_left_out(graph, session, latents, expected, ran):
+    fast = compiled(Decode().eval(), **graph)
     ran.clear()
     with lipass.Session(**session) as opened:
         call(fast, opened, latents)

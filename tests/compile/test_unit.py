@@ -216,8 +216,8 @@ def test_unrolled_loop_compiles_once_for_all_lengths(model):
 
 def test_chunks_that_stay_dense_are_forced_dense(model, monkeypatch):
     # Another session's mask is in the graph, so that no twin may run.
-    monkeypatch.setattr(DenseTwin, "why_dense", lambda twin, chunk: None)
-    fast = compiled(model, **{"sparse.budget": 0.3})
+    monkeypatch.setattr(DenseTwin, "why_dense", lambda twin, chunk, short: None)
+    fast = compiled(model, **{"sparse.budget": 0.3, "sparse.dense_tokens": 0})
     routes = []
     force = registry.force
 
@@ -226,8 +226,7 @@ def test_chunks_that_stay_dense_are_forced_dense(model, monkeypatch):
         return force(route, reason, **rest)
 
     monkeypatch.setattr(registry, "force", spy)
-    rules = {"sparse.dense_chunks": 2, "sparse.dense_latents": 0}
-    with lipass.Session(**{"preset": "sparse", **rules}) as session:
+    with lipass.Session(**{"preset": "sparse", "sparse.dense_chunks": 2}) as session:
         for latents in (4, 8):
             now = session.chunk(poses=W2C[:latents], query=W2C[:4])
             with now, torch.no_grad():

@@ -1,5 +1,7 @@
+import pytest
+
 from lipass.config import Config
-from lipass.policy.blocks import dense_chunk
+from lipass.policy.blocks import dense_chunk, short_context
 
 
 def test_short_history_is_dense_with_a_reason():
@@ -12,8 +14,16 @@ def test_section_off_has_no_reason():
     assert dense_chunk(None, 0) is None
 
 
-def test_context_that_nobody_chose_has_no_length_to_judge():
+@pytest.mark.parametrize(
+    ("latents", "latent_tokens", "is_short"),
+    [(10, 64, True), (11, 64, False), (1, 1560, False), (1, 640, True), (0, 64, True)],
+)
+def test_context_is_short_by_its_tokens(latents, latent_tokens, is_short):
     adaptive = Config.resolve("all").sparse
-    assert dense_chunk(adaptive, 4) is None
-    assert dense_chunk(adaptive, 4, adaptive.dense_latents + 1) is None
-    assert dense_chunk(adaptive, 4, adaptive.dense_latents) is not None
+    assert (short_context(adaptive, latents, latent_tokens) is not None) == is_short
+
+
+def test_short_context_is_said_in_latents_and_tokens():
+    said = short_context(Config.resolve("all").sparse, 8, 64)
+    assert said == "context of 8 latents, 512 tokens <= sparse.dense_tokens 640"
+    assert short_context(None, 8, 64) is None

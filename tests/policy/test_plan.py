@@ -109,14 +109,6 @@ def test_early_chunks_stay_dense_by_rule():
     assert plan("sparse", 12).dense_reason is None
 
 
-def test_short_contexts_stay_dense_by_rule():
-    short = plan("all", 8)
-    assert short.dense_reason == "context of 8 latents <= sparse.dense_latents 10"
-    assert plan("all", 48).dense_reason is None  # its camera stands still: 16 latents
-    assert plan("sparse", 48).dense_reason is None
-    assert plan("sparse", 48, own_context=[0, 1]).dense_reason.startswith("context of 2")
-
-
 def test_planning_leaves_its_inputs_and_the_generator_alone():
     before, state = WAY_BACK.clone(), torch.get_rng_state()
     plan("all", 48)

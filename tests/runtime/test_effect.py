@@ -112,7 +112,8 @@ def test_session_that_failed_hears_nothing_more():
 def test_sparse_calls_are_something(mini_world, mini_world_inputs):
     from lipass.kernels import registry
 
-    options = {"preset": "sparse", "inner": "eager", "sparse.budget": 0.2}
+    options = {"preset": "sparse", "sparse.budget": 0.2, "sparse.dense_tokens": 0}
+    options["inner"] = "eager"
     fast = torch.compile(mini_world, backend="light_interaction", options=options)
     with torch.no_grad():
         for few in (4, 5):

@@ -11,7 +11,7 @@ import lipass
 from lipass.kernels import registry
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-OPTIONS = {"sparse.tile": (1, 2, 2), "sparse.dense_latents": 0, "sparse.budget": 0.1, **REUSE}
+OPTIONS = {"sparse.tile": (1, 2, 2), "sparse.dense_tokens": 0, "sparse.budget": 0.1, **REUSE}
 
 
 def rollout(model, session, history=6):

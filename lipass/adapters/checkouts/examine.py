@@ -144,7 +144,9 @@ def _rolled(
             # Only now, as compiling runs operators too.
             for form, name in (("merge", "ran"), ("lookup", "looked_up")):
                 again = {**options, "steps.form": form}
-                run = functools.partial(list, _chunks(subject, compiled, again, chunks))
+                run: Callable[[], object] = functools.partial(
+                    list, _chunks(subject, compiled, again, chunks)
+                )
                 setattr(rolled, name, counted(subject, run))
                 rolled.graphs.append(report().graphs)
             rolled.receipt = report()

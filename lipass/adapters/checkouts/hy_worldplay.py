@@ -20,7 +20,7 @@ from lipass.receipt import ChunkRecord
 from lipass.session import Session
 
 CHUNK, STEPS = 4, 4
-OPTIONS = {"chunk_latents": CHUNK, "sparse.dense_latents": 0, "sparse.tile": (2, 4, 4)}
+OPTIONS = {"chunk_latents": CHUNK, "sparse.dense_tokens": 0, "sparse.tile": (2, 4, 4)}
 _NEEDED = ("diffusers", "einops", "loguru")
 _MODULES = (
     "hyvideo.commons.infer_state",

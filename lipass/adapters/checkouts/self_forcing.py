@@ -28,7 +28,7 @@ OPTIONS = {
     "chunk_latents": CHUNK,
     "context.window_chunks_max": 1,
     "context.window_chunks_min": 1,
-    "sparse.dense_latents": 0,
+    "sparse.dense_tokens": 0,
     "sparse.dense_chunks": 0,
     "sparse.tile": (1, 4, 4),
 }
