@@ -18,6 +18,7 @@ from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import known_true, value
 from lipass.passes.graph.dead_code import erase_dead
+from lipass.passes.graph.einops_calls import spell_einops
 from lipass.passes.graph.equivalence import Incomparable
 from lipass.passes.graph.modes import place_switches
 from lipass.passes.graph.names import call_line, module_path
@@ -63,6 +64,11 @@ class Canonicalize(Pass):
         %p = softmax(%q @ %k.mT * 0.125, -1);  %o = %p @ %v
         %o = scaled_dot_product_attention(%q, %k, %v)
 
+    Calls of einops that Dynamo keeps whole become the calls of torch that they make::
+
+        %q = rearrange(%q, 'B L (H D) -> B L H D', H=16)
+        %q = reshape(%q, b, l, 16, 128)
+
     Keys and values that are moved, cast or stacked behind their concatenation are concatenated
     last. `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten,
     contiguous, to, expand, permute or transpose that returns its input is removed.
@@ -89,6 +95,8 @@ class Canonicalize(Pass):
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False
         place_switches(graph)
+        for node in ctx.visit(list(graph.nodes)):
+            changed |= spell_einops(node, ctx)
         for node in ctx.visit(list(graph.nodes)):
             changed |= _spell_attention(node) or _spell_cat(node) or _spell_view(node)
             changed |= _drop_nothing(node)

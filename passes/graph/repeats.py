@@ -188,9 +188,14 @@ def _moved_index(node: Node, dim: int) -> Moved | None:
 
 
 def _moved_view(node: Node, name: str, dim: int) -> Moved | None:
-    """Views that leave everything up to the repeated axis as it is, or put an axis beside it."""
+    """Views that leave everything up to the repeated axis as it is, or put an axis beside it.
+
+    Or that join it with axes in front, such as the batch: copies still come one behind another.
+    """
     first = node.args[0]
     before, after = value(first).shape, value(node).shape
+    if name in ("reshape", "flatten") and (at := _joined_at(before, after, dim)) is not None:
+        return _as_it_is(node, at) if name == "flatten" else _reshaped(node, at)
     if name == "unsqueeze":
         axis = argument(node, 1, "dim")
         if not isinstance(axis, int):
@@ -204,8 +209,22 @@ def _moved_view(node: Node, name: str, dim: int) -> Moved | None:
         return None
     if name in ("unflatten", "flatten"):
         return _as_it_is(node, dim)
-    if name != "reshape":
+    return _reshaped(node, dim) if name == "reshape" else None
+
+
+def _joined_at(before: torch.Size, after: torch.Size, dim: int) -> int | None:
+    """Return the axis that the repeated one and some in front of it became, all else equal."""
+    gone = len(before) - len(after)
+    at = dim - gone
+    if gone < 1 or at < 0:
         return None
+    joined = (*before[:at], math.prod(before[at : dim + 1]), *before[dim + 1 :])
+    return at if all(map(known_true, map(_equal, joined, after))) else None
+
+
+def _reshaped(node: Node, dim: int) -> Moved | None:
+    """A reshape whose axis `dim` is the repeated one: as long as the rows are."""
+    first = node.args[0]
     sizes = argument(node, 1, "shape", ())
     sizes = sizes if isinstance(sizes, (list, tuple)) else node.args[1:]
     rest = list(sizes[dim + 1 :])

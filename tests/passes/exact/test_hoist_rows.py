@@ -92,6 +92,9 @@ CALLS = {
     "axis split behind": lambda r, lin: lin(r).unflatten(-1, (2, 8)).unbind(2)[1],
     "axis put in front": lambda r, lin: lin(r)[None].squeeze(0),
     "split": lambda r, lin: lin(r).split(8, dim=-1)[0],
+    "joined with the batch": lambda r, lin: lin(r.reshape(2 * 3 * TOKENS, 8)).unsqueeze(0),
+    "flattened with the batch": lambda r, lin: lin(r.flatten(0, 1)),
+    "joined with an axis in front": lambda r, lin: lin(r[None].flatten(1, 2)),
     "reshape behind": lambda r, lin: lin(r).reshape(2, 3 * TOKENS, 4, 4)[:, :, 1],
 }
 
