@@ -28,8 +28,10 @@ _told: weakref.WeakKeyDictionary[object, Mapping[str, Any]] = weakref.WeakKeyDic
 
 
 def options_told(model: object) -> Mapping[str, Any]:
-    """Return options of passes that an adapter has told of a model, or none."""
-    return {} if model is None else _told.get(model, {})
+    """Return options of passes that an adapter has told of a model or a part of it, or none."""
+    if not _told or not isinstance(model, nn.Module):
+        return {}
+    return next((_told[part] for part in model.modules() if part in _told), {})
 
 
 @dataclass(frozen=True)

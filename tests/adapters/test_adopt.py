@@ -91,7 +91,8 @@ def test_options_that_an_adapter_tells_hold_until_undo(stranger, fresh_dynamo):
         roles = [site.role for site in _sites_of(model, x)]
         # An option that the user gives wins.
         given = [site.role for site in _sites_of(model, x, {"find-attention.token_grid": (3, 5)})]
-    assert roles == ["self"]
+        inside = [site.role for site in _sites_of(nn.Sequential(model), x)]
+    assert roles == inside == ["self"]
     assert given == ["other"]
     with lipass.adopt(model, family="any"):
         assert [site.role for site in _sites_of(model, x)] == ["text"]
