@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx
 
-from lipass.adapters.adoption import options_told
+from lipass.adapters.adoption import options_told, refuse_lints
 from lipass.compile.left_eager import listen
 from lipass.config import SECTIONS, Config
 from lipass.passes.graph.frame import compiled_frame
@@ -44,9 +44,12 @@ def light_interaction(
         ValueError: for an unknown preset or option, or a pipeline that does not parse.
         LipassError: when `strict` is set and a pass fails or a site stays dense.
     """
-    config = Config.resolve(mode, {**options_told(compiled_frame()[1]), **(options or {})})
+    model = compiled_frame()[1]
+    config = Config.resolve(mode, {**options_told(model), **(options or {})})
     if process_is_off():
         return inner_compile(gm, example_inputs, config.inner)
+    if config.strict:
+        refuse_lints(model)
     plain = config.preset == "off" and config.pipeline is None
     if plain and not (config.context or config.sparse or config.steps):
         from lipass.compile.plain import telling

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _MISSING = object()
 _told: weakref.WeakKeyDictionary[object, Mapping[str, Any]] = weakref.WeakKeyDictionary()
+_left: weakref.WeakKeyDictionary[object, list[Change]] = weakref.WeakKeyDictionary()
 
 
 def options_told(model: object) -> Mapping[str, Any]:
@@ -32,6 +33,20 @@ def options_told(model: object) -> Mapping[str, Any]:
     if not _told or not isinstance(model, nn.Module):
         return {}
     return next((_told[part] for part in model.modules() if part in _told), {})
+
+
+def refuse_lints(model: object) -> None:
+    """Raise if an adopted model, or a part of it, has attention that nothing could show.
+
+    Raises:
+        LipassError: names the first place.
+    """
+    parts = model.modules() if _left and isinstance(model, nn.Module) else ()
+    for lint in (one for part in parts for one in _left.get(part, ())):
+        raise LipassError(
+            f"strict: attention of an adopted model must be seen by Dynamo, got {lint}; switch "
+            "that off in the model, or set strict to False"
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,7 @@ class Adoption:
         self._bindings: list[_Binding] = []
         self._told: list[nn.Module] = []
         self._at_undo: list[Callable[[], None]] = []
+        self._left: list[nn.Module] = []
 
     def rebind(self, owner: Any, name: str, value: object, why: str, where: str = "") -> None:
         """Bind `name` of a module, class or object to `value` until `undo`.
@@ -111,9 +127,12 @@ class Adoption:
         self._told.append(model)
         _told[model] = options
 
-    def lint(self, found: object, name: str, why: str) -> None:
-        """Say of a function that stays what it keeps from being seen."""
+    def lint(self, found: object, name: str, why: str, model: nn.Module | None = None) -> None:
+        """Say of a function that stays what it hides; `strict` refuses its model."""
         self.lints.append(Change(place(found, found), name, why))
+        if model is not None:
+            self._left.append(model)
+            _left.setdefault(model, []).append(self.lints[-1])
 
     def at_undo(self, put_back: Callable[[], None]) -> None:
         """Have something called by `undo` that no name is bound to."""
@@ -125,6 +144,8 @@ class Adoption:
             _told.pop(self._told.pop(), None)
         while self._at_undo:
             self._at_undo.pop()()
+        while self._left:
+            _left.pop(self._left.pop(), None)
         while self._bindings:
             one = self._bindings.pop()
             if one.before is _MISSING:
@@ -177,9 +198,16 @@ class Adoption:
 
 
 def place(found: object, owner: object) -> str:
-    """Return `file.py:line` where something was defined, or the name of what holds it."""
+    """Return `file.py:line` where something was defined.
+
+    Of what is no function, that is where its owner is made, or the file if that is a module.
+    """
     plain = getattr(found, "_torchdynamo_orig_callable", found)
     code = getattr(inspect.unwrap(plain) if callable(plain) else plain, "__code__", None)
+    if code is None and inspect.ismodule(owner):
+        return str(getattr(owner, "__file__", owner.__name__)).rpartition("/")[2]
+    if code is None:
+        code = getattr(inspect.unwrap(type(owner).__init__), "__code__", None)
     if code is None:
         return _last_name(owner)
     return f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno}"

@@ -13,10 +13,18 @@ from lipass.adapters.families import Family
 from lipass.adapters.hy_worldplay_rollout import drive
 from lipass.adapters.rope import rotary_tables
 
+_CODE = "worldplay_1_5_transformer"
+
 
 def _adopt(model: Any, adoption: Adoption) -> None:
-    package = type(model).__module__.partition(".")[0]
-    _say_how_it_runs(package, adoption)
+    code = [one.__module__ for one in type(model).__mro__ if one.__module__.endswith(_CODE)]
+    if not code:
+        raise TypeError(
+            f"a model of family hy_worldplay must be of the class in {_CODE}.py or below it, got "
+            f"{type(model).__name__}; pass the pipeline or its transformer"
+        )
+    package = code[0].partition(".")[0]
+    _say_how_it_runs(package, model, adoption)
     # A first context of four latents could be a prompt by its length.
     pieces = {"find-attention.segments": ("text", "history", "current")}
     adoption.tell(model, pieces, "keys are text, history and current, in this order")
@@ -31,7 +39,7 @@ def _adopt(model: Any, adoption: Adoption) -> None:
     )
 
 
-def _say_how_it_runs(package: str, adoption: Adoption) -> None:
+def _say_how_it_runs(package: str, model: Any, adoption: Adoption) -> None:
     """Make the two states that attention asks for, which are made lazily, for CUDA."""
     infer = sys.modules.get(f"{package}.commons.infer_state")
     parallel = sys.modules.get(f"{package}.commons.parallel_states")
@@ -53,17 +61,14 @@ def _say_how_it_runs(package: str, adoption: Adoption) -> None:
         adoption.rebind(
             state, "enable_torch_compile", False, "blocks are compiled with the model, not alone"
         )
+    vision = attention.sequence_parallel_attention_vision
     if state.enable_sageattn:
-        vision = attention.sequence_parallel_attention_vision
         blocks = ", ".join(map(str, state.sage_blocks_range))
-        adoption.lint(
-            vision, vision.__name__, f"blocks {blocks} call sageattention, which no graph shows"
-        )
+        why = f"blocks {blocks} call sageattention, which no graph shows"
+        adoption.lint(vision, vision.__name__, why, model)
     if parallel.get_parallel_state().sp_enabled:
-        vision = attention.sequence_parallel_attention_vision
-        adoption.lint(
-            vision, vision.__name__, "its collectives between processes are left as they are"
-        )
+        why = "its collectives between processes are left as they are"
+        adoption.lint(vision, vision.__name__, why, model)
 
 
 def _torch_for_flash(mode: str, infer_state: Any = None, block_idx: int | None = None) -> str:
@@ -104,7 +109,7 @@ def _with_tables(model: Any) -> Callable[..., Any]:
 
 FAMILY = Family(
     name="hy_worldplay",
-    classes=("worldplay_1_5_transformer.HunyuanVideo_1_5_DiffusionTransformer",),
+    classes=(f"{_CODE}.HunyuanVideo_1_5_DiffusionTransformer",),
     adopt=_adopt,
     drive=drive,
 )

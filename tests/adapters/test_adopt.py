@@ -118,3 +118,14 @@ def test_a_drive_is_undone_by_itself(stranger):
         assert pipeline.steps == 2
         assert [one.name for one in bound.changes] == ["steps"]
     assert not hasattr(pipeline, "steps")
+
+
+def test_strict_refuses_a_model_with_attention_that_stays_hidden(stranger, fresh_dynamo):
+    model, x = stranger.Block(), torch.randn(1, 8, 16)
+    with lipass.adopt(model, family="any") as adoption:
+        adoption.lint(stranger.hidden_attention, "hidden_attention", "opaque", model)
+        with pytest.raises(Exception, match=r"strict: .* got stranger_model.py:6 .*: opaque"):
+            _sites_of(nn.Sequential(model), x, {"strict": True})
+        assert [site.role for site in _sites_of(model, x)] == ["text"]
+    with lipass.adopt(model, family="any"):
+        assert [site.role for site in _sites_of(model, x, {"strict": True})] == ["text"]
