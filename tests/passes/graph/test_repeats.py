@@ -40,6 +40,8 @@ def behind(trace):
         (lambda r, x: r[..., :4], 1),
         (lambda r, x: r.unflatten(-1, (2, 4)), 1),
         (lambda r, x: F.linear(r, x[0, :5]), 1),
+        (lambda r, x: r.flatten(0, 1), 0),
+        (lambda r, x: r.reshape(36, 8), 0),
     ],
 )
 def test_calls_that_treat_rows_by_themselves(behind, fn, dim):
@@ -56,7 +58,7 @@ def test_calls_that_treat_rows_by_themselves(behind, fn, dim):
         lambda r, x: r[:, 0],
         lambda r, x: r.unflatten(1, (18, 1)),
         lambda r, x: r.reshape(-1, 18, 2, 4),
-        lambda r, x: r.flatten(0, 1),
+        lambda r, x: r.flatten(1, 2),
         lambda r, x: F.layer_norm(r, (18, 8)),
         lambda r, x: F.silu(r, True),
         lambda r, x: torch.ops.lipass_tests.silu(r),
@@ -65,7 +67,7 @@ def test_calls_that_treat_rows_by_themselves(behind, fn, dim):
     ],
     ids=[
         "tokens", "tokens by keyword", "sum", "part of the tokens", "one token", "tokens split",
-        "reshape that counts batches", "batch joined", "norm over tokens", "in place",
+        "reshape that counts batches", "channels joined", "norm over tokens", "in place",
         "operator of that name", "tokens beside", "tokens apart",
     ],
 )  # fmt: skip
