@@ -86,5 +86,5 @@ def _first_family(found: list[nn.Module]) -> Family | None:
 def _members(found: list[nn.Module], adapter: Family) -> list[nn.Module]:
     """Return the models of a family that are among some modules or inside of them."""
     parts = [part for module in found for part in module.modules()]
-    kinds = {kind for kind in map(type, parts) if family_of(kind) is adapter}
+    kinds = {kind for kind in map(type, parts) if adapter.has(kind)}
     return [part for part in parts if type(part) in kinds]

@@ -12,7 +12,12 @@ from torch import nn
 if TYPE_CHECKING:
     from lipass.adapters.adoption import Adoption
 
-FAMILIES: tuple[str, ...] = ("hy_worldplay", "self_forcing", "matrix_game_3")
+FAMILIES: tuple[str, ...] = (
+    "hy_worldplay",
+    "self_forcing",
+    "causal_forcing",
+    "matrix_game_3",
+)
 """Modules of this folder, each with a `FAMILY`."""
 
 
@@ -29,14 +34,15 @@ class Family:
     """`drive(pipeline, session, adoption)`: let the pipeline's own rollout ask the session for
     context and steps; everything that it binds goes through the adoption."""
 
+    def has(self, kind: type) -> bool:
+        """Whether a class of models is of it, by its name or the name of one above it."""
+        names = [f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__]
+        return any(name.endswith(end) for name in names for end in self.classes)
+
 
 def family_of(kind: type) -> Family | None:
-    """Return the family of a class of models, by its name and the names of those above it."""
-    names = [f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__]
-    for family in all_families():
-        if any(name.endswith(end) for name in names for end in family.classes):
-            return family
-    return None
+    """Return the first family that a class of models is of."""
+    return next((family for family in all_families() if family.has(kind)), None)
 
 
 def all_families() -> Iterator[Family]:

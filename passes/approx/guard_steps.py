@@ -9,9 +9,11 @@ from typing import ClassVar
 from torch.fx import Graph, Node
 
 from lipass.passes.attention.match import Refusal
+from lipass.passes.attention.overwritten import overwrites
 from lipass.passes.attention.site import rename_site, sites
 from lipass.passes.attention.step_inputs import step_inputs
 from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.graph.frame import source_name
 from lipass.passes.graph.marks import StepInputs, set_region, set_step_inputs, step_of
 from lipass.passes.graph.names import without_repeat
 from lipass.passes.graph.outline import body_of, foreign, put_calls
@@ -47,10 +49,13 @@ class GuardSteps(Pass):
     The guard returns the outputs of the last computed step instead of computing; with the Euler
     rule that is exactly the shorter list of sigmas.
 
-    Keeps: steps that write to their inputs or draw random numbers; steps whose outputs share
-    memory with an input or each other; steps that are used before they are complete; functions
-    that change what lies outside of the graph, which a skipped call would not change; graphs
-    without decode sites; calls that are no whole function, or have no noise level.
+    A call may write to a slice of a cache, if the next step writes over it before it is read: what
+    the last computed step wrote stands then, as its output does.
+
+    Keeps: steps that write to their inputs otherwise or draw random numbers; steps whose outputs
+    share memory with an input or each other; steps that are used before they are complete;
+    functions that change what lies outside of the graph, which a skipped call would not change;
+    graphs without decode sites; calls that are no whole function, or have no noise level.
     """
 
     name: ClassVar[str] = "guard-steps"
@@ -92,11 +97,16 @@ def _guard_call(graph: Graph, ctx: PassContext) -> StepInputs | Refusal:
     inputs = tuple(node for node in nodes if node.op == "placeholder")
     outputs = tuple(graph.output_node().all_input_nodes)
     whole = Region(nodes, inputs, outputs, ())
-    if why := impurity(whole) or alias(whole) or alias_between(whole):
+    again = overwrites(whole)
+    if why := impurity(whole, again) or alias(whole) or alias_between(whole):
         return Refusal(f"it is not pure: {why}")
     if why := _outside(ctx):
         return Refusal(why)
     given = step_inputs(graph)
+    if isinstance(given, StepInputs):
+        watched = {inputs[i] for i in given.conditions}
+        if unseen := next((node for node in again.values() if node not in watched), None):
+            return Refusal(f"it writes to {source_name(unseen)}, which may be its latents")
     if isinstance(given, StepInputs):
         set_region(graph.output_node(), "call")
         set_step_inputs(graph.output_node(), given)

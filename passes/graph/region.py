@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,17 +101,22 @@ def _same_kind(a: Any, b: Any, equal: Callable[[bool | torch.SymBool], bool]) ->
     return all(equal(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
-def impurity(region: Region) -> str | None:
+def impurity(region: Region, harmless: Container[Node] = ()) -> str | None:
     """Say what keeps a region from being skipped or repeated at will, or return None.
 
     Writing to memory that the region itself made is harmless.
+
+    Args:
+        region: the nodes.
+        harmless: writes to its inputs that may be left out.
     """
     if region.nodes and (why := half_inside(region.nodes)):
         return why
     given = {storage(value(node)): node for node in region.inputs}
     given.pop(None, None)
     for node in region.nodes:
-        for at in memory_written(node) & set(given):
+        written = set() if node in harmless else memory_written(node)
+        for at in written & set(given):
             return f"%{node.name} writes to the input {source_name(given[at])}"
         if draws(node):
             return f"%{node.name} draws random numbers"
