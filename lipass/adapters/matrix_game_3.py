@@ -16,7 +16,6 @@ from lipass.adapters.attention_calls import modules_of
 from lipass.adapters.families import Family
 from lipass.adapters.host_ints import plain
 from lipass.adapters.matrix_game_3_rollout import drive
-from lipass.adapters.size_tensors import keep_sizes
 
 _POSITIONAL = ("x", "t", "context", "seq_len")
 _GROWS = {
@@ -28,7 +27,6 @@ _GROWS = {
 
 def _adopt(model: Any, adoption: Adoption) -> None:
     _lint(model, adoption)
-    keep_sizes(model, adoption)
     for block in model.blocks:
         actions = block.action_model
         if actions is not None:

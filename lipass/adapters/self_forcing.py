@@ -14,7 +14,6 @@ from lipass.adapters.adoption import Adoption, place
 from lipass.adapters.blockwise import Blocks, Cache, Levels
 from lipass.adapters.cache_ends import CacheEnds, holds_indices, tie
 from lipass.adapters.families import Family
-from lipass.adapters.size_tensors import keep_sizes
 from lipass.session import Session
 
 _CACHES = ("kv_cache", "prope_kv_cache")
@@ -22,7 +21,6 @@ _LEVELS = ("denoising_step_list", "denoising_step_list_first_chunk")
 
 
 def _adopt(model: nn.Module, adoption: Adoption) -> None:
-    keep_sizes(model, adoption)
     ends = CacheEnds(adoption)
     why = "ends of its caches are ints, not tensors"
     # what reads a cache for the first time is outside of what `model.compile()` compiles

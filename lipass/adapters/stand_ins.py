@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lipass.adapters import host_ints
 from lipass.adapters.plain_attention import attend, attend_packed
 
 LIBRARIES = ("flash_attn", "flash_attn_interface", "flash_attn_3", "sageattention", "xformers")
@@ -226,4 +227,4 @@ def _wan(
     q, k = q.to(v.dtype), k.to(v.dtype)
     if given.get("q_scale") is not None:
         q = q * given["q_scale"]
-    return attend(q, k, v, k_lens=given["k_lens"], **options).to(returned)
+    return attend(q, k, v, k_lens=host_ints.plain(given["k_lens"]), **options).to(returned)

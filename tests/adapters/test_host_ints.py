@@ -12,7 +12,6 @@ import lipass
 from lipass.adapters.cache_ends import CacheEnds
 from lipass.adapters.host_ints import HostInts, with_host_ints, with_products
 from lipass.adapters.plain_attention import attend
-from lipass.adapters.size_tensors import keep_sizes
 
 _WAN_LIKE = """
 import math
@@ -55,8 +54,7 @@ def stranger():
 def test_a_grid_that_layers_read_back_is_in_one_graph(stranger, fresh_dynamo):
     model, x = stranger.Model(), torch.randn(2, 4, 3, 8, 6)
     expected = model(x, 64)
-    adoption = lipass.adopt(model, family="any")
-    keep_sizes(model, adoption)
+    adoption = lipass.adopt(model)
     assert [(one.where, one.name) for one in adoption.changes] == [
         ("stranger_sizes.py:8", "math"),
         ("stranger_sizes.py:8", "torch"),

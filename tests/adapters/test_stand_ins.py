@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lipass
+from lipass.adapters.host_ints import HostInts
 from lipass.adapters.stand_ins import stand_in
 
 
@@ -183,6 +184,13 @@ def test_attention_that_asks_for_a_gpu_is_one_graph(stranger, fresh_dynamo, leng
         torch.testing.assert_close(fast(x, given), _expected(model, x, lengths or [6, 6]))
     with pytest.raises(AssertionError):
         model(x)
+
+
+def test_lengths_that_are_sizes_are_cut(stranger):
+    model, x = stranger.Block(), torch.randn(2, 6, 16)
+    with lipass.adopt(model), torch.no_grad():
+        got = model(x, HostInts([4, 4]))
+    torch.testing.assert_close(got, _expected(model, x, [4, 4]))
 
 
 def test_what_stays_breaks_the_graph_with_its_reason(fresh_dynamo):

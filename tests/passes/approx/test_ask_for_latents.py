@@ -99,6 +99,28 @@ def test_fast_latents_shorten_the_window(model, fresh_dynamo):
     assert chunks[5].context == [0, 8, 9]
 
 
+class WithCameras(nn.Module):
+    """Take the cameras of the new latents alone, by which no graph can choose a history."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.camera = Decode(), nn.Linear(16, 8)
+
+    def forward(self, x, keys, values, start, w2c):
+        x = x + self.camera(w2c.flatten(2)).transpose(1, 2)[..., None, None]
+        return self.inner(x, keys, values, start)
+
+
+def test_cameras_of_the_new_latents_alone_choose_nothing(fresh_dynamo):
+    torch.manual_seed(0)
+    model = WithCameras().eval().requires_grad_(False)
+    fast, w2c = _compiled(model), torch.eye(4).repeat(1, 2, 1, 1)
+    with lipass.Session(preset="context", **_OPTIONS) as session:
+        _, chunks = _rollout(lambda *call: fast(*call, w2c), session)
+    assert chunks[5].context == [0, 6, 7, 8, 9]
+    assert [chunk.latents_read for chunk in chunks[3:]] == [5, 5, 5]
+
+
 def test_without_a_session_all_is_read(model, fresh_dynamo):
     outs, _ = _rollout(_compiled(model))
     for got, expected in zip(outs, _rollout(model)[0], strict=True):
