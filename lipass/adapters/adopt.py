@@ -38,8 +38,9 @@ def adopt(model: Any, *, family: str | None = None) -> Adoption:
     adapter = _named(family) if family else _first_family(found)
     members = _members(found, adapter) or found if adapter else []
     # what holds the model holds the loop that it is rolled out by
-    plain = getattr(model, "_orig_mod", model)
-    drive = None if adapter is None or plain in members else adapter.drive
+    itself = getattr(model, "_orig_mod", model)
+    is_held = all(one is not itself for one in members)
+    drive = adapter.drive if adapter and is_held else None
     adoption = Adoption(
         adapter.name if adapter else "any", drive and functools.partial(drive, model)
     )

@@ -249,3 +249,13 @@ def test_the_lines_of_the_page_run(pipeline):
     assert names["video"].isfinite().all()
     assert [one.steps_skipped for one in list(report().chunks)[-3:]] == [0, 0, 2]
     assert "__call__" not in vars(type(model))
+
+
+def test_the_model_alone_has_no_loop_to_drive(pipeline):
+    with (
+        lipass.adopt(pipeline.generator.model) as adoption,
+        lipass.Session(preset="all") as session,
+        pytest.raises(lipass.LipassError, match="a rollout must be known to be driven"),
+        adoption.drive(session),
+    ):
+        pass
