@@ -189,6 +189,7 @@ def test_latents_that_were_given_are_history(pipeline):
     assert [one.plan.history_latents for one in list(report().chunks)[-2:]] == [3, 6]
 
 
+@pytest.mark.slow
 def test_looked_up_steps_compute_and_are_counted_so(pipeline):
     options = {"chunk_latents": CHUNK, "steps.form": "lookup"}
     with lipass.adopt(pipeline) as adoption:
