@@ -98,7 +98,7 @@ class _Rollout:
             cameras, new, end, [index - first for index in sorted({*released, *past})]
         )
         if self._session.config.context is None:
-            return [*picks[:-1], _Kept.SINK]
+            return picks
         chosen = [index + first for index in chunk.context if index + first < past.start]
         if len(chosen) > len(bases):
             raise LipassError(
@@ -162,8 +162,6 @@ class _Rollout:
 
 class _Kept(list[int]):
     """Frames that stay as they were chosen: the pipeline writes its sink to the last place."""
-
-    SINK = _FRAMES_A_LATENT * _SINK_LATENT
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Leave everything as it is."""

@@ -75,18 +75,19 @@ def test_full_budget_equals_the_model(subject):
 
 
 def test_all_leaves_out_memory_steps_and_blocks_and_counts_them_truly(subject):
-    options = options_of(subject, "all")
+    two = {"context.sink_latents": 2}  # one latent of memory would be a graph of its own
+    options = options_of(subject, "all", **two)
     with lipass.adopt(subject.model), registry.force("sparse"):
-        model = compiled(subject, "all")
+        model = compiled(subject, "all", verify="off", **two)
         with lipass.Session(**options) as session:
-            rolled(subject, model, 4, session)
+            rolled(subject, model, 3, session)
         graphs = current_report().graphs
         with lipass.Session(**options) as session:
-            ran = counted(subject, lambda: rolled(subject, model, 4, session))
-    records = list(current_report().chunks)[-4:]
+            ran = counted(subject, lambda: rolled(subject, model, 3, session))
+    records = list(current_report().chunks)[-3:]
     said = [subject.expected(record) for record in records]
     assert ran == Ran(sum(one.calls for one in said), sum(one.latents for one in said))
-    assert [one.steps_skipped for one in records] == [0, 0, 1, 1]
+    assert [one.steps_skipped for one in records] == [0, 0, 1]
     assert all(one.plan.history_latents > len(one.plan.context.indices) for one in records[2:])
     sites = [site for site in lipass.report().sites.values() if site.role == "self"]
     assert len(sites) == 1
@@ -195,6 +196,7 @@ def test_memory_of_our_own_policy_is_what_the_receipt_says(pipeline, convention)
         assert len(memory) <= 4
 
 
+@pytest.mark.slow
 def test_steps_of_a_driven_rollout_are_answered_and_its_scheduler_steps_each(
     pipeline, monkeypatch
 ):
@@ -206,7 +208,8 @@ def test_steps_of_a_driven_rollout_are_answered_and_its_scheduler_steps_each(
     )
     options = {**VIEW, "preset": "cache"}
     pipe, _ = pipeline
-    pipe.model.compile(backend="light_interaction", options={**options, "inner": "eager"})
+    fast = {**options, "inner": "eager", "verify": "off"}
+    pipe.model.compile(backend="light_interaction", options=fast)
     driven(pipeline, 4, convention="c2w", **options)
     records = list(current_report().chunks)
     assert len(taken) == 4 * 3
