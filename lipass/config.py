@@ -237,7 +237,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         "float": plain_int or (isinstance(value, float) and not math.isnan(value)),
         "tuple[int, int, int]": ints and len(value) == 3,
         "tuple[int, int, int] | None": value is None or (ints and len(value) == 3),
-        "tuple[int, int] | None": value is None or (ints and len(value) == 2),
+        "tuple[int, ...] | None": value is None or ints,
         "tuple[int, ...]": ints,
         "str | tuple[int, ...]": isinstance(value, str) or ints,
         "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(x, str) for x in value),

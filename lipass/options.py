@@ -124,7 +124,8 @@ class SparseOptions:
         budget_decode: the same while a chunk is denoised behind a history.
         sink_latents: first latents of the history whose blocks are always visited.
         ranking: what ranks blocks, "product" of the means of queries and keys or its "cosine".
-        token_grid: tokens of one latent frame (Y, X); None infers it from the graph.
+        token_grid: tokens of one latent frame (Y, X), or of a clip (T, Y, X), where they are
+            packed outside of what is compiled; None infers it from the graph.
         dense_layers: attention layers kept dense, counted from 0 in call order.
         dense_chunks: attention stays dense while the history holds fewer chunks than this; this
             and `dense_tokens` do not hold for graphs that read no history.
@@ -139,7 +140,7 @@ class SparseOptions:
     budget_decode: float
     sink_latents: int
     ranking: str
-    token_grid: tuple[int, int] | None
+    token_grid: tuple[int, ...] | None
     dense_layers: tuple[int, ...]
     dense_chunks: int
     dense_tokens: int
@@ -172,8 +173,9 @@ class SparseOptions:
             check(value >= 0, f"sparse.{name} must be >= 0", value, "use 0 to switch it off")
         check_choice("sparse.ranking", self.ranking, RANKINGS)
         check(
-            self.token_grid is None or (len(self.token_grid) == 2 and min(self.token_grid) >= 1),
-            "sparse.token_grid must be None or two positive ints (Y, X)",
+            self.token_grid is None
+            or (len(self.token_grid) in (2, 3) and min(self.token_grid) >= 1),
+            "sparse.token_grid must be None or positive ints (Y, X) or (T, Y, X)",
             self.token_grid,
             "use None to infer it",
         )

@@ -48,7 +48,7 @@ def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Re
     found = match.attention(call, masked=site.role == "self", in_pieces=not is_whole)
     if isinstance(found, Refusal):
         return found
-    found = cut(found, call, ctx)
+    found = cut(even(found, call, ctx), call, ctx)
     if len(found.keys) != len(site.segments):
         return Refusal("an earlier pass has changed what its keys are made of")
     return found
@@ -78,6 +78,33 @@ def cut(given: Operands, call: Node, ctx: PassContext) -> Operands:
         for i, pieces in enumerate((keys, values)):
             pieces += [pair[i]] if filled is None else _emit(filled[i], emit)
     return replace(given, keys=tuple(keys), values=tuple(values))
+
+
+def even(given: Operands, call: Node, ctx: PassContext) -> Operands:
+    """Cut k into slices as v is joined, or v as k is, where one of them is in one piece.
+
+    It was joined before something else was done to it, such as positions that are turned into
+    keys: `k = rope(cat([history, current]))`, `v = cat([history, current])`.
+    """
+    if len(given.keys) != 1 or given.mask is not None:
+        return given
+    k, v = match.joined(given.keys[0]), match.joined(given.values[0])
+    if len(k) == len(v):
+        return given
+    emit = Emitter(call, ctx)
+    finer, whole = (v, given.keys[0]) if len(k) < len(v) else (k, given.values[0])
+    slices: list[Node] = []
+    start: Any = 0
+    for piece in finer:
+        tokens = emit.size(value(piece).shape[2], piece, 2)
+        plain = isinstance(start, int) and isinstance(tokens, int)
+        end: Any = start + tokens if plain else emit(operator.add, start, tokens)
+        index = (slice(None), slice(None), slice(start, end))
+        slices.append(emit(operator.getitem, whole, index))
+        start = end
+    if len(k) < len(v):
+        return replace(given, keys=tuple(slices), values=v, joined_keys=True)
+    return replace(given, keys=k, values=tuple(slices))
 
 
 def is_cut(given: Operands, call: Node) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.fx
 from torch.fx import Node
 
 from lipass.passes.attention.operators import argument, places_of
+from lipass.passes.attention.padding_mask import same_for_all
 from lipass.passes.attention.site import SDPA
 from lipass.passes.attention.walk import same_values
 from lipass.passes.graph.calls import is_call
@@ -35,7 +36,14 @@ class Operands:
     groups: int = 1
     """Heads of q that share one head of k and v."""
     mask: Node | None = None
-    """Added to the scores of a key, or whether it is seen, the same for all queries."""
+    """Added to the scores of a key, or whether it is seen, `[.., 1, Lk]` or equal rows of it."""
+
+    joined_keys: bool = False
+    """Whether keys are slices of what was joined before its positions, and values say what of."""
+
+    def seen(self) -> Operands:
+        """Return the operands whose keys say where tokens come from: the values, if joined."""
+        return replace(self, keys=self.values) if self.joined_keys else self
 
     def tensors(self) -> tuple[Node, ...]:
         """List q, all pieces and the mask; a node may come more than once."""
@@ -45,22 +53,26 @@ class Operands:
         """Return the same operands in a copy of the graph."""
         keys, values = (tuple(nodes[x] for x in part) for part in (self.keys, self.values))
         mask = self.mask and nodes[self.mask]
-        return Operands(nodes[self.q], keys, values, self.scale, self.groups, mask)
+        return replace(self, q=nodes[self.q], keys=keys, values=values, mask=mask)
 
 
-def attention(node: Node, *, masked: bool = False, in_pieces: bool = True) -> Operands | Refusal:
+def attention(
+    node: Node, *, masked: bool = False, in_pieces: bool = True, by_rows: bool = False
+) -> Operands | Refusal:
     """Match a canonical attention call that is a plain softmax over all keys.
 
     Args:
         node: the call.
         masked: take a mask too that is one for all queries, such as that of padded keys.
         in_pieces: take joined keys apart.
+        by_rows: take a mask `[.., Lq, Lk]` too, which the caller proves to be one for the queries
+            that matter.
     """
     places = places_of(node)
     if places is None:
         return Refusal("nobody has said where its operands are")
     mask = node.kwargs.get("attn_mask") if is_call(node, SDPA) else None
-    if is_call(node, SDPA) and (why := _not_plain(node, masked=masked)):
+    if is_call(node, SDPA) and (why := _not_plain(node, masked=masked, by_rows=by_rows)):
         return Refusal(why)
     q, k, v = (argument(node, place) for place in places[:3])
     if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)):
@@ -86,9 +98,9 @@ def attention(node: Node, *, masked: bool = False, in_pieces: bool = True) -> Op
         return Refusal("its scale is not a constant")
     # a mask covers the keys as they are joined
     in_pieces = in_pieces and mask is None
-    keys, values = (pieces_of(k), pieces_of(v)) if in_pieces else ((k,), (v,))
+    keys, values = (joined(k), joined(v)) if in_pieces else ((k,), (v,))
     if len(keys) != len(values):
-        return Refusal(f"k is made of {len(keys)} pieces and v of {len(values)}")
+        keys, values = (k,), (v,)  # one was joined before its positions; `cut` takes it apart
     for i, (key, val) in enumerate(zip(keys, values, strict=True)):
         # torch does not tie the two sizes to each other when both come from inputs
         if not guard(value(key).shape[2] == value(val).shape[2]):
@@ -101,12 +113,12 @@ def attention(node: Node, *, masked: bool = False, in_pieces: bool = True) -> Op
     return Operands(q, keys, values, scale, groups, mask if isinstance(mask, Node) else None)
 
 
-def _not_plain(node: Node, *, masked: bool) -> str | None:
+def _not_plain(node: Node, *, masked: bool, by_rows: bool) -> str | None:
     """Say what a call of SDPA does beside a softmax over all keys, or return None."""
     mask = node.kwargs.get("attn_mask")
     if mask is not None and not masked:
         return "it has a mask"
-    if mask is not None and (why := _of_queries(mask, node)):
+    if mask is not None and (why := _of_queries(mask, node, by_rows=by_rows)):
         return why
     if node.kwargs.get("dropout_p", 0.0) != 0.0:
         return f"dropout is {node.kwargs['dropout_p']}"
@@ -115,12 +127,13 @@ def _not_plain(node: Node, *, masked: bool) -> str | None:
     return None
 
 
-def _of_queries(mask: object, node: Node) -> str | None:
+def _of_queries(mask: object, node: Node, *, by_rows: bool) -> str | None:
     """Say that a mask may differ between queries, or that it is no row over the keys."""
     if not isinstance(mask, Node) or not isinstance(value(mask), torch.Tensor):
         return "it has a mask"
     shape, keys = value(mask).shape, value(node.args[1]).shape
-    if len(shape) > 1 and not known_true(shape[-2] == 1):
+    one = len(shape) < 2 or known_true(shape[-2] == 1) or same_for_all(mask)
+    if not one and not by_rows:
         return f"it has a mask {_text(shape)}, which may differ between queries"
     if not shape or not known_true(shape[-1] == keys[2]):
         return f"it has a mask {_text(shape)}, which is broadcast over its keys"
@@ -155,7 +168,7 @@ def _written_late(call: Node, joined: Node, pieces: tuple[Node, ...]) -> str | N
     return None
 
 
-def pieces_of(tensor: Node) -> tuple[Node, ...]:
+def joined(tensor: Node) -> tuple[Node, ...]:
     """Return the inputs of a concatenation along the tokens, or the tensor itself."""
     tensor = same_values(tensor)
     if is_call(tensor, torch.cat) and tensor.args[1] == 2:

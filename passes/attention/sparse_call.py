@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,7 +18,7 @@ from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, move_site
 from lipass.passes.core import PassContext
 from lipass.passes.graph.arguments import arguments, overload_of, set_arguments, spelled
-from lipass.passes.graph.compat import value
+from lipass.passes.graph.compat import known_true, value
 from lipass.passes.graph.emit import Emitter
 
 _OPERATOR = torch.ops.lipass.sparse_attention.default
@@ -150,7 +151,12 @@ def replace_attention(
 
 
 def _bias(mask: Node, emit: Emitter) -> Node:
-    """Make what is added to scores, `[B or 1, H or 1, Lk]`, of a mask `[.., 1, Lk]`."""
+    """Make what is added to scores, `[B or 1, H or 1, Lk]`, of a mask `[.., 1, Lk]`.
+
+    A mask of more rows has equal ones.
+    """
+    if not known_true(value(mask).shape[2] == 1):
+        mask = emit(operator.getitem, mask, (slice(None), slice(None), slice(0, 1)))
     row = emit.method("squeeze", mask, 2)
     if value(mask).dtype != torch.bool:
         return emit.method("float", row)

@@ -14,7 +14,10 @@ from lipass.passes.attention.walk import upstream
 from lipass.passes.graph.compat import Size, divides, known_true, value
 from lipass.passes.graph.ops import is_reshape, name_of
 
-_NONE = "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q"
+NO_RESHAPE = (
+    "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q; sparse.token_grid gives "
+    "the grid of latents that are packed outside of what is compiled"
+)
 OVER_TIME = "its tokens are the frames at one place, with no blocks to choose from"
 
 
@@ -88,6 +91,8 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                     continue
                 if known_true(above[i] == 1):
                     continue  # an axis of one, such as the batch, is no height
+                if sum(known_true(size == per_latent) for size in below) > 1:
+                    continue  # heads and features may be what was merged
                 grid = (latents, above[i], above[i + 1])
                 for j in reversed(range(i)):
                     if known_true(above[j] == latents):
@@ -98,7 +103,7 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                 pairs.append((above[i], above[i + 1]))
                 if frame is None and i == len(above) - 2 and _is_image(node):
                     frame = Merge(node, (1, above[i], above[i + 1]), (0, i, i + 1))
-    return frame or Refusal(OVER_TIME if over_time else _NONE)
+    return frame or Refusal(OVER_TIME if over_time else NO_RESHAPE)
 
 
 def _is_image(node: Node) -> bool:

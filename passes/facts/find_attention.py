@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch.fx import Graph, Node
 
 from lipass.passes.attention import check_site, joint, match, segments, token_grid
-from lipass.passes.attention.cache_pieces import cut
+from lipass.passes.attention.cache_pieces import cut, even
 from lipass.passes.attention.evidence import evidence_of, origin, returned
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.operators import places_of
@@ -36,6 +36,7 @@ from lipass.passes.graph.names import call_line, call_names
 ROLES = ("text", "history", "current")
 _UNMASKED = ("prefill", "decode", "other")
 WITH_TEXT = "its latents and what is joined with them attend to each other"
+GIVEN = "given by token_grid"
 WITHOUT_HISTORY = "its tokens attend to each other, without a history"
 
 
@@ -131,16 +132,20 @@ class FindAttention(Pass):
             told = refused is not None and bool(refused.role) and not is_call(node, SDPA)
             whole = None if told else self._match(node)
             with _dropped(graph):
-                operands = cut(whole, node, ctx) if isinstance(whole, Operands) else whole
+                pieces = operands = seen = whole
+                if isinstance(whole, Operands):
+                    pieces = even(whole, node, ctx)
+                    operands = cut(pieces, node, ctx)
+                    seen = operands.seen()
                 site = self._joint(node, names[node]) or self._describe(
-                    node, names[node], owners, whole, operands
+                    node, names[node], owners, pieces, seen
                 )
                 if isinstance(operands, Operands) and operands.mask and site.role in _UNMASKED:
                     site = replace(site, role="other", segments=(), reason="it has a mask")
                 if site.latents_first is not None:
                     whole = operands = joint.whole(node)
                 if isinstance(operands, Operands) and site.role in OVER_LATENTS:
-                    owners[origin(operands.keys[-1])] = node
+                    owners[origin(operands.seen().keys[-1])] = node
                     # pieces of a cache are proven by where it is written, at sizes that cannot
                     # be made small
                     if operands == whole and (why := self._wrong(node, operands, site, compared)):
@@ -241,17 +246,18 @@ class FindAttention(Pass):
 
     def _joint(self, node: Node, name: str) -> AttentionSite | None:
         """Describe attention whose queries hold text and latents, or return None."""
-        told = site_of(node) is not None or self.token_grid or self.segments
+        told = site_of(node) is not None or self.segments
         operands = None if told else joint.whole(node)
         if not isinstance(operands, Operands):
             return None
-        if not isinstance(token_grid.merge(operands.q, value(operands.q).shape[2]), Refusal):
+        shown = token_grid.merge(operands.q, value(operands.q).shape[2])
+        if self.token_grid is None and not isinstance(shown, Refusal):
             return None
-        found = joint.describe(operands)
+        found = joint.describe(operands, self.token_grid)
         if isinstance(found, Refusal):
             return None
         grid, pieces, first = found
-        proof = "a reshape merges T, Y, X of the latents"
+        proof = GIVEN if self.token_grid else "a reshape merges T, Y, X of the latents"
         return AttentionSite(
             name, call_line(node), "self", grid, pieces, operands.scale, WITH_TEXT, proof, first
         )
@@ -267,7 +273,7 @@ class FindAttention(Pass):
     def _proof(self, operands: Operands, tokens: Size) -> str:
         found = token_grid.merge(operands.q, tokens)
         if self.token_grid is not None or isinstance(found, Refusal):
-            return "given by token_grid"
+            return GIVEN
         return f"%{found.node.name} merges T, Y, X"
 
     def _grid(self, q: Node, tokens: Size) -> Grid | Refusal:

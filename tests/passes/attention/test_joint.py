@@ -44,12 +44,39 @@ def biased(x, words):
     return attend(q, torch.linspace(0, 1, q.shape[2])[None, None, None])
 
 
+def both_padded(x, words):
+    """Rows and columns of padded words are hidden, as HunyuanVideo 1.5 has it."""
+    q = torch.cat([heads(tokens(x)), heads(words)], 2)
+    seen = F.pad(torch.arange(words.shape[1])[None] < 3, (q.shape[2] - words.shape[1], 0), value=1)
+    row = seen.bool().view(1, 1, 1, -1).repeat(1, 1, q.shape[2], 1)
+    return attend(q, row & row.transpose(2, 3))[:, :, : 3 - words.shape[1]]
+
+
+def both_hidden(x, words):
+    q = torch.cat([heads(words), heads(tokens(x))], 2)
+    shown = torch.ones(1, q.shape[2] - words.shape[1], dtype=torch.bool)
+    seen = torch.cat([torch.arange(words.shape[1])[None] > 1, shown], 1)
+    row = seen[:, None, None].expand(-1, -1, q.shape[2], -1)
+    return attend(q, torch.logical_and(row.mT, row))[:, :, 2:]
+
+
+def repeated_row(x, words):
+    q = torch.cat([heads(tokens(x)), heads(words)], 2)
+    row = (torch.arange(q.shape[2]) > 1)[None, None, None]
+    return attend(q, row.expand(-1, -1, q.shape[2], -1))
+
+
 def two_prompts(x, words):
     return attend(heads(torch.cat([words, words + 1, tokens(x)], 1)))
 
 
 def given(n=4, words=5):
     return torch.randn(1, 16, n, 4, 4), torch.randn(1, words, 16)
+
+
+FORMS = [
+    behind, in_front, of_heads, padded, biased, two_prompts, both_padded, both_hidden, repeated_row
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -65,7 +92,7 @@ def compiled(fresh_dynamo):
 
 
 @pytest.mark.parametrize("grown", [(4, 5), (6, 5), (4, 7)], ids=["fixed", "latents", "text"])
-@pytest.mark.parametrize("fn", [behind, in_front, of_heads, padded, biased, two_prompts])
+@pytest.mark.parametrize("fn", FORMS)
 def test_budget_one_equals_dense(compiled, fn, grown):
     fast = compiled(fn)
     with torch.no_grad():
@@ -91,3 +118,43 @@ def test_latents_between_texts_stay(trace, apply):
     apply(gm, "canonicalize,find-attention,sparse-attention")
     ((_, site),) = sites(gm.graph)
     assert site.role == "text"
+
+
+@pytest.mark.parametrize("shown", ["other width", "hidden", "no transpose"])
+def test_a_mask_that_may_differ_between_latents_stays(trace, apply, shown):
+    def fn(x, words):
+        q = torch.cat([heads(tokens(x)), heads(words)], 2)
+        length = q.shape[2]
+        if shown == "other width":  # the first of the latents are padded, not all
+            seen = F.pad(torch.arange(9)[None] < 3, (length - 9, 0), value=1)
+        else:
+            seen = F.pad(torch.arange(5)[None] < 3, (length - 5, 0), value=int(shown != "hidden"))
+        row = seen.bool().view(1, 1, 1, -1).repeat(1, 1, length, 1)
+        other = row.flip(3).transpose(2, 3) if shown == "no transpose" else row.transpose(2, 3)
+        return attend(q, row & other)
+
+    gm = trace(fn, given())
+    apply(gm, "canonicalize,find-attention,sparse-attention")
+    ((_, site),) = sites(gm.graph)
+    assert (site.role, "may differ between queries" in site.reason) == ("other", True)
+
+
+@pytest.mark.parametrize("grid", [(4, 4, 4), (4, 4)])
+@pytest.mark.parametrize("words", [5, 16])
+def test_latents_that_are_packed_outside_are_told_by_their_grid(compiled, grid, words):
+    def fn(packed, words):
+        return attend(torch.cat([heads(words), heads(packed)], 2))
+
+    args = torch.randn(1, 64, 16), torch.randn(1, words, 16)
+    options = {"preset": "sparse", "inner": "eager", "sparse.budget": 1.0}
+    fast = torch.compile(
+        fn, backend="light_interaction", options={**options, "sparse.token_grid": grid}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*args), fn(*args))
+    (found,) = current_report().sites.values()
+    told = len(grid) == 3 or words == 5
+    # words that are as many as a frame has tokens are one, unless the number of frames is given
+    expected = ("4", "4", "4") if told else ("5", "4", "4")
+    assert tuple(map(str, found.grid)) == expected
+    assert found.segments == (("text", "current") if told else ("current",))

@@ -30,7 +30,7 @@ def latents(frames=3, rows=4, columns=5):
     return torch.randn(1, 16, frames, rows, columns)
 
 
-REFUSED = "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q"
+REFUSED = token_grid.NO_RESHAPE
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,15 @@ def test_features_are_no_grid(grid):
         return attend(x.reshape(1, 24, 2, 3, 4).flatten(2))
 
     assert grid(fn, (torch.randn(1, 24, 24),)) == REFUSED
+
+
+def test_heads_and_features_of_as_many_as_a_frame_has_places_are_no_grid(grid):
+    """An adapter joins heads and features within frames."""
+
+    def fn(x):
+        tokens = x.flatten(2).mT
+        frames = tokens.unflatten(1, (3, -1)).unflatten(-1, (2, 8))
+        tokens = tokens + frames.flatten(3).flatten(1, 2)
+        return attend(tokens)
+
+    assert grid(fn, (latents(3, 4, 4),)) == ("3", "4", "4")

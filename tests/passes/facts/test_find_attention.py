@@ -308,15 +308,41 @@ def test_cat_along_heads_is_no_segment(found):
     assert role == "other"
 
 
-def test_values_cut_differently_from_keys(found):
-    def fn(x, text, history):
+def test_values_are_joined_more_coarsely_than_keys(found):
+    def fn(x, text, history, w2c):
         q = heads(x.flatten(2).mT)
         key = torch.cat([text, history, q], 2)
         value = torch.cat([text, torch.cat([history, q], 2).relu()], 2)
-        return F.scaled_dot_product_attention(q, key, value)
+        return F.scaled_dot_product_attention(q, key, value) * w2c.sum()
 
-    args = (latents(), kv(6), kv(16 * HISTORY))
-    assert found(fn, args) == [("other", "k is made of 3 pieces and v of 2")]
+    args = (latents(), kv(6), kv(16 * HISTORY), torch.randn(1, HISTORY + 4, 4, 4))
+    assert found(fn, args) == [("decode", "it has history keys")]
+
+
+@pytest.mark.parametrize("turned", ["keys", "values", "both"])
+def test_keys_are_joined_before_their_positions_and_values_are_not(apply, turned):
+    def fn(x, history, w2c, table):
+        q = heads(x.flatten(2).mT)
+        key, value = torch.cat([history, q * 2], 2), torch.cat([history + 1, q * 3], 2)
+        key = key * table if turned != "values" else key
+        value = value * table if turned != "keys" else value
+        return F.scaled_dot_product_attention(q, key, value) * w2c.mean()
+
+    found = []
+
+    def backend(gm, _):
+        apply(gm, f"{TEXT},sparse-attention")
+        found.extend(site for _, site in sites(gm.graph))
+        return gm.forward
+
+    compiled = torch.compile(fn, backend=backend)
+    for n in (HISTORY, HISTORY + 4):
+        tokens = 16 * (n + 4)
+        w2c, table = torch.randn(1, n + 4, 4, 4), torch.randn(tokens, 8)
+        args = (latents(), kv(16 * n), w2c, table)
+        torch.testing.assert_close(compiled(*args), fn(*args))
+    expected = "other" if turned == "both" else "decode"
+    assert {site.role for site in found} == {expected}, [site.reason for site in found]
 
 
 def test_values_in_another_order(found):
@@ -336,7 +362,7 @@ def test_query_without_a_grid(found):
         return F.scaled_dot_product_attention(q, key, key)
 
     args = (torch.randn(1, 64, 16), kv(6), kv(128))
-    reason = "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q"
+    reason = token_grid.NO_RESHAPE
     assert found(fn, args) == [("other", reason)]
 
 
