@@ -17,6 +17,7 @@ FAMILIES: tuple[str, ...] = (
     "self_forcing",
     "causal_forcing",
     "matrix_game_3",
+    "mochi",
 )
 """Modules of this folder, each with a `FAMILY`."""
 

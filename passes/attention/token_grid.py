@@ -91,7 +91,8 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                     continue
                 if known_true(above[i] == 1):
                     continue  # an axis of one, such as the batch, is no height
-                if sum(known_true(size == per_latent) for size in below) > 1:
+                alike = sum(known_true(size == per_latent) for size in below) > 1
+                if alike and not _is_image(node):
                     continue  # heads and features may be what was merged
                 grid = (latents, above[i], above[i + 1])
                 for j in reversed(range(i)):
