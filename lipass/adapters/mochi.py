@@ -1,4 +1,4 @@
-"""Mochi of diffusers: its attention takes the words of a prompt one sample at a time, by `nonzero`.
+"""Mochi of diffusers: its attention takes the words of each prompt by `nonzero`, in a loop.
 
 How many words are not padding is data, so Dynamo leaves the function to Python. Here padding is
 masked instead: the same results, in one call that graphs show.

@@ -14,6 +14,7 @@ from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, with_steps
 from lipass.policy.steps import StepPlan, all_taken, plan_steps
 from lipass.receipt import ChunkRecord, current_report
+from lipass.runtime.follow import Follow
 from lipass.runtime.schedule import Schedule
 from lipass.runtime.scope import Block, enter, leave
 from lipass.runtime.step import StepState
@@ -89,6 +90,22 @@ class Chunk:
             plan = all_taken(plan, schedule.why_all)
             self.plan = with_steps(self.plan, plan)
         return StepSequence(self, plan.sequence(), schedule)
+
+    def follow(self, scheduler: Any) -> Follow:
+        """Let a pipeline's own loop be that of this chunk, for which its scheduler is the clock.
+
+        ::
+
+            with session.chunk(poses=..., query=...) as chunk, chunk.follow(pipe.scheduler):
+                clip = pipe(prompt, ...).frames
+
+        The scheduler takes all steps, as with `steps(scheduler)`; the compiled model answers those
+        that are reused. When the block is left, the scheduler is as it was.
+
+        Raises:
+            TypeError: no scheduler of diffusers.
+        """
+        return Follow(self, scheduler)
 
     def step_plan(self, total: int) -> StepPlan:
         """Decide which of `total` steps compute, for a loop that is inside the compiled graph.

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.overwritten import overwrites
 from lipass.passes.attention.site import rename_site, sites
-from lipass.passes.attention.step_inputs import step_inputs
+from lipass.passes.attention.step_inputs import returns_latents, step_inputs
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.frame import source_name
 from lipass.passes.graph.marks import StepInputs, set_region, set_step_inputs, step_of
@@ -42,7 +42,8 @@ class GuardSteps(Pass):
         %step_0 = denoise_step(%x, %sigma, ..);   %x_1 = add(%x, mul(-0.1, getitem(%step_0, 0)))
         %step_1 = denoise_step(%x_1, %sigma_1, ..)
 
-    Loop in Python: a graph with decode sites and a noise level is one step; the whole call is
+    Loop in Python: a graph with decode sites and a noise level is one step, and so is one in which
+    all frames attend to each other, if it returns latents like those it gets; the whole call is
     marked as the region and no node changes. A graph may be both: inside of a loop over
     `Chunk.steps` its own is not guarded, as the slopes of Heun's rule are not steps.
 
@@ -55,7 +56,7 @@ class GuardSteps(Pass):
     Keeps: steps that write to their inputs otherwise or draw random numbers; steps whose outputs
     share memory with an input or each other; steps that are used before they are complete;
     functions that change what lies outside of the graph, which a skipped call would not change;
-    graphs without decode sites; calls that are no whole function, or have no noise level.
+    graphs without decode and self sites; calls that are no whole function, or have no noise level.
     """
 
     name: ClassVar[str] = "guard-steps"
@@ -89,7 +90,8 @@ class GuardSteps(Pass):
 
 def _guard_call(graph: Graph, ctx: PassContext) -> StepInputs | Refusal:
     """Mark the whole call as the region, where it is one denoising step."""
-    if not any(site.role in ("decode", "self") for _, site in sites(graph)):
+    roles = {site.role for _, site in sites(graph)}
+    if "decode" not in roles and ("self" not in roles or "prefill" in roles):
         return Refusal("it has no decode or self site, so it is no denoising step")
     if not ctx.frame.is_whole:
         return Refusal("a graph break cuts it: part would be reused, part computed")
@@ -103,6 +105,10 @@ def _guard_call(graph: Graph, ctx: PassContext) -> StepInputs | Refusal:
     if why := _outside(ctx):
         return Refusal(why)
     given = step_inputs(graph)
+    if isinstance(given, StepInputs) and "decode" not in roles and not returns_latents(graph):
+        return Refusal(
+            "it returns nothing of the shape of its latents, so it is no denoising step"
+        )
     if isinstance(given, StepInputs):
         watched = {inputs[i] for i in given.conditions}
         if unseen := next((node for node in again.values() if node not in watched), None):

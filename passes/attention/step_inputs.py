@@ -55,6 +55,15 @@ def step_inputs(graph: Graph) -> StepInputs | Refusal:
     )
 
 
+def returns_latents(graph: Graph) -> bool:
+    """Whether an output has the shape of an input, or all of it but one axis."""
+    inputs = graph.find_nodes(op="placeholder")
+    free = [_sizes(node) for node in inputs if not is_parameter(node)]
+    given = [own for own in free if own and len(own) > 2]
+    made = [own for node in graph.output_node().all_input_nodes if (own := _sizes(node))]
+    return any(_axes_that_differ(a, b) in (0, 1) for a in made for b in given)
+
+
 def _denoised(graph: Graph, latents: list[Node]) -> int:
     """Count the outputs that have the shape of latents, or of all but one axis; at least one."""
     made = [own for node in graph.output_node().all_input_nodes if (own := _sizes(node))]
