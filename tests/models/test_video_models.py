@@ -1,46 +1,49 @@
 """Attention over latents in models that nobody here wrote becomes sparse, or says why not."""
 
+import contextlib
+
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
-from video_zoo import VIDEO
+from model_table import MODELS, ROWS
 from zoo import own_rounding
 
+import lipass
 from lipass.kernels import registry
 from lipass.receipt import current_report
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:In CPU autocast"),  # Mochi asks for fp32 there
+    pytest.mark.filterwarnings("ignore:To copy construct from a tensor"),  # SkyReels, its fps
+    pytest.mark.filterwarnings("ignore:flex_attention called without"),  # the model as it is
     # Some models leave a function to Python, of which the receipt tells.
     pytest.mark.filterwarnings("ignore:every call of a compiled model:lipass.LipassWarning"),
 ]
 
-_SLOW = {"sana-wm", "ltx-2"}
-_NAMES = [pytest.param(x, marks=pytest.mark.slow) if x in _SLOW else x for x in VIDEO]
-
-# Attention over latents that is rewritten, and why other attention than cross is not. Equal
-# layers share a block that Dynamo compiles once (HunyuanVideo 1.5).
-REWRITTEN = {
-    "wan": 2, "wan-vace": 4, "chrono-edit": 2, "skyreels-v2": 2, "anyflow": 2, "helios": 2,
-    "cosmos": 2, "kandinsky-5": 2, "sana-wm": 4, "ltx": 2, "ltx-2": 2, "allegro": 2, "latte": 2,
-    "cogvideox": 2, "consis-id": 2, "easy-animate": 2, "hunyuan-video": 2, "joy-image-edit": 2,
-    "motif-video": 2, "sana-video": 0, "hunyuan-video-1.5": 0, "mochi": 0,
-}  # fmt: skip
-"""Sana-Video's is linear attention, and Mochi's runs in frames that Dynamo leaves to Python."""
+_NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if row.slow else name for name, row in ROWS.items()
+]
 
 
 def _run(name, **options):
     torch.manual_seed(0)
-    model, inputs = VIDEO[name]()
+    row = ROWS[name]
+    model, inputs = MODELS[name]()
     inputs |= {"return_dict": False}
-    given = {"inner": "eager", **options}
-    fast = torch.compile(model.eval(), backend="light_interaction", options=given)
+    given = {"inner": "eager", **row.options, **options}
     with torch.no_grad():
-        expected, actual = model(**inputs)[0], fast(**inputs)[0]
+        expected = model.eval()(**inputs)[0]
+        with lipass.adopt(model) if row.adopt else contextlib.nullcontext():
+            fast = torch.compile(model, backend="light_interaction", options=given)
+            actual = fast(**inputs)[0]
     return model, inputs, expected, actual, list(current_report().sites.values())
+
+
+def test_every_model_that_is_tried_is_in_the_table():
+    assert ROWS.keys() == MODELS.keys()
 
 
 @pytest.mark.parametrize("name", _NAMES)
@@ -49,16 +52,17 @@ def test_attention_over_latents_becomes_sparse(name):
     off = (actual - expected).abs().max()
     assert off <= 1e-5 or off <= own_rounding(model, inputs, expected)
     rewritten = [site for site in sites if site.action == "rewritten"]
-    assert len(rewritten) == REWRITTEN[name], sites
+    assert len(rewritten) == ROWS[name].rewritten, sites
     assert all(site.role == "self" and site.grid for site in rewritten)
     assert all(site.reason for site in sites)
+    assert any(ROWS[name].reason in site.reason for site in sites)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, sites in REWRITTEN.items() if sites])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.rewritten])
 def test_all_runs_where_blocks_are_left_out(name):
     with registry.force("sparse"):
         *_, actual, sites = _run(name, preset="all", **{"sparse.tile": (1, 1, 2)})
     assert actual.isfinite().all()
-    assert sum(site.action == "rewritten" for site in sites) == REWRITTEN[name]
+    assert sum(site.action == "rewritten" for site in sites) == ROWS[name].rewritten
     assert any(counts.density < 1 for counts in registry.telemetry().values())

@@ -1,13 +1,9 @@
 """Mochi's attention, adopted, is what it was, and its latents become sparse."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from video_zoo import VIDEO
 
