@@ -37,9 +37,9 @@ class MaskedAttention:
         of_latents = (attn.to_q, attn.to_k, attn.to_v)
         of_words = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         norms = (attn.norm_q, attn.norm_k, None), (attn.norm_added_q, attn.norm_added_k, None)
-        joined = []
-        for i in range(3):
-            parts = []
+        joined: list[Tensor] = []
+        for i in range(3):  # q, k, v
+            parts: list[Tensor] = []
             for project, norm, tokens in (
                 (of_latents[i], norms[0][i], hidden_states),
                 (of_words[i], norms[1][i], words),
@@ -51,7 +51,8 @@ class MaskedAttention:
             joined.append(torch.cat(parts, 1).transpose(1, 2))
         length = hidden_states.shape[1]
         shown = F.pad(said, (length, 0), value=True)[:, None, None]
-        out = F.scaled_dot_product_attention(*joined, attn_mask=shown)
+        q, k, v = joined
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=shown)
         out = out.transpose(1, 2).flatten(2)
         latents, text = out[:, :length], out[:, length:] * said[:, :, None]
         latents = attn.to_out[1](attn.to_out[0](latents))

@@ -20,7 +20,9 @@ from lipass.passes.graph.compat import (
     why_no_guard,
 )
 
-NAME_THEM = "name the pieces with find-attention{segments=text+history+current}"
+NAME_THEM = (
+    'name the pieces with the option "find-attention.segments": ("text", "history", "current")'
+)
 
 
 def is_current_piece(q: Node, key: Node, q_tokens: Size) -> bool:

@@ -126,3 +126,27 @@ def test_kinds_of_keys(kind, options):
     report = lipass.report()
     assert not [one.failure for one in report.passes if one.failure]
     assert {site.role for site in report.sites.values()} == roles
+
+
+def test_a_first_chunk_of_fixed_sizes_is_sparse_once_its_pieces_are_named():
+    """A prompt and a history may be equally long, and nothing has varied yet."""
+
+    def first(model, tokens, text, past):
+        q, k, v = model.own(tokens)
+        return attend(q, [text, past, k], [text, past, v])
+
+    model = Model(first).eval()
+    args = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 2, 32, 16), torch.randn(1, 2, 64, 16)
+    options = {"preset": "sparse", "inner": "eager", "sparse.budget": 1.0, "strict": True}
+    compiled = torch.compile(model, backend="light_interaction", options=options)
+    with torch.no_grad(), pytest.raises(Exception, match=r"could be text or 2 .*\.segments"):
+        compiled(*args)
+    torch._dynamo.reset()
+    reset_report()
+    options |= {"find-attention.segments": ("text", "history", "current")}
+    compiled = torch.compile(model, backend="light_interaction", options=options)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args), model(*args), atol=1e-5, rtol=1e-5)
+    (site,) = lipass.report().sites.values()
+    assert (site.role, site.action) == ("decode", "rewritten")
+    assert site.segments == ("text", "history", "current")

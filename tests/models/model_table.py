@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rare_zoo import RARE
@@ -99,3 +101,30 @@ ROWS: dict[str, Row] = {
     "qwen-image": Row(options=_IMAGE),
     "pixart": Row(),
 }
+
+PAGE = Path(__file__).parents[2] / "docs" / "models" / "diffusers.md"
+_TABLE = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end -->)", re.DOTALL)
+
+
+def table() -> str:
+    """Print the rows as a table of Markdown, as the page shows them."""
+    lines = [
+        "| configuration | rewritten | what it needs, or why its latents stay |",
+        "|---|---|---|",
+    ]
+    for name, row in ROWS.items():
+        needs = [f"`{key}={value}`" for key, value in row.options.items()]
+        needs += ["`lipass.adopt(model)` first"] if row.adopt else []
+        lines.append(f"| {name} | {row.rewritten or 'no'} | {', '.join(needs) or row.why} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown() -> str:
+    """Return the table that the page has."""
+    found = _TABLE.search(PAGE.read_text())
+    assert found is not None
+    return found[0]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(_TABLE.sub(lambda _: table(), PAGE.read_text()))

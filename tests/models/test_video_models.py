@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import model_table
 from model_table import MODELS, ROWS
 from zoo import own_rounding
 
@@ -44,6 +45,11 @@ def _run(name, **options):
 
 def test_every_model_that_is_tried_is_in_the_table():
     assert ROWS.keys() == MODELS.keys()
+
+
+def test_the_page_shows_the_table():
+    """`python tests/models/model_table.py` writes it."""
+    assert model_table.shown() == model_table.table()
 
 
 @pytest.mark.parametrize("name", _NAMES)
