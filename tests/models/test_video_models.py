@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),  # Mochi asks for fp32 there
     pytest.mark.filterwarnings("ignore:To copy construct from a tensor"),  # SkyReels, its fps
     pytest.mark.filterwarnings("ignore:flex_attention called without"),  # the model as it is
+    # torch's own, where it makes a mask of FlexAttention
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     # Some models leave a function to Python, of which the receipt tells.
     pytest.mark.filterwarnings("ignore:every call of a compiled model:lipass.LipassWarning"),
 ]
