@@ -52,6 +52,7 @@ def call_cost(
     *,
     hoisted: bool,
     first: bool = True,
+    rows_latents: int = 0,
 ) -> Cost:
     """Count one call of a model.
 
@@ -64,8 +65,9 @@ def call_cost(
         hoisted: whether products that no token or no step changes are made once, as the exact
             passes do.
         first: whether this is the first call of its chunk, which makes what is kept.
+        rows_latents: latents that products are made for, where sequences are filled up.
     """
-    queries = latents * family.latent_tokens
+    queries = max(latents, rows_latents) * family.latent_tokens
     keys, visited = _keys(family, role, latents, context_latents, sparse)
     pair = 4.0 * family.attention_width * family.streams
     beside = 0.0 if family.joint_text else 4.0 * family.attention_width * family.text_tokens

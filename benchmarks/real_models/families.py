@@ -33,6 +33,8 @@ class Family:
             in a call of its own.
         streams: copies of the tokens that attend (HY-WorldPlay: rotary and projective).
         steps: denoising steps of a chunk.
+        history: what a chunk does with the latents before it: `"encoded"` encodes the context,
+            `"cached"` reads keys that are kept, `"joint"` denoises it with the chunk.
         passes: model calls a step (2 with guidance).
         extra_calls: calls a chunk beside the steps (a refresh of the cache).
     """
@@ -50,6 +52,7 @@ class Family:
     text_tokens: int
     joint_text: bool
     steps: int
+    history: str
     streams: int = 1
     passes: int = 1
     extra_calls: int = 0
@@ -82,6 +85,7 @@ HY_WORLDPLAY = Family(
     # qkv, out, projective out, MLP of 4 widths
     token_weights=13 * 2048**2, row_weights=6 * 2048**2, kept_weights=0,
     latent_grid=(30, 52), chunk_latents=4, text_tokens=929, joint_text=True, steps=4, streams=2,
+    history="encoded",
 )  # fmt: skip
 MATRIX_GAME_3 = Family(
     "matrix-game-3", "Matrix-Game-3.0 (Wan2.2-TI2V-5B), 720p, distilled: 3 steps, no guidance; "
@@ -89,19 +93,21 @@ MATRIX_GAME_3 = Family(
     layers=30, width=3072, heads=24,
     token_weights=_wan(3072, 14336), row_weights=0, kept_weights=4 * 3072**2,
     latent_grid=(22, 40), chunk_latents=10, text_tokens=512, joint_text=False, steps=3,
+    history="joint",
 )  # fmt: skip
 SELF_FORCING = Family(
     "self-forcing", "Self-Forcing (Wan2.1-T2V-1.3B), 480p: 4 steps and the refresh of the cache",
     layers=30, width=1536, heads=12,
     token_weights=_wan(1536, 8960), row_weights=0, kept_weights=0,
     latent_grid=(30, 52), chunk_latents=3, text_tokens=512, joint_text=False, steps=4,
-    extra_calls=1,
+    history="cached", extra_calls=1,
 )  # fmt: skip
 WAN_14B = Family(
     "wan-2.1-14b", "Wan2.1-T2V-14B, 480p, 81 frames: 50 steps with guidance",
     layers=40, width=5120, heads=40,
     token_weights=_wan(5120, 13824), row_weights=0, kept_weights=0,
     latent_grid=(30, 52), chunk_latents=21, text_tokens=512, joint_text=False, steps=50, passes=2,
+    history="joint",
 )  # fmt: skip
 HUNYUAN_VIDEO = Family(
     "hunyuan-video", "HunyuanVideo 13B, 720p, 129 frames: 50 steps, guidance distilled; its 40 "
@@ -109,5 +115,6 @@ HUNYUAN_VIDEO = Family(
     layers=60, width=3072, heads=24,
     token_weights=12 * 3072**2, row_weights=0, kept_weights=0,
     latent_grid=(45, 80), chunk_latents=33, text_tokens=256, joint_text=True, steps=50,
+    history="joint",
 )  # fmt: skip
 FAMILIES = (HY_WORLDPLAY, MATRIX_GAME_3, SELF_FORCING, WAN_14B, HUNYUAN_VIDEO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Iterable
 
@@ -9,13 +10,24 @@ import lipass
 from lipass.options import SparseOptions
 
 from .count import Cost, call_cost
-from .families import HUNYUAN_VIDEO, HY_WORLDPLAY, SELF_FORCING, WAN_14B, Family
-from .protocol import WORLDPLAY_WALKS, Planned, worldplay
+from .families import (
+    HUNYUAN_VIDEO,
+    HY_WORLDPLAY,
+    MATRIX_GAME_3,
+    SELF_FORCING,
+    WAN_14B,
+    Family,
+)
+from .protocol import MATRIX_GAME_WALKS, WORLDPLAY_WALKS, Planned, matrix_game, worldplay
 
 PRESETS = ("off", "exact", "sparse", "all")
 SELF_FORCING_CHUNKS = 7
-# A latent is the unit that poses choose, so no tile reaches over two of them.
-_OWN: dict[str, dict[str, object]] = {HY_WORLDPLAY.name: {"sparse.tile": (1, 8, 8)}}
+# A latent is the unit that poses choose, so no tile reaches over two of them. Matrix-Game-3.0 gets
+# the budget of its release.
+_OWN: dict[str, dict[str, object]] = {
+    HY_WORLDPLAY.name: {"sparse.tile": (1, 8, 8)},
+    MATRIX_GAME_3.name: {"sparse.tile": (1, 8, 8), "sparse.budget_self": 0.2},
+}
 
 
 def all_rows() -> list[dict[str, object]]:
@@ -27,11 +39,17 @@ def all_rows() -> list[dict[str, object]]:
             for preset in (*PRESETS, "reference")
         }
         rows += _rows(HY_WORLDPLAY, walk, planned)
-    streamed = [Planned(n * SELF_FORCING.chunk_latents, SELF_FORCING.steps, None)
-                for n in range(SELF_FORCING_CHUNKS)]  # fmt: skip
+    for walk, text in MATRIX_GAME_WALKS.items():
+        planned = {
+            preset: matrix_game(MATRIX_GAME_3, text, preset)
+            for preset in (*PRESETS, "reference-matrix-game")
+        }
+        rows += _rows(MATRIX_GAME_3, walk, planned)
+    size, steps = SELF_FORCING.chunk_latents, SELF_FORCING.steps
+    streamed = [Planned(n * size, steps, None, size) for n in range(SELF_FORCING_CHUNKS)]
     rows += _rows(SELF_FORCING, "81 frames", dict.fromkeys(PRESETS, streamed))
     for family in (WAN_14B, HUNYUAN_VIDEO):
-        clip = [Planned(0, family.steps, None)]
+        clip = [Planned(0, family.steps, None, family.chunk_latents)]
         rows += _rows(family, "one clip", dict.fromkeys(PRESETS, clip))
     return rows
 
@@ -43,7 +61,7 @@ def own_options(family: Family) -> dict[str, object]:
 
 def _options(preset: str, family: Family) -> dict[str, object]:
     """Give a preset the options of a family, but for what it has off and for the release."""
-    on = lipass.Config.resolve(preset).sparse is not None and preset != "reference"
+    on = lipass.Config.resolve(preset).sparse is not None and not preset.startswith("reference")
     return {"preset": preset, **(own_options(family) if on else {})}
 
 
@@ -64,29 +82,32 @@ def _total(
     total = Cost()
     for chunk in chunks:
         options = None if chunk.dense_reason else sparse
-        history = chunk.context_latents
-        reads_cache = family.extra_calls > 0  # a history that is never encoded again
-        if history and not reads_cache:
+        history, new = chunk.context_latents, chunk.new_latents
+        if history and family.history == "encoded":
             total += call_cost(family, "prefill", history, 0, options, hoisted=hoisted)
         role = "decode" if history else "self"
-        if history == 0 and family.chunk_latents < 5:
+        if family.history == "joint":
+            role, history, new = "self", 0, history + new
+        elif not history:
             options = None  # a first chunk reads nothing but itself
-        calls = (chunk.steps + family.extra_calls) * family.passes
-        new = family.chunk_latents
-        total += call_cost(family, role, new, history, options, hoisted=hoisted)
-        later = call_cost(family, role, new, history, options, hoisted=hoisted, first=False)
-        total += later * (calls - 1)
+        cost = functools.partial(
+            call_cost, family, role, new, history, options, hoisted=hoisted,
+            rows_latents=chunk.rows_latents,
+        )  # fmt: skip
+        total += cost() + cost(first=False) * (_calls(family, chunk) - 1)
     return total
+
+
+def _calls(family: Family, chunk: Planned) -> int:
+    """Count model calls that generate."""
+    return (chunk.steps + family.extra_calls) * family.passes
 
 
 def _row(
     family: Family, walk: str, preset: str, chunks: list[Planned], cost: Cost, off: Cost
 ) -> dict[str, object]:
-    calls = sum(
-        (chunk.steps + family.extra_calls) * family.passes
-        + (chunk.context_latents > 0 and not family.extra_calls)
-        for chunk in chunks
-    )
+    encodes = family.history == "encoded"
+    calls = sum(_calls(family, one) + (encodes and one.context_latents > 0) for one in chunks)
     contexts = [chunk.context_latents for chunk in chunks]
     return {
         "family": family.name,
@@ -100,6 +121,6 @@ def _row(
         "attention_tflop": cost.attention / 1e12,
         "linear_tflop": cost.linear / 1e12,
         "density": cost.attention / cost.dense_attention,
-        "kv_gb_peak": family.kv_bytes(max(contexts)) / 1e9,
+        "kv_gb_peak": 0 if family.history == "joint" else family.kv_bytes(max(contexts)) / 1e9,
         "flop_ratio_to_off": off.total / cost.total,
     }
