@@ -1,5 +1,7 @@
 """Products of real models are those of their papers, and every approximation needs fewer."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.real_models.attended import try_one
@@ -9,6 +11,7 @@ from benchmarks.real_models.protocol import WORLDPLAY_WALKS, worldplay
 from benchmarks.real_models.rows import all_rows
 from lipass.config import Config
 
+ROOT = Path(__file__).resolve().parents[2]
 DENSE_SPARSE = Config.resolve("sparse", {"sparse.budget": 1.0}).sparse
 
 
@@ -71,6 +74,22 @@ def test_all_needs_fewer_products_than_the_release_on_every_walk(rows):
         ours, theirs = rows[(*key[:2], "all")], rows[key]
         assert ours["flop_ratio_to_off"] > theirs["flop_ratio_to_off"]
         assert ours["kv_gb_peak"] <= theirs["kv_gb_peak"]
+
+
+@pytest.mark.parametrize(
+    ("page", "family", "walk", "form"),
+    [
+        ("hy-worldplay", "hy-worldplay", "left/right", "1/{:.1f}"),
+        ("matrix-game-3", "matrix-game-3", "left/right", "1/{:.1f}"),
+        ("self-forcing", "self-forcing", "81 frames", "1/{:.2f}"),
+        ("diffusers", "wan-2.1-14b", "one clip", "1/{:.1f} (Wan 14B)"),
+        ("diffusers", "hunyuan-video", "one clip", "1/{:.1f} (HunyuanVideo)"),
+    ],
+)
+def test_readme_says_what_is_counted(rows, page, family, walk, form):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (line,) = [one for one in lines if f"(docs/models/{page}.md)" in one and one.startswith("|")]
+    assert form.format(rows[family, walk, "all"]["flop_ratio_to_off"]) in line
 
 
 def test_exact_and_sparse_need_no_more_than_off_and_exact(rows):
