@@ -48,7 +48,7 @@ def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Re
     found = match.attention(call, masked=site.role == "self", in_pieces=not is_whole)
     if isinstance(found, Refusal):
         return found
-    found = cut(even(found, call, ctx), call, ctx)
+    found = cut(found if is_whole else even(found, call, ctx), call, ctx)
     if len(found.keys) != len(site.segments):
         return Refusal("an earlier pass has changed what its keys are made of")
     return found

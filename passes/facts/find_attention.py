@@ -130,11 +130,12 @@ class FindAttention(Pass):
         for node in ctx.visit(calls):
             refused = site_of(node)
             told = refused is not None and bool(refused.role) and not is_call(node, SDPA)
-            whole = None if told else self._match(node)
+            as_q = None if told else self._joined_as_q(node)
+            whole = None if told else as_q or match.attention(node, masked=True)
             with _dropped(graph):
                 pieces = operands = seen = whole
                 if isinstance(whole, Operands):
-                    pieces = even(whole, node, ctx)
+                    pieces = as_q or even(whole, node, ctx)
                     operands = cut(pieces, node, ctx)
                     seen = operands.seen()
                 site = self._joint(node, names[node]) or self._describe(
@@ -154,12 +155,12 @@ class FindAttention(Pass):
             ctx.note(site.name, "found", f"{site.role}: {site.reason}")
         return False
 
-    def _match(self, node: Node) -> Operands | Refusal:
-        """Match a call; keys that are joined as the tokens of a grid in q are come whole."""
+    def _joined_as_q(self, node: Node) -> Operands | None:
+        """Match a call whose keys are joined as the tokens of a grid in q are; they come whole."""
         whole = joint.joined_as_q(node)
         if whole and not isinstance(self._grid(whole.q, value(whole.q).shape[2]), Refusal):
             return whole
-        return match.attention(node, masked=True)
+        return None
 
     def _wrong(
         self,
