@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-if __name__ != "lipass.kernels":
-    raise ImportError(
-        f"this package must be imported as lipass.kernels, got {__name__!r}; install the project "
-        "(pip install -e .) and use `import lipass.kernels`"
-    )
+_BARE = __name__ != "lipass.kernels"
+if _BARE:
+    # transformers imports whatever has this name to ask for its version, so the import must not
+    # fail; nothing can be had from it.
+    __path__ = []
 
 _HOME = {
     "BlockGrid": "plan",
@@ -28,6 +28,11 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if _BARE:
+        raise AttributeError(
+            f"this package must be imported as lipass.kernels, got {__name__!r}; install the "
+            "project (pip install -e .) and use `import lipass.kernels`"
+        )
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

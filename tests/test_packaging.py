@@ -97,10 +97,17 @@ def test_editable_install_maps_the_folder(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["passes", "kernels"])
 def test_bare_name_is_refused_with_the_right_one(name):
-    done = python(f"import {name}", cwd=ROOT)
+    done = python(f"import {name}; {name}.Anything", cwd=ROOT)
     assert done.returncode != 0
     assert f"imported as lipass.{name}, got '{name}'" in done.stderr
     assert f"import lipass.{name}" in done.stderr.splitlines()[-1]
+
+
+def test_bare_kernels_has_no_version_and_no_modules_for_who_looks_for_another_package():
+    code = "import kernels; print(getattr(kernels, '__version__', 'N/A'))"
+    assert output(code, cwd=ROOT) == "N/A"
+    done = python("import kernels.plan", cwd=ROOT)
+    assert "No module named 'kernels.plan'" in done.stderr
 
 
 def test_import_lipass_loads_nothing_heavy(tmp_path):

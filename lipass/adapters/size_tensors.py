@@ -19,8 +19,11 @@ _READS = frozenset({"tolist", "item"})
 
 
 def keep_sizes(model: nn.Module, adoption: Adoption) -> None:
-    """Bind `torch` and `math` anew in the modules that read the sizes of a token grid back."""
+    """Bind `torch` and `math` anew where parts of the model read the sizes of a grid back."""
+    own = {type(part).__module__ for part in model.modules()}
     for module in modules_of(model):
+        if module.__name__ not in own:
+            continue
         read = min(_reads(module), default=None)
         if read is None:
             continue

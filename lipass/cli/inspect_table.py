@@ -148,7 +148,7 @@ def _notes(notes: list[dict[str, Any]]) -> Iterator[str]:
         groups.setdefault((note["action"], note["reason"]), []).append(note["site"])
     for (action, reason), sites in groups.items():
         where = sites[0] if len(sites) == 1 else f"{sites[0]} .. {sites[-1]} ({len(sites)})"
-        first, *rest = paragraph(f"{action:<9} {where}: {reason}", 4)
+        first, *rest = paragraph(f"{action:<9} {where}: {reason}", 4, hanging=10)
         colour = _ACTION_COLOURS.get(action)
         yield first.replace(action, paint(action, *[colour] if colour else []), 1)
-        yield from ("    " + line.replace("    ", "          ", 1) for line in rest)
+        yield from rest

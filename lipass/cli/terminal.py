@@ -38,14 +38,20 @@ def cut(text: str, width: int) -> str:
     return text if len(text) <= width else ".." + text[len(text) - width + 2 :]
 
 
-def paragraph(text: str, indent: int) -> list[str]:
-    """Wrap a sentence; what has no spaces may stick out, so that it can be copied."""
+def paragraph(text: str, indent: int, hanging: int = 0) -> list[str]:
+    """Wrap a sentence; what has no spaces may stick out, so that it can be copied.
+
+    Args:
+        text: the sentence.
+        indent: spaces in front of each line.
+        hanging: more of them in front of all but the first.
+    """
     pad = " " * indent
     return textwrap.wrap(
         text,
         WIDTH,
         initial_indent=pad,
-        subsequent_indent=pad,
+        subsequent_indent=pad + " " * hanging,
         break_long_words=False,
         break_on_hyphens=False,
     ) or [pad.rstrip()]

@@ -55,7 +55,8 @@ def roll(model):
     return run
 
 
-@pytest.mark.parametrize("preset", PIPELINES)
+# Another preset chooses by the cameras of video frames.
+@pytest.mark.parametrize("preset", sorted({*PIPELINES} - {"reference-matrix-game"}))
 def test_model_calls_read_nothing(preset, roll):
     def around():
         return assert_no_device_reads(host=True, allow=HOST_ONLY)

@@ -81,7 +81,7 @@ def test_every_block_given_is_dense_attention(case):
     [
         (
             lambda blocks: {"planner": "best", "blocks": blocks},
-            "planner must be one of mean, given",
+            "planner must be one of mean, cosine, given",
         ),
         (lambda blocks: {"planner": "given"}, "got none with planner 'given'"),
         (lambda blocks: {"blocks": blocks}, "got blocks with planner 'mean'"),
