@@ -261,6 +261,8 @@ def test_compiled_programs_equal_eager(preset, fuzz):
                     f"{seed}: {type(error).__name__}: {str(error)[:200]} {program_of(seed)}"
                 )
                 continue
-            if worst > 1e-4:
+            # attention in bf16 may be computed in another order
+            casts = "casts" in program_of(seed)["attention"]
+            if worst > (3e-2 if casts else 1e-4):
                 failed.append(f"{seed}: off by {worst:.2g} {program_of(seed)}")
     assert not failed, "\n".join(failed)
