@@ -154,6 +154,12 @@ def test_report_stays_the_function_after_its_module_is_imported(tmp_path):
     assert output(code, cwd=tmp_path) == "True"
 
 
+@pytest.mark.parametrize("folder", ["lipass", "passes"])
+def test_files_have_one_subject_as_their_lengths_say(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, path
+
+
 def test_only_the_demo_command_names_the_example():
     for folder in ("lipass", "passes", "kernels"):
         for path in (ROOT / folder).rglob("*.py"):
