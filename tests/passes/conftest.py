@@ -13,7 +13,7 @@ from lipass.compile.gate import measured_gate
 from lipass.passes.core import PassContext, PassPipeline
 from lipass.passes.runner import run_pipeline
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `mini` and `spellings`
+sys.path.insert(0, str(Path(__file__).parent))  # for `mini`, `spellings`, `attending`
 
 from mini import Inputs, Mini
 
