@@ -48,13 +48,14 @@ def _table(result: dict[str, object]) -> str:
     assert isinstance(rows, list)
     lines = [
         "| family | walk | preset | context latents | calls | attention TFLOP | linear TFLOP "
-        "| density | KV GB | FLOPs of `off` |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| density | KV GB | FLOPs of `off` | options |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['family']} | {r['walk']} | `{r['preset']}` | {r['context_latents_mean']:.1f} "
         f"| {r['model_calls']} | {r['attention_tflop']:,.0f} | {r['linear_tflop']:,.0f} "
-        f"| {r['density']:.2f} | {r['kv_gb_peak']:.1f} | 1/{r['flop_ratio_to_off']:.2f} |"
+        f"| {r['density']:.2f} | {r['kv_gb_peak']:.1f} | 1/{r['flop_ratio_to_off']:.2f} "
+        f"| {', '.join(f'{name}={value}' for name, value in r['options'].items())} |"
         for r in rows
     ]
     calls = result.get("calls", [])

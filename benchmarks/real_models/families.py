@@ -88,8 +88,8 @@ HY_WORLDPLAY = Family(
     history="encoded",
 )  # fmt: skip
 MATRIX_GAME_3 = Family(
-    "matrix-game-3", "Matrix-Game-3.0 (Wan2.2-TI2V-5B), 720p, distilled: 3 steps, no guidance; "
-    "without its action module",
+    "matrix-game-3", "Matrix-Game-3.0, 720p, distilled: 3 steps, no guidance; without its action "
+    "module; its own config was not at hand, so widths are those of Wan2.2-TI2V-5B below it",
     layers=30, width=3072, heads=24,
     token_weights=_wan(3072, 14336), row_weights=0, kept_weights=4 * 3072**2,
     latent_grid=(22, 40), chunk_latents=10, text_tokens=512, joint_text=False, steps=3,

@@ -44,16 +44,18 @@ class Planned:
     rows_latents: int = 0
 
 
-def worldplay(family: Family, walk: str, options: dict[str, object]) -> list[Planned]:
+def worldplay(
+    family: Family, walk: str, options: dict[str, object], *, changing: bool = True
+) -> list[Planned]:
     """Plan the 16 chunks of a walk of HY-WorldPlay.
-
-    The camera never stands, so latents of neighbouring chunks are taken to have nothing in
-    common, and the window of the adaptive policy is short.
 
     Args:
         family: for its steps and chunk length.
         walk: pose string.
         options: of the session.
+        changing: whether latents of neighbouring chunks have nothing in common, so that the window
+            of the adaptive policy is its shortest; otherwise it is its longest. What latents of
+            the model do along a walk takes its weights to know.
     """
     w2c = parse_trajectory(walk)
     size = family.chunk_latents
@@ -66,7 +68,7 @@ def worldplay(family: Family, walk: str, options: dict[str, object]) -> list[Pla
             with session.chunk(
                 poses=past,
                 query=w2c[start : start + size],
-                latents=latents[:start] if start else None,
+                latents=latents[:start] if start and changing else None,
                 own_context=range(min(start, WORLDPLAY_LATENTS)),
             ) as chunk:
                 chunk.steps(sigmas)

@@ -21,6 +21,8 @@ from .families import (
 from .protocol import MATRIX_GAME_WALKS, WORLDPLAY_WALKS, Planned, matrix_game, worldplay
 
 PRESETS = ("off", "exact", "sparse", "all")
+# What `all` costs where latents change so slowly that the window is the longest.
+LONGEST = "all, longest window"
 SELF_FORCING_CHUNKS = 7
 # A latent is the unit that poses choose, so no tile reaches over two of them. Matrix-Game-3.0 gets
 # the budget of its release.
@@ -38,6 +40,9 @@ def all_rows() -> list[dict[str, object]]:
             preset: worldplay(HY_WORLDPLAY, text, _options(preset, HY_WORLDPLAY))
             for preset in (*PRESETS, "reference")
         }
+        planned[LONGEST] = worldplay(
+            HY_WORLDPLAY, text, _options(LONGEST, HY_WORLDPLAY), changing=False
+        )
         rows += _rows(HY_WORLDPLAY, walk, planned)
     for walk, text in MATRIX_GAME_WALKS.items():
         planned = {
@@ -61,6 +66,7 @@ def own_options(family: Family) -> dict[str, object]:
 
 def _options(preset: str, family: Family) -> dict[str, object]:
     """Give a preset the options of a family, but for what it has off and for the release."""
+    preset = preset.partition(",")[0]
     on = lipass.Config.resolve(preset).sparse is not None and not preset.startswith("reference")
     return {"preset": preset, **(own_options(family) if on else {})}
 
@@ -113,6 +119,7 @@ def _row(
         "family": family.name,
         "walk": walk,
         "preset": preset,
+        "options": {k: v for k, v in _options(preset, family).items() if k != "preset"},
         "chunks": len(chunks),
         "context_latents": contexts,
         "context_latents_mean": statistics.mean(contexts),

@@ -123,7 +123,10 @@ class HostInts:
         if axis is None or self.dim() == 1:
             return HostInts(math.prod(_flat(self.values)))
         if axis not in (-1, self.dim() - 1):
-            raise NotImplementedError(f"prod must be along the last axis, got {axis}")
+            raise NotImplementedError(
+                "a product of sizes must be along the last axis, got axis "
+                f"{axis} of {self.dim()}; multiply the sizes one by one"
+            )
         return HostInts([HostInts(one).prod().values for one in self.values])
 
     def __getitem__(self, index: Any) -> HostInts:
