@@ -1,21 +1,18 @@
 """Hold sizes as ints where released code makes small tensors of them and reads these back.
 
 `torch.tensor(x.shape[2:])` and then `.tolist()` or `.item()` in each layer: on a GPU each is a
-device read, under Dynamo a graph break, or a size that no pass can prove anything about. Here the
-same spellings give `HostInts`, which are asked like a tensor and hold ints, symbolic ones too.
+device read, under Dynamo a graph break, or a size that no pass can prove anything about.
+`HostInts` are asked like a tensor and hold ints, symbolic ones too; `host_torch` makes them.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-
-_INTEGERS = (None, torch.long, torch.int)
 
 
 class HostInts:
@@ -230,50 +227,6 @@ def as_tensor(given: Any) -> Any:
 def plain(given: Any) -> Any:
     """Return ints in place of `HostInts`."""
     return given.tolist() if isinstance(given, HostInts) else given
-
-
-def with_host_ints(module: ModuleType) -> ModuleType:
-    """Return a copy of `torch` that makes `HostInts` where `module` makes tensors of sizes."""
-    copy = ModuleType(module.__name__)
-    vars(copy).update(vars(module))
-    vars(copy).update(tensor=_tensor, stack=_stack, cat=_cat)
-    return copy
-
-
-def with_products(module: ModuleType) -> ModuleType:
-    """Return a copy of `math` whose `prod` of `HostInts` is one, which has `item`."""
-    copy = ModuleType(module.__name__)
-    vars(copy).update(vars(module))
-    vars(copy).update(prod=_prod)
-    return copy
-
-
-def _tensor(data: Any, *, dtype: Any = None, device: Any = None, **named: Any) -> Any:
-    listed = isinstance(data, (list, tuple)) and not isinstance(data, torch.Size) and dtype
-    if device is None and dtype in _INTEGERS and not named:
-        if isinstance(data, torch.Size):
-            return HostInts(list(data))
-        if listed and data and all(isinstance(one, int) for one in data):
-            return HostInts(list(data))
-        if listed and data and all(isinstance(one, torch.Size) for one in data):
-            return HostInts([list(one) for one in data])
-    return torch.tensor(data, dtype=dtype, device=device, **named)
-
-
-def _stack(tensors: Sequence[Any], dim: int = 0, **named: Any) -> Any:
-    if dim == 0 and tensors and all(isinstance(one, HostInts) for one in tensors):
-        return HostInts([one.tolist() for one in tensors])
-    return torch.stack([as_tensor(one) for one in tensors], dim, **named)
-
-
-def _cat(tensors: Sequence[Any], dim: int = 0, **named: Any) -> Any:
-    if dim == 0 and tensors and all(isinstance(one, HostInts) for one in tensors):
-        return HostInts([value for one in tensors for value in one.tolist()])
-    return torch.cat([as_tensor(one) for one in tensors], dim, **named)
-
-
-def _prod(values: Any, **named: Any) -> Any:
-    return values.prod() if isinstance(values, HostInts) else math.prod(values, **named)
 
 
 def _each(apply: Callable[[Any, Any], Any], ours: Any, theirs: Any) -> Any:

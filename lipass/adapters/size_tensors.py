@@ -12,7 +12,7 @@ from torch import nn
 
 from lipass.adapters.adoption import Adoption
 from lipass.adapters.attention_calls import modules_of
-from lipass.adapters.host_ints import with_host_ints, with_products
+from lipass.adapters.host_torch import with_host_ints, with_products
 
 _NAMES = frozenset({"grid_sizes", "grid_size", "seq_lens"})
 _READS = frozenset({"tolist", "item"})

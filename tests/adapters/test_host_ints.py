@@ -10,7 +10,8 @@ from torch import nn
 
 import lipass
 from lipass.adapters.cache_ends import CacheEnds
-from lipass.adapters.host_ints import HostInts, with_host_ints, with_products
+from lipass.adapters.host_ints import HostInts
+from lipass.adapters.host_torch import with_host_ints, with_products
 from lipass.adapters.plain_attention import attend
 
 _WAN_LIKE = """
