@@ -28,8 +28,8 @@ demo: $(READY) ## the main job: roll out TinyWorld dense and accelerated, write 
 demo-full: $(READY) ## all trajectories, regimes and presets
 	$(BIN)/lipass demo --full $(ARGS)
 
-test: $(READY) ## tests that need no GPU
-	$(PYTEST) -m 'not needs_gpu' $(ARGS)
+test: $(READY) ## tests that need no GPU, a process a core
+	$(PYTEST) -m 'not needs_gpu' --numprocesses auto --dist loadfile $(ARGS)
 
 test-gpu: $(READY) ## tests that need a GPU
 	$(PYTEST) -m needs_gpu $(ARGS)

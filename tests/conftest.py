@@ -1,9 +1,11 @@
-"""Give every test one seed and two threads, and the kernels memory that is poisoned."""
+"""Give every test one seed and two threads at most, and the kernels memory that is poisoned."""
 
 import os
 import shutil
 import subprocess
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, and each would start two threads
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
