@@ -11,9 +11,12 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
+from PIL import Image
+
 from lipass.examples.tinyworld.report import table, write_report
 from lipass.examples.tinyworld.report.page import page
 from lipass.examples.tinyworld.report.pictures import strip_uri
+from lipass.examples.tinyworld.report.race import frames_done
 
 PRESETS = ("inductor", "off", "exact", "all", "no-memory", "copy-last")
 SCENES = (("left/right", "explored", 9000), ("loop", "free", 9001))
@@ -177,6 +180,31 @@ def test_all_files_are_written_and_readable(report):
     assert {"frames-left-right-explored-9000.png", "film-loop-free-9001.gif"} <= names
     assert all(path.stat().st_size > 0 for path in written)
     assert json.loads((out / "receipt.json").read_text())["schema_version"] == 1
+
+
+def test_race_ends_when_the_slower_one_is_done(report):
+    with Image.open(report[0] / "race.gif") as film:
+        shown_ms = []
+        for index in range(film.n_frames):
+            film.seek(index)
+            shown_ms.append(film.info["duration"])
+    rollout = {run["preset"]: run for run in fabricate()[0]["rollouts"]}
+    took_s = sum(chunk["seconds"] for chunk in rollout["off"]["chunks"])
+    assert sum(shown_ms[:-1]) / 1000 == pytest.approx(took_s, abs=0.1)
+    assert shown_ms[-1] > 1000
+
+
+def test_frames_of_a_race_come_while_their_chunk_is_made():
+    ends_s = np.array([1.0, 3.0])
+    shown = [frames_done(ends_s, now_s, 8) for now_s in (0, 0.5, 1.0, 2.0, 3.0, 9.0)]
+    assert shown == [0, 2, 4, 6, 8, 8]
+
+
+def test_no_race_where_one_was_not_timed(tmp_path):
+    result, frames, truth = fabricate()
+    result["rollouts"] = [run for run in result["rollouts"] if run["preset"] != "off"]
+    names = {path.name for path in write_report(result, frames, truth, tmp_path)}
+    assert "race.gif" not in names
 
 
 def test_receipt_is_strict_json(report):

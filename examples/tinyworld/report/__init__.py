@@ -21,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
+from .columns import scene_of
 from .page import page
 from .pictures import contact_sheet, films_of, scenes, side_by_side
 from .plots import plot_chunks, plot_rows
+from .race import RACERS, race
 from .table import table
 
 __all__ = ["table", "write_report"]
@@ -35,7 +37,7 @@ def write_report(
     truth: dict[tuple, np.ndarray],
     out: Path,
 ) -> list[Path]:
-    """Write report.html, receipt.json, the PNGs and a GIF per scene; return their paths."""
+    """Write page, receipt, PNGs, a GIF a scene and one of a race; return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "report.html", out / "receipt.json"]
     written[0].write_text(page(result, frames, truth), encoding="utf-8")
@@ -45,9 +47,25 @@ def write_report(
         stem = re.sub(r"[^\w-]+", "-", "-".join(map(str, scene)))
         written.append(contact_sheet(films, out / f"frames-{stem}.png"))
         written.append(side_by_side(films, out / f"film-{stem}.gif"))
+    written += _races(result, frames, out)
     written.append(plot_rows(result["rows"], out / "speed-quality.png"))
     written.append(plot_chunks(result["rollouts"], out / "chunks.png"))
     return written
+
+
+def _races(result: dict, frames: dict[tuple, np.ndarray], out: Path) -> list[Path]:
+    """Write the race of the first scene, where both racers were timed."""
+    for scene in scenes(frames)[:1]:
+        runs = {run["preset"]: run for run in result["rollouts"] if scene_of(run) == scene}
+        seconds = {
+            name: [chunk.get("seconds") or 0.0 for chunk in runs[name]["chunks"]]
+            for name in RACERS
+            if name in runs and (name, *scene) in frames
+        }
+        if len(seconds) == len(RACERS) and all(sum(times) for times in seconds.values()):
+            films = {name: frames[name, *scene] for name in RACERS}
+            return [race(films, seconds, out / "race.gif")]
+    return []
 
 
 def _without_nan(value: object) -> object:
