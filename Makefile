@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test test-gpu lint types accept bench dump gpu-day results sizes clean
+.PHONY: help setup demo demo-full test test-gpu lint types tree docs accept bench dump gpu-day results sizes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,10 +38,18 @@ lint: $(READY) ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY) ## mypy, on a tree where the folders stand under their import names
+types: $(READY) tree ## mypy, on a tree where the folders stand under their import names
+	cd build/tree && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lipass
+
+tree:
 	@rm -rf build/tree && mkdir -p build/tree/lipass
 	@ln -s $(CURDIR)/lipass/* $(CURDIR)/passes $(CURDIR)/kernels $(CURDIR)/examples build/tree/lipass/
-	cd build/tree && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lipass
+
+docs: $(READY) tree ## the site, in build/site; its generated pages and README's tables are written anew
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m docs.make.generated
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 accept: $(READY) ## rewrite the golden graphs; review the diff like code
 	EXPECTTEST_ACCEPT=1 $(PYTEST) -m 'not needs_gpu' tests/passes tests/examples $(ARGS)

@@ -1,21 +1,47 @@
-"""Write the tables of README.md from what `lipass demo --full --json` measured.
+"""Write the tables of README.md and docs/results.md from what was recorded.
 
     lipass demo --full --json > build/full.json && python benchmarks/readme.py build/full.json
 
-Rows are means over the rooms. The lines that follow say whether each target of the demo is met.
+puts the rows of a full demo into docs/results.md, as means over the rooms, and says whether each
+target of the demo is met. Without a document only README.md is written anew: its table of presets
+from docs/results.md, that of models from docs/models and benchmarks/results/real_models.json.
 """
 
 import argparse
 import json
+import re
 import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 PRESETS = ("inductor", "off", "exact", "context", "sparse", "cache", "all", "reference",
            "no-memory", "copy-last")  # fmt: skip
 PATHS = ("left/right", "forward/back", "loop")
+REGIMES = ("explored", "free")
 HEAD = "| path | preset | speed | dB to `off` | dB to the renderer | dB at revisits | context latents | density | steps |"  # noqa: E501
 SAME_DB = 99.9
+
+MEANINGS = {
+    "off": "nothing: plain Inductor",
+    "exact": "nothing but rounding",
+    "context": "history frames are left out, by camera poses and latent dynamics",
+    "sparse": "attention visits the blocks that matter",
+    "cache": "denoising steps of revisited views are reused",
+    "all": "the three together",
+    "reference": "the three as in the paper's release",
+}
+# What a page's examination does not say: tests/models and tests/adapters hold it.
+NOTED = {
+    "diffusers": {"blocks": "yes", "steps": "on revisits"},
+    "self-forcing": {"steps": "with cameras"},
+}
+COUNTED = {"diffusers": ("wan-2.1-14b", "hunyuan-video")}
+_EXAMINED = {
+    "blocks": r"all: key blocks skipped: [1-9]",
+    "frames": r"all: frames dropped: [1-9]",
+    "steps": r"all: steps reused: [1-9]",
+}
 
 Row = dict[str, Any]
 
@@ -65,13 +91,107 @@ def table(rows: list[Row], regime: str) -> str:
     return "\n".join(lines)
 
 
-def fill(readme: str, rows: list[Row]) -> str:
+def fill(results: str, rows: list[Row]) -> str:
     """Put the tables in the place of those that follow **Explored** and **Free**."""
-    for regime in ("explored", "free"):
-        begin = readme.index("| path |", readme.index(f"**{regime.capitalize()}**"))
-        end = readme.index("\n\n", begin)
-        readme = readme[:begin] + table(rows, regime) + readme[end:]
-    return readme
+    for regime in REGIMES:
+        begin, end = place_of(results, regime)
+        results = results[:begin] + table(rows, regime) + results[end:]
+    return results
+
+
+def place_of(results: str, regime: str) -> tuple[int, int]:
+    """Return where the table of a regime begins and ends."""
+    begin = results.index("| path |", results.index(f"**{regime.capitalize()}**"))
+    return begin, results.index("\n\n", begin)
+
+
+def presets_table(results: str) -> str:
+    """Write the short table: speed and what it cost against the renderer, over the paths."""
+    lines = [
+        "| preset | what may change | speed, explored | dB to the renderer "
+        "| speed, free | dB to the renderer |",
+        "|---|---|---|---|---|---|",
+    ]
+    shown = {regime: list(recorded(results, regime)) for regime in REGIMES}
+    for preset, meaning in MEANINGS.items():
+        cells = [f"`{preset}`", meaning]
+        for regime in REGIMES:
+            cells += _cost(shown[regime], preset)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recorded(results: str, regime: str) -> Iterator[tuple[str, str, str, str]]:
+    """Read path, preset, speed and dB to the renderer back from a long table."""
+    begin, end = place_of(results, regime)
+    for text in results[begin:end].splitlines()[2:]:
+        path, preset, speed, _, truth, *_ = (cell.strip() for cell in text.strip("|").split("|"))
+        yield path, preset.strip("`"), speed, truth
+
+
+def _cost(rows: list[tuple[str, str, str, str]], preset: str) -> list[str]:
+    dense = {path: float(truth) for path, name, _, truth in rows if name == "off"}
+    mine = [(path, speed, truth) for path, name, speed, truth in rows if name == preset]
+    if not mine:
+        return ["", ""]
+    speeds = [float(speed.rstrip("x")) for _, speed, _ in mine]
+    # Zero is written without a sign, and tenths are taken as they are in the long table.
+    changes = [round(float(truth) - dense[path], 1) + 0.0 for path, _, truth in mine]
+    return [span(speeds, "{:.1f}x"), span(changes, "{:+.1f}").replace("+0.0", "0.0")]
+
+
+def span(values: Iterable[float], form: str) -> str:
+    """Print the least and the largest value, or one where both print alike."""
+    low, high = form.format(min(values := list(values))), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def models_table(pages: Path, counts: list[Row]) -> str:
+    """Write a line for each page of models: what was seen to be left out, and what it saves."""
+    lines = [
+        "| model | blocks | frames | steps | FLOPs of a walk, `all` | the paper's release |",
+        "|---|---|---|---|---|---|",
+    ]
+    for page in sorted(pages.glob("*.md"), key=lambda one: (one.stem in COUNTED, one.stem)):
+        if page.stem == "index":
+            continue
+        text = page.read_text()
+        own = [r for r in counts if r["family"] in COUNTED.get(page.stem, (page.stem,))]
+        seen = {what: "yes" for what, form in _EXAMINED.items() if re.search(form, text)}
+        seen |= NOTED.get(page.stem, {})
+        cells = [
+            f"[{_title(text)}](docs/models/{page.name})",
+            *(seen.get(what, "") for what in _EXAMINED),
+            _share(own, "all"),
+            _share(own, "reference"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _title(text: str) -> str:
+    title = text.partition("\n")[0].removeprefix("# ")
+    rows = re.findall(r"^\| [\w.-]+ \| (\d+|no) \|", text, re.MULTILINE)
+    return (
+        f"{title}: {len(rows) - rows.count('no')} of {len(rows)} configurations" if rows else title
+    )
+
+
+def _share(rows: list[Row], preset: str) -> str:
+    own = [r["flop_ratio_to_off"] for r in rows if r["preset"].startswith(preset)]
+    return span(own, "1/{:.2f}") if own else ""
+
+
+def between(readme: str, name: str, text: str) -> str:
+    """Put a table between its two comments."""
+    begin = readme.index(f"<!-- {name} -->\n") + len(f"<!-- {name} -->\n")
+    return readme[:begin] + text + "\n" + readme[readme.index("<!-- end -->", begin) :]
+
+
+def readme_of(readme: str, results: str, pages: Path, counts: list[Row]) -> str:
+    """Return README.md with both of its tables written anew."""
+    readme = between(readme, "presets", presets_table(results))
+    return between(readme, "models", models_table(pages, counts))
 
 
 def summary(document: dict[str, Any]) -> list[str]:
@@ -87,7 +207,7 @@ def summary(document: dict[str, Any]) -> list[str]:
     for preset in ("inductor", "exact", "context", "sparse", "cache", "all"):
         speeds = [row["speedup_vs_off"] for row in timed if row["preset"] == preset]
         lines.append(f"{preset}: {min(speeds):.2f}x to {max(speeds):.2f}x")
-    for regime in ("explored", "free"):
+    for regime in REGIMES:
         for path in PATHS:
             mine, off = (pick(rows, regime, path, preset) for preset in ("all", "off"))
             if mine:
@@ -100,14 +220,21 @@ def summary(document: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Rewrite README.md in place and print the summary."""
+    """Rewrite docs/results.md, given a document, and README.md in place; print the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("document", type=Path, help="what `lipass demo --full --json` printed")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument(
+        "document", type=Path, nargs="?", help="what `lipass demo --full --json` printed"
+    )
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout")
     args = parser.parse_args()
-    document = json.loads(args.document.read_text())
-    args.readme.write_text(fill(args.readme.read_text(), document["rows"]))
-    print("\n".join(summary(document)))
+    readme, results = args.root / "README.md", args.root / "docs" / "results.md"
+    if args.document:
+        document = json.loads(args.document.read_text())
+        results.write_text(fill(results.read_text(), document["rows"]))
+        print("\n".join(summary(document)))
+    counts = json.loads((args.root / "benchmarks/results/real_models.json").read_text())["rows"]
+    pages = args.root / "docs" / "models"
+    readme.write_text(readme_of(readme.read_text(), results.read_text(), pages, counts))
 
 
 if __name__ == "__main__":

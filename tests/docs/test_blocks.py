@@ -1,0 +1,166 @@
+"""Every block of code in README and the docs runs, or asks for nothing that there is not."""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from blocks import PAGES, ROOT, code_of, commands_of, links_of, unresolved
+
+import lipass
+from lipass import cli
+from lipass.examples import own_model
+
+README, FIRST_HOUR = ROOT / "README.md", ROOT / "docs/first-hour.md"
+
+
+def ids(paths):
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+@pytest.fixture
+def small(monkeypatch, fresh_dynamo):
+    """Let the docs compile without an inner compiler, and their model be small."""
+    compile_, given = torch.compile, []
+
+    def eager(model, *, backend, mode=None, options=None):
+        assert backend == "light_interaction"
+        given.append(options or {"preset": mode})
+        return compile_(model, backend=backend, options={**given[-1], "inner": "eager"})
+
+    monkeypatch.setattr(torch, "compile", eager)
+    monkeypatch.setattr(own_model, "ROWS", 4)
+    monkeypatch.setattr(own_model, "COLUMNS", 4)
+    return given
+
+
+def test_readme_shows_the_loop_of_the_example_word_for_word():
+    _, loop = code_of(README)
+    assert loop in Path(own_model.__file__).read_text()
+
+
+def test_call_in_readme_drops_latents_and_reuses_steps(small, capsys):
+    call, _ = code_of(README)
+    names = {**vars(own_model), "model": own_model.World().eval()}
+    names["w2c"] = own_model.parse_trajectory("left-7, right-8")
+    exec(call, names)
+    chunks = [chunk for chunk in lipass.report().chunks if chunk.plan.history_latents]
+    assert any(chunk.steps_skipped for chunk in chunks)
+    assert any(len(chunk.plan.context.indices) < chunk.plan.history_latents for chunk in chunks)
+    assert "rewritten" in capsys.readouterr().out
+
+
+def test_wiring_of_the_first_hour_runs(small, capsys):
+    wire, *_ = code_of(FIRST_HOUR)
+    model = own_model.World().eval()
+    w2c = own_model.parse_trajectory("left-7, right-8")
+    latents = torch.randn(12, own_model.CHANNELS, 4, 4)
+
+    def prefill(model, history, keep):
+        with torch.no_grad():
+            return model(history[keep].transpose(0, 1)[None], torch.zeros(1), w2c[None, keep])[1]
+
+    class Denoiser(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.world = model
+
+        def forward(self, x, sigma, cache):
+            if x.shape[2] != 4 or not isinstance(cache, list):
+                return self.world(x, sigma, cache)
+            return self.world(x, sigma, w2c[None, 8:12], cache)[0]
+
+    names = {
+        "model": Denoiser(),
+        "prefill": lambda _, history, keep: prefill(model, history, keep),
+        "chunks": [(w2c[:8], w2c[8:12], latents[:8])],
+        "sigmas": own_model.SIGMAS,
+        "x": torch.randn(1, own_model.CHANNELS, 4, 4, 4),
+    }
+    with torch.no_grad():
+        exec(wire, names)
+    assert small == [{"preset": "all"}]
+    assert names["x"].isfinite().all()
+    assert "rewritten" in capsys.readouterr().out
+
+
+def test_scheduler_of_the_first_hour_takes_its_own_steps():
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    w2c = own_model.parse_trajectory("left-7")
+    (code,) = [one for one in code_of(FIRST_HOUR) if "scheduler.step" in one]
+    with lipass.Session(preset="all") as session:
+        names = {"session": session, "poses": w2c[:4], "query": w2c[4:], "scheduler": scheduler}
+        names |= {"x": torch.ones(1, 8, 4, 4, 4), "model": lambda x, t: x}
+        exec(code, names)
+    assert not torch.equal(names["x"], torch.ones(1, 8, 4, 4, 4))
+
+
+def test_attention_by_hand_of_the_first_hour_is_attention():
+    (code,) = [one for one in code_of(FIRST_HOUR) if "lipass.attend" in one]
+    heads, dim, n = 1, 8, 1
+    draw = functools.partial(torch.randn, 1, heads)
+    names = {"lipass": lipass, "n": n, "q": draw(4 * 1560, dim)}
+    for i, tokens in (("0", 5), ("1", n * 1560), ("", 4 * 1560)):
+        names |= {f"k{i}": draw(tokens, dim), f"v{i}": draw(tokens, dim)}
+    exec(code, names)
+    assert names["out"].shape == names["q"].shape
+
+
+def test_tests_of_a_pass_of_ones_own_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples/own_pass"))
+    (code,) = [one for one in code_of(ROOT / "docs/writing-a-pass.md") if "assert_refuses" in one]
+    exec(code, {})
+    sys.modules.pop("own_pass")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_code_asks_for_nothing_that_there_is_not(page):
+    for code in code_of(page):
+        compile(code, str(page), "exec")
+        assert unresolved(code) == []
+
+
+def test_a_name_that_there_is_not_is_seen():
+    assert unresolved("lipass.Sesion()") == ["lipass.Sesion: no Sesion"]
+    assert unresolved("session.chunk(cameras=w2c)") == ["session.chunk: no cameras"]
+
+
+@functools.cache
+def options_of(command):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"lipass.cli.{command}").add_arguments(parser)
+    return set(parser._option_string_actions)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_commands_exist_with_their_options(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in commands_of(page):
+        told = " ".join(words)
+        if words[0] == "lipass":
+            command = words[1].strip(",")
+            assert command.startswith("-") or command in cli.COMMANDS, told
+            given = {word for word in words[2:] if word.startswith("-") and len(word) > 1}
+            assert given <= options_of(command), told
+        elif words[0] == "make":
+            assert words[1] in targets or "=" in words[1], told
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), told
+        elif words[0] in ("python", "bash"):
+            assert (ROOT / words[1]).is_file(), told
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_links_lead_somewhere(page):
+    for target in links_of(page):
+        assert (page.parent / target).exists(), target
