@@ -94,9 +94,7 @@ def _cell(text: str) -> str:
 def passes_page() -> str:
     """Show every pass: its docstring, where it runs, and a graph in front of and behind it."""
     classes = {name: load() for name, load in PASSES.items()}
-    lines = [_PASSES, "| preset | pipeline |", "|---|---|"]
-    for preset, text in PIPELINES.items():
-        lines.append(f"| `{preset}` | {text.replace(',', ', ') or 'none'} |")
+    lines = [_PASSES, *_matrix()]
     order = PIPELINES["all"].split(",")
     for room, (title, what) in _ROOMS.items():
         lines += ["", f"## {title}", "", what]
@@ -106,10 +104,21 @@ def passes_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _matrix() -> Iterator[str]:
+    """Say in which presets each pass runs; presets with one pipeline share a column."""
+    columns: dict[str, list[str]] = {}
+    for preset, text in PIPELINES.items():
+        columns.setdefault(text, []).append(f"`{preset}`")
+    yield f"| pass | {' | '.join(', '.join(presets) for presets in columns.values())} |"
+    yield "|---" * (1 + len(columns)) + "|"
+    for name in PIPELINES["all"].split(","):
+        runs = ["yes" if name in text.split(",") else "" for text in columns]
+        yield f"| [{name}](#{name}) | {' | '.join(runs)} |"
+
+
 def _pass(name: str, kind: type[Pass]) -> Iterator[str]:
-    presets = [preset for preset, text in PIPELINES.items() if name in text.split(",")]
     yield from ("", f"### `{name}`", "")
-    yield f"Result: {_NUMERICS[kind.numerics]}. Presets: {', '.join(f'`{p}`' for p in presets)}."
+    yield f"Result: {_NUMERICS[kind.numerics]}."
     yield ""
     yield _markdown(inspect.getdoc(kind) or "")
     stem = kind.__module__.rpartition(".")[2]
