@@ -1,5 +1,7 @@
 """Give every test one seed and two threads at most, and the kernels memory that is poisoned."""
 
+import html
+import json
 import os
 import shutil
 import subprocess
@@ -66,7 +68,7 @@ def opened(tmp_path):
     if chromium is None:
         pytest.skip("needs chromium, and none is on PATH")
 
-    def run(page):
+    def run(page, *flags):
         said = subprocess.run(
             [
                 chromium,
@@ -78,6 +80,7 @@ def opened(tmp_path):
                 "--no-first-run",
                 "--disable-extensions",
                 "--virtual-time-budget=2000",
+                *flags,
                 "--dump-dom",
                 page.as_uri(),
             ],
@@ -88,5 +91,33 @@ def opened(tmp_path):
         )
         assert [line for line in said.stderr.splitlines() if "CONSOLE" in line] == []
         return said.stdout
+
+    return run
+
+
+@pytest.fixture
+def measured(opened, tmp_path):
+    """Return a function that opens a page in frames of several widths and measures them.
+
+    A window is never narrower than 500 pixels, a frame in it is. The second argument maps names
+    to expressions of JavaScript in `doc`, the page's document; the result has a dict a width.
+    """
+
+    def run(page, expressions, widths=(1280, 400), height=800):
+        asked = ", ".join(f"{json.dumps(name)}: {text}" for name, text in expressions.items())
+        frames = "".join(
+            f'<iframe src="{page.as_uri()}" style="width:{width}px;height:{height}px;border:0">'
+            "</iframe>"
+            for width in widths
+        )
+        around = tmp_path / "around.html"
+        around.write_text(
+            f"{frames}<script>addEventListener('load', () => {{"
+            "const all = [...document.querySelectorAll('iframe')].map(({contentDocument: doc}) =>"
+            f" ({{{asked}}}));"
+            "document.body.textContent = '@' + JSON.stringify(all) + '@'; });</script>"
+        )
+        dom = opened(around, "--allow-file-access-from-files", "--window-size=1400,1800")
+        return dict(zip(widths, json.loads(html.unescape(dom.split("@")[1])), strict=True))
 
     return run

@@ -20,7 +20,7 @@ from lipass.cli.progress import progress
 from .camera import invert
 from .compare import INDUCTOR, Contender, Run, baselines, compare
 from .model import CHUNK_LATENTS, tokenize
-from .report import table, write_report
+from .report import mp4_left_out, table, write_report
 from .report.pictures import side_by_side
 from .scenario import PATHS, Scenario, make_scenario
 from .train_batches import prompt_of
@@ -87,26 +87,33 @@ def run(
     else:
         print(table(result))
         print(f"\n{written[0]} shows all of it; {written[1]} is the receipt.")
+        if left_out := mp4_left_out():
+            print(left_out)
     return 0
 
 
 _JSON_KEYS = ("schema_version", "device", "versions", "seconds", "rows", "sites", "passes")
 
 
-def _compile(job, model, scene, text, codec, out: Path, advance) -> list[Contender]:
+def _compile(
+    job, model, scene, text, codec, out: Path, advance
+) -> tuple[list[Contender], dict[str, str]]:
     """Compile all contenders one after the other, and show the first film at once.
 
     The dense one comes first: it needs no kernel of ours, which is built beside it.
     """
     made: dict[str, Contender] = {}
+    presets: dict[str, str] = {}
     for preset in job.presets:
         advance(f"compiling {preset}", done=0)
         made[preset] = Contender(preset, model, job.inner)
         run_ = made[preset].warm_up(scene, text)
+        for site in lipass.report().to_dict()["sites"]:
+            presets.setdefault(site["model"], preset)  # a contender has a model of its own
         advance(f"compiled {preset} in {made[preset].compile_s:.0f} s")
         if len(made) == 1:
             advance(f"{_first_film(preset, scene, run_, codec, out)} moves already", done=0)
-    return [made[preset] for preset in job.presets]
+    return [made[preset] for preset in job.presets], presets
 
 
 def _first_film(preset: str, scene: Scenario, run_: Run, codec, out: Path) -> Path:
@@ -127,8 +134,8 @@ def _measure(
     frames: dict[tuple, Any] = {}
     total = len(job.presets) * (1 + len(scenes) * job.repeats)
     with progress("demo", total) as advance:
-        contenders = _compile(job, model, scenes[0], text, codec, out, advance)
-        sites: dict[str, dict] = {}
+        contenders, presets = _compile(job, model, scenes[0], text, codec, out, advance)
+        sites: dict[tuple, dict] = {}
         for scene in scenes:
             new, runs = compare(
                 contenders, scene, text, codec, job.repeats,
@@ -146,7 +153,9 @@ def _measure(
                 key = (preset, *scene.key)
                 frames[key] = _bytes(run_.frames[len(scene.given) :])
                 rollouts.append(_rollout(key, scene, run_))
-            sites |= {site["name"]: site for site in lipass.report().to_dict()["sites"]}
+            for site in lipass.report().to_dict()["sites"]:
+                preset = presets.get(site["model"], "")
+                sites[preset, site["name"]] = {"preset": preset, **site}
     receipt = lipass.report().to_dict()
     return {
         "schema_version": SCHEMA_VERSION,

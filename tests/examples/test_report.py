@@ -13,15 +13,15 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from lipass.examples.tinyworld.report import table, write_report
+from lipass.examples.tinyworld.report import mp4_left_out, races, table, write_report
 from lipass.examples.tinyworld.report.page import page
-from lipass.examples.tinyworld.report.pictures import strip_uri
+from lipass.examples.tinyworld.report.pictures import mp4, strip_uri
 from lipass.examples.tinyworld.report.race import frames_done
 
 PRESETS = ("inductor", "off", "exact", "all", "no-memory", "copy-last")
 SCENES = (("left/right", "explored", 9000), ("loop", "free", 9001))
 CHUNKS, CHUNK_FRAMES, RECORDED = 4, 4, 8
-VOID = {"meta", "input", "br"}
+VOID = {"meta", "link", "input", "br"}
 
 
 def fabricate(pixels=16):
@@ -35,9 +35,11 @@ def fabricate(pixels=16):
             frames[preset, *scene] = random.integers(0, 255, shape, dtype=np.uint8)
             rows.append(_row(preset, scene, 1.0 + position))
             rollouts.append(_rollout(preset, scene))
+    equal = {"preset": "all", "action": "rewritten", "reason": "faster", "density": 0.31}
+    kept = {"preset": "exact", "action": "kept", "reason": "32 keys < 128", "density": None}
     sites = [
-        {"name": "block.0", "action": "rewritten", "reason": "faster", "density": 0.31},
-        {"name": "text", "action": "kept", "reason": "32 keys < 128", "density": None},
+        *({"name": f"blocks.{layer}", **equal} for layer in range(6)),
+        {"name": "text.0", **kept},
     ]
     result = {
         "schema_version": 1,
@@ -153,13 +155,15 @@ def test_map_and_timeline_only_where_chunks_were_decided(outline):
     assert outline["svg.map"] == outline["svg.timeline"] == 4 * len(SCENES)
 
 
-def test_every_site_is_listed(outline):
+def test_equal_layers_are_one_line_with_the_preset_whose_they_are(outline, html):
     assert outline["tr.rewritten"] == outline["tr.kept"] == 1
+    assert re.search(r"<td>all</td><td>blocks\.\*</td>.*?<td>6</td>", html)
+    assert re.search(r"<td>exact</td><td>text\.0</td>.*?<td>1</td>", html)
 
 
 def test_page_refers_to_nothing_outside_of_itself(html):
     assert "://" not in html
-    assert not re.findall(r"""(?:src|href)\s*=|url\((?!data:)""", html)
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|url\((?!data:)""", html)
 
 
 def test_frames_with_the_same_reason_share_a_line(html):
@@ -201,10 +205,9 @@ def test_frames_of_a_race_come_while_their_chunk_is_made():
 
 
 def test_no_race_where_one_was_not_timed(tmp_path):
-    result, frames, truth = fabricate()
+    result, frames, _ = fabricate()
     result["rollouts"] = [run for run in result["rollouts"] if run["preset"] != "off"]
-    names = {path.name for path in write_report(result, frames, truth, tmp_path)}
-    assert "race.gif" not in names
+    assert races(result, frames, tmp_path) == []
 
 
 def test_receipt_is_strict_json(report):
@@ -239,7 +242,56 @@ def test_report_without_a_room_or_sites():
     assert "table.sites" not in outline.count
 
 
+def test_result_is_one_sentence(html):
+    (sentence,) = re.findall(r'<h1 id="result">(.*?)</h1>', html)
+    plain = re.sub("<.*?>", "", sentence)
+    assert plain == "all makes these frames 4.00x as fast as off, and as close to the truth."
+
+
+@pytest.mark.parametrize(
+    ("truth_db", "told"), [(28.0, "1.2 dB further from"), (30.4, "1.2 dB closer to")]
+)
+def test_what_the_speed_cost_is_in_the_sentence(truth_db, told):
+    result, frames, truth = fabricate()
+    for row in result["rows"]:
+        if row["preset"] == "all" and row["psnr_vs_truth_db"] is not None:
+            row["psnr_vs_truth_db"] = truth_db
+    assert f"off</i>, {told} the truth." in page(result, frames, truth)
+
+
+def test_others_are_behind_a_toggle(html):
+    first, _, others = html.partition('<details class="others">')
+    assert re.findall(r'aria-label="film of (.*?)"', first) == ["truth", "off", "all"]
+    assert "4 more: inductor, exact, no-memory, copy-last" in others
+
+
 def test_browser_shows_the_rows_and_plays_without_a_console_error(report, opened):
     dom = opened(report[0] / "report.html")
     assert dom.count('<tr class="row') == len(PRESETS) * len(SCENES)
     assert re.search(r'class="[^"]*scripted', dom)
+
+
+def test_first_screen_has_the_result_and_the_three_films_at_any_width(report, measured):
+    films = "[...doc.querySelectorAll('.first')].slice(0, 3)"
+    asked = {
+        "wide": "doc.documentElement.scrollWidth - doc.documentElement.clientWidth",
+        "names": f"{films}.map((one) => one.querySelector('h3').textContent)",
+        "ends": f"{films}.map((one) => one.querySelector('.film').getBoundingClientRect().bottom)",
+        "result": "doc.getElementById('result').getBoundingClientRect().bottom",
+    }
+    for width, found in measured(report[0] / "report.html", asked).items():
+        assert found["wide"] == 0, width
+        assert found["names"] == ["truth", "off", "all"]
+        assert max(*found["ends"], found["result"]) < 800
+
+
+def test_films_as_mp4_have_every_frame(tmp_path):
+    av = pytest.importorskip("av")
+    films = {name: np.zeros((8, 16, 16, 3), np.uint8) for name in ("truth", "off")}
+    with av.open(mp4(films, tmp_path / "film.mp4")) as film:
+        assert film.streams.video[0].frames == 8
+
+
+def test_missing_pyav_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'lipass[video]'" in mp4_left_out()

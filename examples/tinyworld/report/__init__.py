@@ -14,6 +14,7 @@ The input is plain data, so that the report needs neither the model nor the sess
     `{(trajectory, regime, room): uint8 [F, H, W, 3]}` from the renderer, same frames.
 """
 
+import importlib.util
 import json
 import math
 import re
@@ -23,12 +24,12 @@ import numpy as np
 
 from .columns import scene_of
 from .page import page
-from .pictures import contact_sheet, films_of, scenes, side_by_side
+from .pictures import contact_sheet, films_of, mp4, scenes, side_by_side
 from .plots import plot_chunks, plot_rows
 from .race import RACERS, race
 from .table import table
 
-__all__ = ["table", "write_report"]
+__all__ = ["mp4_left_out", "races", "table", "write_report"]
 
 
 def write_report(
@@ -37,7 +38,7 @@ def write_report(
     truth: dict[tuple, np.ndarray],
     out: Path,
 ) -> list[Path]:
-    """Write page, receipt, PNGs, a GIF a scene and one of a race; return their paths."""
+    """Write page, receipt, PNGs, a film a scene and a GIF of a race; return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "report.html", out / "receipt.json"]
     written[0].write_text(page(result, frames, truth), encoding="utf-8")
@@ -47,13 +48,22 @@ def write_report(
         stem = re.sub(r"[^\w-]+", "-", "-".join(map(str, scene)))
         written.append(contact_sheet(films, out / f"frames-{stem}.png"))
         written.append(side_by_side(films, out / f"film-{stem}.gif"))
-    written += _races(result, frames, out)
+        if mp4_left_out() is None:
+            written.append(mp4(films, out / f"film-{stem}.mp4"))
+    written += races(result, frames, out)
     written.append(plot_rows(result["rows"], out / "speed-quality.png"))
     written.append(plot_chunks(result["rollouts"], out / "chunks.png"))
     return written
 
 
-def _races(result: dict, frames: dict[tuple, np.ndarray], out: Path) -> list[Path]:
+def mp4_left_out() -> str | None:
+    """Say why films are written as GIF alone; None where they are written as mp4 too."""
+    if importlib.util.find_spec("av"):
+        return None
+    return "no mp4 beside the GIFs: PyAV is not installed; pip install 'lipass[video]'"
+
+
+def races(result: dict, frames: dict[tuple, np.ndarray], out: Path) -> list[Path]:
     """Write the race of the first scene, where both racers were timed."""
     for scene in scenes(frames)[:1]:
         runs = {run["preset"]: run for run in result["rollouts"] if scene_of(run) == scene}

@@ -1,18 +1,19 @@
-"""Draw a room from above: boxes, the walk, and the memory each chunk kept or dropped."""
+"""Draw a room from above: the walk, and where the memory looks that each chunk read or dropped."""
 
 import math
 
 from .palette import KINDS, kind_of
 
-_PAD_M, _MARGIN_M, _SPAN_M = 0.25, 1.0, 4.0
-_VIEW_M = 0.55  # length of the drawn view wedge
-_HALF_FOV_DEG = 25.0  # narrower than the camera's, so that neighbours stay apart
+_PAD_M, _MARGIN_M, _SPAN_M = 0.25, 0.25, 2.2
+_VIEW_M = 0.8  # how far a look reaches on the map
+_HALF_FOV_DEG = 30.0
 
 
 def room_map(room: dict, rollout: dict, first_frame: int, chunk_frames: int) -> str:
     """Return an SVG; layers of class `now` show chunk by chunk, driven by `--frame` in CSS.
 
-    `first_frame` is the index in `rollout["camera"]` of the first generated frame.
+    `first_frame` is the index in `rollout["camera"]` of the first generated frame. A frame is a
+    dot where it looks, not where it was taken: a walk that turns in place is seen too.
     """
     width_m, depth_m = room["size"]
     camera = rollout["camera"]
@@ -29,32 +30,35 @@ def room_map(room: dict, rollout: dict, first_frame: int, chunk_frames: int) -> 
             f'<rect class="box" x="{x0:.2f}" y="{z0:.2f}" width="{x1 - x0:.2f}" '
             f'height="{z1 - z0:.2f}"/>'
         )
+    parts.append(f'<path class="looks" d="{"".join(map(_look, camera))}"/>')
     parts.append(_line("walk past", camera[: first_frame + 1]))
     parts.append(_line("walk", camera[first_frame:]))
+    parts.append(
+        f'<circle class="start" cx="{camera[0][0]:.2f}" cy="{camera[0][1]:.2f}" r=".06"/>'
+    )
     for position, chunk in enumerate(rollout["chunks"]):
         low = position * chunk_frames
         parts.append(f'<g class="now" style="--lo:{low};--hi:{low + chunk_frames - 1}">')
-        parts += _memory(camera, chunk)
         current = camera[first_frame + low : first_frame + low + chunk_frames]
-        parts.append(f'<path class="view" d="{"".join(_wedge(pose) for pose in current)}"/></g>')
+        parts.append(f'<path class="view" d="{"".join(map(_wedge, current))}"/>')
+        parts += [*_memory(camera, chunk), "</g>"]
     return "".join([*parts, "</g></svg>"])
 
 
 def _view_box(size_m: list[float], camera: list) -> str:
-    """Show the part of the room around the walk: most walks use little of it."""
+    """Show the part of the room around the walk and its looks: most walks use little of it."""
     spans = []
     for axis, room_m in enumerate(size_m):
-        places = [pose[axis] for pose in camera]
+        places = [pose[axis] for pose in camera] + [_tip(pose)[axis] for pose in camera]
         middle = (min(places) + max(places)) / 2
         half = max((max(places) - min(places)) / 2 + _MARGIN_M, _SPAN_M / 2)
-        low, high = max(middle - half, -_PAD_M), min(middle + half, room_m + _PAD_M)
-        spans.append((low, high))
+        spans.append((max(middle - half, -_PAD_M), min(middle + half, room_m + _PAD_M)))
     (left, right), (near, far) = spans
     return f"{left:.2f} {size_m[1] - far:.2f} {right - left:.2f} {far - near:.2f}"
 
 
 def _memory(camera: list, chunk: dict) -> list[str]:
-    """Dots at the cameras of the chunk's candidates, one path a kind; dropped ones are small."""
+    """Dots where the chunk's candidates look, one path a kind; dropped ones are small."""
     kept = set(chunk["context"])
     dots: dict[str, list] = {}
     for frame, reason in chunk["reasons"].items():
@@ -64,19 +68,27 @@ def _memory(camera: list, chunk: dict) -> list[str]:
     dots.setdefault("kept", []).extend(camera[frame] for frame in sorted(missing))
     order = ["dropped", *KINDS]
     return [
-        f'<path class="dot {kind}" d="{"".join(f"M{x:.2f} {z:.2f}h0" for x, z, _ in poses)}"/>'
-        + (f'<path class="look {kind}" d="{_looks(poses)}"/>' if kind != "dropped" else "")
+        f'<path class="look {kind}" d="{"".join(map(_look, poses))}"/>'
+        f'<path class="dot {kind}" d="{"".join(map(_dot, poses))}"/>'
         for kind, poses in sorted(dots.items(), key=lambda item: order.index(item[0]))
         if poses
     ]
 
 
-def _looks(poses: list) -> str:
-    parts = []
-    for x, z, yaw_deg in poses:
-        yaw = math.radians(yaw_deg)
-        parts.append(f"M{x:.2f} {z:.2f}l{0.3 * math.sin(yaw):.2f} {0.3 * math.cos(yaw):.2f}")
-    return "".join(parts)
+def _tip(pose: list, turned_deg: float = 0.0) -> tuple[float, float]:
+    x, z, yaw_deg = pose
+    yaw = math.radians(yaw_deg + turned_deg)
+    return x + _VIEW_M * math.sin(yaw), z + _VIEW_M * math.cos(yaw)
+
+
+def _look(pose: list) -> str:
+    x, z = _tip(pose)
+    return f"M{pose[0]:.2f} {pose[1]:.2f}L{x:.2f} {z:.2f}"
+
+
+def _dot(pose: list) -> str:
+    x, z = _tip(pose)
+    return f"M{x:.2f} {z:.2f}h0"
 
 
 def _line(kind: str, poses: list) -> str:
@@ -85,9 +97,6 @@ def _line(kind: str, poses: list) -> str:
 
 
 def _wedge(pose: list) -> str:
-    x, z, yaw_deg = pose
-    corners = []
-    for side in (-_HALF_FOV_DEG, _HALF_FOV_DEG):
-        angle = math.radians(yaw_deg + side)
-        corners.append(f"{x + _VIEW_M * math.sin(angle):.2f} {z + _VIEW_M * math.cos(angle):.2f}")
-    return f"M{x:.2f} {z:.2f}L{corners[0]}L{corners[1]}Z"
+    corners = (_tip(pose, side) for side in (-_HALF_FOV_DEG, _HALF_FOV_DEG))
+    told = "".join(f"L{x:.2f} {z:.2f}" for x, z in corners)
+    return f"M{pose[0]:.2f} {pose[1]:.2f}{told}Z"

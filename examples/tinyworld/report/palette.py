@@ -13,12 +13,18 @@ PRESETS = {
     "no-memory": "#a1887f",
     "copy-last": "#bcaaa4",
 }
-KINDS = {"sink": "#d97706", "memory": "#8b5cf6", "window": "#3b82f6", "kept": "#0e9aa7"}
+KINDS = ("sink", "memory", "window", "kept")
+_GREY = "#888888"
 
 
 def preset_colour(preset: str) -> str:
     """Return the colour of a preset; presets of the user's own are grey."""
-    return PRESETS.get(preset, "#888888")
+    return PRESETS.get(preset, _GREY)
+
+
+def page_colour(preset: str) -> str:
+    """Return the colour of a preset on the page, where other hues say why a frame is read."""
+    return PRESETS[preset] if preset in ("off", "all") else _GREY
 
 
 def kind_of(reason: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from html import escape
 
 from .columns import SAME_DB, scene_of, scene_title
-from .palette import preset_colour
+from .palette import page_colour
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 280, 44, 40, 14, 70
 _LABEL_PX, _LETTER_PX, _DOT_PX = 13.0, 6.6, 6
@@ -44,7 +44,7 @@ def scatter(rows: list[dict], key: str, label: str) -> str:
             x, y = at(row["speedup_vs_off"], row[key])
             title = f"{preset}, {scene_title(scene_of(row))}: {row['speedup_vs_off']:.2f}x, "
             parts.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{preset_colour(preset)}" '
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" fill="{page_colour(preset)}" '
                 f'opacity=".45"><title>{escape(title)}{row[key]:.1f} dB</title></circle>'
             )
         means[preset] = at(
@@ -97,7 +97,7 @@ def _labels(means: dict[str, tuple[float, float]]) -> list[str]:
             leads.append(
                 f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{edge:.1f}"/>'
             )
-        colour = preset_colour(preset)
+        colour = page_colour(preset)
         parts.append(
             f'<circle class="mean" cx="{x:.1f}" cy="{y:.1f}" r="{_DOT_PX}" fill="{colour}"/>'
             f'<text class="name" x="{box[0]:.1f}" y="{box[3] - 3:.1f}" fill="{colour}">'
