@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from lipass.cli.inspect_svg import picture
-from lipass.cli.inspect_table import shape, work
+from lipass.cli.inspect_table import alike, group_name, shape, work
 from lipass.cli.side_by_side import side_by_side
 
 _SITE_HEAD = (
     "site",
+    "layers",
     "source",
     "role",
     "grid",
@@ -105,15 +107,21 @@ def _sites(document: dict[str, Any]) -> str:
         return "<section><h2>Attention sites</h2><p>None was found.</p></section>"
     head = "".join(f"<th>{name}</th>" for name in _SITE_HEAD)
     return (
-        "<section><h2>Attention sites</h2><p>Every one with what became of it, and why. Density "
-        "is the share of key blocks that a call visits, predicted for this machine.</p>"
+        "<section><h2>Attention sites</h2><p>Every one with what became of it, and why; equal "
+        "layers share a line. Density is the share of key blocks that a call visits, predicted "
+        "for this machine.</p>"
         '<input type="search" placeholder="filter sites" aria-label="filter sites">'
         f'<div class="scroll"><table class="sites"><thead><tr>{head}</tr></thead><tbody>'
-        f"{''.join(map(_site, sites))}</tbody></table></div></section>"
+        f"{''.join(map(_site, alike(sites)))}</tbody></table></div></section>"
     )
 
 
-def _site(site: dict[str, Any]) -> str:
+def _site(group: list[dict[str, Any]]) -> str:
+    site = group[0]
+    name = escape(group_name(group))
+    if len(group) > 1:
+        names = "<br>".join(escape(one["name"]) for one in group)
+        name = f"<details><summary>{name}</summary><span>{names}</span></details>"
     keys = "<br>".join(
         f'<span title="{escape(part["why"])}">{escape(part["role"])} '
         f"{escape(shape(part['grid']))}</span>"
@@ -126,7 +134,7 @@ def _site(site: dict[str, Any]) -> str:
         after = f", then {_bare(site['flops'] * share)}" if share < 1 else ""
     why = f' title="{escape(site["role"])}: {escape(site["why"])}"'
     return (
-        f'<tr><th class="mono">{escape(site["name"])}</th>'
+        f'<tr><th class="mono">{name}</th><td>{len(group)}</td>'
         f'<td class="mono tight">{escape(site["source"])}</td>'
         f"<td{why}>{escape(site['role'])}</td>"
         f'<td class="tight">{escape(shape(site["grid"]))}</td>'
@@ -169,15 +177,20 @@ def _pass(one: dict[str, Any], text: tuple[str, str]) -> str:
 
 
 def _notes(notes: list[dict[str, str]]) -> Iterator[str]:
-    """Print notes that say the same of many sites once."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """Print notes that say the same but for numbers, as equal layers have, once."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for note in notes:
-        groups.setdefault((note["action"], note["reason"]), []).append(note["site"])
-    for (action, reason), sites in groups.items():
-        where = sites[0] if len(sites) == 1 else f"{sites[0]} .. {sites[-1]} ({len(sites)})"
+        alike = re.sub(r"\d+", "*", note["reason"])
+        groups.setdefault((note["action"], alike), []).append(note)
+    for (action, reason), group in groups.items():
+        first, last = group[0]["site"], group[-1]["site"]
+        where = first if first == last else f"{first} .. {last}"
+        where += f" ({len(group)})" if len(group) > 1 else ""
+        reasons = {note["reason"] for note in group}
+        told = reasons.pop() if len(reasons) == 1 else reason
         yield (
             f'<li><span class="action {escape(action)}">{escape(action)}</span> '
-            f"<code>{escape(where)}</code> {escape(reason)}</li>"
+            f"<code>{escape(where)}</code> {escape(told)}</li>"
         )
 
 

@@ -12,8 +12,8 @@ from lipass.cli.inspect_table import shape, work
 _WIDTH, _MARGIN, _ROW, _BAR = 960, 24, 26, 12
 _NAME_X, _BAR_X, _BAR_WIDTH, _NOTE_X = 92, 310, 390, 722
 _CHIP_HEIGHT, _CHARACTER = 24, 6.7  # of a monospaced font at 11 px
-# More rows than this are folded where layers are equal: a page is about forty rows high.
-_ROWS_SHOWN = 48
+# More rows than this are folded where layers are equal.
+_ROWS_SHOWN = 8
 # Layers with less work than this share of the largest one are drawn together.
 _SMALL = 0.01
 _LEGEND = (

@@ -11,7 +11,7 @@ from lipass.cli import main
 
 
 class _Rows(HTMLParser):
-    """Collect the first cell of each row of the site table."""
+    """Collect the first cell of each row of the site table: its title, then the names below."""
 
     def __init__(self):
         super().__init__()
@@ -20,12 +20,16 @@ class _Rows(HTMLParser):
     def handle_starttag(self, tag, attrs):
         if tag == "table":
             self.inside = dict(attrs).get("class") == "sites"
-        self.cell = tag == "th" and self.inside and dict(attrs).get("class") == "mono"
+        if tag == "th" and self.inside and dict(attrs).get("class") == "mono":
+            self.rows.append([])
+            self.cell = True
+
+    def handle_endtag(self, tag):
+        self.cell = self.cell and tag != "th"
 
     def handle_data(self, data):
         if self.cell:
-            self.rows.append(data)
-            self.cell = False
+            self.rows[-1].append(data)
 
 
 @pytest.fixture
@@ -35,12 +39,13 @@ def written(world, tmp_path, capsys):
     return page, picture, json.loads(capsys.readouterr().out)
 
 
-def test_page_has_a_row_for_each_site(written):
+def test_page_has_a_row_for_equal_layers_that_opens_to_each_site(written):
     page, _, document = written
     parser = _Rows()
     parser.feed(page.read_text())
-    assert parser.rows == [site["name"] for site in document["sites"]]
-    assert parser.rows == ["blocks.0:decode", "blocks.1:decode"]
+    names = [site["name"] for site in document["sites"]]
+    assert parser.rows == [["blocks.*:decode", *names]]
+    assert names == ["blocks.0:decode", "blocks.1:decode"]
 
 
 def test_page_has_each_pass_and_the_rewritten_call_beside_the_old_one(written):
@@ -87,10 +92,28 @@ def test_equal_layers_are_folded_where_there_are_many():
     assert ">x60<" in drawn
 
 
+def test_notes_that_differ_in_numbers_are_one_line():
+    from lipass.cli.inspect_page import _notes
+
+    def note(i, reason):
+        return {"site": f"history.{i}", "action": "rewritten", "reason": reason}
+
+    (line,) = _notes([note(i, f"1 call run once for the same cache_{i}_2") for i in range(54)])
+    assert "history.0 .. history.53 (54)</code> * call run once for the same cache_*_*" in line
+    (line,) = _notes([note(0, "1 call run once"), note(1, "1 call run once")])
+    assert line.endswith("</code> 1 call run once</li>")
+
+
 def test_browser_shows_the_rows_without_a_console_error(written, opened):
     page, _, document = written
     dom = opened(page)
     assert 'class="scripted"' in dom  # the script ran
     parser = _Rows()
     parser.feed(dom)
-    assert parser.rows == [site["name"] for site in document["sites"]]
+    assert parser.rows == [["blocks.*:decode", *(site["name"] for site in document["sites"])]]
+
+
+def test_page_is_no_wider_than_a_phone(written, measured):
+    wide = "doc.documentElement.scrollWidth - doc.documentElement.clientWidth"
+    for width, found in measured(written[0], {"wide": wide}).items():
+        assert found["wide"] == 0, width
