@@ -1,3 +1,3 @@
 """Hold the version where the build can read it without importing torch."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

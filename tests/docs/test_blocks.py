@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from blocks import PAGES, ROOT, code_of, commands_of, links_of, unresolved
+from page_blocks import PAGES, ROOT, code_of, commands_of, links_of, unresolved
 
 import lipass
 from lipass import cli
