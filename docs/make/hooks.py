@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -19,7 +20,31 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "kernels/block_sparse/README.md": "kernel.md",
 }
+_MODELS = "models/*"  # of the navigation in mkdocs.yml
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put every page of docs/ into the navigation: those of models below theirs, others first."""
+    named = set(re.findall(r"[\w/.-]+\.md", str(config.nav)))
+    docs = ROOT / "docs"
+    missing = sorted({p.relative_to(docs).as_posix() for p in docs.rglob("*.md")} - named)
+    models = [uri for uri in missing if uri.startswith("models/")]
+    config.nav = _expanded(config.nav, models)
+    config.nav[1]["Start"][2:2] = [uri for uri in missing if uri not in models]
+    return config
+
+
+def _expanded(nav: Any, models: list[str]) -> Any:
+    if isinstance(nav, dict):
+        return {title: _expanded(below, models) for title, below in nav.items()}
+    if isinstance(nav, list):
+        return [
+            one
+            for below in nav
+            for one in (models if below == _MODELS else [_expanded(below, models)])
+        ]
+    return nav
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
