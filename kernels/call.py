@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipass.kernels.block_sparse.api import unfit_bias
 from lipass.kernels.given import GivenBlocks, unfit_blocks
+from lipass.kernels.latent_mask import unfit_mask
 from lipass.kernels.plan import CALL_ROLES, BlockGrid, KvLayout, Triple
 from lipass.kernels.planning import PLANNERS, check_means
 
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     """`[B or 1, H or 1, Lk]`."""
     planner: str
     given: GivenBlocks | None
+    latent_mask: Tensor | None
 
     @property
     def candidate(self) -> int | None:
@@ -76,8 +78,20 @@ def check(call: Call) -> None:
         why = unfit_blocks(call.given, call.q, call.layout, call.q_grid)
     if why is None and call.key_bias is not None:
         why = unfit_bias(call.key_bias, call.q, call.layout.tokens)
+    if why is None and call.latent_mask is not None:
+        why = _unfit_mask(call, call.latent_mask)
     if why is not None:
         raise ValueError(why)
+
+
+def _unfit_mask(call: Call, mask: Tensor) -> str | None:
+    if call.keep_frames is not None or call.given is not None:
+        other = "blocks" if call.keep_frames is None else "keep_frames"
+        return (
+            f"latent_mask must come alone, got it with {other}; hide the latents that are left "
+            "out in the mask"
+        )
+    return unfit_mask(mask, call.q.shape[0], call.q_grid, call.layout)
 
 
 def _unfit_tokens(call: Call) -> str | None:

@@ -23,7 +23,7 @@ _ARGUMENTS = (
     "(Tensor q, Tensor[] k, Tensor[] v, SymInt[] q_grid, SymInt[] kv_grids, "
     "str roles, int[] tile, float budget, float scale, int sink_latents, str role, "
     "Tensor? keep_frames, str site, *, Tensor? history_means=None, Tensor? key_bias=None, "
-    "str planner='mean', Tensor? blocks=None, Tensor? block_counts=None)"
+    "str planner='mean', Tensor? blocks=None, Tensor? block_counts=None, Tensor? latent_mask=None)"
 )
 _library = torch.library.Library("lipass", "FRAGMENT")
 _library.define(f"sparse_attention{_ARGUMENTS} -> Tensor")
@@ -51,6 +51,7 @@ def _call(
     planner: str = "mean",
     blocks: Tensor | None = None,
     block_counts: Tensor | None = None,
+    latent_mask: Tensor | None = None,
 ) -> Call:
     """Resolve the arguments of both operators.
 
@@ -82,6 +83,8 @@ def _call(
         blocks: key blocks that each query block visits `[B or 1, H or 1, Nq, S]` ints, numbered
             over the segments, ascending.
         block_counts: how many of the `S` count `[B or 1, H or 1, Nq]` ints; all by default.
+        latent_mask: which latents of the queries see which latents of the history and current
+            keys `[B or 1, Tq, Tk]` bool, where the tile is of one latent. All see the text.
     """
     layout, grid = resolve_layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
     if key_bias is not None and key_bias.dim() == 2:
@@ -103,6 +106,7 @@ def _call(
         key_bias,
         planner,
         given,
+        latent_mask,
     )
 
 

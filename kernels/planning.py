@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipass.kernels.block_sparse import native
 from lipass.kernels.given import GivenBlocks, plan_as_given, unfit_blocks
+from lipass.kernels.latent_mask import seen_blocks
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.select.api import check_options, select_blocks
@@ -32,6 +33,7 @@ def plan_attention(
     candidate_means: Tensor | None = None,
     planner: str = "mean",
     given: GivenBlocks | None = None,
+    latent_mask: Tensor | None = None,
 ) -> BlockPlan:
     """Choose what each query block visits; arguments as in `select_blocks`.
 
@@ -49,6 +51,7 @@ def plan_attention(
             them, where they are known; otherwise they are computed.
         planner: one of `PLANNERS`.
         given: the choice itself, for planner `"given"`, which reads no other option.
+        latent_mask: `[B or 1, Tq, Tk]` bool, which latents see which; all by default.
 
     Raises:
         ValueError: if an option is out of range, or something does not fit the layout.
@@ -67,7 +70,7 @@ def plan_attention(
         check_means(candidate_means, q, layout, candidate)
     if planner == "cosine" and candidate is not None:
         candidate_means = _directions(keys[candidate], layout, candidate, candidate_means)
-    if candidate is not None and keep_frames is None:
+    if candidate is not None and keep_frames is None and latent_mask is None:
         plan = _plan_natively(
             q, keys[candidate], layout, q_grid, budget, scale, role, sink_latents, candidate_means
         )
@@ -90,6 +93,7 @@ def plan_attention(
         role=role,
         sink_latents=sink_latents,
         keep_frames=keep_frames,
+        seen=None if latent_mask is None else seen_blocks(latent_mask, q_grid, layout),
     )
     key_keep = None
     if keep_frames is not None and candidate is not None:
@@ -100,8 +104,8 @@ def plan_attention(
         q_grid,
         layout,
         key_keep=key_keep,
-        uniform=keep_frames is None,
-        shared_segments=_shared(layout, candidate),
+        uniform=keep_frames is None and latent_mask is None,
+        shared_segments=() if latent_mask is not None else _shared(layout, candidate),
     )
 
 

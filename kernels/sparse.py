@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lipass.kernels import cost, dense, registry
 from lipass.kernels.call import Call, check
 from lipass.kernels.frames import attend_own_frame, without_frames
 from lipass.kernels.given import plan_as_given
+from lipass.kernels.latent_mask import seen_keys
 from lipass.kernels.pieces import attend_to_all
 from lipass.kernels.plan import BlockPlan
 from lipass.kernels.planning import plan_attention
@@ -117,6 +119,7 @@ def _plan(call: Call, budget: float) -> BlockPlan:
         keep_frames=call.keep_frames,
         candidate_means=call.history_means,
         planner=call.planner,
+        latent_mask=call.latent_mask,
     )
 
 
@@ -125,7 +128,7 @@ def _why_dense(call: Call) -> str:
     route = registry.forced_route(call.role)
     if route == "dense":
         return registry.forced_reason()
-    if call.given is None and call.budget >= 1.0:
+    if call.given is None and call.budget >= 1.0 and call.latent_mask is None:
         return "budget 1.0 visits every block"
     if route == "sparse":
         return ""
@@ -135,20 +138,32 @@ def _why_dense(call: Call) -> str:
         width = selected_blocks(
             call.layout, call.q_grid, call.budget, call.role, call.sink_latents
         )
-        if width == call.layout.blocks and call.keep_frames is None:
+        if call.latent_mask is not None:
+            width = _seen_share(width, call.latent_mask)
+        elif width == call.layout.blocks and call.keep_frames is None:
             return "protected blocks and budget together visit every block"
     q = call.q
     return cost.predict(q.shape, q.dtype, q.device, call.layout, call.q_grid, width).why_dense
 
 
+def _seen_share(width: int, mask: Tensor) -> int:
+    """Estimate how many of so many blocks a mask leaves; all of them where reading has a price."""
+    if mask.device.type != "cpu" or mask.numel() == 0:
+        return width
+    return math.ceil(width * float(mask.float().mean()))
+
+
 def _dense(call: Call, lse: bool) -> tuple[Tensor, Tensor | None, str]:
     """Attend to every kept key."""
-    if call.keep_frames is None:
+    if call.keep_frames is None and call.latent_mask is None:
         if call.key_bias is None and not lse:
             out, provider = attend_to_all(call.q, call.k, call.v, call.scale)
             return out, None, provider
         return dense.attend_biased(call.q, call.k, call.v, call.scale, call.key_bias, lse=lse)
-    mask = _plan(call._replace(sink_latents=0, history_means=None), 1.0).to_dense_mask()
+    if call.latent_mask is not None:
+        mask = seen_keys(call.latent_mask, call.q_grid, call.layout)
+    else:
+        mask = _plan(call._replace(sink_latents=0, history_means=None), 1.0).to_dense_mask()
     k, v = torch.cat(call.k, 2), torch.cat(call.v, 2)
     if call.key_bias is not None or lse:
         bias = mask.new_zeros((), dtype=torch.float32)

@@ -23,6 +23,7 @@ def select_blocks(
     role: str,
     sink_latents: int,
     keep_frames: Tensor | None = None,
+    seen: Tensor | None = None,
     provider: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the key blocks that each query block visits.
@@ -33,9 +34,10 @@ def select_blocks(
     best `ceil(budget * rest)` by `q_mean . k_mean` join them. Every query block visits the same
     number of blocks, the largest that any of them asks for, so that no row is padded. Candidates
     without a kept frame are absent; in prefill a query block without one visits itself and the
-    other segments. Infinite scores count as the largest or lowest fp32 number and NaN as the
-    lowest, so that protected blocks stay, absent ones stay out, and a row is ascending whatever it
-    ranks.
+    other segments. Where `seen` says which blocks a query block may visit, the rule holds among
+    those, for each query block by itself. Infinite scores count as the largest or lowest fp32
+    number and NaN as the lowest, so that protected blocks stay, absent ones stay out, and a row is
+    ascending whatever it ranks.
 
     Source: arXiv 2605.31158, section on AR-aware sparse attention. Differs in: the sink is
     protected, neighbours come on top of the budget, means never count padding.
@@ -51,6 +53,8 @@ def select_blocks(
         role: one of `CALL_ROLES`.
         sink_latents: how many of the first candidate frames are always visited.
         keep_frames: `[B, T]` bool over the candidate frames, or None to keep all.
+        seen: `[B or 1, Nq, Nk]` bool, which blocks of all segments a query block may visit; all by
+            default, and without `keep_frames`.
         provider: implementation to use; by default the best that takes the call.
 
     Returns:
@@ -63,13 +67,14 @@ def select_blocks(
     """
     if not torch.compiler.is_compiling():
         reason = _unfit(q_mean, k_mean, layout, q_grid, budget, scale, role, keep_frames)
+        reason = reason or _unfit_seen(seen, q_mean, layout, keep_frames)
         if reason:
             raise ValueError(reason)
     chosen = registry.choose(
         "select",
         q_mean.device,
         provider,
-        lambda module: module.why_not(q_mean, k_mean, keep_frames),
+        lambda module: module.why_not(q_mean, k_mean, keep_frames, seen),
     )
     return chosen.module.select_blocks(
         q_mean,
@@ -80,6 +85,23 @@ def select_blocks(
         role=role,
         sink_latents=sink_latents,
         keep_frames=keep_frames,
+        seen=seen,
+    )
+
+
+def _unfit_seen(
+    seen: Tensor | None, q_mean: Tensor, layout: KvLayout, keep_frames: Tensor | None
+) -> str | None:
+    if seen is None:
+        return None
+    if keep_frames is not None:
+        return "seen must come without keep_frames, got both; hide dropped frames in seen"
+    batch, blocks = q_mean.shape[0], (q_mean.shape[2], layout.blocks)
+    if seen.dim() == 3 and seen.shape[0] in (1, batch) and seen.shape[1:] == blocks:
+        return None
+    return (
+        f"seen must be [B or 1, Nq, Nk] with B, Nq, Nk = {batch}, {blocks[0]}, {blocks[1]}, got "
+        f"{list(seen.shape)}; number the blocks over all segments"
     )
 
 

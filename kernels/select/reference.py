@@ -10,7 +10,9 @@ from torch import Tensor
 from lipass.kernels.plan import BlockGrid, KvLayout
 
 
-def why_not(q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None) -> str | None:
+def why_not(
+    q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None, seen: Tensor | None = None
+) -> str | None:
     """Refuse nothing: the definition covers every call."""
     return None
 
@@ -25,6 +27,7 @@ def select_blocks(
     role: str,
     sink_latents: int,
     keep_frames: Tensor | None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose key blocks for each query block; `lipass.kernels.select.api` states the contract.
 
@@ -35,6 +38,7 @@ def select_blocks(
     visit(q)   = all other segments + protected(q) + the best scores up to max over q of wanted
     ```
 
+    Blocks that a query block may not see are absent from both, and `wanted` is then its own.
     Blocks without a kept frame are no candidates. A query block without one visits itself.
     The scale of the scores is positive and does not change their order, so it does not enter.
     `near` is one tile away or less, counted in key tiles from any key tile of the query block.
@@ -52,27 +56,34 @@ def select_blocks(
 
     chosen: list[list[int]] = []
     for b in range(batch):
-        alive = torch.ones(grid.blocks, dtype=torch.bool)
+        alive = torch.ones(q_blocks, grid.blocks, dtype=torch.bool)
         if keep_frames is not None:
-            alive = grid.blocks_with(keep_frames.cpu())[b]
-        asks = [q for q in range(q_blocks) if role == "decode" or bool(alive[own[q]].any())]
-        wanted = 0
-        for q in asks:
-            protected = (near[q] | sink) & alive
-            rest = int(alive.sum() - protected.sum())
-            wanted = max(wanted, int(protected.sum()) + math.ceil(budget * rest - 1e-6))
+            alive &= grid.blocks_with(keep_frames.cpu())[b]
+        shown = torch.ones(q_blocks, layout.blocks, dtype=torch.bool)
+        if seen is not None:
+            shown = seen.cpu()[b % seen.shape[0]]
+            alive &= shown[:, candidates.start : candidates.stop]
+        asks = [q for q in range(q_blocks) if role == "decode" or bool(alive[q][own[q]].any())]
+        wanted = [0] * q_blocks
+        for q in range(q_blocks):
+            protected = int(((near[q] | sink) & alive[q]).sum())
+            rest = int(alive[q].sum()) - protected
+            wanted[q] = protected + math.ceil(budget * rest - 1e-6)
+        if seen is None:
+            wanted = [max((wanted[q] for q in asks), default=0)] * q_blocks
         for h in range(heads):
             score = (q_mean[b, h].float() @ k_mean[b, h].float().mT).cpu()
             score = score.nan_to_num(nan=torch.finfo(torch.float32).min)
             for q in range(q_blocks):
-                if q not in asks:
+                others = [block for block in always if shown[q, block]]
+                if seen is None and q not in asks:
                     itself = [candidates[k] for k in own[q].nonzero()[:, 0].tolist()]
-                    chosen.append(sorted([*always, *itself]))
+                    chosen.append(sorted([*others, *itself]))
                     continue
                 rank = score[q].masked_fill(near[q] | sink, math.inf)
-                rank = rank.masked_fill(~alive, -math.inf)
-                best = rank.argsort(descending=True, stable=True)[:wanted].tolist()
-                chosen.append(sorted([*always, *(candidates[k] for k in best)]))
+                rank = rank.masked_fill(~alive[q], -math.inf)
+                best = rank.argsort(descending=True, stable=True)[: wanted[q]].tolist()
+                chosen.append(sorted([*others, *(candidates[k] for k in best)]))
 
     width = max((len(row) for row in chosen), default=0)
     padded = [row + [-1] * (width - len(row)) for row in chosen]

@@ -30,14 +30,17 @@ _INT_MIN = tl.constexpr(torch.iinfo(torch.int32).min)
 _INT_MAX = tl.constexpr(torch.iinfo(torch.int32).max)
 
 
-def why_not(q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None) -> str | None:
+def why_not(
+    q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None, seen: Tensor | None = None
+) -> str | None:
     """Give the reason why the kernel cannot take a call, or None."""
     if not (q_mean.is_cuda or _INTERPRETED):
         return f"runs on CUDA tensors, got {q_mean.device.type}"
     if q_mean.dtype != torch.float32 or k_mean.dtype != torch.float32:
         return f"takes fp32 means, got {q_mean.dtype} and {k_mean.dtype}"
-    if keep_frames is not None:
-        return "has rows of one length only, and dropped frames make them differ"
+    if keep_frames is not None or seen is not None:
+        what = "dropped frames" if seen is None else "masks"
+        return f"has rows of one length only, and {what} make them differ"
     return None
 
 
@@ -51,6 +54,7 @@ def select_blocks(
     role: str,
     sink_latents: int,
     keep_frames: Tensor | None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose key blocks for each query block; see `lipass.kernels.select.api`.
 

@@ -27,7 +27,9 @@ class Rule(NamedTuple):
     after: Tensor
 
 
-def why_not(q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None) -> str | None:
+def why_not(
+    q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None, seen: Tensor | None = None
+) -> str | None:
     """Refuse nothing: any means, mask and device will do."""
     return None
 
@@ -42,6 +44,7 @@ def select_blocks(
     role: str,
     sink_latents: int,
     keep_frames: Tensor | None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose key blocks for each query block; see `lipass.kernels.select.api`.
 
@@ -52,7 +55,7 @@ def select_blocks(
     candidates, wanted = len(fixed.candidates), fixed.wanted
     width = fixed.before.numel() + wanted + fixed.after.numel()
     counts = torch.full((batch, heads, q_blocks), width, dtype=torch.int32, device=q_mean.device)
-    if wanted == candidates and keep_frames is None:
+    if wanted == candidates and keep_frames is None and seen is None:
         every = torch.arange(layout.blocks, dtype=torch.int32, device=q_mean.device)
         return every.expand(batch, heads, q_blocks, -1), counts
 
@@ -62,6 +65,8 @@ def select_blocks(
         score = score.masked_fill(fixed.protected, math.inf)
     if keep_frames is not None:
         return _among_kept(score, fixed, layout, budget, keep_frames)
+    if seen is not None:
+        return _among_seen(score, fixed, layout, budget, seen)
     best = score.topk(wanted, sorted=False).indices.sort().values.int() + fixed.candidates.start
     shape = (batch, heads, q_blocks, -1)
     return torch.cat([fixed.before.expand(shape), best, fixed.after.expand(shape)], -1), counts
@@ -109,6 +114,30 @@ def _among_kept(
     always = fixed.before.numel() + fixed.after.numel()
     counts = (wanted + always).int().expand(batch, heads, q_blocks)
     return torch.where(indices == layout.blocks, -1, indices), counts.contiguous()
+
+
+def _among_seen(
+    score: Tensor, fixed: Rule, layout: KvLayout, budget: float, seen: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, heads, q_blocks, _ = score.shape
+    span, shape = fixed.candidates, (batch, heads, q_blocks, -1)
+    open_to = seen[:, None, :, span.start : span.stop]  # [B or 1, 1, Nq, Nc]
+    spared = open_to.new_zeros((), dtype=torch.int64)
+    if fixed.protected is not None:
+        spared = (fixed.protected & open_to).sum(-1)
+    rest = open_to.sum(-1) - spared
+    wanted = spared + (rest * budget - _ROUNDING).ceil().clamp(min=0).long()
+    best = score.masked_fill(~open_to, -math.inf).topk(fixed.wanted).indices + span.start
+    # Entries past the count sort behind every block id and turn into -1.
+    rank = torch.arange(fixed.wanted, device=score.device)
+    best = torch.where(rank < wanted[..., None], best, layout.blocks).int()
+    parts = [best]
+    for others in (fixed.before, fixed.after):
+        visible = seen[:, None, :, others.long()]
+        parts.append(torch.where(visible, others, layout.blocks).int().expand(shape))
+    indices = torch.cat(parts, -1).sort().values
+    counts = (indices != layout.blocks).sum(-1).int()
+    return torch.where(indices == layout.blocks, -1, indices), counts
 
 
 @functools.lru_cache(maxsize=512)

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes.attention import cache_pieces, match
 from lipass.passes.attention.evidence import outlives
+from lipass.passes.attention.latent_mask import BY_LATENTS
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.site import AttentionSite, PoseInput, poses, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
@@ -131,7 +132,7 @@ class PruneContext(Pass):
         """Let one site ask; say why it cannot."""
         if SparseCall.is_one(node):
             return "lipass.attend asks the session itself"
-        if why := refuse_rewrite(node) or refuse_grid(site):
+        if why := refuse_rewrite(node) or refuse_grid(site) or _by_latents(site):
             return why
         operands = cache_pieces.operands(node, site, ctx)
         if isinstance(operands, Refusal):
@@ -174,6 +175,9 @@ class PruneContext(Pass):
         self, node: Node, site: AttentionSite, w2c: Node, keep: Node | None, ctx: PassContext
     ) -> bool:
         planted = SparseCall.is_one(node)
+        if why := _by_latents(site):
+            ctx.note(site.name, "kept", why)
+            return False
         operands = None if planted else cache_pieces.operands(node, site, ctx)
         if isinstance(operands, Refusal):
             ctx.note(site.name, "kept", operands.reason)
@@ -227,6 +231,10 @@ def _for_batch(keep: Node, q: Node, emit: Emitter) -> Node | None:
     if known_true(views == 1) and not known_true(batch == 1):
         return emit.method("expand", keep, emit.size(batch, q, 0), -1)
     return keep if guard(views == batch) else None
+
+
+def _by_latents(site: AttentionSite) -> str:
+    return BY_LATENTS if site.latent_mask else ""
 
 
 def _outlive(call: tuple[Node, AttentionSite]) -> str:

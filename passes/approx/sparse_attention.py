@@ -37,7 +37,8 @@ class SparseAttention(Pass):
                0.3, 0.125, 1, 'decode', None, 'blocks.0.attn')
 
     Queries that hold text too are cut: rows of text attend to all keys as before, rows of latents
-    to all of the text and to chosen latents. A mask over keys becomes `key_bias`.
+    to all of the text and to chosen latents. A mask over keys becomes `key_bias`; one that says
+    which latents see which becomes `latent_mask`, with tiles of one latent.
 
     A site that `prune-context` rewrote gets tile, budget and sink here and keeps its frames.
 
@@ -127,6 +128,8 @@ class SparseAttention(Pass):
         if site.role == "self" and site.q_grid is not None and known_true(site.q_grid[0] == 1):
             # the one frame there is would be all sink
             tile, sink_latents = _within_frames(tile), 0
+        elif site.latent_mask:
+            tile = _within_frames(tile)
         ctx.note(site.name, "rewritten", f"{site.role}, budget {budget:g}")
         if operands is None:
             call = SparseCall.of(node)
@@ -150,7 +153,8 @@ class SparseAttention(Pass):
 def _within_frames(tile: tuple[int, ...]) -> tuple[int, ...]:
     """Give blocks of as many tokens in single frames: `(4, 4, 4)` is `(1, 8, 8)`.
 
-    Frames that attend to themselves alone have no other to fill a block with.
+    Frames that attend to themselves alone have no other to fill a block with, and a mask over
+    latents shows or hides such a block as a whole.
     """
     flat: list[int] = []
     for t, y, x in (tile[n : n + 3] for n in range(0, len(tile), 3)):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from lipass.passes.attention import joint, match
+from lipass.passes.attention import joint, latent_mask, match
 from lipass.passes.attention.cache_writes import Place, place_read, scattered, written
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.products import View
@@ -44,6 +44,8 @@ def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Re
     """Match a call that is about to be rewritten, and cut its keys as its fact says."""
     if site.latents_first is not None:
         return joint.whole(call)
+    if site.latent_mask:
+        return latent_mask.whole(call) or Refusal("an earlier pass has changed its mask")
     is_whole = len(site.segments) == 1
     found = match.attention(call, masked=site.role == "self", in_pieces=not is_whole)
     if isinstance(found, Refusal):

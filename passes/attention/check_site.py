@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from lipass.kernels import registry
@@ -27,10 +28,12 @@ def wrong(call: Node, operands: Operands, site: AttentionSite) -> str | None:
     segments = tuple(_small(segment) for segment in site.segments)
     small = replace(site, name=_NAME, q_grid=_GRIDS["current"], segments=segments)
 
+    tile = (1, 2, 2) if site.latent_mask else (2, 2, 2)
+
     def rewrite(root: Node, copies: Mapping[Node, Node], ctx: PassContext) -> None:
         parts = operands.map(copies)
         replace_attention(
-            root, small, parts, ctx, tile=(2, 2, 2), budget=1.0, sink_latents=0, keep_frames=None
+            root, small, parts, ctx, tile=tile, budget=1.0, sink_latents=0, keep_frames=None
         )
 
     shapes = _shapes(operands, small)
@@ -52,8 +55,22 @@ def form(call: Node, operands: Operands, site: AttentionSite) -> object:
     region = region_of([node for node in nodes if node not in operands.tensors()])
     pieces = tuple(region.inputs.index(x) for x in operands.tensors() if x in region.inputs)
     roles = tuple(segment.role for segment in site.segments)
-    kind = (site.role, site.latents_first, operands.mask is None)
+    kind = (site.role, site.latents_first, operands.mask is None, site.latent_mask)
     return str((region.form, pieces, roles, kind, site.scale, operands.groups))
+
+
+def _latent_mask(mask: Node, site: AttentionSite) -> torch.Tensor:
+    """Make a mask of small sizes that shows each latent itself and those in front of it."""
+    assert site.q_grid is not None
+    latents = [int(segment.grid[0]) for segment in site.segments]
+    rows = torch.arange(sum(latents))
+    shown = rows[-int(site.q_grid[0]) :, None] >= rows
+    for axis in (0, 1):
+        shown = shown.repeat_interleave(int(site.q_grid[1] * site.q_grid[2]), axis)
+    shown = shown.expand(*(1,) * (value(mask).dim() - 2), -1, -1)
+    if value(mask).dtype == torch.bool:
+        return shown
+    return torch.zeros(shown.shape).masked_fill(~shown, -torch.inf)
 
 
 def _small(segment: KeySegment) -> KeySegment:
@@ -63,15 +80,19 @@ def _small(segment: KeySegment) -> KeySegment:
     return replace(segment, tokens=t * y * x, grid=(t, y, x))
 
 
-def _shapes(operands: Operands, site: AttentionSite) -> dict[Node, Shape] | None:
+def _shapes(operands: Operands, site: AttentionSite) -> dict[Node, Shape | torch.Tensor] | None:
     """Return small shapes of q and of the pieces; None if one tensor would need two."""
     features = value(operands.q).shape[3]
     features = features if isinstance(features, int) else _FEATURES
     t, y, x = _GRIDS["current"]
     tokens = [int(segment.tokens) for segment in site.segments]
     heads = _HEADS * operands.groups
-    shapes: dict[Node, Shape] = {operands.q: (_BATCH, heads, int(t * y * x), features)}
-    if operands.mask is not None:
+    shapes: dict[Node, Shape | torch.Tensor] = {
+        operands.q: (_BATCH, heads, int(t * y * x), features)
+    }
+    if operands.mask is not None and site.latent_mask:
+        shapes[operands.mask] = _latent_mask(operands.mask, site)
+    elif operands.mask is not None:
         given = value(operands.mask).shape
         batch, rows = (
             1 if one == 1 else n for one, n in zip(given, (_BATCH, heads), strict=False)

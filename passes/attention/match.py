@@ -36,7 +36,10 @@ class Operands:
     groups: int = 1
     """Heads of q that share one head of k and v."""
     mask: Node | None = None
-    """Added to the scores of a key, or whether it is seen, `[.., 1, Lk]` or equal rows of it."""
+    """Added to the scores of a key, or whether it is seen, `[.., 1, Lk]` or equal rows of it.
+
+    A site with a `latent_mask` has one of different rows, `[.., Lq, Lk]`.
+    """
 
     joined_keys: bool = False
     """Whether keys are slices of what was joined before its positions, and values say what of."""
@@ -57,7 +60,12 @@ class Operands:
 
 
 def attention(
-    node: Node, *, masked: bool = False, in_pieces: bool = True, by_rows: bool = False
+    node: Node,
+    *,
+    masked: bool = False,
+    in_pieces: bool = True,
+    by_rows: bool = False,
+    mask_apart: bool = False,
 ) -> Operands | Refusal:
     """Match a canonical attention call that is a plain softmax over all keys.
 
@@ -67,13 +75,16 @@ def attention(
         in_pieces: take joined keys apart.
         by_rows: take a mask `[.., Lq, Lk]` too, which the caller proves to be one for the queries
             that matter.
+        mask_apart: leave the mask to the caller, whatever it is.
     """
     places = places_of(node)
     if places is None:
         return Refusal("nobody has said where its operands are")
-    mask = node.kwargs.get("attn_mask") if is_call(node, SDPA) else None
-    if is_call(node, SDPA) and (why := _not_plain(node, masked=masked, by_rows=by_rows)):
-        return Refusal(why)
+    mask = None
+    if is_call(node, SDPA):
+        mask = None if mask_apart else node.kwargs.get("attn_mask")
+        if why := _not_plain(node, mask, masked=masked, by_rows=by_rows):
+            return Refusal(why)
     q, k, v = (argument(node, place) for place in places[:3])
     if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)):
         return Refusal("its operands are not tensors of the graph")
@@ -113,9 +124,8 @@ def attention(
     return Operands(q, keys, values, scale, groups, mask if isinstance(mask, Node) else None)
 
 
-def _not_plain(node: Node, *, masked: bool, by_rows: bool) -> str | None:
+def _not_plain(node: Node, mask: object, *, masked: bool, by_rows: bool) -> str | None:
     """Say what a call of SDPA does beside a softmax over all keys, or return None."""
-    mask = node.kwargs.get("attn_mask")
     if mask is not None and not masked:
         return "it has a mask"
     if mask is not None and (why := _of_queries(mask, node, by_rows=by_rows)):

@@ -30,6 +30,15 @@ def is_current_piece(q: Node, key: Node, q_tokens: Size) -> bool:
     return known_true(value(key).shape[2] == q_tokens) and shares_tokens(q, key, q_tokens)
 
 
+def named(given: tuple[str, ...], pieces: int) -> tuple[str | None, ...] | Refusal:
+    """Return what options call each of so many pieces; history may be absent, as in prefill."""
+    without = tuple(role for role in given if role != "history")
+    for roles in (given or (None,) * pieces, without):
+        if len(roles) == pieces:
+            return roles
+    return Refusal(f"segments names {len(given)} pieces, the keys have {pieces}")
+
+
 def segment(
     key: Node,
     is_current: bool,

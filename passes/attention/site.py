@@ -72,6 +72,8 @@ class AttentionSite:
     """What shows that q has the tokens of `q_grid`, in its order."""
     latents_first: bool | None = None
     """Of queries that hold text too, whether it comes behind the latents; None for others."""
+    latent_mask: bool = False
+    """Whether a mask of the call says which latents see which."""
     operands: OperandPlaces | None = None
     """Where the call has its operands; None is what its operator says."""
 

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 import lipass.kernels.ops  # noqa: F401
 from lipass.kernels.call import resolve_layout
 from lipass.kernels.plan import BlockGrid, KvLayout
-from lipass.passes.attention import joint
+from lipass.passes.attention import joint, latent_mask
 from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, move_site
 from lipass.passes.core import PassContext
@@ -49,6 +49,7 @@ class SparseCall:
     planner: str = "mean"
     blocks: Node | None = None
     block_counts: Node | None = None
+    latent_mask: Node | None = None
 
     @staticmethod
     def is_one(node: Node) -> bool:
@@ -128,6 +129,7 @@ def replace_attention(
         tuple(_heads_of_q(piece, operands.groups, emit) for piece in pieces)
         for pieces in (operands.keys, operands.values)
     )
+    row, shown = (None, operands.mask) if site.latent_mask else (operands.mask, None)
     made = SparseCall(
         q=operands.q,
         k=k,
@@ -142,8 +144,9 @@ def replace_attention(
         role=site.role,
         keep_frames=keep_frames,
         site=site.name,
-        key_bias=None if operands.mask is None else _bias(operands.mask, emit),
+        key_bias=None if row is None else _bias(row, emit),
         planner=planner,
+        latent_mask=None if shown is None else latent_mask.latents_of(shown, site, ctx),
     ).emit(emit)
     move_site(site, made)
     node.replace_all_uses_with(made if cut is None else cut.joined(made, emit))

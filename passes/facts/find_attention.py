@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch.fx import Graph, Node
 
-from lipass.passes.attention import check_site, joint, match, segments, token_grid
+from lipass.passes.attention import (
+    check_site,
+    joint,
+    latent_mask,
+    match,
+    segments,
+    token_grid,
+)
 from lipass.passes.attention.cache_pieces import cut, even
 from lipass.passes.attention.evidence import evidence_of, origin, returned
 from lipass.passes.attention.match import Operands, Refusal
@@ -31,6 +37,7 @@ from lipass.passes.attention.token_grid import other_order
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, guard, value
+from lipass.passes.graph.dead_code import dropped
 from lipass.passes.graph.names import call_line, call_names
 
 ROLES = ("text", "history", "current")
@@ -78,7 +85,8 @@ class FindAttention(Pass):
     and scattered copies of an input may be those of a cache.
 
     A `self` site may have a mask that is one for all queries, such as that of padded keys; and its
-    queries may hold text as well as latents (`passes/attention/joint.py`).
+    queries may hold text as well as latents (`passes/attention/joint.py`). Any site may have one
+    that is proven to say which latents see which (`passes/attention/latent_mask.py`).
 
     Keeps (role `other`): other masks, dropout and causal attention; attention along time alone;
     operands of mixed dtypes or broadcast; k and v cut differently, or written to once they are
@@ -132,16 +140,19 @@ class FindAttention(Pass):
             told = refused is not None and bool(refused.role) and not is_call(node, SDPA)
             as_q = None if told else self._joined_as_q(node)
             whole = None if told else as_q or match.attention(node, masked=True)
-            with _dropped(graph):
+            with dropped(graph):
                 pieces = operands = seen = whole
                 if isinstance(whole, Operands):
                     pieces = as_q or even(whole, node, ctx)
                     operands = cut(pieces, node, ctx)
                     seen = operands.seen()
-                site = self._joint(node, names[node]) or self._describe(
-                    node, names[node], owners, pieces, seen
-                )
-                if isinstance(operands, Operands) and operands.mask and site.role in _UNMASKED:
+                name = names[node]
+                site = self._joint(node, name)
+                site = site or (None if told else self._by_latents(node, name, owners))
+                site = site or self._describe(node, name, owners, pieces, seen)
+                if site.latent_mask:
+                    whole = operands = latent_mask.whole(node)
+                elif isinstance(operands, Operands) and operands.mask and site.role in _UNMASKED:
                     site = replace(site, role="other", segments=(), reason="it has a mask")
                 if site.latents_first is not None:
                     whole = operands = joint.whole(node)
@@ -220,7 +231,7 @@ class FindAttention(Pass):
             if why := next(filter(None, apart), ""):
                 return site("other", why)
             return site("cross", "no key is made from the tokens of q", grid)
-        named = self._named(len(operands.keys))
+        named = segments.named(self.segments, len(operands.keys))
         if isinstance(named, Refusal):
             return site("other", named.reason)
         known = evidence_of(operands, whole, own, grid, named, self.token_grid is not None)
@@ -263,13 +274,14 @@ class FindAttention(Pass):
             name, call_line(node), "self", grid, pieces, operands.scale, WITH_TEXT, proof, first
         )
 
-    def _named(self, pieces: int) -> tuple[str | None, ...] | Refusal:
-        """Return what `segments` calls each piece; history may be absent, as it is in prefill."""
-        without = tuple(role for role in self.segments if role != "history")
-        for named in ((None,) * pieces if not self.segments else self.segments, without):
-            if len(named) == pieces:
-                return named
-        return Refusal(f"segments names {len(self.segments)} pieces, the keys have {pieces}")
+    def _by_latents(self, node: Node, name: str, owners: dict[Node, Node]) -> AttentionSite | None:
+        """Describe attention over latents whose mask has rows that differ, or return None."""
+        masked = latent_mask.whole(node)
+        if masked is None or masked.mask is None:
+            return None
+        plain = replace(masked, mask=None)
+        site = self._describe(node, name, owners, plain, plain)
+        return latent_mask.masked(node, masked.mask, site) if site.role in OVER_LATENTS else None
 
     def _proof(self, operands: Operands, tokens: Size) -> str:
         found = token_grid.merge(operands.q, tokens)
@@ -285,13 +297,3 @@ class FindAttention(Pass):
         if not guard(grid[0] * y * x == tokens):
             return Refusal(f"token_grid {self.token_grid} does not give the {tokens} tokens of q")
         return grid
-
-
-@contextlib.contextmanager
-def _dropped(graph: Graph) -> Iterator[None]:
-    """Take away again what is inserted inside; a fact is about a graph and does not change it."""
-    before = set(graph.nodes)
-    yield
-    for node in reversed(graph.nodes):
-        if node not in before:
-            graph.erase_node(node)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch.fx import Graph, GraphModule
 
 from lipass.passes.graph.ops import has_effect
@@ -26,3 +29,13 @@ def erase_dead(graph: Graph) -> bool:
             child.recompile()
             changed = True
     return changed
+
+
+@contextlib.contextmanager
+def dropped(graph: Graph) -> Iterator[None]:
+    """Take away again what is inserted inside; a fact is about a graph and does not change it."""
+    before = set(graph.nodes)
+    yield
+    for node in reversed(graph.nodes):
+        if node not in before:
+            graph.erase_node(node)

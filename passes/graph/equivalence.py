@@ -32,12 +32,15 @@ class Incomparable(Exception):
     """Report that an original cannot be run on small inputs; the cause is chained."""
 
 
-def difference(root: Node, inputs: Mapping[Node, Shape], rewrite: Rewrite) -> str | None:
+def difference(
+    root: Node, inputs: Mapping[Node, Shape | torch.Tensor], rewrite: Rewrite
+) -> str | None:
     """Say how a rewrite of `root` changes its value, or return None.
 
     Args:
         root: the output of what is rewritten.
-        inputs: nodes that it is computed from, with small shapes to try.
+        inputs: nodes that it is computed from, with small shapes to try, or tensors where not any
+            numbers will do.
         rewrite: puts something in the place of a copy of `root`; it gets the copies of the inputs
             by the nodes they stand for.
 
@@ -46,9 +49,12 @@ def difference(root: Node, inputs: Mapping[Node, Shape], rewrite: Rewrite) -> st
     """
     generator = torch.Generator("cpu").manual_seed(0)
     with undisturbed(), torch.no_grad():
-        values = [torch.randn(shape, generator=generator) for shape in inputs.values()]
+        values = [
+            given if isinstance(given, torch.Tensor) else torch.randn(given, generator=generator)
+            for given in inputs.values()
+        ]
         try:
-            gm, copies = _copy(root, inputs)
+            gm, copies = _copy(root, dict(zip(inputs, values, strict=True)))
             expected = gm(*(x.clone() for x in values))
         except Exception as error:
             why = str(error).partition("\n")[0]
@@ -65,13 +71,13 @@ def difference(root: Node, inputs: Mapping[Node, Shape], rewrite: Rewrite) -> st
     return None if off <= TOLERANCE else f"its value changes by {off:.2g} of the largest"
 
 
-def _copy(root: Node, inputs: Mapping[Node, Shape]) -> tuple[GraphModule, dict[Node, Node]]:
+def _copy(root: Node, inputs: Mapping[Node, torch.Tensor]) -> tuple[GraphModule, dict[Node, Node]]:
     """Copy what lies between inputs and root, in fp32, with fake values of the small shapes."""
     graph, copies, mode = Graph(), dict[Node, Node](), FakeTensorMode()
-    for i, (node, shape) in enumerate(inputs.items()):
+    for i, (node, given) in enumerate(inputs.items()):
         copies[node] = graph.placeholder(f"x{i}")
         with mode:
-            copies[node].meta["example_value"] = torch.empty(shape)
+            copies[node].meta["example_value"] = torch.empty(given.shape, dtype=given.dtype)
     needed = between(root, inputs)
     for node in root.graph.nodes:
         if node in needed and node not in copies:

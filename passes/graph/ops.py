@@ -135,9 +135,16 @@ def _moved(axes: list[int], one: Primitive) -> list[int]:
     return axes
 
 
-def is_pointwise(node: Node) -> bool:
-    """Whether each number of the result is of the numbers in its place, up to broadcasting."""
-    if draws(node) or mutates(node) or not isinstance(value(node), torch.Tensor):
+def is_pointwise(node: Node, *, in_place: bool = False) -> bool:
+    """Whether each number of the result is of the numbers in its place, up to broadcasting.
+
+    Args:
+        node: the call.
+        in_place: ask it of a call that writes to its first tensor, the whole of it.
+    """
+    if draws(node) or mutates(node) != in_place or not isinstance(value(node), torch.Tensor):
+        return False
+    if in_place and trace(node) is not None and trace(node).written != {0}:
         return False
     found = _primitives(node)
     if not found:
@@ -147,7 +154,7 @@ def is_pointwise(node: Node) -> bool:
 
 def _is_pointwise(one: Primitive) -> bool:
     tagged = torch.Tag.pointwise in one.overload.tags
-    return tagged or _base(one) in _POINTWISE | _COPIES | _CASTS
+    return tagged or _base(one).rstrip("_") in _POINTWISE | _COPIES | _CASTS
 
 
 def is_mask(node: Node) -> bool:

@@ -57,6 +57,12 @@ def _lies_in(node: Node, memory: int) -> bool:
     return any(storage(one) == memory for one in pytree.tree_leaves(value(node)))
 
 
+def shares_memory(node: Node, other: Node) -> bool:
+    """Whether two tensors lie in one memory."""
+    memory = storage(value(node))
+    return memory is not None and storage(value(other)) == memory
+
+
 def storage(tensor: object) -> int | None:
     """Return an identity of the memory of a fake tensor; None for what is no tensor."""
     tensor = without_vmap(tensor)

@@ -56,6 +56,10 @@ case.q, bias = case.q.half(), bias[1:]
 case.keys, case.values = ([part.half() for part in parts] for parts in (case.keys, case.values))
 check("bias per head in fp16", case, case.plan(), bias=bias, tolerance=2e-3)
 
+case = make_case("prefill", 3, (4, 8), 3, (1, 4, 8), heads=1, dim=16, budget=0.5)
+causal = torch.ones(1, 3, 3, dtype=torch.bool).tril()
+check("latents that see those in front of them", case, case.plan(latent_mask=causal))
+
 case = make_case("decode", 2, (4, 4), 0, (2, 4, 4), heads=1, dim=16)
 none = dataclasses.replace(case.plan(), counts=torch.zeros_like(case.plan().counts))
 check("rows without a key", case, none)

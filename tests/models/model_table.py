@@ -45,11 +45,7 @@ ROWS: dict[str, Row] = {
     "wan-animate": Row(slow=True),
     "chrono-edit": Row(),
     "skyreels-v2": Row(),
-    "skyreels-v2-df": Row(
-        0,
-        reason="may differ between queries",
-        why="with `num_frame_per_block` above 1 a mask hides later frames, another one for each",
-    ),
+    "skyreels-v2-df": Row(),
     "anyflow": Row(),
     "anyflow-far": Row(
         0,
