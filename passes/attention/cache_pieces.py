@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from lipass.passes.attention import joint, latent_mask, match
@@ -44,16 +45,33 @@ def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Re
     """Match a call that is about to be rewritten, and cut its keys as its fact says."""
     if site.latents_first is not None:
         return joint.whole(call)
+    found: Operands | Refusal
     if site.latent_mask:
-        return latent_mask.whole(call) or Refusal("an earlier pass has changed its mask")
-    is_whole = len(site.segments) == 1
-    found = match.attention(call, masked=site.role == "self", in_pieces=not is_whole)
+        found = latent_mask.whole(call) or Refusal("an earlier pass has changed its mask")
+    else:
+        is_whole = sum(segment.pieces for segment in site.segments) == 1
+        found = match.attention(call, masked=site.role == "self", in_pieces=not is_whole)
+        if isinstance(found, Operands):
+            found = cut(found if is_whole else even(found, call, ctx), call, ctx)
     if isinstance(found, Refusal):
         return found
-    found = cut(found if is_whole else even(found, call, ctx), call, ctx)
-    if len(found.keys) != len(site.segments):
+    counts = [segment.pieces for segment in site.segments]
+    if len(found.keys) != sum(counts):
         return Refusal("an earlier pass has changed what its keys are made of")
-    return found
+    return found if set(counts) == {1} else _in_runs(found, counts, Emitter(call, ctx))
+
+
+def _in_runs(given: Operands, counts: list[int], emit: Emitter) -> Operands:
+    """Join so many neighbouring pieces of keys and values each."""
+    joined = []
+    for pieces in (given.keys, given.values):
+        runs, at = [], 0
+        for count in counts:
+            run = pieces[at : at + count]
+            runs.append(run[0] if count == 1 else emit(torch.cat, list(run), 2))
+            at += count
+        joined.append(tuple(runs))
+    return replace(given, keys=joined[0], values=joined[1])
 
 
 def cut(given: Operands, call: Node, ctx: PassContext) -> Operands:

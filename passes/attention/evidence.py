@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
+from lipass.passes.attention.cache_writes import written
 from lipass.passes.attention.cameras import camera_of
 from lipass.passes.attention.match import Operands
 from lipass.passes.attention.products import View
@@ -16,7 +18,7 @@ from lipass.passes.attention.sources import is_of_latents, source_of
 from lipass.passes.attention.walk import same_values
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import value
-from lipass.passes.graph.writes import memory_written, storage
+from lipass.passes.graph.writes import memory_written, storage, writers_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _cache_of(key: Node, current: Node, is_cut: bool) -> str:
         current: the piece that is made from the tokens of q.
         is_cut: whether the piece is what a cache holds in front of what the call writes.
     """
-    if is_cut:
+    if is_cut or _in_cache_of(key, current):
         return "it is in the cache that the call writes to"
     for user in _users(current):
         if is_call(user, torch.cat) and isinstance(user.args[0], (list, tuple)):
@@ -87,6 +89,21 @@ def _cache_of(key: Node, current: Node, is_cut: bool) -> str:
             if joined == {origin(key), origin(current)} and (how := outlives(user)):
                 return f"{how.replace('its keys are', 'it is')} with the keys of q behind it"
     return ""
+
+
+def _in_cache_of(key: Node, current: Node) -> bool:
+    """Whether keys are part of an input to which the call writes those of q, or some of them."""
+    for cache in source_of(key).inputs:
+        for write in writers_of(cache):
+            found = written(write)
+            if found is None:
+                continue
+            new = origin(found[1])
+            while is_call(new, operator.getitem) and isinstance(new.args[0], Node):
+                new = origin(new.args[0])
+            if new is origin(current):
+                return True
+    return False
 
 
 def returned(key: Node, call: Node) -> str:

@@ -20,6 +20,7 @@ from lipass.passes.graph.compat import (
     why_no_guard,
 )
 
+VARIES = "its length varies between calls"
 NAME_THEM = (
     'name the pieces with the option "find-attention.segments": ("text", "history", "current")'
 )
@@ -28,6 +29,40 @@ NAME_THEM = (
 def is_current_piece(q: Node, key: Node, q_tokens: Size) -> bool:
     """Whether keys are made from the tokens that q is made from."""
     return known_true(value(key).shape[2] == q_tokens) and shares_tokens(q, key, q_tokens)
+
+
+def runs(pieces: list[KeySegment]) -> list[KeySegment] | Refusal:
+    """Join neighbours of one role and one grid: a sink and a window, two prompts.
+
+    Two pieces that vary in length, and of which nothing else is known, may be a prompt and a
+    history.
+    """
+    varying = [piece for piece in pieces if piece.role == "history" and piece.why == VARIES]
+    found: list[KeySegment] = []
+    for piece in pieces:
+        before = found[-1] if found else None
+        if before is None or before.role != piece.role or not _same_grid(before, piece):
+            found.append(piece)
+            continue
+        tokens = before.tokens + piece.tokens
+        latents = before.grid[0] + piece.grid[0]
+        grid = (1, 1, tokens) if piece.role == "text" else (latents, *piece.grid[1:])
+        whys = dict.fromkeys((before.why, piece.why))
+        found[-1] = KeySegment(piece.role, tokens, grid, "; ".join(whys), before.pieces + 1)
+    roles = [piece.role for piece in found]
+    shown = " | ".join(piece.role for piece in pieces)
+    if len(varying) > 1 or roles.count("history") > 1:
+        return Refusal(f"keys are {shown}; {NAME_THEM}")
+    if roles.count("text") > 1:
+        return Refusal(f"keys are {shown}; text must be in one run")
+    if roles.count("current") != 1 or roles[-1] != "current" or found[-1].pieces > 1:
+        return Refusal(f"keys are {shown}; the last must be current, once")
+    return found
+
+
+def _same_grid(one: KeySegment, other: KeySegment) -> bool:
+    sizes = zip(one.grid[1:], other.grid[1:], strict=True)
+    return one.role == "text" or all(known_true(a == b) for a, b in sizes)
 
 
 def named(given: tuple[str, ...], pieces: int) -> tuple[str | None, ...] | Refusal:
@@ -76,7 +111,7 @@ def segment(
             made = f"%{source.made_by.name} makes it, and from no latents"
             return KeySegment("text", tokens, text, made)
         if is_symbolic(tokens) and (source.is_given or of_latents):
-            why = "its length varies between calls"
+            why = VARIES
     if not why:
         return Refusal(f"it could be text or {latents} latents; {NAME_THEM}")
     if not guard(is_whole):

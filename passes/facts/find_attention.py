@@ -22,7 +22,6 @@ from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.operators import places_of
 from lipass.passes.attention.planted import describe_planted, other_calls
 from lipass.passes.attention.prompt import is_padded_prompt
-from lipass.passes.attention.segments import NAME_THEM
 from lipass.passes.attention.site import (
     OVER_LATENTS,
     SDPA,
@@ -75,6 +74,8 @@ class FindAttention(Pass):
     * text: any other piece whose length is no whole number of latents, or whose latents have no
       cameras where another piece's have, or that the graph projects from no latents: prompts vary
       in length too, and what is wrongly called text is attended to in full.
+
+    Neighbours of one role and one grid are one run, such as a sink and a window.
 
     The call is `decode` if it has history, `prefill` if not and its own keys are returned, written
     to a cache or history to a later call, otherwise `self`: all frames attend to each other, as in
@@ -159,8 +160,9 @@ class FindAttention(Pass):
                 if isinstance(operands, Operands) and site.role in OVER_LATENTS:
                     owners[origin(operands.seen().keys[-1])] = node
                     # pieces of a cache are proven by where it is written, at sizes that cannot
-                    # be made small
-                    if operands == whole and (why := self._wrong(node, operands, site, compared)):
+                    # be made small; pieces that are to be joined are no operands yet
+                    plain = operands == whole and all(s.pieces == 1 for s in site.segments)
+                    if plain and (why := self._wrong(node, operands, site, compared)):
                         site = replace(site, role="other", segments=(), reason=why)
             set_site(node, replace(site, operands=site.operands or places_of(node)))
             ctx.note(site.name, "found", f"{site.role}: {site.reason}")
@@ -243,12 +245,11 @@ class FindAttention(Pass):
             if isinstance(found, Refusal):
                 return site("other", f"key piece {i} of {value(key).shape[2]}: {found.reason}")
             pieces.append(found)
-        roles = [piece.role for piece in pieces]
-        if roles.count("history") > 1:
-            return site("other", f"keys are {' | '.join(roles)}; {NAME_THEM}")
-        if roles.count("current") != 1 or roles[-1] != "current":
-            return site("other", f"keys are {' | '.join(roles)}; the last must be current, once")
-        if "history" in roles:
+        joined = segments.runs(pieces)
+        if isinstance(joined, Refusal):
+            return site("other", joined.reason)
+        pieces = joined
+        if any(piece.role == "history" for piece in pieces):
             return site("decode", "it has history keys", grid, tuple(pieces))
         if why := returned(operands.keys[-1], node):
             return site("prefill", why, grid, tuple(pieces))
