@@ -17,7 +17,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch._dynamo.convert_frame
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import ShortenTraceback, Unsupported
 
 from lipass.compile.graph_breaks import GraphBreak, parts_of
 from lipass.config import Config
@@ -29,6 +29,16 @@ _LIMIT = re.compile(r"\w*recompile_limit$")
 _VALUE = re.compile(r"^(?P<name>[\w.\[\]']+) == (?P<value>-?[\d.]+|'[^']*'|None|True|False)$")
 _SHOWN = 4
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_\d+\w*")
+
+
+class LeftEager(LipassError, ShortenTraceback):
+    """Report under `strict` what is left to Python.
+
+    Dynamo calls errors that it does not know its own; those of this class it passes on.
+    """
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
 
 
 def listen(backend: Any) -> None:
@@ -105,7 +115,7 @@ def _tell(found: GraphBreak, config: Config) -> None:
         f"from now on: {found.reason}; {found.remedy}"
     )
     if config.strict:
-        raise LipassError(f"strict: {message}")
+        raise LeftEager(f"strict: {message}")
     warnings.warn(message, LipassWarning, stacklevel=2)
 
 

@@ -124,7 +124,7 @@ def test_break_in_a_loop_is_told(fn):
 )
 def test_strict_raises(fn, calls):
     with pytest.raises(
-        Exception, match="strict: every call of a compiled model must run compiled"
+        lipass.LipassError, match="strict: every call of a compiled model must run compiled"
     ):
         run(fn, calls, strict=True)
     # and leaves Dynamo as it should be
