@@ -187,6 +187,14 @@ _FIELD_KINDS: dict[str, Any] = {
 }
 
 
+def kind_of(key: str) -> str:
+    """Name the kind of value that an option takes, as it is written in its class; "" if none."""
+    if key in SECTIONS:
+        return "bool"
+    kind = _FIELD_KINDS.get(SHORTHANDS.get(key, (key,))[0], "")
+    return kind if isinstance(kind, str) else kind.__name__
+
+
 def _preset_values(preset: str) -> dict[str, Any]:
     """Copy a preset's entry, sections included, so that options can be written into it."""
     values: dict[str, Any] = {"preset": preset}

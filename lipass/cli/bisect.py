@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lipass.cli import FAILURE, OK, UsageError, target
+from lipass.cli.failures import failing, raised
 from lipass.cli.target import Target
 from lipass.cli.terminal import paint, paragraph
-from lipass.errors import LipassError
+from lipass.cli.toolchain import check_compiler
 
 if TYPE_CHECKING:
     from lipass.passes.core import Pass, PassPipeline
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--tolerance must be >= 0, got {args.tolerance}; try 1e-4")
     options = {**target.options_of(args), "inner": args.inner}
     pipeline = pipeline_for(options, args.add)
+    check_compiler(options["inner"])
     made = target.load(args.target)
     with contextlib.redirect_stdout(sys.stderr):
         guilty, kept = bisect(made, options, pipeline, args.tolerance, args.dynamic or None)
@@ -108,7 +110,7 @@ def bisect(
     """
     from lipass.passes.core import PassPipeline
 
-    with _failing(made.text):
+    with failing("must run without compiling", made.text):
         expected = _outputs(made, lambda model: model)
 
     def check(passes: tuple[Pass, ...]) -> tuple[float | None, str]:
@@ -116,8 +118,8 @@ def bisect(
         try:
             outputs = _outputs(made, lambda model: _compiled(model, options, passes, dynamic))
         except Exception as error:
-            print(f"{said}: {target.raised(error)}", file=sys.stderr)
-            return None, target.raised(error)
+            print(f"{said}: {raised(error)}", file=sys.stderr)
+            return None, raised(error)
         share = _difference(expected, outputs)
         print(f"{said}: differs by {share:.2g}", file=sys.stderr)
         return share, ""
@@ -226,16 +228,6 @@ def _share(a: Any, b: Any) -> float:
     a, b = a.double(), b.double()
     largest, error = a.abs().max().item(), (a - b).abs().max().item()
     return float("inf") if error != error else error / max(largest, 1e-30)
-
-
-@contextlib.contextmanager
-def _failing(text: str) -> Any:
-    try:
-        yield
-    except Exception as error:
-        raise LipassError(f"{text} must run without compiling, and {target.raised(error)}") from (
-            error
-        )
 
 
 def _told(one: Guilty) -> str:

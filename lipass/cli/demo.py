@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lipass.cli.outputs import check_folder
+from lipass.cli.toolchain import check_compiler
+
 SUMMARY = "roll out a trained world model with several presets and write a report"
 
 _ALSO = ("inductor", "exact", "context", "sparse", "cache", "reference")
@@ -53,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Delegate to the example, which owns the model, the presets and the report."""
+    check_folder(args.out, "--out")
+    if args.scope != "quick":
+        check_compiler()
     from lipass.examples.tinyworld import demo
 
     return demo.run(

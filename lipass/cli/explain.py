@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,13 +44,12 @@ def run(args: argparse.Namespace) -> int:
         dynamic=args.dynamic or None,
         observers=(findings, repros),
     )
-    for path in repros.write():
-        print(f"wrote {path}", file=sys.stderr)
     document = findings.document(args.target, args.preset, pipeline, trace)
     groups = _chosen(document["sites"], args.site)
     print("\n\n".join("\n".join(_lines(group, document)) for group in groups))
     if not groups:
         print(f"no attention site was found in {len(document['graphs'])} graphs")
+    repros.write()
     return NOTHING_MATCHED if args.strict and not groups else OK
 
 

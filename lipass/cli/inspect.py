@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from lipass.cli import NOTHING_MATCHED, OK, UsageError, repro, target
+from lipass.cli import NOTHING_MATCHED, OK, repro, target
+from lipass.cli.outputs import check_file, write_all
 
 SUMMARY = "show what each pass finds and does in a model, and why not"
 
@@ -32,9 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from lipass.cli.inspect_table import render
     from lipass.cli.tracing import pipeline_for, trace_target
 
-    for path in (args.html, args.svg):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise UsageError(f"the folder of {path} must exist; create it first")
+    check_file(args.html, "--html")
+    check_file(args.svg, "--svg")
     pipeline = pipeline_for(target.options_of(args), args.add)
     findings, repros = Findings(), repro.Repros(args.emit_repro, args.target, pipeline)
     trace = trace_target(
@@ -45,26 +46,23 @@ def run(args: argparse.Namespace) -> int:
         observers=(findings, repros),
     )
     document = findings.document(args.target, args.preset, pipeline, trace)
-    if args.svg is not None:
-        from lipass.cli.inspect_svg import picture
-
-        _write(args.svg, picture(document, alone=True))
-    if args.html is not None:
-        from lipass.cli.inspect_page import page
-
-        _write(args.html, page(document, findings.texts))
-    for path in repros.write():
-        print(f"wrote {path}", file=sys.stderr)
+    # Printed first: a file that cannot be written loses nothing.
     if args.json:
         print(json.dumps(document, indent=1))
     else:
         print(render(document, show_diff=args.diff))
+    files: list[tuple[Path, Callable[[], str]]] = []
+    if args.svg is not None:
+        from lipass.cli.inspect_svg import picture
+
+        files.append((args.svg, lambda: picture(document, alone=True)))
+    if args.html is not None:
+        from lipass.cli.inspect_page import page
+
+        files.append((args.html, lambda: page(document, findings.texts)))
+    write_all(files)
+    repros.write()
     if args.strict and not document["sites"]:
         print("lipass inspect: no attention site was found in any graph", file=sys.stderr)
         return NOTHING_MATCHED
     return OK
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}", file=sys.stderr)

@@ -10,11 +10,12 @@ import argparse
 import inspect
 import re
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lipass._version import VERSION
-from lipass.cli import UsageError
+from lipass.cli.outputs import check_folder, write_all
 from lipass.cli.repro_inputs import NotWritable, drawn_input, megabytes, poses_of, tolerance_of
 from lipass.errors import LipassError
 
@@ -54,8 +55,7 @@ class Repros:
     """Collect the scripts of a trace, and write them when it is complete."""
 
     def __init__(self, folder: Path | None, target: str, pipeline: PassPipeline) -> None:
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise UsageError(f"--emit-repro must name a folder, got the file {folder}")
+        check_folder(folder, "--emit-repro")
         self.folder, self.target, self.pipeline = folder, target, pipeline
         self.clear()
 
@@ -75,24 +75,23 @@ class Repros:
         else:
             self._scripts.append(script)
 
-    def write(self) -> list[Path]:
-        """Write the scripts, `graph_0.py` and so on, and return their paths.
+    def write(self) -> None:
+        """Write the scripts, `graph_0.py` and so on.
 
         Raises:
-            LipassError: for a graph that cannot be written as a script, behind the others.
+            LipassError: for what cannot be written, as a script or to the disk, behind the others.
         """
         if self.folder is None:
-            return []
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for index, script in enumerate(self._scripts):
-            if isinstance(script, str):
-                paths.append(self.folder / f"graph_{index}.py")
-                paths[-1].write_text(script, encoding="utf-8")
+        write_all(
+            (self.folder / f"graph_{index}.py", partial(str, script))
+            for index, script in enumerate(self._scripts)
+            if isinstance(script, str)
+        )
         for index, script in enumerate(self._scripts):
             if isinstance(script, NotWritable):
                 raise LipassError(f"graph {index} cannot be written as a script: {script}")
-        return paths
 
 
 def script_of(traced: TracedGraph, index: int, target: str, pipeline: PassPipeline) -> str:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import importlib
-import importlib.util
+import re
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lipass.cli import UsageError
-from lipass.errors import LipassError
+from lipass.cli.failures import failing
+from lipass.cli.importing import import_callable
 
 HELP = (
     "module:callable or file.py:callable; returns (model, inputs), inputs being a tuple of "
@@ -125,14 +123,12 @@ def load(text: str, fake: bool = False) -> Target:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        # What a model prints must not end up in a JSON document.
-        from lipass.cli.fakes import casts_of_fakes
+    from lipass.cli.fakes import casts_of_fakes
 
-        with contextlib.redirect_stdout(sys.stderr), casts_of_fakes(mode):
-            made = build()
-    except Exception as error:
-        raise LipassError(f"{text} must return (model, inputs), and {raised(error)}") from error
+    # What a model prints must not end up in a JSON document.
+    printing = contextlib.redirect_stdout(sys.stderr)
+    with failing("must return (model, inputs)", text), printing, casts_of_fakes(mode):
+        made = build()
     if not (
         isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple | dict | list)
     ):
@@ -141,67 +137,45 @@ def load(text: str, fake: bool = False) -> Target:
             "a dict, or a list of those"
         )
     model, inputs = made
-    return Target(text, model, inputs if isinstance(inputs, list) else [inputs], mode)
-
-
-def raised(error: BaseException) -> str:
-    """Say what was raised and where, on one line."""
-    while (cause := getattr(error, "inner_exception", None)) is not None:
-        error = cause  # what Dynamo wraps
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
-    first = str(error).strip().partition("\n")[0]
-    return f"raised {type(error).__name__}{where}: {first}"
+    if not callable(model):
+        raise UsageError(
+            f"{text} must return (model, inputs), got a model of kind {type(model).__name__}, "
+            "which cannot be called; return a module or a function"
+        )
+    calls = inputs if isinstance(inputs, list) else [inputs]
+    wrong = [one for one in calls if not isinstance(one, tuple | dict)]
+    if wrong or not calls:
+        got = f"a list of {type(wrong[0]).__name__}" if calls else "an empty list"
+        raise UsageError(
+            f"{text} must return (model, inputs), got {got} as inputs; a list holds a tuple of "
+            "arguments or a dict of keyword arguments for each call"
+        )
+    return Target(text, model, calls, mode)
 
 
 def _option(text: str) -> tuple[str, Any]:
+    """Read `KEY=VALUE` as people write it: words for switches, names joined by commas."""
     key, found, value = text.partition("=")
-    if not found:
+    if not found or not key.strip():
         raise UsageError(f"an option must be KEY=VALUE, got {text!r}; try -o sparse.tile=4,4,4")
+    from lipass.config import kind_of
+
+    key, kind = key.strip(), kind_of(key.strip())
+    if kind == "bool" and value.lower() in _SWITCHES:
+        return key, _SWITCHES[value.lower()]
+    if "None" in kind and value.lower() == "none":
+        return key, None
     try:
-        return key, ast.literal_eval(value)
+        read = ast.literal_eval(value)
     except (SyntaxError, ValueError):
-        return key, value
+        read = value
+    if kind == "str":
+        return key, read if isinstance(read, str) else value
+    if kind.startswith("tuple[str") and isinstance(read, str):
+        return key, tuple(name.strip() for name in read.split(",") if name.strip())
+    if "tuple[int" in kind and isinstance(read, str) and re.fullmatch(r"\d+(x\d+)+", read):
+        return key, tuple(map(int, read.split("x")))
+    return key, read
 
 
-def import_callable(text: str) -> Callable[[], Any]:
-    """Import the callable of a target.
-
-    Raises:
-        UsageError: for a target that cannot be imported.
-    """
-    where, found, name = text.rpartition(":")
-    if not found or not where or not name:
-        raise UsageError(
-            f"TARGET must be module:callable or file.py:callable, got {text!r}; "
-            "try my_model.py:build"
-        )
-    module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
-    build = getattr(module, name, None)
-    if not callable(build):
-        raise UsageError(f"{where} must define the callable {name!r}, and does not; see --help")
-    return build
-
-
-def _load_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"the file of TARGET must exist, got {str(path)!r}; check the path")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"the file of TARGET must be Python, got {str(path)!r}; check the name")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise LipassError(f"{path} must be importable, and {raised(error)}") from error
-    return module
-
-
-def _load_module(name: str) -> Any:
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"the module of TARGET must be importable, got {error}") from error
+_SWITCHES = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}

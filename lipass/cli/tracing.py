@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lipass.cli import UsageError
-from lipass.cli.target import Target, load, raised
+from lipass.cli.failures import raised
+from lipass.cli.target import Target, load
 from lipass.compile.graph_breaks import GraphBreak, break_of, distinct
 from lipass.errors import LipassError
 
@@ -152,7 +153,7 @@ def trace_calls(
                 target.call(compiled, index)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise LipassError(str(error.inner_exception)) from error.inner_exception
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LipassError(f"{target.text} must run, and {raised(error)}") from error
     trace.breaks = distinct(map(break_of, graph_break_reasons[known:]))
     return trace

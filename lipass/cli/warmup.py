@@ -17,7 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lipass.cli import FAILURE, OK, UsageError, target
+from lipass.cli.failures import raised
+from lipass.cli.importing import import_callable
 from lipass.cli.terminal import columns
+from lipass.cli.toolchain import check_compiler
 from lipass.errors import LipassError
 
 SUMMARY = "compile a model ahead, so that the first call of a later process is fast"
@@ -88,10 +91,11 @@ def _one(args: argparse.Namespace, preset: str) -> dict[str, Any]:
             begin = time.perf_counter()
             try:
                 call()
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                raise LipassError(str(error.inner_exception)) from error.inner_exception
-            except Exception as error:
-                raise LipassError(f"{args.target} must run, and {target.raised(error)}") from error
+            except (Exception, SystemExit) as error:
+                cause = getattr(error, "inner_exception", error)
+                if isinstance(cause, LipassError):
+                    raise cause from error
+                raise LipassError(f"{args.target} must run, and {raised(error)}") from error
             seconds = time.perf_counter() - begin
             graphs = [round(s, 2) for s in compilation_time_metrics.get(_COMPILED, ())[known:]]
             rows.append({"seconds": round(seconds, 2), "graphs": graphs})  # type: ignore[dict-item]
@@ -117,11 +121,13 @@ def _calls(args: argparse.Namespace, preset: str) -> list[Callable[[], Any]]:
     import torch
 
     if args.by_itself:
-        return [target.import_callable(args.target)]
+        return [import_callable(args.target)]
     from lipass.cli.tracing import pipeline_for
+    from lipass.config import Config
 
     options = target.options_of(args, preset)
     pipeline = pipeline_for(options, args.add)
+    check_compiler(Config.resolve(None, options).inner)
     if args.add:
         options["pipeline"] = str(pipeline)
     loaded = target.load(args.target)
