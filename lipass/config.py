@@ -7,14 +7,13 @@ compare them. Defaults live in `lipass.presets`, what a section holds in `lipass
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lipass.option_kinds import coerced
 from lipass.options import (
     ContextOptions,
     SparseOptions,
@@ -29,6 +28,7 @@ INNERS = ("inductor", "aot_eager", "eager")
 VERIFY = ("off", "first")
 SECTIONS = ("context", "sparse", "steps")
 
+_NO_PRESET = "use 'all', or 'exact' where nothing may change"
 _ONE_SIDED = ("preset", "inner", "strict", "verify")
 
 
@@ -65,7 +65,7 @@ class Config:
     passes: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, tuple(PRESETS))
+        check_choice("preset", self.preset, tuple(PRESETS), _NO_PRESET)
         check_choice("inner", self.inner, INNERS)
         check_choice("verify", self.verify, VERIFY)
         if self.context is not None and self.steps is not None:
@@ -92,6 +92,11 @@ class Config:
             ValueError: unknown key or preset, value out of range, option of a section that is off.
             TypeError: value of the wrong kind.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(
+                f"options must be a dict of names and values, got {type(options).__name__}; "
+                "write options={'preset': 'all'}"
+            )
         options = dict(options or {})
         named = options.pop("preset", None)
         if mode is not None and named is not None and mode != named:
@@ -99,11 +104,13 @@ class Config:
                 f"there must be one preset, got mode={mode!r} and preset={named!r}; drop one"
             )
         preset = mode if mode is not None else named if named is not None else "all"
-        check_choice("preset", preset, tuple(PRESETS))
+        check_choice("preset", preset, tuple(PRESETS), _NO_PRESET)
         unknown = [key for key in options if key not in _known_keys()]
         of_passes = {key: options.pop(key) for key in unknown if _names_a_pass(key)}
         if unknown := [key for key in unknown if key not in of_passes]:
             raise ValueError(_unknown_key(unknown[0]))
+
+        _check_passes(of_passes, options)
 
         values = _preset_values(preset)
         values["passes"] = tuple(
@@ -113,7 +120,7 @@ class Config:
         defaults = SECTIONS_OF.get(preset, ADAPTIVE)
         for name in SECTIONS:
             if name in options:
-                switch = _coerce(name, options.pop(name), bool)
+                switch = coerced(name, options.pop(name), bool)
                 if switch and values[name] is None:
                     values[name] = dict(defaults[name])
                 elif not switch:
@@ -127,7 +134,7 @@ class Config:
             for target in live:
                 section, _, field = target.rpartition(".")
                 where = values[section] if section else values
-                where[field] = _coerce(key, options[key], _FIELD_KINDS[target])
+                where[field] = coerced(key, options[key], _FIELD_KINDS[target])
         for name, kind in _SECTION_TYPES.items():
             if values[name] is not None:
                 values[name] = kind(**values[name])
@@ -216,10 +223,33 @@ def _names_a_pass(key: str) -> bool:
     return name in passes.PASSES or name in passes.registered()
 
 
+def _check_passes(of_passes: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse what passes are told and would refuse: a session would never ask them."""
+    if of_passes or options.get("disable") or options.get("pipeline"):
+        from lipass.passes import core
+
+        for key, value in of_passes.items():
+            core.check_option(key, value)
+        for name in coerced("disable", options.get("disable", ()), "tuple[str, ...]"):
+            core.pass_class(name)
+        core.PassPipeline.parse(coerced("pipeline", options.get("pipeline") or "", str))
+
+
 def _unknown_key(key: str) -> str:
-    close = difflib.get_close_matches(str(key), sorted(_known_keys()), n=1, cutoff=0.5)
-    remedy = f"did you mean {close[0]!r}?" if close else "see lipass.config for the fields"
-    return f"options must name fields of Config, got {key!r}; {remedy}"
+    from lipass.passes.nearest import did_you_mean, nearest
+
+    known = nearest(key, sorted(_known_keys())) or _pass_options()
+    remedy = did_you_mean(key, known, "see `lipass options`")
+    return f"options must name what can be told, got {key!r}; {remedy}"
+
+
+def _pass_options() -> list[str]:
+    from lipass import passes
+    from lipass.passes.core import pass_class
+
+    names = (*passes.PASSES, *passes.registered())
+    return [f"{name}.{field.name}" for name in names
+            for field in dataclasses.fields(pass_class(name))]  # fmt: skip
 
 
 def _section_off(key: str, targets: tuple[str, ...], preset: str) -> str:
@@ -228,28 +258,3 @@ def _section_off(key: str, targets: tuple[str, ...], preset: str) -> str:
         f"an option needs its section, got {key!r} while {section!r} is off in preset {preset!r}; "
         f"add '{section}': True, or use preset 'all'"
     )
-
-
-def _coerce(key: str, value: Any, kind: Any) -> Any:
-    """Check the kind of a value; only ints to floats and lists to tuples are converted."""
-    kind = {str: "str", bool: "bool"}.get(kind, kind)
-    plain_int = isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(value, list):
-        value = tuple(value)
-    ints = isinstance(value, tuple) and all(type(item) is int for item in value)
-    accepts = {
-        "str": isinstance(value, str),
-        "bool": isinstance(value, bool),
-        "int": plain_int,
-        "int | None": value is None or plain_int,
-        "float": plain_int or (isinstance(value, float) and not math.isnan(value)),
-        "tuple[int, int, int]": ints and len(value) == 3,
-        "tuple[int, int, int] | None": value is None or (ints and len(value) == 3),
-        "tuple[int, ...] | None": value is None or ints,
-        "tuple[int, ...]": ints,
-        "str | tuple[int, ...]": isinstance(value, str) or ints,
-        "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(x, str) for x in value),
-    }
-    if not accepts[kind]:
-        raise TypeError(f"option {key!r} must be {kind}, got {value!r}; pass a value of that kind")
-    return float(value) if kind == "float" else value

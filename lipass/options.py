@@ -5,13 +5,15 @@ No defaults: those live in `lipass.presets`.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
 POLICY_MODES = ("adaptive", "reference", "matrix-game")
 STEP_FORMS = ("merge", "lookup")
 RANKINGS = ("product", "cosine")
+
+# Half a circle in radians is less; no lens of a camera that walks sees so little.
+_NARROWEST_DEG = math.pi
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,12 @@ class ViewOptions:
         for name in ("hfov_deg", "vfov_deg"):
             value = getattr(self, name)
             check(0 < value < 180, f"{name} must be in (0, 180) degrees", value, "use 60")
+            check(
+                value >= _NARROWEST_DEG,
+                f"{name} must be in degrees, of a lens that people use",
+                value,
+                f"write {math.degrees(value):.0f} if it is in radians",
+            )
         check(
             0 < self.near < self.far < math.inf,
             "near and far must satisfy 0 < near < far < inf",
@@ -237,10 +245,20 @@ def _check_share(name: str, value: float) -> None:
     check(0 <= value <= 1, f"{name} must be a share in [0, 1]", value, "use 0 to switch it off")
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless a value is one of some words."""
+def check_choice(
+    name: str, value: object, choices: tuple[str, ...], otherwise: str | None = None
+) -> None:
+    """Raise ValueError unless a value is one of some words.
+
+    Args:
+        name: of the option.
+        value: what was given.
+        choices: the words.
+        otherwise: remedy where none is like the value; None recommends the first.
+    """
     if value in choices:
         return
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    remedy = f"did you mean {close[0]!r}?" if close else f"use {choices[0]!r}"
+    from lipass.passes.nearest import did_you_mean  # only where something is wrong
+
+    remedy = did_you_mean(value, choices, otherwise or f"use {choices[0]!r}")
     raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {remedy}")

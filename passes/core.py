@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import re
 import types
@@ -21,6 +20,7 @@ from lipass.passes import GROUP, PASSES, registered
 from lipass.passes.graph.compat import fake_mode_of
 from lipass.passes.graph.frame import Frame, frame_being_compiled
 from lipass.passes.identity import uuid_of, uuid_of_pipeline
+from lipass.passes.nearest import did_you_mean
 
 
 class Numerics(enum.Enum):
@@ -188,9 +188,8 @@ class PassPipeline:
 
 
 def closest(word: str, known: list[str]) -> str:
-    """Return ` Did you mean 'x'?` for the known word next to `word`, or nothing."""
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
+    """Return `; did you mean 'x'?` for the known word next to `word`, or all that are known."""
+    return "; " + did_you_mean(word, known, f"known: {', '.join(sorted(known))}")
 
 
 def _split(text: str) -> list[str]:
@@ -224,6 +223,18 @@ def _known(option: str, known: list[str], name: str) -> str:
     if option not in known:
         raise ValueError(f"{name} has no option {option!r}{closest(option, known)}")
     return option
+
+
+def check_option(key: str, value: object) -> None:
+    """Refuse an option of one pass, `name.option`, that the pass would refuse.
+
+    Raises:
+        ValueError: no such pass or option, or a value that does not parse.
+    """
+    name, _, option = key.partition(".")
+    cls = pass_class(name)
+    known = [f.name for f in dataclasses.fields(cls)]
+    _typed(value, typing.get_type_hints(cls)[_known(option, known, name)], key)
 
 
 def _typed(value: object, hint: Any, where: str) -> object:
@@ -279,4 +290,4 @@ def _parse_value(text: str, hint: Any, where: str) -> object:
         except (ValueError, KeyError):
             continue
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-    raise ValueError(f"{where} must be {names}, got {text!r}")
+    raise ValueError(f"{where} must be {names}, got {text!r}; see `lipass options {where}`")

@@ -1,18 +1,22 @@
-"""List every option that graphs and sessions take, with its default and meaning."""
+"""List every option that graphs, sessions and passes take, with its default and meaning."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from lipass.cli import NOTHING_MATCHED, OK
 from lipass.cli.terminal import paint, paragraph
 
-SUMMARY = "list the options of graphs and sessions, with defaults and meanings"
+SUMMARY = "list the options of graphs, sessions and passes, with defaults and meanings"
 
 _ENTRY = re.compile(r"^ {8}(\w+(?:, \w+)*): ", re.MULTILINE)
 
@@ -68,6 +72,46 @@ def known_options() -> list[dict[str, Any]]:
     for name, targets in SHORTHANDS.items():
         meaning = f"short for {' and '.join(targets)}"
         found.append({"name": name, "default": None, "meaning": meaning, "others": {}})
+    for section in SECTIONS:
+        meaning = f"whether {section}.* holds: True or False; the preset decides"
+        found.append({"name": section, "default": None, "meaning": meaning, "others": {}})
+    return [*found, *_of_passes({one["name"] for one in found})]
+
+
+def _of_passes(known: set[str]) -> Iterator[dict[str, Any]]:
+    """List what single passes can be told, `pass-name.option`, those of other packages too."""
+    from lipass.passes import PASSES, registered
+    from lipass.passes.core import pass_class
+
+    for name in (*PASSES, *registered()):
+        kind = pass_class(name)
+        said = {**_meanings(kind), **_texts_below(kind)}
+        for field in dataclasses.fields(kind):
+            shared = f"{kind.section}.{field.name}" if kind.section else field.name
+            meaning = said.get(field.name) or f"option {field.name} of the pass"
+            if shared in known:
+                meaning = f"what {shared} says, for this pass alone"
+            yield {
+                "name": f"{name}.{field.name}",
+                "default": None if shared in known else field.default,
+                "meaning": meaning,
+                "others": {},
+            }
+
+
+def _texts_below(kind: type) -> dict[str, str]:
+    """Read the texts that stand below the fields of a class."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    except (OSError, TypeError):  # a class without a file
+        return {}
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, text in itertools.pairwise(body.body):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[field.target.id] = " ".join(str(text.value.value).split())
     return found
 
 
@@ -77,7 +121,7 @@ def _meanings(kind: type) -> dict[str, str]:
     for one in reversed(kind.__mro__[:-1]):
         said = (one.__doc__ or "").partition("Attributes:\n")[2]
         entries = list(_ENTRY.finditer(said))
-        for entry, behind in zip(entries, [*entries[1:], None], strict=True):
+        for entry, behind in itertools.zip_longest(entries, entries[1:]):
             text = said[entry.end() : behind.start() if behind else None]
             found |= dict.fromkeys(entry[1].split(", "), " ".join(text.split()))
     return found

@@ -94,7 +94,10 @@ def test_options_of_a_pass_reach_it(register):
     [
         ({"merge-keys.rate": 0.5}, "merge-keys has no option 'rate'; did you mean 'ratio'"),
         ({"merge-keys.ratio": "much"}, "merge-keys.ratio must be float, got 'much'"),
-        ({"merge-key.ratio": 0.5}, "options must name fields of Config, got 'merge-key.ratio'"),
+        (
+            {"merge-key.ratio": 0.5},
+            "got 'merge-key.ratio'; did you mean 'merge-keys.ratio'",
+        ),
     ],
 )
 def test_wrong_options_of_a_pass_are_refused(register, options, words):
