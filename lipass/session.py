@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lipass.config import Config
 from lipass.errors import LipassError
+from lipass.policy.latents import check_latents
 from lipass.policy.plan import ChunkPlan, plan_chunk
 from lipass.receipt import current_report
 from lipass.runtime.chunk import Chunk
@@ -29,6 +30,7 @@ from lipass.runtime.effect import Effect
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
+from lipass.runtime.turns import Turns, check_stream
 from lipass.switch import is_off
 
 __all__ = ["Chunk", "Session", "current", "current_chunk", "current_step"]
@@ -66,12 +68,15 @@ class Session:
         self.given = GivenChunks(self.config, convention)
         self.number = current_report().open_session()
         self.effect = Effect(self.config, self.number)
-        self._chunks: dict[str, int] = {}
-        self.open_chunks: dict[str, Chunk] = {}
+        self.turns = Turns()
         self.invariants = Invariants()
         self._replay: dict[str, deque[ChunkPlan]] | None = None
         self._blocks: list[Block] = []
-        self._closed = False
+
+    @property
+    def open_chunks(self) -> dict[str, Chunk]:
+        """The open chunk of each stream."""
+        return self.turns.open
 
     @classmethod
     def replay(cls, plans: Iterable[ChunkPlan], config: Config | None = None) -> Session:
@@ -84,6 +89,11 @@ class Session:
         session = cls(config) if config is not None else cls(preset="off")
         session._replay = {}
         for plan in plans:
+            if not isinstance(plan, ChunkPlan):
+                raise TypeError(
+                    f"a replay takes chunk plans, got {plan!r:.40} of kind {type(plan).__name__}; "
+                    "make them with ChunkPlan.from_json(text)"
+                )
             session._replay.setdefault(plan.stream, deque()).append(plan)
         return session
 
@@ -99,8 +109,8 @@ class Session:
     ) -> Chunk:
         """Decide about the next chunk of a stream.
 
-        Reads `poses` and one number of `latents` back to the host: decisions are taken there, once
-        a chunk.
+        Reads `poses` and two numbers of `latents` back to the host: decisions are taken there,
+        once a chunk.
 
         Args:
             poses: `[M, 4, 4]` cameras of all history latents in the session's convention, oldest
@@ -119,14 +129,7 @@ class Session:
             ValueError: tensors that do not fit; the session stays as it was.
             LipassError: the session is closed, the stream has an open chunk, or a replay ended.
         """
-        if self._closed:
-            raise LipassError("a chunk needs an open session, got a closed one; make a new one")
-        if stream in self.open_chunks:
-            raise LipassError(
-                f"a stream has one chunk at a time, got a second for {stream!r}; leave the first "
-                "`with session.chunk(...)` block, or name another stream"
-            )
-        index = self._chunks.get(stream, 0)
+        index = self.turns.next(stream)
         if self._replay is not None:
             return Chunk(self, self._recorded(stream, poses))
         if query is not None:
@@ -136,6 +139,8 @@ class Session:
                 "query must hold the new latents' cameras, got None; pass [q, 4, 4], or, for a "
                 "model without cameras, the history as latents=[M, ...] and no poses"
             )
+        if latents is not None:
+            check_latents(latents)
         plan = plan_chunk(
             _NOTHING if is_off() else self.config,
             poses=poses,
@@ -146,6 +151,8 @@ class Session:
             index=index,
             held=held,
         )
+        self.turns.check_history(stream, plan.history_latents)
+        self.given.weigh(plan.context.power)
         return Chunk(self, plan, held)
 
     @contextlib.contextmanager
@@ -155,6 +162,7 @@ class Session:
         Branches share the chunk and its plan. Without this, calls of a step are told apart by
         what differs in their inputs, latents and noise level aside.
         """
+        check_stream(name)
         branch = Block(self, branch=name)
         enter(branch, depth=2)
         try:
@@ -166,20 +174,20 @@ class Session:
         """Forget everything but the receipt; calling it twice is fine."""
         for chunk in tuple(self.open_chunks.values()):
             chunk.forget()
-        self.open_chunks.clear()
-        self._chunks.clear()
+        self.turns.forget()
         self.invariants.clear()
         self._replay = None
-        if not self._closed:
-            self._closed = True
+        if not self.turns.closed:
+            self.turns.closed = True
             self.effect.tell()
 
-    def finish(self, plan: ChunkPlan) -> None:
+    def finish(self, chunk: Chunk) -> None:
         """Count a chunk that was generated to its end."""
-        self._chunks[plan.stream] = plan.index + 1
-        self.given.finished(plan.stream)
+        stream = chunk.plan.stream
+        self.turns.finish(chunk)
+        self.given.finished(stream)
         if self._replay is not None:
-            self._replay[plan.stream].popleft()
+            self._replay[stream].popleft()
 
     def _recorded(self, stream: str, poses: Tensor | None) -> ChunkPlan:
         assert self._replay is not None
@@ -197,7 +205,7 @@ class Session:
         return left[0]
 
     def __enter__(self) -> Session:
-        if self._closed:
+        if self.turns.closed:
             raise LipassError("a session is entered while open, got a closed one; make a new one")
         block = Block(self)
         enter(block)

@@ -237,7 +237,7 @@ def test_nothing_of_a_session_survives_closing():
     assert current() is None
     assert current_step() is None
     assert not session.open_chunks
-    assert not session._chunks
+    assert session.turns.closed
 
 
 def test_closed_session_refuses_and_says_what_to_do():
@@ -372,7 +372,7 @@ def test_failed_chunk_may_be_tried_again():
         ((1.0,), r"at least two noise levels, got shape \[1\]; include the last"),
         ((), r"got shape \[0\]"),
         (torch.ones(2, 5), r"got shape \[2, 5\]"),
-        ((1.0, float("nan"), 0.0), "finite, got nan; check the schedule"),
+        ((1.0, float("nan"), 0.0), "finite, got nan at place 1; check the schedule"),
     ],
 )
 def test_wrong_sigmas_are_refused_and_the_chunk_goes_on(sigmas, words):

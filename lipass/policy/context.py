@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lipass.options import ContextOptions
+from lipass.policy.latents import read_latents
 from lipass.policy.revisit import left_since
 
 # Views that differ by less than this share show the same.
@@ -59,11 +60,13 @@ class ContextPlan:
         frames: one decision a history latent, ascending.
         window_chunks: length of the temporal window; None without the context policy.
         dynamics: `D`; None where there are no two chunks of latents to compare.
+        power: mean square of the latest latents, 1 for normalised ones; None where none were read.
     """
 
     frames: tuple[FrameDecision, ...]
     window_chunks: int | None
     dynamics: float | None
+    power: float | None = None
 
     @property
     def indices(self) -> list[int]:
@@ -78,31 +81,51 @@ class ContextPlan:
     def from_dict(cls, data: dict[str, Any]) -> ContextPlan:
         """Rebuild a plan from `to_dict`."""
         frames = tuple(FrameDecision(**frame) for frame in data["frames"])
-        return cls(frames, data["window_chunks"], data["dynamics"])
+        return cls(frames, data["window_chunks"], data["dynamics"], data.get("power"))
 
 
-def keep(history: int, own_context: Sequence[int] | None) -> ContextPlan:
+def keep(
+    history: int, own_context: Sequence[int] | None, name: str = "own_context"
+) -> ContextPlan:
     """Keep what the loop reads by itself: the plan without a context policy.
 
     Args:
         history: latents of the history.
         own_context: indices into it; None is all of it.
+        name: of the argument, for errors.
 
     Raises:
+        TypeError: no list of ints.
         ValueError: an index outside the history or given twice.
     """
-    chosen = range(history) if own_context is None else [int(index) for index in own_context]
-    outside = [index for index in chosen if not 0 <= index < history]
-    if outside or len(set(chosen)) != len(chosen):
-        raise ValueError(
-            f"own_context must hold indices of the {history} history latents, each once, got "
-            f"{list(chosen)}; pass what the model's own retrieval gives"
-        )
+    chosen = range(history) if own_context is None else indices_of(own_context, history, name)
     kept, frames = set(chosen), []
     for index in range(history):
         reason = "kept: context policy is off" if index in kept else "dropped: by the loop itself"
         frames.append(FrameDecision(index, index in kept, reason, None))
     return ContextPlan(tuple(frames), None, None)
+
+
+def indices_of(given: object, history: int, name: str) -> list[int]:
+    """Check which latents a loop says that it has or reads.
+
+    Raises:
+        TypeError: no list of ints.
+        ValueError: an index outside the history or given twice.
+    """
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(plain, Sequence | range) or any(type(index) is not int for index in plain):
+        kind = "one number" if type(plain) is int else repr(given)
+        raise TypeError(
+            f"{name} must be a list of ints, indices into the history, got {kind:.60}; of a mask, "
+            "pass the places where it is true"
+        )
+    if len(set(plain)) != len(plain) or not all(0 <= index < history for index in plain):
+        raise ValueError(
+            f"{name} must hold indices of the {history} history latents, each once, got "
+            f"{list(plain)}; count from 0, the oldest"
+        )
+    return list(plain)
 
 
 def plan_window(latents: Tensor, options: ContextOptions) -> ContextPlan:
@@ -116,7 +139,7 @@ def plan_window(latents: Tensor, options: ContextOptions) -> ContextPlan:
         ValueError: latents that are not finite.
     """
     history = len(latents)
-    dynamics = latent_dynamics(latents, history, options.chunk_latents)
+    dynamics, power = read_latents(latents, history, options.chunk_latents)
     window_chunks = window_length(dynamics, options)
     first = history - window_chunks * options.chunk_latents
     frames = []
@@ -124,7 +147,7 @@ def plan_window(latents: Tensor, options: ContextOptions) -> ContextPlan:
         reason = "window" if index >= first else "dropped: no cameras, and older than the window"
         reason = "sink" if index < options.sink_latents else reason
         frames.append(FrameDecision(index, not reason.startswith("dropped"), reason, None))
-    return ContextPlan(tuple(frames), window_chunks, dynamics)
+    return ContextPlan(tuple(frames), window_chunks, dynamics, power)
 
 
 def among(plan: ContextPlan, held: Sequence[int]) -> ContextPlan:
@@ -137,7 +160,7 @@ def among(plan: ContextPlan, held: Sequence[int]) -> ContextPlan:
     Raises:
         ValueError: an index outside the history or given twice.
     """
-    there = set(keep(len(plan.frames), held).indices)
+    there = set(indices_of(held, len(plan.frames), "held"))
     frames = [
         frame
         if frame.index in there
@@ -161,10 +184,10 @@ def plan_context(
         ValueError: latents that do not match the history or are not finite.
     """
     history = visibility.shape[1]
-    dynamics, window_chunks = None, None
+    dynamics, power, window_chunks = None, None, None
     window_latents = options.window_latents
     if window_latents is None:
-        dynamics = latent_dynamics(latents, history, options.chunk_latents)
+        dynamics, power = read_latents(latents, history, options.chunk_latents)
         window_chunks = window_length(dynamics, options)
         window_latents = window_chunks * options.chunk_latents
     reasons: dict[int, str] = {}
@@ -184,35 +207,7 @@ def plan_context(
         FrameDecision(i, not reasons[i].startswith("dropped"), reasons[i], round(overlap[i], 4))
         for i in range(history)
     )
-    return ContextPlan(frames, window_chunks, dynamics)
-
-
-def latent_dynamics(latents: Tensor | None, history: int, chunk_latents: int) -> float | None:
-    """Compare the latents of the two latest chunks: `D = MSE(z[t-1], z[t-2])`.
-
-    Reads one number back from the device.
-
-    Returns:
-        None without latents or with less than two chunks of them.
-    """
-    if latents is None:
-        return None
-    if len(latents) != history:
-        raise ValueError(
-            f"latents must have one entry a pose, got {len(latents)} for {history} poses; "
-            "pass the history latents [M, ...], or None"
-        )
-    if history < 2 * chunk_latents:
-        return None
-    latest = latents[-chunk_latents:].detach().float()
-    before = latents[-2 * chunk_latents : -chunk_latents].detach().float()
-    dynamics = float((latest - before).square().mean())
-    if dynamics != dynamics or dynamics == float("inf"):
-        raise ValueError(
-            f"latents must be finite, got a mean squared change of {dynamics} between the two "
-            "latest chunks; check the model's output"
-        )
-    return dynamics
+    return ContextPlan(frames, window_chunks, dynamics, power)
 
 
 def window_length(dynamics: float | None, options: ContextOptions) -> int:

@@ -65,6 +65,11 @@ class ChunkPlan:
         Raises:
             ValueError: written by another version of the format.
         """
+        if not isinstance(data, dict):
+            raise TypeError(
+                f"a chunk plan must be the dict of `to_dict`, got {type(data).__name__}; pass one "
+                "plan at a time"
+            )
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
                 f"a chunk plan must have schema_version {SCHEMA_VERSION}, got "
@@ -86,7 +91,14 @@ class ChunkPlan:
     @classmethod
     def from_json(cls, text: str) -> ChunkPlan:
         """Rebuild a plan from `to_json`."""
-        return cls.from_dict(json.loads(text))
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(
+                f"a chunk plan must be the JSON of `to_json`, got {text[:40]!r}: {error}; record "
+                "it again"
+            ) from None
+        return cls.from_dict(data)
 
 
 def plan_chunk(
@@ -142,7 +154,8 @@ def plan_chunk(
     if context is not None and held is not None:
         context = among(context, held)
     own = held if own_context is None else own_context
-    chosen = keep(history, own) if context is None else context
+    asked = keep(history, own, "held" if own_context is None else "own_context")
+    chosen = asked if context is None else context
     return ChunkPlan(
         stream=stream,
         index=index,
@@ -169,7 +182,8 @@ def _without_cameras(
             f"mode {modes.pop()!r} chooses by cameras, got none; pass query=[q, 4, 4], or use "
             "mode 'adaptive'"
         )
-    chosen = keep(history, held if own_context is None else own_context)
+    own = held if own_context is None else own_context
+    chosen = keep(history, own, "held" if own_context is None else "own_context")
     if context is not None and latents is not None:
         chosen = plan_window(latents, context)
         chosen = chosen if held is None else among(chosen, held)

@@ -29,6 +29,11 @@ def parse_trajectory(text: str, *, step_m: float = 0.08, step_deg: float = 3.0) 
     Raises:
         ValueError: unknown action, malformed item or no steps.
     """
+    if not isinstance(text, str) or not all(map(math.isfinite, (step_m, step_deg))):
+        raise ValueError(
+            "a trajectory is a string, and its steps are finite, got "
+            f"{(text, step_m, step_deg)!r:.60}; try 'w-31, s-32'"
+        )
     items = [item.strip().lower() for item in text.split(",") if item.strip()]
     if not items:
         raise ValueError(f"a trajectory needs at least one item, got {text!r}; try 'w-31, s-32'")

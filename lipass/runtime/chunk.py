@@ -195,19 +195,21 @@ class Chunk:
             leave(self._block)
             self._block = None
 
+    def close(self) -> None:
+        """Give the chunk up, as an exception in its block does; it may be tried again.
+
+        For a chunk that was entered without `with`, and interrupted.
+        """
+        self.forget()
+        self.session.turns.leave(self)
+
     def __enter__(self) -> Chunk:
         if self._finished:
             raise LipassError(
                 f"a chunk is generated once, got chunk {self.index} of stream "
                 f"{self.plan.stream!r} again; make the next with session.chunk(...)"
             )
-        streams = self.session.open_chunks
-        if self.plan.stream in streams:
-            raise LipassError(
-                f"a stream has one chunk at a time, got a second for {self.plan.stream!r}; leave "
-                "the first block, or name another stream"
-            )
-        streams[self.plan.stream] = self
+        self.session.turns.begin(self)
         self._began = time.perf_counter()
         self._block = Block(self.session, self)
         enter(self._block)
@@ -220,14 +222,12 @@ class Chunk:
         trace: TracebackType | None,
     ) -> None:
         self.forget()
-        open_chunks = self.session.open_chunks
-        if open_chunks.get(self.plan.stream) is not self:
+        if not self.session.turns.leave(self):
             return  # closed under way: the chunk may be tried again
-        del open_chunks[self.plan.stream]
         if kind is not None:
             return
         self._finished = True
-        self.session.finish(self.plan)
+        self.session.finish(self)
         seconds = time.perf_counter() - self._began
         record = ChunkRecord(
             self.session.number,

@@ -15,6 +15,10 @@ from lipass.policy.convention import Convention, looks_swapped
 from lipass.policy.views import check_poses
 from lipass.runtime.agreement import tell
 
+# Mean squares that no normalised latents have: VAEs without their scaling factor reach 30, pixels
+# of a byte 10,000.
+_FAINT, _LOUD = 1e-3, 16.0
+
 
 class GivenChunks:
     """What the chunks of one session have been given so far."""
@@ -33,6 +37,7 @@ class GivenChunks:
         self._last: dict[str, int] = {}
         self._planned: dict[str, int] = {}
         self._told = False
+        self._weighed = False
 
     def checked(
         self, poses: Tensor | None, query: Tensor, stream: str, index: int
@@ -58,6 +63,22 @@ class GivenChunks:
                 strict=False,
             )
         return history, new
+
+    def weigh(self, power: float | None) -> None:
+        """Tell once of latents that are not normalised: what compares them takes them to be.
+
+        Args:
+            power: mean square of the latest latents; None where none were read.
+        """
+        if power is None or self._weighed or power == 0 or _FAINT < power < _LOUD:
+            return
+        self._weighed = True
+        tell(
+            f"latents must be normalised to a mean square of about 1, got {power:.3g}, so the "
+            "window of the history is not what context.dynamics_low and dynamics_high say; divide "
+            f"by {power**0.5:.3g}, as the VAE's scaling factor does, or pass latents=None",
+            strict=self._strict,
+        )
 
     def finished(self, stream: str) -> None:
         """Remember the length of the chunk that was planned last."""

@@ -7,21 +7,13 @@ is taken, in the lookup form, and the compiled model answers the reused ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-_REMEDY = (
-    "pass `chunk.steps(scheduler)` if a scheduler takes the steps, or the sigmas with the one at "
-    "which the last step ends, usually 0"
-)
-
-
-# The largest sigma that a published model was trained with is 700 (Stable Video Diffusion).
-_LOUDEST = 900
+from lipass.runtime.check_levels import check_levels
 
 
 @dataclass(frozen=True)
@@ -51,22 +43,11 @@ class Schedule:
 
         Raises:
             TypeError: neither levels nor a scheduler.
-            ValueError: levels that are none, or timesteps in place of sigmas.
+            ValueError: levels that are none or do not fall, or timesteps in place of sigmas.
         """
         if hasattr(given, "timesteps") and callable(getattr(given, "step", None)):
             return _of_scheduler(given)
-        if not isinstance(given, Tensor) and not hasattr(given, "__len__"):
-            raise TypeError(
-                f"steps must be given sigmas or a scheduler, got {type(given).__name__}; {_REMEDY}"
-            )
-        shape = list(given.shape) if hasattr(given, "shape") else [len(given)]
-        if len(shape) != 1 or shape[0] < 2:
-            raise ValueError(
-                f"sigmas must be a list of at least two noise levels, got shape {shape}; "
-                "include the last one, usually 0"
-            )
-        _check_levels(given)
-        return cls(shape[0] - 1, given)
+        return cls(check_levels(given) - 1, given)
 
     def level(self, index: int) -> Any:
         """Return the sigma of a step, of `steps` the one it ends at; None where there is none."""
@@ -97,26 +78,3 @@ def _of_scheduler(scheduler: Any) -> Schedule:
     order = getattr(scheduler, "order", 1)
     why = None if order == 1 else f"the scheduler calls the model {order} times a step"
     return Schedule(steps, sigmas, timesteps, "lookup", why)
-
-
-def _check_levels(levels: Any) -> None:
-    values: list[Any] = []
-    if not isinstance(levels, Tensor):
-        plain = levels.tolist() if hasattr(levels, "tolist") else levels  # numpy
-        values = [level for level in plain if isinstance(level, int | float)]
-    elif levels.device.type == "cpu":
-        values = levels.tolist()
-    for level in values:
-        if not math.isfinite(level):
-            raise ValueError(f"sigmas must be finite, got {level}; check the schedule")
-    counted = isinstance(levels, Tensor) and not levels.is_floating_point()
-    top = max(values, default=0.0)
-    if counted and not values:
-        raise ValueError(f"sigmas must be noise levels, got a tensor of {levels.dtype}; {_REMEDY}")
-    whole = counted or any(type(level) is int and level > 1 for level in values)
-    all_read = len(values) == len(levels)
-    if top > 1 and (whole or top > _LOUDEST or (all_read and values[-1] != 0)):
-        raise ValueError(
-            f"sigmas must be noise levels that end with the last one, got {top:g} .. "
-            f"{values[-1]:g}, which look like timesteps; {_REMEDY}"
-        )

@@ -7,10 +7,10 @@ from lipass.config import Config
 from lipass.policy.context import (
     ContextPlan,
     keep,
-    latent_dynamics,
     plan_context,
     window_length,
 )
+from lipass.policy.latents import read_latents
 from lipass.policy.trajectory import parse_trajectory
 from lipass.policy.views import check_poses, score_points
 
@@ -184,10 +184,10 @@ def test_dynamics_compare_the_two_latest_chunks():
     latents = torch.zeros(12, 2, 3, 3)
     latents[4:8] = 1.0
     latents[8:12] = 3.0
-    assert latent_dynamics(latents, 12, 4) == pytest.approx(4.0)
-    assert latent_dynamics(latents.bfloat16(), 12, 4) == pytest.approx(4.0)
-    assert latent_dynamics(latents[:7], 7, 4) is None
-    assert latent_dynamics(None, 12, 4) is None
+    assert read_latents(latents, 12, 4).dynamics == pytest.approx(4.0)
+    assert read_latents(latents.bfloat16(), 12, 4).dynamics == pytest.approx(4.0)
+    assert read_latents(latents[:7], 7, 4).dynamics is None
+    assert read_latents(None, 12, 4) == (None, None)
 
 
 def test_dynamics_set_the_window():
@@ -202,7 +202,7 @@ def test_dynamics_set_the_window():
     ("latents", "words"),
     [
         (still(39), "one entry a pose, got 39 for 40 poses; pass the history"),
-        (still(40) * float("nan"), "finite, got a mean squared change of nan"),
+        (still(40) * float("nan"), "finite, got a mean square of nan"),
         (
             still(40) + torch.tensor([3e38] * 36 + [-3e38] * 4)[:, None, None, None],
             "change of inf",
