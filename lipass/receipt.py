@@ -147,24 +147,42 @@ class Report:
         """Record a site; a later record of the same name replaces it."""
         self.sites[site.name] = site
 
-    def add_sites(self, sites: Sequence[SiteRecord], model: str | None = None) -> str:
-        """Record the sites of one graph; later ones replace those of the same model.
+    def add_sites(
+        self, sites: Sequence[SiteRecord], model: str | None = None, part: str = ""
+    ) -> str:
+        """Record the sites of one graph; later ones replace those of the same model and role.
 
         Args:
             sites: the records.
             model: whose they are, if not that of the records.
+            part: path of the module of that model whose graph it is, where it has no other name.
 
         Returns:
             What stands in front of their names in `sites`, and of their counts in the kernels'
             telemetry; "" where the names are free.
         """
-        own = [site if model is None else replace(site, model=model) for site in sites]
-        held = [self.sites.get(site.name, site) for site in own]
+        own = [replace(site, model=site.model if model is None else model) for site in sites]
+        keys = [f"{part}/{site.name}" if part else site.name for site in own]
+        held = [self.sites.get(key, site) for key, site in zip(keys, own, strict=True)]
         taken = any(a.model != b.model for a, b in zip(held, own, strict=True))
-        owner = own[0].model if taken else ""
-        for site in own:
-            self.sites[f"{owner}/{site.name}" if owner else site.name] = site
+        owner = "/".join(filter(None, (own[0].model if taken else "", part)))
+        for key, site in zip(keys, own, strict=True):
+            self._keep(f"{own[0].model}/{key}" if taken else key, replace(site, name=key))
         return owner
+
+    def _keep(self, key: str, site: SiteRecord) -> None:
+        """Record a site; one of another role, of another graph, stays beside it.
+
+        What is kept gives way, as no kernel counts it.
+        """
+        before = self.sites.get(key)
+        if before is not None and before.role != site.role:
+            moved = site if site.action == "kept" else before
+            role = f":{moved.role}"
+            self.sites[key + role] = replace(moved, name=moved.name + role)
+            if moved is site:
+                return
+        self.sites[key] = site
 
     def add_pass(self, record: PassRecord) -> None:
         """Record a pass run."""

@@ -13,6 +13,10 @@ _REMEDY = "move what breaks the graph out of forward, or compile the part withou
 _JUMP = "generic_jump"
 _BRANCH = "Data-dependent branching: Python takes a branch by the value of a tensor"
 _CHOOSE = "compute both sides and choose with `torch.where`, or decide in front of the call"
+# Dynamo goes back from where it stopped to where it can leave, and forgets why.
+_STEP = "step_unsupported"
+_EARLIER = "Dynamo stopped behind this line, where it cannot go on, and leaves the graph here"
+_ASK = "TORCH_LOGS=graph_breaks prints where it stopped and why"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ def break_of(found: Any) -> GraphBreak:
     source = f"{Path(frame.filename).name}:{frame.lineno}" if frame else ""
     if str(found.reason).startswith(_JUMP):
         return GraphBreak(source, _BRANCH, _CHOOSE)
+    if str(found.reason) == _STEP:
+        return GraphBreak(source, _EARLIER, _ASK)
     return GraphBreak(source, *parts_of(str(found.reason)))
 
 

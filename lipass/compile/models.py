@@ -24,6 +24,8 @@ Compiled = Callable[..., Any]
 _lock = threading.Lock()
 _names: Any = WeakIdKeyDictionary()
 """Parameter to the name of its model."""
+_paths: Any = WeakIdKeyDictionary()
+"""Parameter to its path in its model, where that has been seen whole."""
 
 
 class GraphModel:
@@ -31,10 +33,12 @@ class GraphModel:
 
     Attributes:
         name: its class; `Class#2` for the second one of a class.
+        part: path of the module in it whose graph this is; "" where that is the model itself.
     """
 
-    def __init__(self, name: str, kind: str, places: Sequence[int]) -> None:
+    def __init__(self, name: str, kind: str, places: Sequence[int], part: str = "") -> None:
         self.name = name
+        self.part = part
         self._kind = kind
         self._places = tuple(places)
 
@@ -65,10 +69,11 @@ class GraphModel:
         return run
 
     def _owner(self, args: Sequence[Any], records: Sequence[SiteRecord], owner: str) -> str:
-        name = _name([args[place] for place in self._places], self._kind)
-        if name == self.name:
+        own = [args[place] for place in self._places]
+        name, part = _name(own, self._kind), _part(own, self.part) if self.part else ""
+        if (name, part) == (self.name, self.part):
             return owner
-        return current_report().add_sites(records, model=name)
+        return current_report().add_sites(records, model=name, part=part)
 
 
 def model_of(gm: torch.fx.GraphModule) -> GraphModel:
@@ -81,7 +86,14 @@ def model_of(gm: torch.fx.GraphModule) -> GraphModel:
     if module is not None:
         kind = type(module).__name__
         own += module.parameters()
-    return GraphModel(_name(own, kind) if own else kind, kind, places)
+    name = _name(own, kind) if own else kind
+    if module is None:
+        return GraphModel(name, kind, places)
+    if name.partition("#")[0] == kind:
+        with _lock:
+            _paths.update({one: path for path, one in module.named_parameters()})
+        return GraphModel(name, kind, places)
+    return GraphModel(name, kind, places, _path_of(module))
 
 
 def _name(parameters: Iterable[Any], kind: str) -> str:
@@ -93,6 +105,22 @@ def _name(parameters: Iterable[Any], kind: str) -> str:
         for one in parameters:
             _names.setdefault(one, mine)
     return mine
+
+
+def _path_of(module: torch.nn.Module) -> str:
+    """Return the path of a module in its model, where that has been seen whole, or nothing."""
+    with _lock:
+        for name, one in module.named_parameters():
+            if path := _paths.get(one):
+                return str(path).removesuffix(name).rstrip(".")
+    return ""
+
+
+def _part(parameters: Iterable[Any], like: str) -> str:
+    """Return the path of the module that some parameters are of, as deep as another path is."""
+    with _lock:
+        paths = [_paths[one] for one in parameters if one in _paths]
+    return ".".join(paths[0].split(".")[: like.count(".") + 1]) if paths else ""
 
 
 def _free(kind: str) -> str:

@@ -143,7 +143,7 @@ def compile_unit(
         start_again_with_constants(ctx.constant_floats)
     found, model = found_in(gm), model_of(gm)
     records = site_records(found, pipeline, ctx.notes, model.name)
-    owner = report.add_sites(records)
+    owner = report.add_sites(records, part=model.part)
     if config.strict:
         refuse_dense(found, pipeline, ctx.notes)
     watches = config.strict and makes_sparse(pipeline)

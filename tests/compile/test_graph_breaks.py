@@ -167,6 +167,13 @@ def test_reason_without_hints_has_a_remedy():
     assert break_of(SimpleNamespace(user_stack=[], reason="")).reason == "unknown"
 
 
+def test_a_graph_that_is_left_before_the_line_that_stopped_it_is_told_in_words():
+    frames = [SimpleNamespace(filename="/home/user/model.py", lineno=7)]
+    found = break_of(SimpleNamespace(user_stack=frames, reason="step_unsupported"))
+    assert "stopped behind this line" in found.reason
+    assert "TORCH_LOGS=graph_breaks" in found.remedy
+
+
 def test_kinds_of_one_line_are_kept_apart():
     a, b = GraphBreak("model.py:7", "a: x", "do"), GraphBreak("model.py:7", "b: x", "do")
     again = GraphBreak("model.py:7", "a: y", "do not")

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import lipass
 from lipass.compile.sites import site_records
@@ -129,3 +131,62 @@ def test_models_of_two_classes_stay_apart(mini_world_inputs):
                 fast(*mini_world_inputs(n))
     models = {site.model.partition("#")[0] for site in lipass.report().sites.values()}
     assert models == {"MiniWorld", "Expert"}
+
+
+class Layer(nn.Module):
+    def __init__(self, breaks):
+        super().__init__()
+        self.qkv, self.breaks = nn.Linear(16, 48), breaks
+
+    def forward(self, x):
+        if self.breaks:
+            torch._dynamo.graph_break()
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Video(nn.Module):
+    """Patches of a clip, or a prompt, through the same layers."""
+
+    def __init__(self, breaks=False):
+        super().__init__()
+        self.patch = nn.Conv3d(4, 16, (1, 2, 2), (1, 2, 2))
+        self.layers = nn.ModuleList([Layer(breaks), Layer(breaks)])
+
+    def forward(self, clip=None, words=None):
+        x = self.patch(clip).flatten(2).mT if words is None else words
+        return self.layers[1](self.layers[0](x))
+
+
+def seen_of(model, *calls, **options):
+    options = {"preset": "sparse", "inner": "eager", **options}
+    fast = torch.compile(model.eval(), backend="light_interaction", options=options)
+    registry.reset_telemetry()
+    with torch.no_grad():
+        for given in calls:
+            torch.testing.assert_close(fast(**given), model(**given))
+    return {name: (site.role, site.action) for name, site in lipass.report().sites.items()}
+
+
+CLIP = {"clip": torch.randn(1, 4, 3, 8, 8)}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_layers_that_dynamo_compiles_as_one_function_have_a_receipt_each():
+    found = seen_of(Video(breaks=True), CLIP, CLIP, **{"sparse.token_grid": (3, 4, 4)})
+    names = [f"layers.{i}/attention" for i in range(2)]
+    assert found == dict.fromkeys(names, ("self", "rewritten"))
+    assert {name: registry.telemetry()[name].calls for name in names} == dict.fromkeys(names, 2)
+    assert {site.model for site in lipass.report().sites.values()} == {"Video"}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("clip_first", [True, False])
+def test_a_module_that_reads_a_prompt_in_one_graph_and_a_clip_in_another_is_listed_twice(
+    clip_first,
+):
+    calls = [CLIP, {"words": torch.randn(1, 7, 16)}]
+    found = seen_of(Video(), *(calls if clip_first else reversed(calls)))
+    clips = {f"layers.{i}": ("self", "rewritten") for i in range(2)}
+    assert found == clips | {f"layers.{i}:text": ("text", "kept") for i in range(2)}
+    assert all(registry.telemetry()[name].calls == 1 for name in clips)

@@ -112,6 +112,25 @@ def test_mask_holds_what_shows_the_new_view(trace, apply, mini, inputs):
     assert mask(trace, apply, mini, item, 0) == [1, 0, 1, 0]
 
 
+def test_streams_stacked_on_the_batch_share_one_set_of_cameras(trace, apply):
+    def decode(x, keys, values, w2c):
+        q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+        q = torch.cat([q, q.flip(-1)])
+        k, v = torch.cat([keys, q * 2], 2), torch.cat([values, q * 3], 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v) * w2c.sum()
+
+    def given(n):
+        keys = torch.randn(2, 2, 2, 16 * n, 8)
+        return torch.randn(1, 16, 4, 4, 4), *keys, torch.randn(1, n + 4, 4, 4)
+
+    gm = trace(decode, given(4), given(6))
+    apply(gm, TEXT)
+    (call,) = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.lipass.sparse_attention.default
+    )
+    assert call.args[11].meta["example_value"].shape[0] == 2
+
+
 def mask(trace, apply, mini, item, window):
     """Run decode and return the mask that the attention was given."""
     gm = trace(mini, item.decode)
