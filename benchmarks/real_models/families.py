@@ -117,4 +117,12 @@ HUNYUAN_VIDEO = Family(
     latent_grid=(45, 80), chunk_latents=33, text_tokens=256, joint_text=True, steps=50,
     history="joint",
 )  # fmt: skip
-FAMILIES = (HY_WORLDPLAY, MATRIX_GAME_3, SELF_FORCING, WAN_14B, HUNYUAN_VIDEO)
+LINGBOT_WORLD = Family(
+    "lingbot-world", "LingBot-World base with cameras, 480p, 161 frames: 70 steps with guidance",
+    layers=40, width=5120, heads=40,
+    # the rays of a block: two products to mix, one to scale and one to shift
+    token_weights=_wan(5120, 13824), row_weights=0, kept_weights=4 * 5120**2,
+    latent_grid=(30, 52), chunk_latents=41, text_tokens=512, joint_text=False, steps=70, passes=2,
+    history="joint",
+)  # fmt: skip
+FAMILIES = (HY_WORLDPLAY, MATRIX_GAME_3, SELF_FORCING, LINGBOT_WORLD, WAN_14B, HUNYUAN_VIDEO)

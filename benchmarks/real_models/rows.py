@@ -13,6 +13,7 @@ from .count import Cost, call_cost
 from .families import (
     HUNYUAN_VIDEO,
     HY_WORLDPLAY,
+    LINGBOT_WORLD,
     MATRIX_GAME_3,
     SELF_FORCING,
     WAN_14B,
@@ -53,7 +54,7 @@ def all_rows() -> list[dict[str, object]]:
     size, steps = SELF_FORCING.chunk_latents, SELF_FORCING.steps
     streamed = [Planned(n * size, steps, None, size) for n in range(SELF_FORCING_CHUNKS)]
     rows += _rows(SELF_FORCING, "81 frames", dict.fromkeys(PRESETS, streamed))
-    for family in (WAN_14B, HUNYUAN_VIDEO):
+    for family in (LINGBOT_WORLD, WAN_14B, HUNYUAN_VIDEO):
         clip = [Planned(0, family.steps, None, family.chunk_latents)]
         rows += _rows(family, "one clip", dict.fromkeys(PRESETS, clip))
     return rows

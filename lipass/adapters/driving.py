@@ -7,8 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
+from lipass.errors import LipassError
 from lipass.runtime.chunk import Chunk
 from lipass.session import Session
+
+
+def refuse_other_axes(session: Session) -> None:
+    """Refuse a session whose cameras look another way than those of a pipeline, OpenCV's.
+
+    Raises:
+        LipassError: names the convention to open the session with.
+    """
+    if str(session.given.convention) not in ("w2c-opencv", "c2w-opencv"):
+        raise LipassError(
+            f"the pipeline's cameras have OpenCV axes, got a session of "
+            f"{session.given.convention}; open Session(convention='c2w')"
+        )
 
 
 class Driven:
@@ -93,3 +107,32 @@ class DrivenTimesteps:
         finally:
             self._scheduler.sigmas = sigmas
         self._done(None)
+
+
+class DrivenScheduler:
+    """A scheduler whose timesteps, as the loop iterates over them, are steps of a session.
+
+    A multistep rule remembers its predictions, so it takes every step; the compiled model answers
+    those that are reused.
+    """
+
+    def __init__(
+        self,
+        own: Any,
+        opened: Callable[[], Chunk],
+        done: Callable[[BaseException | None], None],
+    ) -> None:
+        """Keep the scheduler; `opened` and `done` are those of `DrivenTimesteps`."""
+        self._own = own
+        self._opened = opened
+        self._done = done
+
+    @property
+    def timesteps(self) -> DrivenTimesteps:
+        """Give what the loop iterates over."""
+        return DrivenTimesteps(
+            self._own.timesteps, self._own, is_euler=False, opened=self._opened, done=self._done
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)

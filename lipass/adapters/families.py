@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,6 +18,7 @@ FAMILIES: tuple[str, ...] = (
     "self_forcing",
     "causal_forcing",
     "matrix_game_3",
+    "lingbot_world",
     "mochi",
 )
 """Modules of this folder, each with a `FAMILY`."""
@@ -34,11 +36,22 @@ class Family:
     drive: Callable[[Any, Any, Adoption], None] | None = None
     """`drive(pipeline, session, adoption)`: let the pipeline's own rollout ask the session for
     context and steps; everything that it binds goes through the adoption."""
+    takes: tuple[str, ...] = ()
+    """Arguments of its models' `forward`, where other models have the same file and class name."""
 
     def has(self, kind: type) -> bool:
         """Whether a class of models is of it, by its name or the name of one above it."""
-        names = [f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__]
-        return any(name.endswith(end) for name in names for end in self.classes)
+        for one in kind.__mro__:
+            name = f"{one.__module__}.{one.__qualname__}"
+            if any(name.endswith(end) for end in self.classes):
+                return not self.takes or set(self.takes) <= set(_arguments(one))
+        return False
+
+
+def _arguments(kind: type) -> tuple[str, ...]:
+    """Return what calls of a class of models take."""
+    forward = vars(kind).get("forward")
+    return tuple(inspect.signature(forward).parameters) if callable(forward) else ()
 
 
 def family_of(kind: type) -> Family | None:

@@ -123,4 +123,5 @@ FAMILY = Family(
     classes=("wan.modules.model.WanModel",),
     adopt=_adopt,
     drive=drive,
+    takes=("x_memory", "predict_latent_idx"),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipass.adapters.adoption import Adoption
-from lipass.adapters.driving import Driven, DrivenTimesteps
+from lipass.adapters.driving import Driven, DrivenScheduler, refuse_other_axes
 from lipass.errors import LipassError
 from lipass.policy.convention import inverted
 from lipass.policy.reference_matrixgame import frustum_similarity
@@ -68,11 +68,7 @@ class _Rollout:
             )
         self._clip: Tensor | None = None
         self._references: list[Tensor] = []
-        if str(session.given.convention) not in ("w2c-opencv", "c2w-opencv"):
-            raise LipassError(
-                f"the pipeline's cameras have OpenCV axes, got a session of "
-                f"{session.given.convention}; open Session(convention='c2w')"
-            )
+        refuse_other_axes(session)
 
     def end(self) -> None:
         """Close a chunk whose steps were not taken to their end."""
@@ -120,16 +116,8 @@ class _Rollout:
 
     def scheduler(self, *given: Any, **named: Any) -> Any:
         """Be the class of the scheduler, which each clip makes a new one of."""
-        return _Scheduler(self._make_scheduler(*given, **named), self)
-
-    def timesteps(self, scheduler: Any) -> DrivenTimesteps:
-        """Return the steps of the clip that is open; a multistep rule takes each of them."""
-        return DrivenTimesteps(
-            scheduler.timesteps,
-            scheduler,
-            is_euler=False,
-            opened=self._opened,
-            done=self._driven.end,
+        return DrivenScheduler(
+            self._make_scheduler(*given, **named), self._opened, self._driven.end
         )
 
     def _opened(self) -> Chunk:
@@ -165,22 +153,6 @@ class _Kept(list[int]):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Leave everything as it is."""
-
-
-class _Scheduler:
-    """A scheduler whose timesteps, as the loop iterates over them, are steps of a session."""
-
-    def __init__(self, own: Any, rollout: _Rollout) -> None:
-        self._own = own
-        self._rollout = rollout
-
-    @property
-    def timesteps(self) -> DrivenTimesteps:
-        """Give what the loop of a clip iterates over."""
-        return self._rollout.timesteps(self._own)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
 
 
 def _latent(frame: int) -> int:

@@ -129,3 +129,12 @@ def test_strict_refuses_a_model_with_attention_that_stays_hidden(stranger, fresh
         assert [site.role for site in _sites_of(model, x)] == ["text"]
     with lipass.adopt(model, family="any"):
         assert [site.role for site in _sites_of(model, x, {"strict": True})] == ["text"]
+
+
+def test_a_model_whose_names_are_those_of_a_family_and_whose_arguments_are_not_is_of_none():
+    def forward(self, x, t, context, seq_len):
+        return x
+
+    kind = type("WanModel", (nn.Module,), {"forward": forward, "__module__": "wan.modules.model"})
+    with lipass.adopt(kind()) as adoption:
+        assert adoption.family == "any"

@@ -186,9 +186,10 @@ def _truths(subject: Subject, rolled: _Rolled) -> Iterator[Check]:
     records, looked_up = every[-2 * ROLLOUT_CHUNKS : -ROLLOUT_CHUNKS], every[-ROLLOUT_CHUNKS:]
     finite = all(bool(one.isfinite().all()) for one in rolled.latents)
     yield Check("all: finite", finite, "yes" if finite else "no")
-    dropped = sum(_dropped(one) for one in records)
-    there = sum(one.plan.history_latents for one in records)
-    yield Check("all: frames dropped", dropped > 0, f"{dropped} of {there} history latents")
+    if subject.has_memory:
+        dropped = sum(_dropped(one) for one in records)
+        there = sum(one.plan.history_latents for one in records)
+        yield Check("all: frames dropped", dropped > 0, f"{dropped} of {there} history latents")
     skipped = sum(one.steps_skipped for one in records)
     total = sum(one.plan.steps.total for one in records if one.plan.steps)
     yield Check("all: steps reused", skipped > 0, f"{skipped} of {total}")

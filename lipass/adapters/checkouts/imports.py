@@ -58,6 +58,13 @@ def imported_from(
         sys.meta_path.remove(stand_ins)
 
 
+def without_its_imports(package: str, checkout: Path) -> None:
+    """Let parts of a package be imported without what it imports itself, such as training."""
+    made = ModuleType(package)
+    made.__path__ = [str(checkout.resolve() / package)]
+    sys.modules[package] = made
+
+
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Find what nobody else has found, for files of a checkout: last on `sys.meta_path`."""
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipass.adapters.checkouts.imports import imported_from
+from lipass.adapters.checkouts.imports import imported_from, without_its_imports
 from lipass.adapters.checkouts.poses import there_and_back
 from lipass.adapters.checkouts.subject import Ran, Subject
 from lipass.receipt import ChunkRecord
@@ -46,7 +46,7 @@ def build(checkout: Path, layers: int = 2, family: str = "self_forcing") -> Subj
         patch("torch.cuda.current_device", lambda: 0),
     ):
         for name in ("wan", "pipeline"):
-            _without_its_imports(name, checkout)
+            without_its_imports(name, checkout)
         rollouts = import_module("pipeline.causal_inference")
         wrappers = import_module("utils.wan_wrapper")
         models = import_module("wan.modules.causal_model")
@@ -64,13 +64,6 @@ def build(checkout: Path, layers: int = 2, family: str = "self_forcing") -> Subj
         drive=functools.partial(own_rollout, pipeline),
         stubbed=tuple(stubbed),
     )
-
-
-def _without_its_imports(package: str, checkout: Path) -> None:
-    """Let parts of a package be imported without what it imports itself, such as training."""
-    made = ModuleType(package)
-    made.__path__ = [str(checkout.resolve() / package)]
-    sys.modules[package] = made
 
 
 def latents_embedded(operator: str, shapes: Sequence[Sequence[int]]) -> int | None:

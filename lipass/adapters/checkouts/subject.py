@@ -72,6 +72,7 @@ class Subject:
             release is driven; its model is `model`.
         drive: that rollout: yields its chunks, or all of them at its end.
         more: checks of this family alone.
+        has_memory: whether chunks read latents of earlier ones, some of which may be dropped.
         stubbed: packages that the checkout imports, that are not here and are not needed to run.
     """
 
@@ -85,3 +86,4 @@ class Subject:
     drive: Callable[[int], Iterable[Tensor]] | None = None
     more: Callable[[], Iterable[Check]] | None = None
     stubbed: tuple[str, ...] = ()
+    has_memory: bool = True
