@@ -44,7 +44,8 @@ class Session:
     Args:
         config: a resolved Config; or pass options instead.
         convention: how cameras are written: "w2c" or "c2w", "opencv" or "opengl" axes, joined by
-            a dash; they are converted.
+            a dash; they are converted. Where a walk looks like another one, or like another unit
+            than that of near and far, a warning says so once. All of it: docs/poses.md.
         options: as in `Config.resolve`, e.g. `preset="all"`, `**{"context.overlap_min": 0.3}`.
 
     Raises:
@@ -113,10 +114,12 @@ class Session:
         once a chunk.
 
         Args:
-            poses: `[M, 4, 4]` cameras of all history latents in the session's convention, oldest
-                first; None for a first chunk without history.
-            query: `[q, 4, 4]` of the latents to generate; None for models without cameras, whose
-                history is chosen by `latents` alone.
+            poses: `[M, 4, 4]` cameras of all history latents, one each, oldest first, in the
+                session's convention (world to camera, x right, y down, z ahead, unless it says
+                otherwise) and the unit of near and far (metres); None for a first chunk without
+                history.
+            query: `[q, 4, 4]` of the latents to generate, `chunk_latents` of them; None for models
+                without cameras, whose history is chosen by `latents` alone.
             latents: `[M, ...]` history, for the latent dynamics; None leaves the window longest.
             own_context: indices that the loop reads by itself, used while the context policy is
                 off; None reads all of the history.

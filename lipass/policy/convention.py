@@ -1,4 +1,4 @@
-"""Bring cameras to world-to-camera matrices with OpenCV axes, and notice those that are swapped.
+"""Bring cameras to world-to-camera matrices with OpenCV axes.
 
 OpenCV's camera looks along +z with y down; OpenGL's looks along -z with y up. The two differ by a
 turn of half a circle about x, on the camera's side of the matrix.
@@ -8,18 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 _WORDS = {"w2c": "direction", "c2w": "direction", "opencv": "axes", "opengl": "axes"}
 _HALF_TURN = (1.0, -1.0, -1.0, 1.0)
-
-# A walk that turns by less shows too little to tell the two readings apart.
-_TURN_MIN_DEG = 30.0
-# Share of a walk along the own view: people walk where they look, or straight back.
-_WALK, _NO_WALK = 0.97, 0.85
-# Of the unit of the poses: shorter ways are standing still.
-_STILL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -76,39 +68,3 @@ def inverted(cameras: Tensor) -> Tensor:
     turned[:, :3, :3] = cameras[:, :3, :3].transpose(1, 2)
     turned[:, :3, 3] = -(turned[:, :3, :3] @ cameras[:, :3, 3:])[..., 0]
     return turned
-
-
-def looks_swapped(w2c: Tensor) -> bool:
-    """Whether a trajectory makes sense only if its matrices are camera to world.
-
-    Read rightly, a walk goes along its own view while the view turns; read the other way round it
-    does so only by chance. Standing, turning on the spot, orbits and straight walks say nothing.
-
-    Args:
-        w2c: `[M, 4, 4]` in order, checked, on the CPU.
-    """
-    if len(w2c) < 4:
-        return False
-    relative = w2c[1:, :3, :3] @ w2c[:-1, :3, :3].transpose(1, 2)
-    cosine = (relative.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
-    if float(torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).sum()) < _TURN_MIN_DEG:
-        return False
-    as_given, swapped = _shares(w2c), _shares(inverted(w2c))
-    if as_given is None or swapped is None:
-        return False
-    # One that strafes all the way keeps to one axis of its own, too.
-    return float(swapped[2]) > _WALK and float(as_given.max()) < _NO_WALK
-
-
-def _shares(w2c: Tensor) -> Tensor | None:
-    """Shares `[3]` of a way that lead along the camera's own axes, or None where there is none."""
-    centers = inverted(w2c)[:, :3, 3]
-    steps = centers[1:] - centers[:-1]
-    length = steps.norm(dim=1)
-    moved = length > max(_STILL, 0.02 * float(length.max()))
-    if not bool(moved.any()):
-        return None
-    # Controls turn in front of a step or behind it.
-    before = (w2c[:-1, :3, :3] @ steps[:, :, None])[:, :, 0].abs()
-    behind = (w2c[1:, :3, :3] @ steps[:, :, None])[:, :, 0].abs()
-    return torch.maximum(before, behind)[moved].sum(0) / length[moved].sum()

@@ -16,7 +16,8 @@ def check_poses(poses: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor]:
     """Check the cameras of a chunk and bring them to the host.
 
     Args:
-        poses: `[M, 4, 4]` world-to-camera matrices of the history; None is no history.
+        poses: `[M, 4, 4]` world-to-camera matrices of the history (OpenCV axes, docs/poses.md);
+            None is no history.
         query: `[q, 4, 4]` of the latents to be generated, on the device of `poses`.
 
     Returns:

@@ -7,11 +7,11 @@ end with a shorter one. A shorter chunk is taken for the last; one that follows 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lipass.config import Config
-from lipass.policy.convention import Convention, looks_swapped
+from lipass.policy.convention import Convention
+from lipass.policy.plausibility import PoseCheck
 from lipass.policy.views import check_poses
 from lipass.runtime.agreement import tell
 
@@ -36,8 +36,9 @@ class GivenChunks:
         self._length = counts.chunk_latents if counts else None
         self._last: dict[str, int] = {}
         self._planned: dict[str, int] = {}
-        self._told = False
         self._weighed = False
+        view = config.context or config.steps
+        self._check = None if view is None else PoseCheck(view, self.convention)
 
     def checked(
         self, poses: Tensor | None, query: Tensor, stream: str, index: int
@@ -53,15 +54,9 @@ class GivenChunks:
         history, new = check_poses(poses, query)
         self._check_length(len(history), len(new), stream)
         self._planned[stream] = len(new) if len(history) or index else 0
-        if not self._told and looks_swapped(torch.cat([history, new])):
-            self._told = True
-            other = self.convention.other()
-            tell(
-                f"cameras must be written as the session's convention says, got {self.convention} "
-                f"and a motion that looks like {other}; if it is, open Session(..., "
-                f"convention='{other}')",
-                strict=False,
-            )
+        if self._check and (wrong := self._check.look(stream, history, new)):
+            # Also under `strict`: a guess must not end a rollout.
+            tell(wrong, strict=False)
         return history, new
 
     def weigh(self, power: float | None) -> None:
