@@ -115,33 +115,55 @@ class Block(nn.Module):
         history: KeyValue | None,
     ) -> tuple[Tensor, KeyValue]:
         """Run on tokens `x [B, F, YX, width]` with modulation rows `[B, F, 6, width]`."""
+        shape = self.modulated(rows)
+        q, k, v = self.project(x, shape, cameras, rotary)
+        parts = [text, (k, v)] if history is None else [text, history, (k, v)]
+        keys = torch.cat([part[0] for part in parts], dim=2)
+        values = torch.cat([part[1] for part in parts], dim=2)
+        out = F.scaled_dot_product_attention(q, keys, values)
+        return self.finish(x, out, shape, cameras), (k, v)
+
+    def modulated(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of attention, then of the MLP, each `[B, F, 1, width]`."""
+        return (rows + self.modulation)[:, :, None].unbind(3)
+
+    def project(
+        self, x: Tensor, shape: tuple[Tensor, ...], cameras: tuple[Tensor, Tensor], rotary: Rotary
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, H, F*YX, D]` of the tokens, with cameras and positions."""
         b, f, yx, width = x.shape
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (rows + self.modulation)[
-            :, :, None
-        ].unbind(3)
+        shift, scale = shape[:2]
         h = F.layer_norm(x, (width,)) * (1 + scale) + shift
         qkv = self.qkv(h).view(b, f, yx, 3, self.heads, -1).permute(3, 0, 4, 1, 2, 5)
         q, k, v = qkv.unbind(0)
         q, k = self.query_norm(q), self.key_norm(k)
         p, p_inverse = cameras
         half = q.shape[-1] // 2
-        q = torch.cat([_project(q[..., :half], p.mT), rotary(q[..., half:])], -1)
-        k = torch.cat([_project(k[..., :half], p_inverse), rotary(k[..., half:])], -1)
-        v = torch.cat([_project(v[..., :half], p_inverse), v[..., half:]], -1)
-        q, k, v = (t.flatten(2, 3) for t in (q, k, v))
-        parts = [text, (k, v)] if history is None else [text, history, (k, v)]
-        keys = torch.cat([part[0] for part in parts], dim=2)
-        values = torch.cat([part[1] for part in parts], dim=2)
-        out = F.scaled_dot_product_attention(q, keys, values)
+        q = torch.cat([transform(q[..., :half], p.mT), rotary(q[..., half:])], -1)
+        k = torch.cat([transform(k[..., :half], p_inverse), rotary(k[..., half:])], -1)
+        v = torch.cat([transform(v[..., :half], p_inverse), v[..., half:]], -1)
+        return q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
+
+    def finish(
+        self,
+        x: Tensor,
+        out: Tensor,
+        shape: tuple[Tensor, ...],
+        cameras: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Add what attention gave, `out [B, H, F*YX, D]`, then the MLP."""
+        b, f, yx, width = x.shape
+        gate, shift_mlp, scale_mlp, gate_mlp = shape[2:]
         out = out.unflatten(2, (f, yx))
-        out = torch.cat([_project(out[..., :half], p), out[..., half:]], -1)
+        half = out.shape[-1] // 2
+        out = torch.cat([transform(out[..., :half], cameras[0]), out[..., half:]], -1)
         out = out.permute(0, 2, 3, 1, 4).reshape(b, f, yx, width)
         x = x + gate * self.proj(out)
         h = F.layer_norm(x, (width,)) * (1 + scale_mlp) + shift_mlp
-        return x + gate_mlp * self.down(F.gelu(self.up(h), approximate="tanh")), (k, v)
+        return x + gate_mlp * self.down(F.gelu(self.up(h), approximate="tanh"))
 
 
-def _project(x: Tensor, matrices: Tensor) -> Tensor:
+def transform(x: Tensor, matrices: Tensor) -> Tensor:
     """Multiply groups of four dimensions of `x [B, H, F, YX, D]` by `matrices [B, F, 4, 4]`."""
     groups = x.unflatten(-1, (-1, 4))
     return torch.einsum("bfij,bhfpgj->bhfpgi", matrices, groups).flatten(-2)
@@ -201,12 +223,8 @@ class TinyWorld(nn.Module):
         """
         n = w2c.shape[1] - CHUNK_LATENTS
         own = w2c[:, :n] if history is None else w2c[:, n:]
-        x = self._tokens(latents, own)
-        if walls is not None:
-            x = x + self.embed_walls(walls.permute(0, 2, 3, 4, 1).flatten(2, 3))
-        angles = (sigma[..., None] * self.frequencies).float()
-        rows = self.sigma_mlp(torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype))
-        rows = self.to_rows(F.silu(rows)).unflatten(-1, (6, -1))
+        x = self.tokens(latents, own, walls)
+        rows = self.rows(sigma, x.dtype)
         cameras = tuple(matrices.to(x.dtype) for matrices in camera_transforms(own))
         cache = []
         for i, block in enumerate(self.blocks):
@@ -215,11 +233,25 @@ class TinyWorld(nn.Module):
             cache.append(key_value)
         if history is None:
             return cache
+        return self.velocity(x, latents, sigma)
+
+    def tokens(self, latents: Tensor, w2c: Tensor, walls: Tensor | None) -> Tensor:
+        """Embed latents `[B, C, F, Y, X]`, their rays and what they show of the bare room."""
+        rays = plucker_rays(w2c, latents.shape[3], latents.shape[4])
+        rays = rays.flatten(2, 3).to(latents.dtype)
+        x = self.embed(torch.cat([latents.permute(0, 2, 3, 4, 1).flatten(2, 3), rays], -1))
+        if walls is not None:
+            x = x + self.embed_walls(walls.permute(0, 2, 3, 4, 1).flatten(2, 3))
+        return x
+
+    def rows(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+        """Modulation rows `[B, F, 6, width]` of noise levels `[B, F]`."""
+        angles = (sigma[..., None] * self.frequencies).float()
+        rows = self.sigma_mlp(torch.cat([angles.sin(), angles.cos()], -1).to(dtype))
+        return self.to_rows(F.silu(rows)).unflatten(-1, (6, -1))
+
+    def velocity(self, x: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+        """Velocity `[B, C, F, Y, X]` from the last tokens: the model predicts clean latents."""
         clean = self.head(F.layer_norm(x, (x.shape[-1],)))
         clean = clean.unflatten(2, (latents.shape[3], latents.shape[4])).permute(0, 4, 1, 2, 3)
         return (latents - clean) / sigma[:, None, :, None, None]
-
-    def _tokens(self, latents: Tensor, w2c: Tensor) -> Tensor:
-        rays = plucker_rays(w2c, latents.shape[3], latents.shape[4])
-        rays = rays.flatten(2, 3).to(latents.dtype)
-        return self.embed(torch.cat([latents.permute(0, 2, 3, 4, 1).flatten(2, 3), rays], -1))
