@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from .codec import Codec
 from .model import BASE, SMALL, TinyWorld
+from .stream import StreamWorld
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -26,4 +27,15 @@ def load(size: str = "small", folder: Path = SHIPPED) -> tuple[TinyWorld, Codec]
     model, codec = TinyWorld(SMALL if size == "small" else BASE), Codec()
     model.load_state_dict(load_file(path))
     codec.load_state_dict(load_file(folder / "codec.safetensors"))
+    return model.eval().requires_grad_(False), codec.eval().requires_grad_(False)
+
+
+def load_stream(path: Path = SHIPPED / "stream.safetensors") -> tuple[StreamWorld, Codec]:
+    """Load the streaming model and the codec in evaluation mode.
+
+    The weights of `small` fit too: what both models hold has the same names and shapes.
+    """
+    model, codec = StreamWorld(SMALL), Codec()
+    model.load_state_dict(load_file(path))
+    codec.load_state_dict(load_file(SHIPPED / "codec.safetensors"))
     return model.eval().requires_grad_(False), codec.eval().requires_grad_(False)

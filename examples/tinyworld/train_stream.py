@@ -1,0 +1,207 @@
+"""Train the streaming model from weights of the first one.
+
+All chunks of a recorded walk pass in one forward (`stream_parallel`), noisy versions of some of
+them beside the clean ones. In the second part of the time the clean chunks of half of the steps
+are the model's own, from rollouts that it makes meanwhile, while what it is asked for stays
+recorded: so it learns not to pass its own errors on.
+
+`python -m lipass.examples.tinyworld.train_stream` records walks under `build/tinyworld/walks`,
+trains, and resumes where it stopped.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .codec import Codec
+from .learner import Learner, Pace
+from .model import CHUNK_LATENTS
+from .stream import StreamWorld
+from .stream_parallel import forward_all
+from .stream_rollout import GrownCache, stream
+from .stream_walks import LongWalk, load_walks, record_walks
+from .train_batches import CONTEXT_NOISE
+from .train_world import SIGMA_MIN, SIGMA_SHIFT
+from .weights import SHIPPED
+
+FIRST_SEED, WALKS = 3000, 150
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Sizes and rates.
+
+    A step takes one walk of one of `chunks` chunks with up to `targets` noisy ones. From share
+    `own_from` of the time on, `own_share` of the steps take a rollout from a pool of `pool`, of
+    which one is replaced every `own_every` steps. `told_share` of the walks are told the bare
+    walls.
+    """
+
+    chunks: tuple[int, ...] = (4, 6, 8, 8, 12, 16)
+    targets: int = 8
+    told_share: float = 0.3
+    own_from: float = 0.45
+    own_share: float = 0.5
+    own_every: int = 4
+    own_chunks: tuple[int, ...] = (8, 12, 16, 20)
+    pool: int = 16
+    peak_rate: float = 1.2e-3
+    average_steps: int = 120
+
+
+@dataclass
+class Stretch:
+    """A stretch of a walk, batched.
+
+    `history` and `recorded [1, C, 4N, Y, X]` differ where the history is the model's own; `told`
+    says whether the model gets `walls`.
+    """
+
+    history: Tensor
+    recorded: Tensor
+    w2c: Tensor
+    tokens: Tensor
+    walls: Tensor
+    told: bool
+    first_own: int
+
+
+def stretch_of(walk: LongWalk, first: int, chunks: int, told: bool) -> Stretch:
+    """Cut `chunks` chunks that begin at latent `first` out of a walk."""
+    here = slice(first, first + chunks * CHUNK_LATENTS)
+    latents = walk.latents[here].float().transpose(0, 1)[None]
+    walls = walk.walls[here].float().transpose(0, 1)[None] * told
+    return Stretch(latents, latents, walk.w2c[None, here], walk.tokens[None], walls, told, chunks)
+
+
+def stream_loss(
+    model: StreamWorld, stretch: Stretch, targets: list[int], generator: torch.Generator
+) -> Tensor:
+    """Velocity loss of some chunks of a stretch, behind history of a little noise."""
+    # What lies behind the last target is nobody's history.
+    count = max(targets)
+    history = stretch.history[:, :, : count * CHUNK_LATENTS]
+    noise_level = CONTEXT_NOISE * max(0.0, 2 * float(torch.rand((), generator=generator)) - 1)
+    history = history + noise_level * torch.randn(history.shape, generator=generator)
+    frames = [t * CHUNK_LATENTS + i for t in targets for i in range(CHUNK_LATENTS)]
+    clean = stretch.recorded[:, :, frames]
+    # One level of each part of the range: the few at little noise weigh most.
+    parts = torch.randperm(len(targets), generator=generator)
+    level = (parts + torch.rand(len(targets), generator=generator)) / len(targets)
+    sigma = SIGMA_SHIFT * level / (1 + (SIGMA_SHIFT - 1) * level)
+    sigma = sigma.clamp_min(SIGMA_MIN).repeat_interleave(CHUNK_LATENTS)[None]
+    noise = torch.randn(clean.shape, generator=generator)
+    s = sigma[:, None, :, None, None]
+    velocity, _ = forward_all(
+        model, history, torch.full((1, history.shape[2]), noise_level), stretch.w2c,
+        model.text(stretch.tokens), stretch.walls, (1 - s) * clean + s * noise, sigma,
+        tuple(targets),
+    )  # fmt: skip
+    return (velocity - (noise - clean)).square().mean()
+
+
+class StreamTrainer(Learner):
+    """Trains under a wall-clock budget; its state can be saved and resumed."""
+
+    def __init__(self, model: StreamWorld, options: StreamOptions = StreamOptions()) -> None:
+        super().__init__(model, Pace(options.peak_rate, 12, 1 / 4, options.average_steps))
+        self.options = options
+        self.pool: deque[Stretch] = deque(maxlen=options.pool)
+
+    def run(
+        self,
+        walks: list[LongWalk],
+        seconds: float,
+        progress: Callable[["StreamTrainer"], None],
+        checkpoint_s: float = 180,
+    ) -> None:
+        """Train until `seconds` of training time have passed over all runs."""
+        options, saved = self.options, time.perf_counter()
+        while self.elapsed_s < seconds:
+            begin = time.perf_counter()
+            draw = random.Random(self.step)
+            self.generator.manual_seed(self.step)
+            own = self.elapsed_s / seconds > options.own_from
+            if own and (len(self.pool) < 4 or self.step % options.own_every == 0):
+                self.pool.append(self.rollout(walks, draw))
+            if own and draw.random() < options.own_share:
+                stretch = draw.choice(self.pool)
+                possible = range(stretch.first_own, stretch.recorded.shape[2] // CHUNK_LATENTS)
+            else:
+                stretch = self.stretch(walks, draw, draw.choice(options.chunks))
+                possible = range(1, stretch.recorded.shape[2] // CHUNK_LATENTS)
+            targets = sorted(draw.sample(possible, min(options.targets, len(possible))))
+            loss = stream_loss(self.model, stretch, targets, self.generator)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            self.elapsed_s += time.perf_counter() - begin
+            self.update(1 - self.elapsed_s / seconds)
+            self.losses.append((self.elapsed_s, float(loss.detach())))
+            if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
+                saved = time.perf_counter()
+                progress(self)
+
+    def stretch(self, walks: list[LongWalk], draw: random.Random, chunks: int) -> Stretch:
+        """Draw a stretch of a recorded walk."""
+        walk = draw.choice(walks)
+        first = draw.randrange(len(walk.w2c) - chunks * CHUNK_LATENTS + 1)
+        return stretch_of(walk, first, chunks, draw.random() < self.options.told_share)
+
+    def rollout(self, walks: list[LongWalk], draw: random.Random) -> Stretch:
+        """Let the model go on from a recorded part; all but the first chunk where it is told."""
+        stretch = self.stretch(walks, draw, draw.choice(self.options.own_chunks))
+        chunks = stretch.recorded.shape[2] // CHUNK_LATENTS
+        given = 1 if stretch.told else draw.randint(2, chunks * 2 // 3)
+        with torch.no_grad():
+            text = self.model.text(stretch.tokens)
+        frames = stretch.recorded[0].transpose(0, 1)
+        made = stream(
+            self.model, text, frames[: given * CHUNK_LATENTS], stretch.w2c[0],
+            stretch.walls[0].transpose(0, 1), seed=self.step, cache=GrownCache(),
+        )  # fmt: skip
+        stretch.history, stretch.first_own = made.transpose(0, 1)[None], given
+        return stretch
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run or resume the training."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=5400, help="training time in all")
+    parser.add_argument("--init", type=Path, default=SHIPPED / "small.safetensors")
+    parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
+    parser.add_argument("--walks", type=int, default=WALKS, help="walks to record before")
+    args = parser.parse_args(argv)
+    codec = Codec()
+    codec.load_state_dict(load_file(SHIPPED / "codec.safetensors"))
+    record_walks(range(FIRST_SEED, FIRST_SEED + args.walks), args.out / "walks", codec)
+    trainer = StreamTrainer(StreamWorld())
+    for model in (trainer.model, trainer.average):
+        model.load_state_dict(load_file(args.init))
+    checkpoint = args.out / "stream.checkpoint"
+    if checkpoint.exists():
+        trainer.load(torch.load(checkpoint))
+
+    def save(state: StreamTrainer) -> None:
+        state.save(checkpoint, args.out / "stream.safetensors")
+        recent = [loss for _, loss in state.losses[-50:]]
+        print(
+            f"step {state.step}, {state.elapsed_s:.0f} of {args.seconds:.0f} s, "
+            f"loss {sum(recent) / len(recent):.4f}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    trainer.run(load_walks(args.out / "walks"), args.seconds, save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Training of the streaming model: its walks, its loss, and that a few steps run and resume."""
+
+import random
+
+import pytest
+import torch
+
+from lipass.examples.tinyworld.camera import invert
+from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, tokenize
+from lipass.examples.tinyworld.stream import StreamWorld
+from lipass.examples.tinyworld.stream_walks import LongWalk, out_and_back, walk_with_loops
+from lipass.examples.tinyworld.train_stream import (
+    StreamOptions,
+    StreamTrainer,
+    stream_loss,
+    stretch_of,
+)
+from lipass.examples.tinyworld.world import make_room
+
+TINY = ModelConfig(rows=4, columns=4, width=32, heads=1, blocks=2, mlp_ratio=1, text_width=8)
+OPTIONS = StreamOptions(chunks=(3, 4), targets=2, own_chunks=(4,), own_every=1, pool=4)
+CHUNKS = 6
+
+
+@pytest.fixture
+def walk() -> LongWalk:
+    generator = torch.Generator().manual_seed(0)
+    frames = CHUNKS * CHUNK_LATENTS
+    w2c = torch.eye(4).repeat(frames, 1, 1)
+    w2c[:, 0, 3] = torch.arange(frames) * 0.1
+    latents, walls = (torch.randn(frames, 16, 4, 4, generator=generator).half() for _ in "lw")
+    return LongWalk(latents, walls, w2c, tokenize("a room"))
+
+
+def tiny() -> StreamWorld:
+    torch.manual_seed(0)
+    model = StreamWorld(TINY)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_a_walk_with_loops_stays_in_its_room_and_moves_as_people_do():
+    room = make_room(5)
+    walk = walk_with_loops(room, 96, torch.Generator().manual_seed(0), 0.12, 6.0)
+    c2w = invert(walk)
+    assert walk.shape == (96, 4, 4)
+    for axis in (0, 2):
+        assert (c2w[:, axis, 3] > 0).all()
+        assert (c2w[:, axis, 3] < room.size_m[axis]).all()
+    assert (c2w[1:, :3, 3] - c2w[:-1, :3, 3]).norm(dim=-1).max() < 0.13
+    turned = (c2w[1:, :3, 2] * c2w[:-1, :3, 2]).sum(-1).clamp(-1, 1).arccos()
+    # A wandering leg begins level, so that a tilt of up to 15 degrees may end at once.
+    assert torch.rad2deg(turned).max() < 6.5 + 15
+
+
+def test_the_way_back_sees_what_the_way_out_saw():
+    path = out_and_back(make_room(9001), 64)
+    assert torch.equal(path[32:], path[:32].flip(0))
+
+
+def test_recorded_stretch_is_its_own_history_and_told_the_walls_or_zeros(walk):
+    told, untold = (stretch_of(walk, 4, 3, told) for told in (True, False))
+    assert torch.equal(told.history, told.recorded)
+    assert torch.equal(told.recorded[0, :, 0], walk.latents[4].float())
+    assert torch.equal(told.walls[0, :, 0], walk.walls[4].float())
+    assert not untold.walls.any()
+    assert torch.equal(told.w2c[0], walk.w2c[4:16])
+
+
+def test_loss_reads_history_before_the_target_alone_and_trains_its_keys(walk):
+    model = tiny()
+
+    def loss(latents: torch.Tensor, targets: list[int]) -> torch.Tensor:
+        stretch = stretch_of(walk, 0, CHUNKS, True)
+        stretch.history = latents
+        return stream_loss(model, stretch, targets, torch.Generator().manual_seed(1))
+
+    history = stretch_of(walk, 0, CHUNKS, True).history.requires_grad_()
+    loss(history, [3, 1]).backward()
+    read = history.grad.abs().amax((0, 1, 3, 4)).unflatten(0, (CHUNKS, CHUNK_LATENTS)).amax(1)
+    assert (read[:3] > 0).all()
+    assert (read[3:] == 0).all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_own_rollout_begins_with_the_recording_and_asks_for_it(walk):
+    trainer = StreamTrainer(tiny(), OPTIONS)
+    stretch = trainer.rollout([walk], random.Random(0))
+    given = stretch.first_own * CHUNK_LATENTS
+    assert 0 < given < stretch.recorded.shape[2]
+    assert torch.equal(stretch.history[:, :, :given], stretch.recorded[:, :, :given])
+    assert not torch.allclose(stretch.history[:, :, given:], stretch.recorded[:, :, given:])
+
+
+def test_training_lowers_the_loss_and_goes_on_from_its_checkpoint(walk, tmp_path):
+    checkpoint, weights = tmp_path / "stream.checkpoint", tmp_path / "stream.safetensors"
+    trainer = StreamTrainer(tiny(), OPTIONS)
+    stretch = stretch_of(walk, 0, CHUNKS, False)
+
+    def loss() -> float:
+        draws = torch.Generator().manual_seed(1)
+        return float(stream_loss(trainer.model, stretch, [2, 4], draws).detach())
+
+    before, seen = loss(), []
+    trainer.run([walk], 3.0, lambda state: seen.append(state.step))
+    trainer.save(checkpoint, weights)
+    assert loss() < before
+    assert trainer.pool
+    assert seen == [trainer.step]
+    resumed = StreamTrainer(tiny(), OPTIONS)
+    resumed.load(torch.load(checkpoint))
+    resumed.run([walk], resumed.elapsed_s + 0.1, lambda state: None)
+    assert resumed.step > trainer.step
