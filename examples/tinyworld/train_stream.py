@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .camera import view_similarity
 from .codec import Codec
 from .learner import Learner, Pace
 from .model import CHUNK_LATENTS
@@ -40,22 +41,28 @@ FIRST_SEED, WALKS = 3000, 150
 class StreamOptions:
     """Sizes and rates.
 
-    A step takes one walk of one of `chunks` chunks with up to `targets` noisy ones. From share
-    `own_from` of the time on, `own_share` of the steps take a rollout from a pool of `pool`, of
-    which one is replaced every `own_every` steps. `told_share` of the walks are told the bare
-    walls.
+    A step takes one of `chunks` chunks of a walk with up to `targets` noisy ones: in the order of
+    time, or (`recall_share`) those that look much the same way in any order, or (`back_share`)
+    some and the way back over them. From share `own_from` of the time on, `own_share` of the steps
+    take a rollout from a pool of `pool`, of which one is replaced every `own_every` steps.
+    `told_share` of the walks are told the bare walls.
     """
 
     chunks: tuple[int, ...] = (4, 6, 8, 8, 12, 16)
     targets: int = 8
-    told_share: float = 0.3
-    own_from: float = 0.45
+    recall_share: float = 0.4
+    back_share: float = 0.3
+    told_share: float = 0.25
+    own_from: float = 0.25
     own_share: float = 0.5
     own_every: int = 4
     own_chunks: tuple[int, ...] = (8, 12, 16, 20)
     pool: int = 16
     peak_rate: float = 1.2e-3
     average_steps: int = 120
+
+
+Kind = Callable[[LongWalk, int, random.Random], list[int]]
 
 
 @dataclass
@@ -75,12 +82,42 @@ class Stretch:
     first_own: int
 
 
-def stretch_of(walk: LongWalk, first: int, chunks: int, told: bool) -> Stretch:
-    """Cut `chunks` chunks that begin at latent `first` out of a walk."""
-    here = slice(first, first + chunks * CHUNK_LATENTS)
-    latents = walk.latents[here].float().transpose(0, 1)[None]
-    walls = walk.walls[here].float().transpose(0, 1)[None] * told
-    return Stretch(latents, latents, walk.w2c[None, here], walk.tokens[None], walls, told, chunks)
+def stretch_of(walk: LongWalk, frames: list[int], told: bool) -> Stretch:
+    """Take latents of a walk, in any order that keeps chunks together."""
+    latents = walk.latents[frames].float().transpose(0, 1)[None]
+    walls = walk.walls[frames].float().transpose(0, 1)[None] * told
+    chunks = len(frames) // CHUNK_LATENTS
+    return Stretch(
+        latents, latents, walk.w2c[None, frames], walk.tokens[None], walls, told, chunks
+    )
+
+
+def in_time(walk: LongWalk, chunks: int, draw: random.Random) -> list[int]:
+    """Draw successive latents."""
+    first = draw.randrange(len(walk.w2c) - chunks * CHUNK_LATENTS + 1)
+    return list(range(first, first + chunks * CHUNK_LATENTS))
+
+
+def there_and_back(walk: LongWalk, chunks: int, draw: random.Random) -> list[int]:
+    """Draw successive latents and the way back over them."""
+    out = in_time(walk, chunks // 2, draw)
+    return out + out[::-1]
+
+
+def alike(walk: LongWalk, chunks: int, draw: random.Random) -> list[int]:
+    """Draw chunks that look much the way that one of them does, in any order.
+
+    In the order of time the chunk before tells most; here memory has to.
+    """
+    offset = draw.randrange(CHUNK_LATENTS)
+    starts = list(range(offset, len(walk.w2c) - CHUNK_LATENTS + 1, CHUNK_LATENTS))
+    middle = walk.w2c[[start + CHUNK_LATENTS // 2 for start in starts]]
+    focus = middle[draw.randrange(len(middle))][None]
+    weight = view_similarity(focus, middle)[0] + 0.05
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    chosen = torch.multinomial(weight, min(chunks, len(starts)), generator=generator).tolist()
+    draw.shuffle(chosen)
+    return [starts[c] + i for c in chosen for i in range(CHUNK_LATENTS)]
 
 
 def stream_loss(
@@ -137,7 +174,8 @@ class StreamTrainer(Learner):
                 stretch = draw.choice(self.pool)
                 possible = range(stretch.first_own, stretch.recorded.shape[2] // CHUNK_LATENTS)
             else:
-                stretch = self.stretch(walks, draw, draw.choice(options.chunks))
+                kind = draw.choices((alike, there_and_back, in_time), self._shares)[0]
+                stretch = self.stretch(walks, draw, draw.choice(options.chunks), kind)
                 possible = range(1, stretch.recorded.shape[2] // CHUNK_LATENTS)
             targets = sorted(draw.sample(possible, min(options.targets, len(possible))))
             loss = stream_loss(self.model, stretch, targets, self.generator)
@@ -151,17 +189,24 @@ class StreamTrainer(Learner):
                 saved = time.perf_counter()
                 progress(self)
 
-    def stretch(self, walks: list[LongWalk], draw: random.Random, chunks: int) -> Stretch:
+    @property
+    def _shares(self) -> tuple[float, float, float]:
+        recall, back = self.options.recall_share, self.options.back_share
+        return recall, back, 1 - recall - back
+
+    def stretch(
+        self, walks: list[LongWalk], draw: random.Random, chunks: int, kind: Kind
+    ) -> Stretch:
         """Draw a stretch of a recorded walk."""
         walk = draw.choice(walks)
-        first = draw.randrange(len(walk.w2c) - chunks * CHUNK_LATENTS + 1)
-        return stretch_of(walk, first, chunks, draw.random() < self.options.told_share)
+        frames = kind(walk, chunks, draw)
+        return stretch_of(walk, frames, draw.random() < self.options.told_share)
 
     def rollout(self, walks: list[LongWalk], draw: random.Random) -> Stretch:
-        """Let the model go on from a recorded part; all but the first chunk where it is told."""
-        stretch = self.stretch(walks, draw, draw.choice(self.options.own_chunks))
-        chunks = stretch.recorded.shape[2] // CHUNK_LATENTS
-        given = 1 if stretch.told else draw.randint(2, chunks * 2 // 3)
+        """Let the model find the way back, or go on from the first chunk where it is told."""
+        chunks = draw.choice(self.options.own_chunks)
+        stretch = self.stretch(walks, draw, chunks, there_and_back)
+        given = 1 if stretch.told else chunks // 2
         with torch.no_grad():
             text = self.model.text(stretch.tokens)
         frames = stretch.recorded[0].transpose(0, 1)

@@ -12,14 +12,18 @@ from lipass.examples.tinyworld.stream_walks import LongWalk, out_and_back, walk_
 from lipass.examples.tinyworld.train_stream import (
     StreamOptions,
     StreamTrainer,
+    alike,
+    in_time,
     stream_loss,
     stretch_of,
+    there_and_back,
 )
 from lipass.examples.tinyworld.world import make_room
 
 TINY = ModelConfig(rows=4, columns=4, width=32, heads=1, blocks=2, mlp_ratio=1, text_width=8)
 OPTIONS = StreamOptions(chunks=(3, 4), targets=2, own_chunks=(4,), own_every=1, pool=4)
 CHUNKS = 6
+ALL = list(range(CHUNKS * CHUNK_LATENTS))
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def test_the_way_back_sees_what_the_way_out_saw():
 
 
 def test_recorded_stretch_is_its_own_history_and_told_the_walls_or_zeros(walk):
-    told, untold = (stretch_of(walk, 4, 3, told) for told in (True, False))
+    told, untold = (stretch_of(walk, list(range(4, 16)), told) for told in (True, False))
     assert torch.equal(told.history, told.recorded)
     assert torch.equal(told.recorded[0, :, 0], walk.latents[4].float())
     assert torch.equal(told.walls[0, :, 0], walk.walls[4].float())
@@ -72,16 +76,29 @@ def test_loss_reads_history_before_the_target_alone_and_trains_its_keys(walk):
     model = tiny()
 
     def loss(latents: torch.Tensor, targets: list[int]) -> torch.Tensor:
-        stretch = stretch_of(walk, 0, CHUNKS, True)
+        stretch = stretch_of(walk, ALL, True)
         stretch.history = latents
         return stream_loss(model, stretch, targets, torch.Generator().manual_seed(1))
 
-    history = stretch_of(walk, 0, CHUNKS, True).history.requires_grad_()
+    history = stretch_of(walk, ALL, True).history.requires_grad_()
     loss(history, [3, 1]).backward()
     read = history.grad.abs().amax((0, 1, 3, 4)).unflatten(0, (CHUNKS, CHUNK_LATENTS)).amax(1)
     assert (read[:3] > 0).all()
     assert (read[3:] == 0).all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [in_time, there_and_back, alike])
+def test_stretches_keep_chunks_together(walk, kind):
+    for seed in range(8):
+        chunks = torch.tensor(kind(walk, 4, random.Random(seed))).unflatten(0, (-1, CHUNK_LATENTS))
+        assert len(chunks) == 4
+        assert (chunks.diff(dim=1).abs() == 1).all()
+
+
+def test_the_way_back_is_drawn_over_the_way_out(walk):
+    frames = there_and_back(walk, 4, random.Random(0))
+    assert frames[8:] == frames[:8][::-1]
 
 
 def test_own_rollout_begins_with_the_recording_and_asks_for_it(walk):
@@ -96,7 +113,7 @@ def test_own_rollout_begins_with_the_recording_and_asks_for_it(walk):
 def test_training_lowers_the_loss_and_goes_on_from_its_checkpoint(walk, tmp_path):
     checkpoint, weights = tmp_path / "stream.checkpoint", tmp_path / "stream.safetensors"
     trainer = StreamTrainer(tiny(), OPTIONS)
-    stretch = stretch_of(walk, 0, CHUNKS, False)
+    stretch = stretch_of(walk, ALL, False)
 
     def loss() -> float:
         draws = torch.Generator().manual_seed(1)
