@@ -50,7 +50,7 @@ class StreamWorld(TinyWorld):
     Its weights have the names and shapes of `TinyWorld`.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         latents: Tensor,
         sigma: Tensor,
@@ -83,18 +83,17 @@ class StreamWorld(TinyWorld):
         x = self.tokens(latents, relative_to(w2c, first), walls)
         rows = self.rows(sigma, x.dtype)
         cameras = tuple(matrices.to(x.dtype) for matrices in camera_transforms(w2c))
-        grown = []
+        left = []
         for i, block in enumerate(self.blocks):
             shape = block.modulated(rows)
             q, k, v = block.project(x, shape, cameras, self.rotary)
             text_k, text_v = text_in_world(text[i], first)
-            past = None if cache is None else cache[i]
-            keys, values = (k, v) if past is None else with_chunk(past, (k, v), ring)
+            keys, values = (k, v) if cache is None else with_chunk(cache[i], (k, v), ring)
             out = F.scaled_dot_product_attention(
                 q, torch.cat([text_k, keys], 2), torch.cat([text_v, values], 2)
             )
             x = block.finish(x, out, shape, cameras)
-            grown.append((keys, values) if ring is None else past)
+            left.append((keys, values) if cache is None or ring is None else cache[i])
         if refresh:
-            return grown
+            return left
         return self.velocity(x, latents, sigma)
