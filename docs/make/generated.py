@@ -71,19 +71,25 @@ def pages() -> dict[str, str]:
 
 def options_page() -> str:
     """List every option, as `lipass options` does."""
-    lines = [_OPTIONS]
-    section = None
+    sections: dict[str, list[str]] = {"General": []}
     for one in known_options():
         head, dot, _ = one["name"].partition(".")
-        head = f"`{head}.*`" if dot else "General"
-        if not dot and one["meaning"].startswith("short for"):
-            head = "Short forms"
-        if head != section:
-            section = head
-            lines += ["", f"## {head}", "", "| option | default | meaning |", "|---|---|---|"]
+        short = one["meaning"].startswith("short for")
+        section = f"`{head}.*`" if dot else "Short forms" if short else "General"
         default = "" if one["default"] is None else f"`{one['default']!r}`"
         others = "".join(f"<br>{p}: `{value!r}`" for p, value in one["others"].items())
-        lines.append(f"| `{one['name']}` | {default}{others} | {_cell(one['meaning'])} |")
+        cells = (f"`{one['name']}`", f"{default}{others}", _cell(one["meaning"]))
+        sections.setdefault(section, []).append(f"| {' | '.join(cells)} |")
+    lines = [_OPTIONS]
+    for section, rows in sections.items():
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            "| option | default | meaning |",
+            "|---|---|---|",
+            *rows,
+        ]
     return "\n".join(lines) + "\n"
 
 
