@@ -285,6 +285,19 @@ def test_first_screen_has_the_result_and_the_three_films_at_any_width(report, me
         assert max(*found["ends"], found["result"]) < 800
 
 
+def test_films_play_at_the_speed_they_were_made_where_asked(opened, tmp_path):
+    result, frames, truth = fabricate()
+    for run in result["rollouts"]:
+        for chunk in run["chunks"]:
+            chunk["seconds"] = 0.001 if run["preset"] == "all" else 60.0
+    asked = "<script>document.querySelector('input[type=checkbox]').click()</script></body>"
+    path = tmp_path / "raced.html"
+    path.write_text(page(result, frames, truth).replace("</body>", asked))
+    dom = opened(path)
+    shown = re.findall(r'<article class="first" style="[^"]*--frame: (\d+)[^>]*><h3>(.*?)<', dom)
+    assert shown == [("0", "off"), (str(CHUNKS * CHUNK_FRAMES - 1), "all")]
+
+
 def test_films_as_mp4_have_every_frame(tmp_path):
     av = pytest.importorskip("av")
     films = {name: np.zeros((8, 16, 16, 3), np.uint8) for name in ("truth", "off")}

@@ -1,5 +1,6 @@
 """Lay out one scene: truth, off and all first and large, then what they read, then the others."""
 
+import itertools
 import re
 from html import escape
 
@@ -50,7 +51,8 @@ def scene_section(position: int, scene: tuple, films: dict[str, np.ndarray], res
         f'<div class="leads">{"".join(drawn.lead(name, films[name]) for name in lead)}</div>'
         '<div class="bar"><button type="button" aria-label="play or pause"></button>'
         f'<input type="range" min="0" max="{count - 1}" value="0" aria-label="frame">'
-        f"<output>1 / {count}</output></div>"
+        f"<output>1 / {count}</output>"
+        '<label><input type="checkbox"> at the speed they were made</label></div>'
         f"{drawn.reading(lead)}{_others(drawn, others, films)}</div></details>"
     )
 
@@ -78,7 +80,7 @@ class _Drawn:
             shown = [column for column in COLUMNS if column.key in _LEAD_FIGURES]
             figures = _figures(row, shown, _LEAD_FIGURES)
         return (
-            f'<article class="first" style="--colour:{page_colour(preset)}">'
+            f'<article class="first" style="--colour:{page_colour(preset)}"{self._ends(preset)}>'
             f"<h3>{escape(preset)}</h3>{_film(preset, film)}{figures}"
             f'<p class="what">{WHAT[preset]}</p></article>'
         )
@@ -99,17 +101,23 @@ class _Drawn:
         figures = _figures(row, [c for c in COLUMNS if c.key in _LEAD_FIGURES]) if row else ""
         read = self._maps(preset) if self._chunks(preset) else ""
         return (
-            f'<article class="card" style="--colour:{page_colour(preset)}">'
+            f'<article class="card" style="--colour:{page_colour(preset)}"{self._ends(preset)}>'
             f"<h3>{escape(preset)}</h3>{_film(preset, film)}{figures}{read}</article>"
         )
 
     def _chunks(self, preset: str) -> list[dict]:
         return self.rollouts[preset]["chunks"] if preset in self.rollouts else []
 
+    def _ends(self, preset: str) -> str:
+        """Say when each chunk was done, in seconds, so that it can be seen as it was made."""
+        ends = itertools.accumulate(chunk.get("seconds") or 0 for chunk in self._chunks(preset))
+        told = ",".join(f"{end:.3f}" for end in ends)
+        return f' data-ends="{told}"' if told else ""
+
     def _read(self, preset: str) -> str:
         return (
-            f'<div class="panel" style="--colour:{page_colour(preset)}"><h4>{escape(preset)}</h4>'
-            f"{self._maps(preset)}</div>"
+            f'<div class="panel" style="--colour:{page_colour(preset)}"{self._ends(preset)}>'
+            f"<h4>{escape(preset)}</h4>{self._maps(preset)}</div>"
         )
 
     def _maps(self, preset: str) -> str:
