@@ -149,7 +149,8 @@ def span(values: Iterable[float], form: str) -> str:
 def models_table(pages: Path, counts: list[Row]) -> str:
     """Write a line for each page of models: what was seen to be left out, and what it saves."""
     lines = [
-        "| model | blocks | frames | steps | FLOPs of a walk, `all` | the paper's release |",
+        "| model | sparse blocks | frames left out | steps reused "
+        "| FLOPs of dense, `all` | the paper's release |",
         "|---|---|---|---|---|---|",
     ]
     for page in sorted(pages.glob("*.md"), key=lambda one: (one.stem in COUNTED, one.stem)):
