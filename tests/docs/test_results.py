@@ -1,0 +1,41 @@
+"""Figures of docs/results.md that are not in its tables are those of recorded results."""
+
+import json
+import re
+
+import pytest
+from page_blocks import ROOT
+
+RECORDED = ROOT / "benchmarks/results"
+
+
+def recorded(name):
+    return json.loads((RECORDED / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def page():
+    return " ".join((ROOT / "docs/results.md").read_text().split())
+
+
+def test_compile_time_of_many_layers_is_the_recorded_one(page):
+    found = recorded("compile_time")
+    few, many = found["rows"]
+    told = f"A model of {many['layers']} layers took {found['ratio']:.1f} times as long as one of"
+    assert f"{told} {few['layers']} layers" in page
+
+
+def test_memory_of_a_long_rollout_is_the_recorded_one(page):
+    found = recorded("long_rollout")
+    assert found["graphs_after_warm_up"] == 0
+    told = f"no graph compiled after warm-up, memory {100 * found['memory_drift']:.1f} % higher"
+    assert f"{found['chunks']} chunks one after the other under `all`: {told}" in page
+
+
+def test_speed_of_the_kernel_is_that_of_its_own_page(page):
+    kernel = (ROOT / "kernels/block_sparse/README.md").read_text()
+    rows = re.findall(r"^\| 16 x 128 (\w+) \| 0.19 \| (.*) \|$", kernel, re.MULTILINE)
+    cells = {dtype: [float(c.rstrip("x")) for c in text.split(" | ")] for dtype, text in rows}
+    (_, ours32, _, flex32, *_), (_, ours16, _, flex16, *_) = cells["fp32"], cells["bf16"]
+    assert f"{ours32:.1f}x in fp32 and {ours16:.1f}x in bf16 of dense SDPA" in page
+    assert f"FlexAttention with the same blocks gives {flex32:.1f}x and {flex16:.1f}x" in page
