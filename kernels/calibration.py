@@ -86,7 +86,11 @@ def _rates(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Rates:
             return rates
     rates = measure(dtype, dim, compiled)
     if max(form.fixed_ms for form in rates if form is not None) > _BUSY_MS:
-        log.warning("the machine is busy; the constants of the cost gate hold for this process")
+        log.warning(
+            "other programs use the cores while lipass measures how fast dense and sparse "
+            "attention are here; what it measured decides between the two in this process only, "
+            "and a later process measures again"
+        )
         return rates
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,12 @@ def _rates(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Rates:
         part.write_text(json.dumps(rates))
         part.replace(path)
     except OSError as error:
-        log.warning("the constants of the cost gate could not be kept: %s", error)
+        log.warning(
+            "how fast dense and sparse attention are here could not be kept in %s (%s); each "
+            "process measures it anew, for about a second",
+            path.parent,
+            error,
+        )
     return rates
 
 

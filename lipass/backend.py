@@ -52,9 +52,10 @@ def light_interaction(
         refuse_lints(model)
     plain = config.preset == "off" and config.pipeline is None
     if plain and not (config.context or config.sparse or config.steps):
-        from lipass.compile.plain import telling
+        from lipass.compile.plain import counted, telling
 
-        return telling(inner_compile(gm, example_inputs, config.inner), gm, config)
+        with counted(config):
+            return telling(inner_compile(gm, example_inputs, config.inner), gm, config)
     from lipass.compile.unit import compile_unit
     from lipass.passes.identity import code_uuid
 

@@ -33,7 +33,8 @@ class SiteRecord:
         roles of the key segments in order. action: "rewritten" or "kept". reason: why. provider:
         implementation that ran; "" before the first call. density: visited share of the key
         blocks; None before the first call. model: class of the model, `Class#2` for the second
-        one of a class; "" where nobody said.
+        one of a class; "" where nobody said. calls: of it so far. dense_calls: those that a
+        rewrite to sparse attention ran dense.
     """
 
     name: str
@@ -46,6 +47,13 @@ class SiteRecord:
     provider: str = ""
     density: float | None = None
     model: str = ""
+    calls: int = 0
+    dense_calls: int = 0
+
+    @property
+    def ran_dense(self) -> bool:
+        """Whether a rewritten site was dense in every call all the same."""
+        return self.action == "rewritten" and 0 < self.calls == self.dense_calls
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class ChunkRecord:
         latents_read: most history latents that a compiled call read, whatever was planned; None
             where none was called, or it chose by itself.
         steps_skipped: denoising steps that were not computed, whatever was planned.
+        preset: of the session.
+        compiled: whether something was compiled meanwhile, so that `seconds` say nothing.
     """
 
     session: int
@@ -91,6 +101,8 @@ class ChunkRecord:
     why_missed: Mapping[str, int] = field(default_factory=dict)
     latents_read: int | None = None
     steps_skipped: int = 0
+    preset: str = ""
+    compiled: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""
@@ -102,6 +114,8 @@ class ChunkRecord:
             "why_missed": dict(self.why_missed),
             "latents_read": self.latents_read,
             "steps_skipped": self.steps_skipped,
+            "preset": self.preset,
+            "compiled": self.compiled,
             "plan": self.plan.to_dict(),
         }
 
@@ -118,6 +132,7 @@ class Report:
         sessions: sessions opened.
         compile_s: seconds spent in passes and the inner compiler.
         graphs: graphs compiled.
+        presets: what they were compiled with, each once.
         recompiles: graphs compiled again for a function that had one.
         invariants_computed: runs of what `hoist-calls` outlined, in sessions.
         invariants_kept: calls of it that were answered without a run.
@@ -135,6 +150,7 @@ class Report:
     sessions: int = 0
     compile_s: float = 0.0
     graphs: int = 0
+    presets: list[str] = field(default_factory=list)
     recompiles: int = 0
     invariants_computed: int = 0
     invariants_kept: int = 0
@@ -192,9 +208,11 @@ class Report:
         """Record why a graph ends where it does."""
         self.graph_breaks = distinct([*self.graph_breaks, found])
 
-    def add_graph(self, seconds: float, *, recompile: bool = False) -> None:
+    def add_graph(self, seconds: float, *, recompile: bool = False, preset: str = "") -> None:
         """Record one compiled graph and what it cost."""
         self.graphs += 1
+        if preset and preset not in self.presets:
+            self.presets.append(preset)
         self.recompiles += recompile
         self.compile_s += seconds
 
@@ -224,6 +242,7 @@ class Report:
             "sessions": self.sessions,
             "compile_s": self.compile_s,
             "graphs": self.graphs,
+            "presets": list(self.presets),
             "recompiles": self.recompiles,
             "invariants_computed": self.invariants_computed,
             "invariants_kept": self.invariants_kept,
@@ -274,7 +293,10 @@ def _measured(key: str, site: SiteRecord) -> SiteRecord:
     counts = registry.telemetry().get(key) if registry is not None else None
     if counts is None or not counts.calls:
         return site
-    reason = site.reason
+    reason, calls = site.reason, counts.calls
     if counts.dense_calls:
-        reason += f"; {counts.dense_calls} of {counts.calls} calls dense: {counts.reason}"
-    return replace(site, provider=counts.provider, density=counts.density, reason=reason)
+        reason += f"; {counts.dense_calls} of {calls} calls dense: {counts.reason}"
+    # Attention over keys in pieces is dense by design.
+    dense = 0 if counts.role == "dense" else counts.dense_calls
+    measured = replace(site, provider=counts.provider, density=counts.density, reason=reason)
+    return replace(measured, calls=calls, dense_calls=dense)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from lipass.folding import folded, layer_kind, same_reason
+from lipass.receipt_ending import ending
 
 if TYPE_CHECKING:
     from lipass.compile.graph_breaks import GraphBreak
@@ -27,16 +29,19 @@ def render(report: Report) -> str:
         *_models(report.sites.values()),
         _passes(report.passes),
         _chunks(report),
+        "\n".join(textwrap.wrap(ending(report), _WIDTH)),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _summary(report: Report) -> str:
     actions = Counter(site.action for site in report.sites.values())
+    dense = sum(site.ran_dense for site in report.sites.values())
+    what = f"{actions['rewritten']} rewritten, {actions['kept']} kept"
     lines = [
         f"graphs {report.graphs}, recompiled {report.recompiles}, "
         f"compile time {report.compile_s:.1f} s",
-        f"attention sites: {actions['rewritten']} rewritten, {actions['kept']} kept",
+        f"attention sites: {what}" + (f"; {dense} ran dense in every call" if dense else ""),
     ]
     if report.invariants_computed:
         computed, kept = report.invariants_computed, report.invariants_kept
@@ -53,9 +58,9 @@ def _left_eager(places: Iterable[GraphBreak]) -> str:
     """Say in full what runs without any graph: nothing else in the receipt is about it."""
     lines = []
     for found in places:
-        lines.append(textwrap.shorten(f"not compiled: {found.source}", _WIDTH, placeholder=" .."))
+        lines += _wrapped(f"not compiled: {found.source}", "")
         for text in (found.reason, f"remedy: {found.remedy}"):
-            lines += textwrap.wrap(text, _WIDTH, initial_indent=_IN, subsequent_indent=_IN)
+            lines += _wrapped(text)
     return "\n".join(lines)
 
 
@@ -64,8 +69,13 @@ def _graph_breaks(breaks: Iterable[GraphBreak]) -> str:
     for found in breaks:
         lines.append(f"graph break at {found.source}")
         for text in (found.reason, f"remedy: {found.remedy}"):
-            lines.append("    " + textwrap.shorten(text, _WIDTH - 4, placeholder=" .."))
+            lines += _wrapped(text)
     return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str = _IN) -> list[str]:
+    """Give a sentence in full, on as many lines as it takes."""
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=_IN)
 
 
 def _failures(passes: Iterable[PassRecord]) -> str:
@@ -75,7 +85,7 @@ def _failures(passes: Iterable[PassRecord]) -> str:
         for record in passes
         if record.failure
     )
-    return "\n".join(textwrap.shorten(line, _WIDTH, placeholder=" ..") for line in found)
+    return "\n".join(part for line in found for part in _wrapped(line, ""))
 
 
 def _models(sites: Iterable[SiteRecord]) -> list[str]:
@@ -89,21 +99,21 @@ def _models(sites: Iterable[SiteRecord]) -> list[str]:
 
 
 def _sites(sites: Iterable[SiteRecord]) -> str:
-    """One row for all layers of which the same is true, its reason on the line below."""
+    """One row for all layers of which the same is true, its reason on the lines below."""
     groups: dict[tuple[str, ...], list[SiteRecord]] = {}
     for site in sites:
         grid = "x".join(map(str, site.grid)) if site.grid else "?"
-        layer = re.sub(r"\d+", "*", site.name)
-        key = (layer, site.role, grid, site.action, site.provider, site.reason)
-        groups.setdefault(key, []).append(site)
+        action = "dense" if site.ran_dense else site.action
+        key = (layer_kind(site.name), site.role, grid, action, site.provider)
+        groups.setdefault((*key, same_reason(site.reason)), []).append(site)
     rows, reasons = [], []
-    for (layer, role, grid, action, provider, reason), members in groups.items():
-        name = members[0].name if len(members) == 1 else layer
+    for (_, role, grid, action, provider, _), members in groups.items():
+        name = folded([site.name for site in members])
         density = _range([site.density for site in members if site.density is not None])
         rows.append((name, str(len(members)), role, grid, action, density, provider))
-        reasons.append(textwrap.shorten(reason, _WIDTH - 4, placeholder=" .."))
+        reasons.append("\n".join(_wrapped(members[0].reason)))
     head, *lines = _grid(("site", "n", "role", "grid", "action", "density", "by"), rows) or [""]
-    body = [f"{line}\n    {reason}" for line, reason in zip(lines, reasons, strict=True)]
+    body = [f"{line}\n{reason}" for line, reason in zip(lines, reasons, strict=True)]
     return "\n".join([head, *body])
 
 
@@ -115,12 +125,33 @@ def _range(densities: Sequence[float]) -> str:
 
 
 def _passes(passes: Iterable[PassRecord]) -> str:
-    rows = []
+    """One row for all runs of a pass, and below it what it did and refused, each once."""
+    runs: dict[str, list[PassRecord]] = {}
     for record in passes:
-        notes = f"{len(record.notes)}: {record.notes[0]}" if record.notes else ""
-        changed = "yes" if record.changed else "no"
-        rows.append((record.name, changed, f"{record.seconds:.2f}", notes))
-    return "\n".join(_grid(("pass", "changed", "s", "notes"), rows))
+        runs.setdefault(record.name, []).append(record)
+    rows, notes = [], []
+    for name, records in runs.items():
+        changed = f"{sum(one.changed for one in records)}/{len(records)}"
+        rows.append((name, changed, f"{sum(one.seconds for one in records):.2f}"))
+        notes.append([line for text in _notes(records) for line in _wrapped(text)])
+    head, *lines = _grid(("pass", "changed", "s"), rows) or [""]
+    return "\n".join(
+        [head, *("\n".join([row, *below]) for row, below in zip(lines, notes, strict=True))]
+    )
+
+
+def _notes(records: Iterable[PassRecord]) -> Iterator[str]:
+    """Say what notes say of equal layers once; what was found stands with the sites."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for note in (note for record in records for note in record.notes):
+        where, _, said = note.partition(": ")
+        if not said.startswith("found, "):
+            groups.setdefault((layer_kind(where), same_reason(said)), []).append((where, said))
+    for told in groups.values():
+        places = list(dict.fromkeys(where for where, _ in told))
+        count = f" x{len(places)}" if len(places) > 1 else ""
+        where, said = folded(places), told[0][1]
+        yield f"{where}{count}: {said}" if said else where
 
 
 def _chunks(report: Report) -> str:
@@ -139,8 +170,8 @@ def _chunks(report: Report) -> str:
         rows.append((where, str(plan.index), context, read, window, steps, reused, *done))
     head = ("session", "chunk", "context", "read", "window", "steps", "reused")
     lines = _grid((*head, "looked up", "missed"), rows)
-    reasons = [textwrap.shorten(_why_steps(one, report), _WIDTH - 4) for one in chunks]
-    lines[1:] = [f"{a}\n    {b}" for a, b in zip(lines[1:], reasons, strict=True)]
+    reasons = ["\n".join(_wrapped(_why_steps(one, report))) for one in chunks]
+    lines[1:] = [f"{a}\n{b}" for a, b in zip(lines[1:], reasons, strict=True)]
     if forgotten:
         lines.append(f"({forgotten} earlier chunks not shown)")
     return "\n".join(lines)

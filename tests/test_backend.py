@@ -120,7 +120,8 @@ def test_off_is_the_inner_compiler_and_nothing_else(monkeypatch):
     gm = torch.fx.symbolic_trace(lambda x: x + 1)
     options = {"preset": "off", "inner": "eager"}
     assert light_interaction(gm, [torch.ones(1)], options=options).__self__ is gm
-    assert current_report().graphs == 0
+    assert (current_report().graphs, current_report().presets) == (1, ["off"])
+    assert current_report().passes == []
 
 
 def test_user_options_are_left_alone():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lipass import receipt
+from lipass.compile.graph_breaks import GraphBreak
 from lipass.config import Config
 from lipass.policy.trajectory import parse_trajectory
 from lipass.receipt import ChunkRecord, PassRecord, SiteRecord, current_report, report
@@ -98,13 +99,20 @@ def test_layers_of_which_the_same_is_true_share_a_row():
         name, density = f"blocks.{layer}.attention", 0.3 + layer / 100
         current_report().add_site(replace(SITE, name=name, provider="cpu", density=density))
     table = current_report().table()
-    assert "blocks.*.attention  12  decode  4x8x8  rewritten  0.30-0.41  cpu" in table
+    assert "blocks.0-11.attention  12  decode  4x8x8  rewritten  0.30-0.41  cpu" in table
     assert table.count(SITE.reason) == 1
 
 
 def counts(**changed):
     return SimpleNamespace(
-        **{"calls": 8, "dense_calls": 0, "provider": "cpu", "density": 0.41, "reason": ""}
+        **{
+            "role": "decode",
+            "calls": 8,
+            "dense_calls": 0,
+            "provider": "cpu",
+            "density": 0.41,
+            "reason": "",
+        }
         | changed
     )
 
@@ -160,3 +168,121 @@ def test_chunks_of_long_histories_are_forgotten_sooner():
 
 def test_sessions_are_numbered():
     assert [Session(preset="off").number for _ in range(2)] == [1, 2]
+
+
+def test_layers_that_differ_in_names_of_nodes_and_times_share_a_row():
+    for layer in range(54):
+        reason = f"not shared: %cos_{layer} shares memory; predicted {layer}.31 ms sparse"
+        current_report().add_site(replace(KEPT, name=f"blocks.{layer}.attn1", reason=reason))
+    table = current_report().table()
+    assert "blocks.0-53.attn1  54  text" in table
+    assert table.count("not shared") == 1
+
+
+def test_sites_that_ran_dense_in_every_call_are_not_shown_as_rewritten(monkeypatch):
+    counted = {SITE.name: counts(calls=8, dense_calls=8, reason="the context is short")}
+    registry = SimpleNamespace(telemetry=lambda: counted)
+    monkeypatch.setitem(sys.modules, "lipass.kernels.registry", registry)
+    current_report().add_site(SITE)
+    table = report().table()
+    assert "1 rewritten, 0 kept; 1 ran dense in every call" in table
+    assert "decode  4x8x8  dense" in table
+    assert "8 of 8 calls dense: the context is short" in " ".join(table.split())
+
+
+def test_attention_over_pieces_is_dense_by_design(monkeypatch):
+    counted = {SITE.name: counts(role="dense", dense_calls=8, reason="every key is visited")}
+    registry = SimpleNamespace(telemetry=lambda: counted)
+    monkeypatch.setitem(sys.modules, "lipass.kernels.registry", registry)
+    current_report().add_site(SITE)
+    assert "ran dense" not in report().table()
+
+
+def test_reasons_are_told_in_full_within_80_columns():
+    reason = " ".join(f"word{number}" for number in range(60))
+    current_report().add_site(replace(KEPT, reason=reason))
+    notes = (f"blocks.0: kept, {reason}", "blocks.1: found, not told", f"blocks.2: kept, {reason}")
+    current_report().add_pass(PassRecord("share-blocks", False, 0.1, notes))
+    current_report().add_pass(PassRecord("share-blocks", True, 0.1, notes))
+    current_report().add_graph_break(GraphBreak("model.py:3", reason, reason))
+    table = current_report().table()
+    assert max(map(len, table.splitlines())) <= 80
+    assert table.count("word59") == 4
+    assert "blocks.0,2 x2: kept, word0" in table
+    assert "share-blocks  1/2      0.20" in table
+    assert "not told" not in table
+
+
+def filled_plan():
+    if not current_report().chunks:
+        filled()
+        current_report().sites.clear()
+    return current_report().chunks[0].plan
+
+
+def test_table_ends_with_the_speed_that_was_measured_and_what_it_cost():
+    plan = filled_plan()
+    current_report().chunks.clear()
+    for index in range(1, 5):
+        for preset, seconds in (("off", 1.0), ("all", 0.4)):
+            for compiled, more in ((True, 9.0), (False, 0.0)):
+                record = ChunkRecord(
+                    1, dataclasses.replace(plan, index=index), seconds + more, 0, 0,
+                    preset=preset, compiled=compiled,
+                )  # fmt: skip
+                current_report().add_chunk(record)
+    current_report().presets[:] = ["off", "all"]
+    last = " ".join(current_report().table().rpartition("\n\n")[2].split())
+    assert "Measured over 4 chunks, 'all' is 2.50x as fast as 'off'." in last
+    assert "Next: " in last
+
+
+def test_chunks_that_compiled_say_nothing_of_speed():
+    plan = filled_plan()
+    current_report().chunks.clear()
+    for index in range(4):
+        for preset in ("off", "all"):
+            chunk = dataclasses.replace(plan, index=index)
+            current_report().add_chunk(
+                ChunkRecord(1, chunk, 1.0, 0, 0, preset=preset, compiled=True)
+            )
+    assert "Measured" not in current_report().table()
+
+
+@pytest.mark.parametrize(
+    ("presets", "site", "said", "then"),
+    [
+        (
+            ["off"],
+            None,
+            "Preset 'off' changes nothing",
+            "Next: preset 'exact', which keeps results",
+        ),
+        (["exact"], KEPT, "to rounding (exact)", "Next: `lipass inspect` says where attention is"),
+        (["exact"], SITE, "to rounding (exact)", "Next: preset 'all', which skips work"),
+        (["all"], SITE, "Nothing was left out.", "Next: open a lipass.Session around the loop"),
+        (
+            ["all"],
+            replace(SITE, action="kept", reason="its gradient is recorded; call the model"),
+            "Nothing was left out.",
+            "Next: call the model under torch.no_grad()",
+        ),
+        (
+            ["all"],
+            replace(SITE, density=0.25),
+            "Skipped: 75% of the key blocks at 1 sites. What is skipped changes results",
+            "Next: open a lipass.Session",
+        ),
+    ],
+)
+def test_table_ends_with_what_changed_and_what_to_try(presets, site, said, then):
+    current_report().add_graph(1.0, preset=presets[0])
+    if site is not None:
+        current_report().add_site(site)
+    last = " ".join(current_report().table().rpartition("\n\n")[2].split())
+    assert said in last
+    assert then in last
+
+
+def test_report_of_nothing_has_no_ending():
+    assert "Next" not in current_report().table()

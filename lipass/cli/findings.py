@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 
-_NO_REWRITER = "no pass of the pipeline rewrites attention"
-
 
 class Findings:
     """Collect what is known of each graph while Dynamo still has its symbols."""
@@ -115,20 +113,24 @@ def sizes(grid: Iterable[Any] | None) -> list[int | str] | None:
 
 
 def _sites(traced: TracedGraph, index: int) -> list[dict[str, Any]]:
+    from lipass.compile.sites import site_records
     from lipass.passes.attention.site import sites
+    from lipass.passes.core import PassPipeline, pass_class
     from lipass.passes.graph.names import without_repeat
 
-    actions = {}
-    for record in traced.records:
-        for note in record.notes:
-            if note.action != "found":
-                actions[without_repeat(note.site)] = (note.action, note.reason)
     predicted = {without_repeat(name): one for name, one in cost.predictions(traced.rewritten)}
+    there = list(sites(traced.facts.graph))
+    # Passes that do not rewrite attention have notes of the same layers, which decide nothing.
+    passes = PassPipeline(tuple(pass_class(one.name)() for one in traced.records))
+    notes = [note for record in traced.records for note in record.notes]
+    records = site_records([site for _, site in there], passes, notes)
     found = []
-    for node, site in sites(traced.facts.graph):
-        plain = without_repeat(site.name)
-        action, reason = actions.get(plain, ("kept", _NO_REWRITER))
-        one = predicted.get(plain)
+    for (node, site), record in zip(there, records, strict=True):
+        one, action, reason = (
+            predicted.get(without_repeat(site.name)),
+            record.action,
+            record.reason,
+        )
         if one and one.kept_dense:
             reason += f"; here it would run dense: {one.kept_dense}"
         found.append(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lipass.cli.terminal import columns, diff_line, paint, paragraph
+from lipass.folding import folded, layer_kind, same_reason
 
 _ACTION_COLOURS = {"rewritten": "green", "kept": "yellow", "found": "blue"}
 
@@ -26,17 +26,15 @@ def alike(sites: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for site in sites:
         keys = tuple((part["role"], shape(part["grid"])) for part in site["segments"])
-        where = re.sub(r"\d+", "*", site["name"])
-        told = (site["role"], shape(site["grid"]), keys, site["action"], site["reason"])
+        where, reason = layer_kind(site["name"]), same_reason(site["reason"])
+        told = (site["role"], shape(site["grid"]), keys, site["action"], reason)
         groups.setdefault((site["graph"], where, *told), []).append(site)
     return list(groups.values())
 
 
 def group_name(group: list[dict[str, Any]]) -> str:
-    """Name a group of sites: the numbers in which they differ are a star."""
-    names = [re.split(r"(\d+)", site["name"]) for site in group]
-    parts = [part if len(set(part)) > 1 else part[:1] for part in zip(*names, strict=True)]
-    return "".join(part[0] if len(part) == 1 else "*" for part in parts)
+    """Name a group of sites: `blocks.0-53.attn1`."""
+    return folded([site["name"] for site in group])
 
 
 def work(flops: float) -> str:
@@ -143,11 +141,13 @@ def _steps(steps: list[dict[str, Any]]) -> str:
 
 def _notes(notes: list[dict[str, Any]]) -> Iterator[str]:
     """Print notes that say the same of many sites, as equal layers have, once."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for note in notes:
-        groups.setdefault((note["action"], note["reason"]), []).append(note["site"])
-    for (action, reason), sites in groups.items():
-        where = sites[0] if len(sites) == 1 else f"{sites[0]} .. {sites[-1]} ({len(sites)})"
+        key = (note["action"], same_reason(note["reason"]))
+        groups.setdefault(key, []).append(note)
+    for (action, _), told in groups.items():
+        sites, reason = list(dict.fromkeys(note["site"] for note in told)), told[0]["reason"]
+        where = folded(sites) + (f" x{len(sites)}" if len(sites) > 1 else "")
         first, *rest = paragraph(f"{action:<9} {where}: {reason}", 4, hanging=10)
         colour = _ACTION_COLOURS.get(action)
         yield first.replace(action, paint(action, *[colour] if colour else []), 1)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.fx
 
 from lipass.config import Config
+from lipass.passes.graph.frame import is_recompile
+from lipass.receipt import current_report
 from lipass.runtime.agreement import differences, disagreement, tell
 from lipass.runtime.scope import current_chunk
 from lipass.session import Session
 
 Compiled = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def counted(config: Config) -> Iterator[None]:
+    """Record that a graph is compiled inside, without any pass."""
+    begin = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - begin
+    current_report().add_graph(seconds, recompile=is_recompile(), preset=config.preset)
 
 
 def telling(compiled: Compiled, gm: torch.fx.GraphModule, config: Config) -> Compiled:

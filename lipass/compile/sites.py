@@ -9,11 +9,12 @@ import torch
 import torch.fx
 
 from lipass.errors import LipassError
-from lipass.passes.attention.site import AttentionSite, sites
+from lipass.passes.attention.site import OVER_LATENTS, AttentionSite, sites
 from lipass.passes.core import Note, Numerics, PassPipeline
 from lipass.passes.graph.compat import is_symbolic
 from lipass.passes.graph.names import names_of, without_repeat
 from lipass.receipt import SiteRecord
+from lipass.runtime.agreement import tell
 
 _WITH_CAMERAS = ("prefill", "decode")
 
@@ -90,6 +91,20 @@ def _untouched(site: AttentionSite, deciding: list[str]) -> str:
 def makes_sparse(pipeline: PassPipeline) -> bool:
     """Whether attention over latents is to become sparse."""
     return any(one.rewrites_attention and one.section == "sparse" for one in pipeline)
+
+
+def tell_gradients(records: Iterable[SiteRecord], pipeline: PassPipeline, model: str) -> None:
+    """Warn where attention over latents stays as it is because a gradient is recorded."""
+    over = [one for one in records if one.role in OVER_LATENTS]
+    recorded = [one for one in over if "gradient is recorded" in one.reason]
+    if not recorded or not makes_sparse(pipeline):
+        return
+    tell(
+        f"attention can be made sparse where no gradient is recorded, got {len(recorded)} of "
+        f"{len(over)} sites of {model or 'a model'} that record one and stay dense; call the "
+        "model under torch.no_grad()",
+        strict=False,
+    )
 
 
 def refuse_dense(

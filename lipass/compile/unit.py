@@ -28,6 +28,7 @@ from lipass.compile.sites import (
     makes_sparse,
     refuse_dense,
     site_records,
+    tell_gradients,
 )
 from lipass.compile.stages import without_stages
 from lipass.config import Config
@@ -38,6 +39,7 @@ from lipass.passes import runner
 from lipass.passes.attention.site import OVER_LATENTS
 from lipass.passes.core import PassContext, PassError, PassPipeline
 from lipass.passes.graph.compat import start_again_with_constants, undisturbed
+from lipass.passes.graph.frame import is_recompile
 from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.policy.blocks import roles_that_stay_sparse
 from lipass.receipt import PassRecord, current_report
@@ -146,6 +148,7 @@ def compile_unit(
     owner = report.add_sites(records, part=model.part)
     if config.strict:
         refuse_dense(found, pipeline, ctx.notes)
+    tell_gradients(records, pipeline, model.name)
     watches = config.strict and makes_sparse(pipeline)
     if watches:
         refuse_unseen(gm)
@@ -163,7 +166,8 @@ def compile_unit(
         compiled.reading = GraphReading(config, pipeline, gm, found)
     if watches:
         compiled = watched(compiled, len(found), whole=is_whole(why))
-    report.add_graph(time.perf_counter() - begin, recompile=_is_recompile())
+    seconds = time.perf_counter() - begin
+    report.add_graph(seconds, recompile=is_recompile(), preset=config.preset)
     return model.counting(compiled, records, owner)
 
 
@@ -211,11 +215,3 @@ def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
     with undisturbed():
         for dtype, dim in kinds:
             cpu_rates(dtype, dim, torch.get_num_threads())
-
-
-def _compile_id() -> Any:
-    return torch._guards.CompileContext.current_compile_id()
-
-
-def _is_recompile() -> bool:
-    return bool(getattr(_compile_id(), "frame_compile_id", 0))

@@ -56,6 +56,7 @@ class Chunk:
         self.latents_read: int | None = None
         self._listed = False
         self._began = 0.0
+        self._graphs = 0
         self._finished = False
         self._block: Block | None = None
 
@@ -211,6 +212,7 @@ class Chunk:
             )
         self.session.turns.begin(self)
         self._began = time.perf_counter()
+        self._graphs = current_report().graphs
         self._block = Block(self.session, self)
         enter(self._block)
         return self
@@ -238,6 +240,8 @@ class Chunk:
             dict(self.why_missed),
             self.latents_read,
             self.steps_skipped(),
+            "off" if is_off() else self.session.config.preset,
+            current_report().graphs != self._graphs,
         )
         current_report().add_chunk(record)
         if not is_off():

@@ -194,3 +194,9 @@ def recompile_reasons(code: CodeType) -> list[str]:
             text = _user_names(re.sub(r"^\d+/\d+: ", "", reason.splitlines()[0]))
             found.append(re.split(r"\s{2,}#", text)[0].strip())
     return found
+
+
+def is_recompile() -> bool:
+    """Whether the function that is being compiled has been compiled before."""
+    current = torch._guards.CompileContext.current_compile_id()
+    return bool(getattr(current, "frame_compile_id", 0))

@@ -163,7 +163,7 @@ def test_equal_notes_of_many_sites_are_one_line():
     from lipass.cli.inspect_table import _notes
 
     notes = [{"site": f"blocks.{i}", "action": "kept", "reason": "small"} for i in range(6)]
-    assert list(_notes(notes)) == ["    kept      blocks.0 .. blocks.5 (6): small"]
+    assert list(_notes(notes)) == ["    kept      blocks.0-5 x6: small"]
 
 
 SITE_FIELDS = [
@@ -307,3 +307,47 @@ def test_builder_that_casts_its_model_keeps_fake_tensors(cast, tmp_path, capsys)
     assert main(["inspect", f"{file}:build", "--json"]) == 0
     assert document(capsys)["fake"] is True
     assert torch.nn.Module._apply is before
+
+
+SHARING = """
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x, k, v
+
+    class World(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 32), nn.Linear(32, 4)
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, latents):
+            b, c, t, y, x = latents.shape
+            h, kept = self.embed(latents.flatten(2).transpose(1, 2)), []
+            for block in self.blocks:
+                h, *cache = block(h)
+                kept.append(cache)
+            return self.head(h).transpose(1, 2).reshape(b, c, t, y, x), kept
+
+    def build():
+        return World().eval(), (torch.zeros(1, 4, 4, 8, 8),)
+"""
+
+
+def test_pass_that_rewrites_no_attention_gives_no_reason_for_a_site(tmp_path, capsys):
+    path = tmp_path / "sharing.py"
+    path.write_text(textwrap.dedent(SHARING))
+    assert main(["inspect", f"{path}:build", "--json", "--preset", "exact"]) == 0
+    found = document(capsys)
+    [shares] = [one for one in found["passes"] if one["name"] == "share-blocks"]
+    assert any("not shared" in note["reason"] for note in shares["notes"])
+    assert [site["reason"] for site in found["sites"]] == ["its keys are one piece"] * 2

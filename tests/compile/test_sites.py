@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lipass
-from lipass.compile.sites import site_records
+from lipass.compile.sites import site_records, tell_gradients
 from lipass.kernels import registry
 from lipass.passes.attention.site import AttentionSite
 from lipass.passes.core import Note, PassPipeline
@@ -190,3 +190,16 @@ def test_a_module_that_reads_a_prompt_in_one_graph_and_a_clip_in_another_is_list
     clips = {f"layers.{i}": ("self", "rewritten") for i in range(2)}
     assert found == clips | {f"layers.{i}:text": ("text", "kept") for i in range(2)}
     assert all(registry.telemetry()[name].calls == 1 for name in clips)
+
+
+def test_gradients_that_keep_attention_dense_are_told_with_the_remedy():
+    site = AttentionSite("blocks.0:decode", "m.py:3", "decode", None, (), 1.0, reason="a mask")
+    pipeline = PassPipeline.parse(ALL)
+    why = "its gradient is recorded; call the model under torch.no_grad()"
+    notes = [Note("sparse-attention", SITE, "kept", why)]
+    records = site_records([site], pipeline, notes)
+    with pytest.warns(lipass.LipassWarning, match=r"got 1 of 1 sites of World .* torch.no_grad"):
+        tell_gradients(records, pipeline, "World")
+    exact = PassPipeline.parse("canonicalize,find-attention,attend-pieces")
+    tell_gradients(records, exact, "World")  # nothing was to become sparse
+    tell_gradients(site_records([site], pipeline, []), pipeline, "World")

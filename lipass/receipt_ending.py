@@ -1,0 +1,110 @@
+"""End a receipt with what a reader wants to know: what was skipped, what changed, what to try."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lipass.receipt import ChunkRecord, Report
+
+_OVER_LATENTS = ("prefill", "self", "decode")
+# Fewer chunks than this, compiled before, say nothing about speed.
+_TIMED_CHUNKS = 3
+
+
+def ending(report: Report) -> str:
+    """Give one sentence a question; nothing for a report of nothing."""
+    if not (report.graphs or report.sites or report.sessions or report.left_eager):
+        return ""
+    said = [_skipped(report), _speed(report), _changed(report), f"Next: {_next(report)}."]
+    return " ".join(one for one in said if one)
+
+
+def _skipped(report: Report) -> str:
+    shares = []
+    chunks = [one for one in report.chunks if one.preset != "off"]
+    there = sum(one.plan.history_latents for one in chunks)
+    read = sum(_read(one) for one in chunks)
+    if read < there:
+        shares.append(f"{1 - read / there:.0%} of the history")
+    total = sum(one.plan.steps.total for one in chunks if one.plan.steps is not None)
+    skipped = sum(one.steps_skipped for one in chunks)
+    if skipped:
+        shares.append(f"{skipped / total:.0%} of the steps")
+    visited = [one.density for one in report.sites.values() if one.density is not None]
+    if visited and (density := statistics.mean(visited)) < 0.995:
+        shares.append(f"{1 - density:.0%} of the key blocks at {len(visited)} sites")
+    if not shares:
+        return "Nothing was left out."
+    return f"Skipped: {', '.join(shares)}."
+
+
+def _read(record: ChunkRecord) -> int:
+    chosen = len(record.plan.context.indices)
+    return chosen if record.latents_read is None else max(chosen, record.latents_read)
+
+
+def _speed(report: Report) -> str:
+    """Compare the chunks of equal place and history under `off` with those under another preset.
+
+    Chunks in which something was compiled do not count.
+    """
+    presets = list(dict.fromkeys(one.preset for one in reversed(report.chunks) if one.preset))
+    others = [preset for preset in presets if preset != "off"]
+    if "off" not in presets or not others:
+        return ""
+    dense, fast = (_times(report.chunks, preset) for preset in ("off", others[0]))
+    both = sorted(dense.keys() & fast.keys())
+    if len(both) < _TIMED_CHUNKS:
+        return ""
+    ratio = sum(dense[key] for key in both) / max(sum(fast[key] for key in both), 1e-9)
+    way = f"{ratio:.2f}x as fast as" if ratio >= 1 else f"slower, at {ratio:.2f}x the speed of,"
+    return f"Measured over {len(both)} chunks, {others[0]!r} is {way} 'off'."
+
+
+def _times(chunks: Iterable[ChunkRecord], preset: str) -> dict[tuple[int, int], float]:
+    found: dict[tuple[int, int], list[float]] = {}
+    for one in chunks:
+        if one.preset == preset and not one.compiled:
+            found.setdefault((one.plan.index, one.plan.history_latents), []).append(one.seconds)
+    return {key: statistics.median(seconds) for key, seconds in found.items()}
+
+
+def _changed(report: Report) -> str:
+    presets = report.presets or list(dict.fromkeys(one.preset for one in report.chunks))
+    if presets and set(presets) <= {"off"}:
+        return "Preset 'off' changes nothing: results are those of torch.compile."
+    if set(presets) <= {"off", "exact"} or _skipped(report).startswith("Nothing"):
+        return "Results are those of the model to rounding (exact)."
+    return "What is skipped changes results (approximate): compare them with preset 'off'."
+
+
+def _next(report: Report) -> str:
+    """Say the one thing that helps most."""
+    over = [site for site in report.sites.values() if site.role in _OVER_LATENTS]
+    approximate = set(report.presets) - {"off", "exact"}
+    if report.left_eager:
+        return "mend what is not compiled, above; nothing is gained there"
+    if over and all("gradient is recorded" in site.reason for site in over):
+        return "call the model under torch.no_grad(); attention that records gradients stays dense"
+    if report.presets and set(report.presets) <= {"off"}:
+        return "preset 'exact', which keeps results, or 'all', which skips work"
+    if not report.graphs and not report.sites:
+        return "call a model that torch.compile(backend='light_interaction') has made"
+    if not over:
+        return "`lipass inspect` says where attention is; what no graph shows calls lipass.attend"
+    if not approximate and report.presets:
+        return "preset 'all', which skips work, and a lipass.Session around the loop"
+    if not report.sessions:
+        return "open a lipass.Session around the loop, which chooses frames and steps"
+    if report.idle:
+        return "mend the cause that stands above"
+    if dense := [site for site in over if site.ran_dense]:
+        return f"see why {len(dense)} sites ran dense, above: nothing is gained there"
+    if kept := sum(site.action == "kept" for site in over):
+        return f"`lipass explain` says why {kept} sites are kept"
+    if not _speed(report):
+        return "run the same walk with preset 'off' in this process, to see how much faster it is"
+    return "look at the pictures of both; `lipass options` lists what trades speed for them"
