@@ -8,7 +8,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from lipass.cli import FAILURE, OK, UsageError, target
@@ -38,12 +38,14 @@ class Guilty:
         error: largest difference from eager, as a share of eager's largest value; None where the
             compilation or the call failed.
         failure: what it raised, or nothing.
+        may_differ: whether it approximates, and agrees where it is told to leave nothing out.
     """
 
     name: str
     numerics: str
     error: float | None
     failure: str = ""
+    may_differ: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     check_compiler(options["inner"])
     made = target.load(args.target)
     with contextlib.redirect_stdout(sys.stderr):
-        guilty, kept = bisect(made, options, pipeline, args.tolerance, args.dynamic or None)
+        found, kept = bisect(made, options, pipeline, args.tolerance, args.dynamic or None)
+    guilty = [one for one in found if not one.may_differ]
+    allowed = [one for one in found if one.may_differ]
     if args.json:
         document = {
             "schema_version": SCHEMA_VERSION,
@@ -82,13 +86,15 @@ def run(args: argparse.Namespace) -> int:
             "pipeline": str(pipeline),
             "tolerance": args.tolerance,
             "guilty": [asdict(one) for one in guilty],
+            "approximate": [asdict(one) for one in allowed],
             "agrees": str(kept) if kept is not None else None,
         }
         print(json.dumps(document, indent=1))
     else:
-        for one in guilty:
-            print(paint(f"guilty: {one.name}", "red") + f" {_told(one)}")
-        print("\n".join(paragraph(_verdict(guilty, kept, pipeline, args.tolerance), 0)))
+        for one in found:
+            word, colour = ("may differ", "yellow") if one.may_differ else ("guilty", "red")
+            print(paint(f"{word}: {one.name}", colour) + f" {_told(one)}")
+        print("\n".join(paragraph(_verdict(found, kept, pipeline, args.tolerance), 0)))
     return FAILURE if guilty else OK
 
 
@@ -101,14 +107,18 @@ def bisect(
 ) -> tuple[list[Guilty], PassPipeline | None]:
     """Drop the first pass with which the output differs, until what is left agrees.
 
+    A pass that approximates is tried again with every key visited and every latent kept: where it
+    agrees then, what it differs by is what it leaves out.
+
     Returns:
-        The guilty passes as they were found, and the pipeline without them; None where the model
-        differs from eager without any pass.
+        The passes that move the output as they were found, and the pipeline without them; None
+        where the model differs from eager without any pass.
 
     Raises:
         LipassError: if the eager model fails.
     """
-    from lipass.passes.core import PassPipeline
+    from lipass.passes.core import Numerics, PassPipeline
+    from lipass.runtime.chosen_context import chosen_by_caller
 
     with failing("must run without compiling", made.text):
         expected = _outputs(made, lambda model: model)
@@ -131,7 +141,11 @@ def bisect(
             return [Guilty("inner", "", *none)], None
         count, found = _first_guilty(left, check, tolerance)
         one = left[count - 1]
-        guilty.append(Guilty(one.name, one.numerics.value, *found))
+        may = False
+        if one.numerics is Numerics.APPROX and found[0] is not None:
+            with chosen_by_caller():
+                may = _agrees(check((*left[: count - 1], _all_of_it(one))), tolerance)
+        guilty.append(Guilty(one.name, one.numerics.value, *found, may))
         left = _without(left, one)
     return guilty, PassPipeline(left)
 
@@ -155,6 +169,12 @@ def _first_guilty(
         else:
             differs, found = middle, result
     return differs, found if differs < len(passes) else check(passes)
+
+
+def _all_of_it(one: Pass) -> Pass:
+    """Return the pass told to visit every key."""
+    budgets = [field.name for field in fields(one) if field.name.startswith("budget")]
+    return replace(one, **dict.fromkeys(budgets, 1.0))
 
 
 def _without(passes: tuple[Pass, ...], gone: Pass) -> tuple[Pass, ...]:
@@ -235,17 +255,22 @@ def _told(one: Guilty) -> str:
         return f"({one.numerics or 'no pass'}) {one.failure}"
     if one.name == "inner":
         return f"differs by {one.error:.2g} without any pass; try another --inner"
-    note = ", as approximations may" if one.numerics == "approx" else ""
-    return f"({one.numerics}) differs by {one.error:.2g}{note}"
+    if one.may_differ:
+        return f"(approx) differs by {one.error:.2g}; it agrees where nothing is left out"
+    return f"({one.numerics}) differs by {one.error:.2g}"
 
 
 def _verdict(
-    guilty: list[Guilty], kept: PassPipeline | None, pipeline: PassPipeline, tolerance: float
+    found: list[Guilty], kept: PassPipeline | None, pipeline: PassPipeline, tolerance: float
 ) -> str:
     if kept is None:
-        return "no pipeline agrees with eager"
+        return "verdict: wrong before any pass; no pipeline agrees with eager"
     names = ", ".join(one.name for one in kept) or "no pass"
+    guilty = [one.name for one in found if not one.may_differ]
+    left = f"what is left agrees with eager within {tolerance:g}: {names}"
+    if guilty:
+        return f"verdict: wrong, by {' and '.join(guilty)}; {left}"
+    if found:
+        return f"verdict: sound, only what is left out makes a difference; {left}"
     count = len(tuple(pipeline))
-    if not guilty:
-        return f"all {count} passes agree with eager within {tolerance:g}"
-    return f"what is left agrees with eager within {tolerance:g}: {names}"
+    return f"verdict: sound, all {count} passes agree with eager within {tolerance:g}"
