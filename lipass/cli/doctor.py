@@ -12,10 +12,13 @@ import json
 import os
 import pkgutil
 import platform
-import shutil
-import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+
+from lipass.cli.terminal import paragraph
+from lipass.cli.toolchain import NO_COMPILER, compiler
 
 SUMMARY = "show versions, devices and kernels; or examine a checkout of a released model"
 SCHEMA_VERSION = 1
@@ -56,17 +59,59 @@ def findings() -> dict:
     """Collect what a bug report needs, as JSON-able data."""
     import torch
 
-    return {
+    found = {
         "schema_version": SCHEMA_VERSION,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {name: _version(name) for name in _PACKAGES},
         "backend_registered": _BACKEND in torch._dynamo.list_backends(None),
         "devices": _devices(),
-        "compiler": _compiler(),
+        "compiler": compiler(),
+        "caches": _caches(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("LIPASS")},
         "providers": list(_providers()),
     }
+    return {**found, "next": list(_next(found))}
+
+
+def _next(found: dict) -> Iterator[str]:
+    """Say what to do about what was found."""
+    if not found["backend_registered"]:
+        yield f"register the backend: {sys.executable} -m pip install lipass"
+    on_cpu = len(found["devices"]) == 1
+    if on_cpu and not found["compiler"]:
+        yield "install a C++ compiler (apt-get install g++), or compile with inner='aot_eager'"
+    for name, folder in found["caches"].items():
+        if (why := _why_unwritable(Path(folder))) is not None:
+            variable = "TORCHINDUCTOR_CACHE_DIR" if name == "inductor" else "XDG_CACHE_HOME"
+            yield f"set {variable} to a folder that can be written, {folder} cannot: {why}"
+    slow = [
+        one for one in found["providers"]
+        if one["provider"] in _FAST and one["device"] in _FAST[one["provider"]] and one["why_not"]
+    ]  # fmt: skip
+    for one in slow:
+        remedy = "; `make demo` or lipass.kernels.prepare() builds it" * (
+            one["provider"] == "native"
+        )
+        yield f"{one['operation']} by {one['provider']} does not run: {one['why_not']}{remedy}"
+    if os.environ.get("LIPASS") == "off":
+        yield "unset LIPASS: it switches lipass off in this shell"
+    yield "lipass inspect FILE:CALLABLE shows what becomes of a model; lipass demo shows one run"
+
+
+# The providers that are fast, and where; others only take over from them.
+_FAST = {"native": ("cpu",), "triton": ("cuda",)}
+
+
+def _why_unwritable(folder: Path) -> str | None:
+    """Try the nearest folder that exists, as the cache is made on first use."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def _version(package: str) -> str | None:
@@ -109,14 +154,13 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def _compiler() -> str | None:
-    """Return the first line of the C++ compiler's version: Inductor needs one on a CPU."""
-    command = os.environ.get("CXX") or "g++"
-    path = shutil.which(command) or shutil.which("clang++")
-    if path is None:
-        return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return said.stdout.splitlines()[0] if said.stdout else path
+def _caches() -> dict[str, str]:
+    """Name the folders in which later processes find what was compiled and measured."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    from lipass.kernels.block_sparse.native import cache_folder
+
+    return {"inductor": cache_dir(), "kernels": str(cache_folder())}
 
 
 def _providers() -> Iterator[dict]:
@@ -165,7 +209,9 @@ def _lines(found: dict) -> Iterator[str]:
         yield f"{name:<10} {version or 'not installed'}"
     registered = "registered with torch" if found["backend_registered"] else _MISSING
     yield f"backend    {_BACKEND}: {registered}"
-    yield f"compiler   {found['compiler'] or _NO_COMPILER}"
+    yield f"compiler   {found['compiler'] or NO_COMPILER}"
+    for name, folder in found["caches"].items():
+        yield f"cache      {name}: {folder}"
     for device in found["devices"]:
         yield f"{device['device']:<10} {device['name']}, {device['detail']}"
     if len(found["devices"]) == 1:
@@ -177,9 +223,10 @@ def _lines(found: dict) -> Iterator[str]:
     for line in found["providers"]:
         verdict = "yes" if line["why_not"] is None else f"no: {line['why_not']}"
         yield f"{line['operation']:<13} {line['provider']:<11} {line['device']:<7} {verdict}"
+    yield ""
+    yield "what to do next"
+    for step in found["next"]:
+        yield from paragraph(f"- {step}", 2, hanging=2)
 
 
 _MISSING = f"NOT registered; reinstall with {sys.executable} -m pip install lipass"
-_NO_COMPILER = (
-    "none found: Inductor cannot compile for the CPU; install g++, or use inner='aot_eager'"
-)

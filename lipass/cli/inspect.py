@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Trace the target's calls, run the passes and show what they noted."""
     from lipass.cli.findings import Findings
     from lipass.cli.inspect_table import render
+    from lipass.cli.next_steps import next_steps
     from lipass.cli.tracing import pipeline_for, trace_target
 
     check_file(args.html, "--html")
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         observers=(findings, repros),
     )
     document = findings.document(args.target, args.preset, pipeline, trace)
+    document["next"] = next_steps(document)
     # Printed first: a file that cannot be written loses nothing.
     if args.json:
         print(json.dumps(document, indent=1))

@@ -61,6 +61,11 @@ def _lines(document: dict[str, Any], show_diff: bool) -> Iterator[str]:
             yield f"  {paint(found['source'], 'red')}"
             yield from paragraph(found["reason"], 4)
             yield from paragraph(f"remedy: {found['remedy']}", 4)
+    if document["next"]:
+        yield ""
+        yield paint("what to do next", "bold")
+        for step in document["next"]:
+            yield from paragraph(f"- {step}", 2, hanging=2)
 
 
 def _graph(document: dict[str, Any], graph: dict[str, Any], show_diff: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lipass.cli import main
+from lipass.cli.doctor import _next
 from lipass.cli.progress import progress
 
 
@@ -43,6 +44,51 @@ def test_doctor_finds_the_reference_everywhere(capsys):
     main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
     assert sum("reference   cpu     yes" in line for line in lines) == 3
+
+
+def test_doctor_names_caches_and_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of_kernels"))
+    main(["doctor"])
+    shown = capsys.readouterr().out
+    assert f"cache      kernels: {tmp_path}/of_kernels/lipass" in shown
+    assert "cache      inductor: /" in shown
+    ending = shown.partition("what to do next\n")[2]
+    assert "lipass inspect FILE:CALLABLE" in ending
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"backend_registered": False}, "register the backend"),
+        ({"compiler": None}, "install a C++ compiler"),
+        ({"caches": {"kernels": "/proc/nowhere"}}, "set XDG_CACHE_HOME to a folder that can be"),
+        (
+            {
+                "providers": [
+                    {
+                        "operation": "block_sparse",
+                        "provider": "native",
+                        "device": "cpu",
+                        "why_not": "not built",
+                    }
+                ]
+            },
+            "block_sparse by native does not run: not built; `make demo`",
+        ),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_doctor_says_what_to_do_about_what_it_found(changed, said):
+    fine = {
+        "backend_registered": True,
+        "devices": [{"device": "cpu"}],
+        "compiler": "g++",
+        "caches": {},
+        "providers": [],
+    }
+    assert len(list(_next(fine))) == 1
+    first, _ = _next({**fine, **changed})
+    assert first.startswith(said)
 
 
 def test_progress_stays_off_stdout_and_reports_the_end(capsys):
