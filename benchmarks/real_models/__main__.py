@@ -1,6 +1,6 @@
-"""Count what chunks of real models cost under each preset, and try one call of each.
+"""Count what chunks of real models cost under each preset; try one call or block of each.
 
-python -m benchmarks.real_models [--json] [--try-calls]
+python -m benchmarks.real_models [--json] [--try-calls] [--try-blocks]
 """
 
 import argparse
@@ -12,6 +12,7 @@ import lipass
 from benchmarks.environment import environment
 
 from .attended import try_one
+from .blocks import time_block
 from .families import FAMILIES
 from .rows import all_rows, own_options
 
@@ -23,10 +24,16 @@ def main() -> None:
     parser.add_argument(
         "--try-calls", action="store_true", help="also time one attention call of each on the CPU"
     )
+    parser.add_argument(
+        "--try-blocks", action="store_true", help="also time a chunk through one block of each"
+    )
     args = parser.parse_args()
     result: dict[str, object] = {**environment(), "rows": all_rows()}
-    if args.try_calls:
+    if args.try_calls or args.try_blocks:
         result["threads"] = torch.get_num_threads()
+    if args.try_blocks:
+        result["blocks"] = [time_block(family) for family in FAMILIES]
+    if args.try_calls:
         result["calls"] = [
             {
                 "family": family.name,
@@ -68,6 +75,15 @@ def _table(result: dict[str, object]) -> str:
                 f"{one['relative_error']:.3f}, mass kept {one['mass_kept']:.3f}, dense "
                 f"{one['dense_ms']:.0f} ms, sparse {one['sparse_ms']:.0f} ms"
             )
+    blocks = result.get("blocks", [])
+    assert isinstance(blocks, list)
+    for block in blocks:
+        lines.append(f"{block['family']}, a chunk through one block, {block['grid']}:")
+        lines += [
+            f"  {preset}: {one['ms']:.0f} ms, {one['speed']:.2f}x of off, context "
+            f"{one['context_latents']}, steps {one['steps']}"
+            for preset, one in block["presets"].items()
+        ]
     return "\n".join(lines)
 
 

@@ -41,8 +41,7 @@ def try_one(family: Family, sparse: SparseOptions, *, seed: int = 0) -> dict[str
         Density, relative error and share of attention mass kept, on slow content and on noise;
         times in ms of dense and sparse, medians, in turn.
     """
-    shrink = -(-family.latent_tokens // _LATENT_TOKENS)
-    rows, columns = (round(side / shrink**0.5) for side in family.latent_grid)
+    rows, columns = grid_of(family)
     current = min(family.chunk_latents, _LATENTS)
     history = _LATENTS if family.chunk_latents < _LATENTS else 0
     result: dict[str, object] = {"grid": [history + current, rows, columns]}
@@ -53,6 +52,13 @@ def try_one(family: Family, sparse: SparseOptions, *, seed: int = 0) -> dict[str
         layout, role = _layout(history, current, (rows, columns), sparse)
         result[kind] = _compare(q, k, v, layout, role, current, (rows, columns), sparse)
     return result
+
+
+def grid_of(family: Family) -> tuple[int, int]:
+    """Return tokens of a latent `(Y, X)`, fewer than the family's where it has too many."""
+    shrink = -(-family.latent_tokens // _LATENT_TOKENS)
+    rows, columns = (round(side / shrink**0.5) for side in family.latent_grid)
+    return rows, columns
 
 
 def _tokens(

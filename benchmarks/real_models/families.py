@@ -37,6 +37,7 @@ class Family:
             `"cached"` reads keys that are kept, `"joint"` denoises it with the chunk.
         passes: model calls a step (2 with guidance).
         extra_calls: calls a chunk beside the steps (a refresh of the cache).
+        reads_latents: latents of earlier chunks that a chunk reads as released, at most.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Family:
     streams: int = 1
     passes: int = 1
     extra_calls: int = 0
+    reads_latents: int = 0
     head_dim: int = 128
 
     @property
@@ -85,7 +87,7 @@ HY_WORLDPLAY = Family(
     # qkv, out, projective out, MLP of 4 widths
     token_weights=13 * 2048**2, row_weights=6 * 2048**2, kept_weights=0,
     latent_grid=(30, 52), chunk_latents=4, text_tokens=929, joint_text=True, steps=4, streams=2,
-    history="encoded",
+    history="encoded", reads_latents=20,
 )  # fmt: skip
 MATRIX_GAME_3 = Family(
     "matrix-game-3", "Matrix-Game-3.0, 720p, distilled: 3 steps, no guidance; without its action "
@@ -93,14 +95,14 @@ MATRIX_GAME_3 = Family(
     layers=30, width=3072, heads=24,
     token_weights=_wan(3072, 14336), row_weights=0, kept_weights=4 * 3072**2,
     latent_grid=(22, 40), chunk_latents=10, text_tokens=512, joint_text=False, steps=3,
-    history="joint",
+    history="joint", reads_latents=9,
 )  # fmt: skip
 SELF_FORCING = Family(
     "self-forcing", "Self-Forcing (Wan2.1-T2V-1.3B), 480p: 4 steps and the refresh of the cache",
     layers=30, width=1536, heads=12,
     token_weights=_wan(1536, 8960), row_weights=0, kept_weights=0,
     latent_grid=(30, 52), chunk_latents=3, text_tokens=512, joint_text=False, steps=4,
-    history="cached", extra_calls=1,
+    history="cached", extra_calls=1, reads_latents=18,
 )  # fmt: skip
 WAN_14B = Family(
     "wan-2.1-14b", "Wan2.1-T2V-14B, 480p, 81 frames: 50 steps with guidance",

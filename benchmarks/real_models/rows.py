@@ -38,11 +38,11 @@ def all_rows() -> list[dict[str, object]]:
     rows = []
     for walk, text in WORLDPLAY_WALKS.items():
         planned = {
-            preset: worldplay(HY_WORLDPLAY, text, _options(preset, HY_WORLDPLAY))
+            preset: worldplay(HY_WORLDPLAY, text, options_of(preset, HY_WORLDPLAY))
             for preset in (*PRESETS, "reference")
         }
         planned[LONGEST] = worldplay(
-            HY_WORLDPLAY, text, _options(LONGEST, HY_WORLDPLAY), changing=False
+            HY_WORLDPLAY, text, options_of(LONGEST, HY_WORLDPLAY), changing=False
         )
         rows += _rows(HY_WORLDPLAY, walk, planned)
     for walk, text in MATRIX_GAME_WALKS.items():
@@ -65,7 +65,7 @@ def own_options(family: Family) -> dict[str, object]:
     return _OWN.get(family.name, {})
 
 
-def _options(preset: str, family: Family) -> dict[str, object]:
+def options_of(preset: str, family: Family) -> dict[str, object]:
     """Give a preset the options of a family, but for what it has off and for the release."""
     preset = preset.partition(",")[0]
     on = lipass.Config.resolve(preset).sparse is not None and not preset.startswith("reference")
@@ -75,7 +75,7 @@ def _options(preset: str, family: Family) -> dict[str, object]:
 def _rows(family: Family, walk: str, planned: dict[str, list[Planned]]) -> list[dict[str, object]]:
     found = {}
     for preset, chunks in planned.items():
-        config = lipass.Config.resolve(None, _options(preset, family))
+        config = lipass.Config.resolve(None, options_of(preset, family))
         found[preset] = _total(family, chunks, config.sparse, hoisted=preset != "off")
     return [
         _row(family, walk, preset, planned[preset], cost, found["off"])
@@ -120,7 +120,7 @@ def _row(
         "family": family.name,
         "walk": walk,
         "preset": preset,
-        "options": {k: v for k, v in _options(preset, family).items() if k != "preset"},
+        "options": {k: v for k, v in options_of(preset, family).items() if k != "preset"},
         "chunks": len(chunks),
         "context_latents": contexts,
         "context_latents_mean": statistics.mean(contexts),

@@ -1,13 +1,22 @@
 """Products of real models are those of their papers, and every approximation needs fewer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import lipass
 from benchmarks.real_models.attended import try_one
+from benchmarks.real_models.blocks import time_block
 from benchmarks.real_models.count import call_cost
-from benchmarks.real_models.families import HY_WORLDPLAY, SELF_FORCING
+from benchmarks.real_models.families import (
+    HY_WORLDPLAY,
+    LINGBOT_WORLD,
+    MATRIX_GAME_3,
+    SELF_FORCING,
+)
 from benchmarks.real_models.protocol import WORLDPLAY_WALKS, worldplay
 from benchmarks.real_models.rows import all_rows
 from lipass.config import Config
@@ -104,3 +113,35 @@ def test_slow_content_keeps_more_attention_than_noise_does():
     tried = try_one(HY_WORLDPLAY, options)
     assert tried["slow"]["mass_kept"] > tried["noise"]["mass_kept"]
     assert tried["slow"]["relative_error"] < tried["noise"]["relative_error"]
+
+
+def tiny(family):
+    """Return a family in miniature: its structure, and two heads of 16."""
+    sizes = {
+        name: getattr(family, name) // family.width**2 * 32**2
+        for name in ("row_weights", "kept_weights")
+    }
+    return replace(
+        family, width=32, heads=2, head_dim=16, token_weights=13 * 32**2, text_tokens=5, **sizes
+    )
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    ("family", "context", "steps"),
+    [
+        (HY_WORLDPLAY, 8, 2),
+        (MATRIX_GAME_3, 8, 2),
+        pytest.param(SELF_FORCING, 4, 4, marks=pytest.mark.slow),
+        pytest.param(LINGBOT_WORLD, 0, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_chunk_through_a_block_is_timed_under_each_preset(family, context, steps):
+    found = time_block(
+        tiny(family), latent_grid=(4, 4), dtype=torch.float32, inner="eager", repeats=1
+    )
+    assert list(found["presets"]) == ["off", "exact", "sparse", "all"]
+    assert all(one["ms"] > 0 for one in found["presets"].values())
+    everything = found["presets"]["all"]
+    assert (everything["context_latents"], everything["steps"]) == (context, steps)
+    assert lipass.report().left_eager == []
