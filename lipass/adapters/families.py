@@ -17,6 +17,7 @@ FAMILIES: tuple[str, ...] = (
     "hy_worldplay",
     "self_forcing",
     "causal_forcing",
+    "minwm",
     "matrix_game_3",
     "lingbot_world",
     "mochi",

@@ -10,7 +10,8 @@ import torch
 import lipass
 from lipass.adapters.checkouts.examine import examine
 from lipass.adapters.checkouts.poses import there_and_back
-from lipass.adapters.checkouts.self_forcing import CHUNK, OPTIONS, Given, build, new_caches
+from lipass.adapters.checkouts.self_forcing import OPTIONS, build
+from lipass.adapters.checkouts.self_forcing_loop import CHUNK, Given, new_caches
 from lipass.kernels import registry
 from lipass.receipt import report
 
@@ -200,6 +201,27 @@ def test_looked_up_steps_compute_and_are_counted_so(pipeline):
     last = list(report().chunks)[-1]
     assert last.plan.steps.reused == (1, 2)
     assert last.steps_skipped == 0
+
+
+def test_cameras_that_the_model_takes_are_those_of_the_session(subject, fresh_dynamo, monkeypatch):
+    """As in minWM, which attends from cameras too, with a cache of their own."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    made = build(CONTRACT, layers=1, family="minwm", has_cameras=True)
+    expected = list(made.rollout(made.model, None, 2))
+    options = {"preset": "sparse", "inner": "eager", "sparse.budget": 1.0}
+    made.model.requires_grad_(False).compile(backend="light_interaction", options=options)
+    with (
+        lipass.adopt(made.pipeline) as adoption,
+        lipass.Session(preset="cache", chunk_latents=CHUNK) as session,
+        adoption.drive(session),
+    ):
+        found = made.drive(3)
+    for one, other in zip(found, expected, strict=False):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert [one.steps_skipped for one in list(report().chunks)[-3:]] == [0, 0, 2]
+    sites = {name: site.action for name, site in report().sites.items() if site.role == "decode"}
+    names = [f"blocks.0.self_attn#{i}:decode" for i in (1, 2)]
+    assert sites == dict.fromkeys(names, "rewritten")
 
 
 def test_too_few_cameras_are_refused_and_the_pipeline_goes_on(pipeline):

@@ -17,16 +17,25 @@ class CausalInferencePipeline(nn.Module):
             levels = table[1000 - levels]
         self.denoising_step_list = levels
         self.frame_seq_length, self.num_transformer_blocks = 1560, 30
-        self.kv_cache1, self.args = None, args
+        self.kv_cache1 = self.prope_kv_cache1 = None
+        self.args = args
         self.num_frame_per_block = args.num_frame_per_block
         self.independent_first_frame = args.independent_first_frame
 
-    def inference(self, noise, text_prompts, initial_latent=None, return_latents=False):
+    def inference(
+        self,
+        noise,
+        text_prompts,
+        initial_latent=None,
+        return_latents=False,
+        viewmats=None,
+        Ks=None,
+    ):
         """Generate `[B, T, C, Y, X]` from noise, and perhaps from what is before it."""
         conditions = self.text_encoder(text_prompts=text_prompts)
         for layer in self.crossattn_cache:
             layer["is_init"] = False
-        for layer in self.kv_cache1:
+        for layer in (*self.kv_cache1, *(self.prope_kv_cache1 or ())):
             for name in ("global_end_index", "local_end_index"):
                 layer[name] = torch.tensor([0], dtype=torch.long, device=noise.device)
         batch, given = len(noise), 0 if initial_latent is None else initial_latent.shape[1]
@@ -34,6 +43,11 @@ class CausalInferencePipeline(nn.Module):
         start = 0
 
         def call(latents, level):
+            cameras = {}
+            if viewmats is not None:
+                now = slice(start, start + latents.shape[1])
+                cameras = {"viewmats": viewmats[:, now], "Ks": Ks[:, now]}
+                cameras["prope_kv_cache"] = self.prope_kv_cache1
             return self.generator(
                 noisy_image_or_video=latents,
                 conditional_dict=conditions,
@@ -41,6 +55,7 @@ class CausalInferencePipeline(nn.Module):
                 kv_cache=self.kv_cache1,
                 crossattn_cache=self.crossattn_cache,
                 current_start=start * self.frame_seq_length,
+                **cameras,
             )[1]
 
         while start < given:

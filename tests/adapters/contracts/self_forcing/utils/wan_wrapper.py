@@ -42,7 +42,7 @@ class WanDiffusionWrapper(nn.Module):
 
     def forward(
         self, noisy_image_or_video, conditional_dict, timestep, kv_cache=None,
-        crossattn_cache=None, current_start=None, cache_start=None,
+        crossattn_cache=None, current_start=None, cache_start=None, **cameras,
     ):  # fmt: skip
         """Return velocity and clean latents `[B, T, C, Y, X]`."""
         flow = self.model(
@@ -54,6 +54,7 @@ class WanDiffusionWrapper(nn.Module):
             crossattn_cache=crossattn_cache,
             current_start=current_start,
             cache_start=cache_start,
+            **cameras,
         ).permute(0, 2, 1, 3, 4)
         clean = self._convert_flow_pred_to_x0(
             flow.flatten(0, 1), noisy_image_or_video.flatten(0, 1), timestep.flatten(0, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from wan.modules.attention import attention
 from wan.modules.model import CrossAttention, RMSNorm, rope_params, sinusoidal
+from wan.modules.prope import prope_qkv
 
 
 def causal_rope_apply(x, grid_sizes, freqs, start_frame=0):
@@ -38,17 +39,30 @@ class CausalSelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
-    def forward(self, x, grid_sizes, freqs, kv_cache, current_start):
-        """Roll the cache if it is full, write to its end, and read it."""
+    def forward(
+        self, x, grid_sizes, freqs, kv_cache, current_start, viewmats=None, Ks=None,
+        prope_kv_cache=None,
+    ):  # fmt: skip
+        """Attend from places, and where cameras are given from these too."""
         q, k, v = (
             y.unflatten(2, (self.num_heads, -1))
             for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x))
         )
         frame = math.prod(grid_sizes[0][1:]).item()
-        q, k = (
+        roped_q, roped_k = (
             causal_rope_apply(y, grid_sizes, freqs, start_frame=current_start // frame).type_as(v)
             for y in (q, k)
         )
+        out = self.read(roped_q, roped_k, v, kv_cache, current_start, frame)
+        x = self.o(out.flatten(2))
+        if viewmats is None or prope_kv_cache is None or not hasattr(self, "prope_o"):
+            return x
+        q, k, v, apply_fn_o = prope_qkv(q, k, v, viewmats=viewmats, Ks=Ks)
+        out = apply_fn_o(self.read(q, k, v, prope_kv_cache, current_start, frame))
+        return x + self.prope_o(out.flatten(2))
+
+    def read(self, q, k, v, kv_cache, current_start, frame):
+        """Roll a cache if it is full, write to its end, and attend to it."""
         new, size, sink = q.shape[1], kv_cache["k"].shape[1], self.sink_size * frame
         current_end = current_start + new
         before = kv_cache["local_end_index"].item()
@@ -68,7 +82,7 @@ class CausalSelfAttention(nn.Module):
         out = attention(q, kv_cache["k"][:, first:end], kv_cache["v"][:, first:end])
         kv_cache["global_end_index"].fill_(current_end)
         kv_cache["local_end_index"].fill_(end)
-        return self.o(out.flatten(2))
+        return out
 
 
 class CausalBlock(nn.Module):
@@ -84,7 +98,9 @@ class CausalBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x, e, context, kv_cache, crossattn_cache, current_start, grid_sizes, freqs):
+    def forward(
+        self, x, e, context, kv_cache, crossattn_cache, current_start, grid_sizes, freqs, **cameras
+    ):
         """Attend to the cache, to the prompt, and pass each token on."""
         e = (self.modulation.unsqueeze(1) + e).chunk(6, dim=2)
         frames = (e[0].shape[1], x.shape[1] // e[0].shape[1])
@@ -94,7 +110,7 @@ class CausalBlock(nn.Module):
             return (y * scale if shift is None else y * (1 + scale) + shift).flatten(1, 2)
 
         y = framewise(self.norm1(x), e[1], e[0])
-        y = self.self_attn(y, grid_sizes, freqs, kv_cache, current_start)
+        y = self.self_attn(y, grid_sizes, freqs, kv_cache, current_start, **cameras)
         x = x + framewise(y, e[2])
         x = x + self.cross_attn(self.norm3(x), context, None, crossattn_cache)
         return x + framewise(self.ffn(framewise(self.norm2(x), e[4], e[3])), e[5])
@@ -127,7 +143,7 @@ class CausalWanModel(nn.Module):
 
     def forward(
         self, x, t, context, seq_len, kv_cache=None, crossattn_cache=None, current_start=0,
-        cache_start=0,
+        cache_start=0, viewmats=None, Ks=None, prope_kv_cache=None,
     ):  # fmt: skip
         """Predict the velocity of `[B, C, T, Y, X]` latents at levels `[B, T]`."""
         x = [self.patch_embedding(u.unsqueeze(0)) for u in x]
@@ -140,9 +156,18 @@ class CausalWanModel(nn.Module):
         e = self.time_projection(e).unflatten(1, (6, self.dim)).unflatten(0, t.shape)
         padded = [torch.cat([u, u.new_zeros(self.text_len - len(u), u.size(1))]) for u in context]
         context = self.text_embedding(torch.stack(padded))
+        cameras = {"viewmats": None, "Ks": None}
+        if viewmats is not None:
+            f, h, w = grid_sizes.tolist()[0]
+            each = (one[:, :f, None].expand(-1, -1, h * w, -1, -1) for one in (viewmats, Ks))
+            cameras = dict(zip(cameras, (one.flatten(1, 2) for one in each), strict=True))
         for i, block in enumerate(self.blocks):
             own = (kv_cache[i], crossattn_cache[i], current_start)
-            x = block(x, e, context, *own, grid_sizes=grid_sizes, freqs=self.freqs)
+            second = None if prope_kv_cache is None else prope_kv_cache[i]
+            x = block(
+                x, e, context, *own, grid_sizes=grid_sizes, freqs=self.freqs, **cameras,
+                prope_kv_cache=second,
+            )  # fmt: skip
         return torch.stack(self.unpatchify(self.head(self.norm(x)), grid_sizes))
 
     def unpatchify(self, x, grid_sizes):
