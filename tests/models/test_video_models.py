@@ -9,6 +9,8 @@ pytest.importorskip("diffusers")
 
 import model_table
 from model_table import MODELS, ROWS
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from zoo import own_rounding
 
 import lipass
@@ -64,6 +66,33 @@ def test_attention_over_latents_becomes_sparse(name):
     assert all(site.role == "self" and site.grid for site in rewritten)
     assert all(site.reason for site in sites)
     assert any(ROWS[name].reason in site.reason for site in sites)
+
+
+class Attended(TorchFunctionMode):
+    """Notes how many queries and keys each attention has, in whichever way it is computed."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = [*args, *(kwargs or {}).values()]
+        if func is F.scaled_dot_product_attention:
+            self.seen.append(tuple(one.shape[-2] for one in given[:2]))
+        elif getattr(func, "__name__", "") in ("softmax", "_softmax"):
+            self.seen.append(tuple(given[0].shape[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_latents_that_stay_without_a_reason_in_the_receipt_have_no_scores():
+    (name,) = [name for name, row in ROWS.items() if not row.rewritten and not row.reason]
+    model, inputs = MODELS[name]()
+    latents, (_, words, _) = inputs["hidden_states"], inputs["encoder_hidden_states"].shape
+    tokens = latents[0, 0].numel() // 4  # patches of 2 x 2
+    with torch.no_grad(), Attended() as attended:
+        model.eval()(**inputs)
+    assert set(attended.seen) == {(tokens, words)}  # to the prompt, and nothing else
+    assert any("attn1" in path for path, _ in model.named_modules())
+    assert "self-attention is linear" in ROWS[name].why
 
 
 @pytest.mark.slow
