@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from lipass.passes.graph.names import module_path
 from lipass.passes.integrity import check_integrity, snapshot
 from lipass.passes.printer import print_graph
 from lipass.passes.restore import SavedModule
+
+log = logging.getLogger(__name__)
 
 _GRAPHS = itertools.count()
 
@@ -84,7 +87,9 @@ def run_pipeline(
         if failure:
             ctx.current = one.name
             ctx.note("graph", "kept", failure)
+            log.warning("pass %s was undone: %s", one.name, failure)
         seconds = time.perf_counter() - start
+        log.debug("pass %s: %s in %.3f s", one.name, "changed" if changed else "same", seconds)
         lines, before = "", text
         if keep_text:
             text = print_graph(gm.graph) if changed else before

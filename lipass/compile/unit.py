@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,10 +43,12 @@ from lipass.passes.graph.compat import start_again_with_constants, undisturbed
 from lipass.passes.graph.frame import is_recompile
 from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.policy.blocks import roles_that_stay_sparse
-from lipass.receipt import PassRecord, current_report
+from lipass.receipt import PassRecord, SiteRecord, current_report
 from lipass.runtime.chosen_context import chosen_by_caller
 from lipass.runtime.scope import current_chunk, current_step
 from lipass.switch import is_off
+
+log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
@@ -166,8 +169,9 @@ def compile_unit(
         compiled.reading = GraphReading(config, pipeline, gm, found)
     if watches:
         compiled = watched(compiled, len(found), whole=is_whole(why))
-    seconds = time.perf_counter() - begin
-    report.add_graph(seconds, recompile=is_recompile(), preset=config.preset)
+    seconds, again = time.perf_counter() - begin, is_recompile()
+    report.add_graph(seconds, recompile=again, preset=config.preset)
+    _log(model.name, records, seconds, again)
     return model.counting(compiled, records, owner)
 
 
@@ -215,3 +219,17 @@ def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
     with undisturbed():
         for dtype, dim in kinds:
             cpu_rates(dtype, dim, torch.get_num_threads())
+
+
+def _log(model: str, records: list[SiteRecord], seconds: float, again: bool) -> None:
+    rewritten = sum(one.action == "rewritten" for one in records)
+    log.info(
+        "%s of %s in %.2f s: %d of %d attention sites rewritten",
+        "a graph compiled again" if again else "a graph compiled",
+        model or "a function",
+        seconds,
+        rewritten,
+        len(records),
+    )
+    for one in records:
+        log.debug("  %s: %s, %s", one.name, one.action, one.reason)

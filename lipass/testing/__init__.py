@@ -17,10 +17,14 @@ make a GPU wait. `lipass.testing.fixtures` is a pytest plugin.
 
 from __future__ import annotations
 
-from lipass.passes.printer import print_graph
-from lipass.testing.assertions import assert_refuses, assert_rewrites, graph_diff
-from lipass.testing.device_reads import DeviceRead, assert_no_device_reads, device_reads
-from lipass.testing.tracing import Traced, run_passes, trace
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lipass.passes.printer import print_graph
+    from lipass.testing.assertions import assert_refuses, assert_rewrites, graph_diff
+    from lipass.testing.device_reads import DeviceRead, assert_no_device_reads, device_reads
+    from lipass.testing.tracing import Traced, run_passes, trace
 
 __all__ = [
     "DeviceRead",
@@ -34,3 +38,23 @@ __all__ = [
     "run_passes",
     "trace",
 ]
+
+_HOME = {
+    "DeviceRead": "lipass.testing.device_reads",
+    "Traced": "lipass.testing.tracing",
+    "assert_no_device_reads": "lipass.testing.device_reads",
+    "assert_refuses": "lipass.testing.assertions",
+    "assert_rewrites": "lipass.testing.assertions",
+    "device_reads": "lipass.testing.device_reads",
+    "graph_diff": "lipass.testing.assertions",
+    "print_graph": "lipass.passes.printer",
+    "run_passes": "lipass.testing.tracing",
+    "trace": "lipass.testing.tracing",
+}
+
+
+def __getattr__(name: str) -> object:
+    # TORCH_LOGS=lipass imports every package of ours in the middle of torch's own import.
+    if name not in _HOME:
+        raise AttributeError(f"module 'lipass.testing' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
