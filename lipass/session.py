@@ -27,6 +27,7 @@ from lipass.policy.plan import ChunkPlan, plan_chunk
 from lipass.receipt import current_report
 from lipass.runtime.chunk import Chunk
 from lipass.runtime.effect import Effect
+from lipass.runtime.events import Events, Sink
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
@@ -46,15 +47,25 @@ class Session:
         convention: how cameras are written: "w2c" or "c2w", "opencv" or "opengl" axes, joined by
             a dash; they are converted. Where a walk looks like another one, or like another unit
             than that of near and far, a warning says so once. All of it: docs/poses.md.
+        events: where to write what chunks did, for a server to plot: a path, to which JSON lines
+            are appended, or a function of one event; None takes the path in LIPASS_EVENTS, if
+            there is one (docs/events.md).
         options: as in `Config.resolve`, e.g. `preset="all"`, `**{"context.overlap_min": 0.3}`.
 
     Raises:
-        TypeError: both a config and options, or a config of another kind.
+        TypeError: both a config and options, a config of another kind, or events that are neither
+            a path nor a function.
         ValueError: options that `Config.resolve` refuses.
     """
 
     def __init__(
-        self, config: Config | None = None, /, *, convention: str = "w2c-opencv", **options: Any
+        self,
+        config: Config | None = None,
+        /,
+        *,
+        convention: str = "w2c-opencv",
+        events: Sink | None = None,
+        **options: Any,
     ) -> None:
         if config is not None and not isinstance(config, Config):
             raise TypeError(
@@ -70,6 +81,7 @@ class Session:
         self.number = current_report().open_session()
         self.effect = Effect(self.config, self.number)
         self.turns = Turns()
+        self.events = Events(events, self.number, self.config)
         self.invariants = Invariants()
         self._replay: dict[str, deque[ChunkPlan]] | None = None
         self._blocks: list[Block] = []
@@ -182,6 +194,7 @@ class Session:
         self._replay = None
         if not self.turns.closed:
             self.turns.closed = True
+            self.events.close()
             self.effect.tell()
 
     def finish(self, chunk: Chunk) -> None:

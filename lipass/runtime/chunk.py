@@ -14,6 +14,7 @@ from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, with_steps
 from lipass.policy.steps import StepPlan, all_taken, plan_steps
 from lipass.receipt import ChunkRecord, current_report
+from lipass.runtime.events import Compiled
 from lipass.runtime.follow import Follow
 from lipass.runtime.schedule import Schedule
 from lipass.runtime.scope import Block, enter, leave
@@ -57,6 +58,8 @@ class Chunk:
         self._listed = False
         self._began = 0.0
         self._graphs = 0
+        self._began_ns = 0
+        self._compiled = Compiled.now()
         self._finished = False
         self._block: Block | None = None
 
@@ -213,6 +216,8 @@ class Chunk:
         self.session.turns.begin(self)
         self._began = time.perf_counter()
         self._graphs = current_report().graphs
+        self._began_ns = time.time_ns()
+        self._compiled = Compiled.now()
         self._block = Block(self.session, self)
         enter(self._block)
         return self
@@ -226,10 +231,6 @@ class Chunk:
         self.forget()
         if not self.session.turns.leave(self):
             return  # closed under way: the chunk may be tried again
-        if kind is not None:
-            return
-        self._finished = True
-        self.session.finish(self)
         seconds = time.perf_counter() - self._began
         record = ChunkRecord(
             self.session.number,
@@ -243,6 +244,10 @@ class Chunk:
             "off" if is_off() else self.session.config.preset,
             current_report().graphs != self._graphs,
         )
-        current_report().add_chunk(record)
-        if not is_off():
-            self.session.effect.add(record)
+        if kind is None:
+            self._finished = True
+            self.session.finish(self)
+            current_report().add_chunk(record)
+            if not is_off():
+                self.session.effect.add(record)
+        self.session.events.chunk(record, self._began_ns, self._compiled, kind)
