@@ -64,7 +64,9 @@ def pages() -> dict[str, str]:
     return {
         "docs/options.md": options_page(),
         "docs/passes.md": passes_page(),
-        "docs/install.md": readme.between(install, "versions", _versions()),
+        "docs/install.md": readme.between(
+            readme.between(install, "versions", _versions()), "parts", _parts()
+        ),
         "docs/models/index.md": readme.between(models, "models", table),
     }
 
@@ -165,6 +167,16 @@ def _versions() -> str:
     recorded = json.loads((ROOT / "benchmarks/results/real_models.json").read_text())
     lines = ["| | |", "|---|---|", f"| Python | {recorded['python']} |"]
     return "\n".join([*lines, *(f"| {name} | {pinned[name]} |" for name in _TESTED)])
+
+
+def _parts() -> str:
+    """List the other versions that a part of the tests ran with."""
+    recorded = json.loads((ROOT / "benchmarks/results/versions.json").read_text())
+    lines = [f"`{recorded['ran']}`, without a GPU:", "", "| Python | torch | passed | failed |"]
+    lines.append("|---|---|---|---|")
+    for row in recorded["rows"]:
+        lines.append(f"| {row['python']} | {row['torch']} | {row['passed']} | {row['failed']} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
