@@ -43,8 +43,8 @@ Options of `torch.compile(model, backend="light_interaction", options={...})` an
 `-o NAME=VALUE` gives one on the command line. Options of passes have the name of the pass in
 front: `"find-attention.segments": ("text", "history", "current")`.
 
-Two environment variables: `LIPASS=off` switches everything off, `LIPASS_DUMP` is a folder for
-numbered graphs."""
+In the environment, `LIPASS=off` switches everything off, and `LIPASS_DUMP` is a folder for numbered
+graphs."""
 _PASSES = """# Passes
 
 In the order of the pipeline of `all`, each with a graph in front of it and behind it: `-` is what
