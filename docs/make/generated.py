@@ -43,8 +43,8 @@ Options of `torch.compile(model, backend="light_interaction", options={...})` an
 `-o NAME=VALUE` gives one on the command line. Options of passes have the name of the pass in
 front: `"find-attention.segments": ("text", "history", "current")`.
 
-In the environment, `LIPASS=off` switches everything off, and `LIPASS_DUMP` is a folder for numbered
-graphs."""
+In the environment, `LIPASS=off` switches everything off, and `LIPASS_DUMP` is a folder for
+numbered graphs."""
 _PASSES = """# Passes
 
 In the order of the pipeline of `all`, each with a graph in front of it and behind it: `-` is what
@@ -137,11 +137,14 @@ def _pass(name: str, kind: type[Pass]) -> Iterator[str]:
 
 
 def _markdown(doc: str) -> str:
-    """Fence the graphs of a docstring; everything else is Markdown already."""
-    fenced = _GRAPH.sub(
-        lambda graph: f":\n\n```text\n{textwrap.dedent(graph[1]).rstrip()}\n```\n", doc
-    )
-    return re.sub(r"^:\n\n(?=```)", "", fenced, flags=re.MULTILINE)
+    """Fence the graphs of a docstring, and indent its lists by four columns a level."""
+    told, parts = "", _GRAPH.split(doc)
+    for index, part in enumerate(parts):
+        if index % 2:
+            told += f":\n\n```text\n{textwrap.dedent(part).rstrip()}\n```\n"
+        else:
+            told += re.sub(r"^(?= {2})", "  ", part, flags=re.MULTILINE)
+    return re.sub(r"^:\n\n(?=```)", "", told, flags=re.MULTILINE)
 
 
 def _golden(path: Path) -> list[str]:
