@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test test-gpu lint types tree docs accept bench dump gpu-day results sizes clean
+.PHONY: help setup demo demo-full test test-gpu lint types tree pages docs accept bench dump gpu-day results sizes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,10 +45,12 @@ tree:
 	@rm -rf build/tree && mkdir -p build/tree/lipass
 	@ln -s $(CURDIR)/lipass/* $(CURDIR)/passes $(CURDIR)/kernels $(CURDIR)/examples build/tree/lipass/
 
-docs: $(READY) tree ## the site, in build/site; its generated pages and README's tables are written anew
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+pages: $(READY) ## README's tables and the generated pages of docs, from code and recorded results
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m docs.make.generated
+
+docs: $(READY) tree ## the site, in build/site, without a warning or a dead link
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 accept: $(READY) ## rewrite the golden graphs; review the diff like code

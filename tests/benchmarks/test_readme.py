@@ -73,7 +73,7 @@ def test_readme_has_what_was_recorded(readme):
     counts = json.loads((ROOT / "benchmarks/results/real_models.json").read_text())["rows"]
     results = (ROOT / "docs/results.md").read_text()
     again = readme.readme_of(text, results, ROOT / "docs/models", counts)
-    assert again == text, "run python -m benchmarks.readme"
+    assert again == text, "run make pages"
 
 
 def test_an_examined_model_has_what_it_left_out(readme, tmp_path):

@@ -16,7 +16,7 @@ def pages():
 )
 def test_page_is_what_the_code_says(pages, path):
     shown = (generated.ROOT / path).read_text(encoding="utf-8")
-    assert shown == pages[path], "run python -m docs.make.generated"
+    assert shown == pages[path], "run make pages"
 
 
 def test_every_pass_is_shown_with_a_graph_in_front_and_behind(pages):
