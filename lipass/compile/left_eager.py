@@ -22,11 +22,20 @@ from torch._dynamo.exc import ShortenTraceback, Unsupported
 from lipass.compile.graph_breaks import GraphBreak, parts_of
 from lipass.config import Config
 from lipass.errors import LipassError, LipassWarning
+from lipass.passes.graph.compat import backends_of, can_isolate
 from lipass.passes.graph.frame import on_compile_end, recompile_reasons, when_left
 from lipass.receipt import current_report
 
 _LIMIT = re.compile(r"\w*recompile_limit$")
 _VALUE = re.compile(r"^(?P<name>[\w.\[\]']+) == (?P<value>-?[\d.]+|'[^']*'|None|True|False)$")
+# Fewer backends of one function are no comparison, and reach no limit by themselves.
+_COMPARED = 3
+_RESET = (
+    "call torch._dynamo.reset() before the next torch.compile, or raise "
+    "torch._dynamo.config.recompile_limit"
+)
+_ISOLATE = f"compile each with torch.compile(..., isolate_recompiles=True); or {_RESET}"
+_PRESET = re.compile(r"'(?:preset|mode)': '([\w-]+)'")
 _SHOWN = 4
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_\d+\w*")
 
@@ -65,12 +74,16 @@ class _Limit(logging.Handler):
             return
         code, config = compilation
         reasons = recompile_reasons(code)
-        found = GraphBreak(
-            _place(code),
-            f"torch's limit of {given[1]} recompilations is reached: {in_words(reasons)}",
-            _remedy(reasons),
-        )
-        _tell(found, config)
+        why, remedy = in_words(reasons), _remedy(reasons)
+        backends = _backends(code)
+        if len(backends) >= _COMPARED:
+            why = (
+                f"it is compiled {len(backends)} times over, for {', '.join(backends)}, which "
+                f"count together; of the latest, {why}"
+            )
+            remedy = _ISOLATE if can_isolate() else _RESET
+        reached = f"torch's limit of {given[1]} recompilations is reached: {why}"
+        _tell(GraphBreak(_place(code), reached, remedy), config)
 
 
 def _at_the_end(backend: Any) -> None:
@@ -133,6 +146,16 @@ def in_words(reasons: Sequence[str]) -> str:
             more = ", .." if len(seen) > _SHOWN else ""
             return f"`{name}` was {', '.join(seen[:_SHOWN])}{more}"
     return reasons[-1] if reasons else "torch does not say which guard failed"
+
+
+def _backends(code: CodeType) -> list[str]:
+    """Name what one function is compiled for, by preset where it is for this backend."""
+    names = []
+    for backend in backends_of(code):
+        text = str(getattr(backend, "kwargs", {}))
+        preset = _PRESET.search(text)
+        names.append(f"preset {preset[1]!r}" if preset else "another backend")
+    return names
 
 
 def _remedy(reasons: Sequence[str]) -> str:

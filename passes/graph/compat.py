@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any, NoReturn
 
 import torch
@@ -150,6 +152,19 @@ def start_again_with_constants(symbols: set[str]) -> NoReturn:
     for name in symbols:
         TensorifyState.specialize(name)
     raise TensorifyScalarRestartAnalysis
+
+
+def can_isolate() -> bool:
+    """Whether `torch.compile` can be told that calls of it on one function count apart."""
+    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+
+def backends_of(code: CodeType) -> list[Any]:
+    """Return the backends that one function is compiled for, each once."""
+    entries: Any = getattr(torch._dynamo.eval_frame, "_debug_get_cache_entry_list", None)
+    of_code = [] if entries is None else entries(code)
+    found = {id(one.backend): one.backend for one in of_code if hasattr(one, "backend")}
+    return list(found.values())
 
 
 def can_skip_stages() -> bool:

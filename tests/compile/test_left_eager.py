@@ -10,6 +10,7 @@ from torch import nn
 import lipass
 from lipass.compile.left_eager import in_words
 from lipass.errors import LipassWarning
+from lipass.passes.graph.compat import can_isolate
 from lipass.receipt import reset_report
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -148,3 +149,38 @@ def test_guards_that_compare_nothing_are_shown_as_they_are():
     assert in_words(["len(d) != 7"]) == "len(d) != 7"
     assert in_words([]) == "torch does not say which guard failed"
     assert in_words(["n == 1", "n == 2", "h is None"]) == "`n` was 1, 2"
+
+
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3)
+
+    def forward(self, x, twice=False):
+        return self.linear(x) * (2 if twice else 1)
+
+
+def compared(**more):
+    model = Attending().eval()
+    with torch.no_grad():
+        for preset in ("off", "exact", "sparse", "cache", "all"):
+            options = {"preset": preset, "inner": "eager"}
+            fast = torch.compile(model, backend="light_interaction", options=options, **more)
+            for x, twice in ((X, False), (X, True)):
+                torch.testing.assert_close(fast(x, twice), model(x, twice))
+
+
+def test_presets_compared_in_one_process_are_named_where_they_reach_the_limit():
+    with pytest.warns(LipassWarning, match="which Python runs from now on"):
+        compared()
+    (found,) = lipass.report().left_eager
+    assert "compiled 4 times over, for preset" in found.reason
+    assert "torch._dynamo.reset()" in found.remedy
+
+
+@pytest.mark.skipif(
+    not can_isolate(), reason="this torch counts all calls of torch.compile as one"
+)
+def test_remedy_for_presets_compared_in_one_process_holds():
+    compared(isolate_recompiles=True)
+    assert lipass.report().left_eager == []
