@@ -408,6 +408,38 @@ def test_second_length_of_the_video_compiles(model, calls, dynamic):
         assert all(seen(model(), *calls))
 
 
+class Behind(Attending):
+    def forward(self, x, history):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        if history is not None:
+            k, v = torch.cat([history, k], 2), torch.cat([history, v], 2)
+        return x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Rollout(nn.Module):
+    """A first chunk has no history, the chunks behind it have."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Linear(8, 32), nn.ModuleList([Behind(), Behind()])
+
+    def forward(self, latents, history=None):
+        frames, rows, columns = latents.shape[1:4]
+        x = self.embed(latents).flatten(1, 3)
+        for layer in self.layers:
+            x = layer(x, history)
+        return x.unflatten(1, (frames, rows, columns))
+
+
+def test_call_without_a_history_and_calls_with_one_compile_with_dynamic_sizes():
+    calls = [
+        (torch.randn(1, frames, 4, 4, 8), *([torch.randn(1, 2, kept, 16)] if kept else []))
+        for frames, kept in ((4, 0), (6, 0), (4, 64), (4, 128))
+    ]
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        assert all(seen(Rollout(), *calls))
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
