@@ -61,6 +61,14 @@ def target(tmp_path, monkeypatch):
     return lambda name: f"{tmp_path / 'failing_model.py'}:{name}"
 
 
+@pytest.fixture(autouse=True)
+def _interrupts():
+    """Take interrupts as a terminal's shell gives them: started behind `&` they are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
 def run(*argv, capsys):
     code = main(list(argv))
     said = capsys.readouterr()
@@ -242,7 +250,3 @@ def test_what_nobody_has_foreseen_is_one_line_and_a_traceback_under_debug(monkey
 def test_message_of_many_lines_is_joined_and_dynamos_listing_left_out():
     text = "cannot do this\n  Explanation: because\n\n  Developer debug context: x\n"
     assert raised(ValueError(text)) == "raised ValueError: cannot do this Explanation: because"
-
-
-def test_signal_handler_is_what_it_was():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
