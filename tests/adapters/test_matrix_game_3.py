@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lipass
+from lipass.adapters.checkouts import matrix_game_3_rollout
 from lipass.adapters.checkouts.examine import counted, options_of
 from lipass.adapters.checkouts.matrix_game_3 import build
 from lipass.adapters.checkouts.subject import Ran
@@ -140,41 +141,50 @@ def test_fewer_latents_of_memory_are_fewer_rows(subject):
 
 
 @pytest.fixture
-def pipeline(subject):
-    """Yield the release's own rollout, and what it is called with."""
-    from pipeline.inference_pipeline import MatrixGame3Pipeline
-
+def walk(subject, monkeypatch):
+    """Yield what generates clips of a walk: latents, and which of them each clip remembered."""
     c2w = inverted(parse_trajectory("left-116, right-101", step_deg=1.5))
-    noise = torch.randn(1, 48, 55, 8, 12, generator=torch.Generator().manual_seed(0))
-    actions = torch.randn(1, 217, 2), torch.randn(1, 217, 6)
-    given = {"c2ws": c2w, "prompt": [torch.randn(7, 24)], "noise": noise, "actions": actions}
-    return MatrixGame3Pipeline(subject.model), given
+    monkeypatch.setattr(matrix_game_3_rollout, "cameras", lambda frames: c2w[:frames].float())
+
+    def generate(clips):
+        read = {}
+
+        def remember(_, args, given):
+            memory = given.get("memory_latent_idx")
+            if memory is not None:
+                read[int(given["predict_latent_idx"][0])] = [int(latent) for latent in memory]
+
+        hook = subject.model.register_forward_pre_hook(remember, with_kwargs=True)
+        with torch.no_grad():
+            made = subject.drive(clips)
+        hook.remove()
+        return torch.cat(made, 2), list(read.values())
+
+    generate.c2w = c2w
+    generate.pipe = subject.pipeline
+    return generate
 
 
-def driven(pipeline, clips, **options):
-    pipe, given = pipeline
+def driven(walk, clips, **options):
     with (
-        torch.no_grad(),
-        lipass.adopt(pipe) as adoption,
+        lipass.adopt(walk.pipe) as adoption,
         lipass.Session(**options) as session,
         adoption.drive(session),
     ):
-        return pipe.generate(**given, clips=clips)
+        return walk(clips)
 
 
-def test_a_driven_rollout_that_leaves_nothing_out_is_the_released_one(pipeline):
-    pipe, given = pipeline
-    with torch.no_grad():
-        expected, memory = pipe.generate(**given, clips=3)
-    actual, read = driven(pipeline, 3, preset="off")
+def test_a_driven_rollout_that_leaves_nothing_out_is_the_released_one(walk):
+    expected, memory = walk(3)
+    actual, read = driven(walk, 3, preset="off")
     assert read == memory
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
-    assert pipe.generate(**given, clips=1)[0].shape[2] == 15  # and it is undone
+    assert walk(1)[0].shape[2] == 15  # and it is undone
 
 
-def test_memory_of_the_released_gate_is_read_once_each_and_the_sink_last(pipeline):
-    _, read = driven(pipeline, 5, preset="reference-matrix-game", convention="c2w")
-    cameras = inverted(pipeline[1]["c2ws"])
+def test_memory_of_the_released_gate_is_read_once_each_and_the_sink_last(walk):
+    _, read = driven(walk, 5, preset="reference-matrix-game", convention="c2w")
+    cameras = inverted(walk.c2w)
     for clip, memory in enumerate(read, 1):
         gate = gate_clip(cameras, clip)
         assert sorted(memory) == sorted(set(gate.latents))
@@ -184,9 +194,9 @@ def test_memory_of_the_released_gate_is_read_once_each_and_the_sink_last(pipelin
 
 
 @pytest.mark.parametrize("convention", ["c2w", "w2c"])
-def test_memory_of_our_own_policy_is_what_the_receipt_says(pipeline, convention):
+def test_memory_of_our_own_policy_is_what_the_receipt_says(walk, convention):
     options = {**OWN, "preset": "context", "convention": convention}
-    _, read = driven(pipeline, 5, **options)
+    _, read = driven(walk, 5, **options)
     records = list(current_report().chunks)
     assert len(records) == 5
     for memory, record in zip(read, records[1:], strict=True):
@@ -197,9 +207,7 @@ def test_memory_of_our_own_policy_is_what_the_receipt_says(pipeline, convention)
 
 
 @pytest.mark.slow
-def test_steps_of_a_driven_rollout_are_answered_and_its_scheduler_steps_each(
-    pipeline, monkeypatch
-):
+def test_steps_of_a_driven_rollout_are_answered_and_its_scheduler_steps_each(walk, monkeypatch):
     from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler as Scheduler
 
     taken, step = [], Scheduler.step
@@ -207,32 +215,29 @@ def test_steps_of_a_driven_rollout_are_answered_and_its_scheduler_steps_each(
         Scheduler, "step", lambda *args, **kw: taken.append(0) or step(*args, **kw)
     )
     options = {**VIEW, "preset": "cache"}
-    pipe, _ = pipeline
     fast = {**options, "inner": "eager", "verify": "off"}
-    pipe.model.compile(backend="light_interaction", options=fast)
-    driven(pipeline, 4, convention="c2w", **options)
+    walk.pipe.model.compile(backend="light_interaction", options=fast)
+    driven(walk, 4, convention="c2w", **options)
     records = list(current_report().chunks)
     assert len(taken) == 4 * 3
     assert [record.steps_skipped for record in records] == [0, 0, 0, 1]
     assert [record.lookups for record in records] == [0, 0, 0, 1]
 
 
-def test_a_session_that_cannot_choose_for_it_is_refused(pipeline):
+def test_a_session_that_cannot_choose_for_it_is_refused(walk):
     with pytest.raises(LipassError, match="OpenCV axes, got a session of w2c-opengl"):
-        driven(pipeline, 1, preset="off", convention="opengl")
+        driven(walk, 1, preset="off", convention="opengl")
     mixed = {**OWN, "context.mode": "matrix-game"}
     with pytest.raises(LipassError, match="plans by video frames and the others by latents"):
-        driven(pipeline, 1, preset="all", **mixed)
+        driven(walk, 1, preset="all", **mixed)
 
 
-def test_the_lines_of_the_page_run(pipeline, monkeypatch, capsys):
+def test_the_lines_of_the_page_run(walk, monkeypatch, capsys):
     page = Path(__file__).parents[2] / "docs" / "models" / "matrix-game-3.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    pipe, given = pipeline
     asked = []
-    monkeypatch.setattr(pipe.model, "compile", lambda **options: asked.append(options))
-    with torch.no_grad():
-        exec(code, {"pipe": pipe, "generate": lambda pipe: pipe.generate(**given, clips=3)})
+    monkeypatch.setattr(walk.pipe.model, "compile", lambda **options: asked.append(options))
+    exec(code, {"pipe": walk.pipe, "generate": lambda _: walk(3)})
     assert asked == [{"backend": "light_interaction", "options": {"preset": "all", **OWN}}]
     assert len(current_report().chunks) == 3
     assert "adopted as matrix_game_3" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,6 +78,8 @@ def examine(subject: Subject, *, inner: str = "eager") -> Findings:
     began = time.perf_counter()
     with torch.no_grad():
         untouched = list(subject.rollout(subject.model, None, PARITY_CHUNKS))
+        apart = subject.drive if not subject.drives_alike else None
+        undriven = list(apart(PARITY_CHUNKS)) if apart else []
         adoption = adopt(subject.pipeline or subject.model)
         checks, table = [], ""
         try:
@@ -87,7 +90,9 @@ def examine(subject: Subject, *, inner: str = "eager") -> Findings:
             checks += _truths(subject, everything)
             checks.append(_bounded(everything))
             table = everything.receipt.table()
-            if subject.drive is not None:
+            if apart:
+                checks += _driven_apart(subject, adoption, inner, undriven)
+            elif subject.drive is not None:
                 checks.append(_driven(subject, adoption, inner, everything.latents))
             checks += subject.more() if subject.more is not None else ()
         finally:
@@ -231,20 +236,50 @@ def _bounded(rolled: _Rolled) -> Check:
 
 def _driven(subject: Subject, adoption: Adoption, inner: str, own: list[Tensor]) -> Check:
     """Check that the rollout of the release, driven, gives what the user's own loop gives."""
-    assert subject.drive is not None
     options = options_of(subject, "all")
-    torch._dynamo.reset()
-    subject.model.compile(backend="light_interaction", options={**options, "inner": inner})
-    try:
-        with (
-            registry.force("sparse", "an examination takes the sparse kernel"),
-            Session(**options) as session,
-            adoption.drive(session),
-        ):
-            driven = list(subject.drive(ROLLOUT_CHUNKS))
-    finally:
-        subject.model._compiled_call_impl = None
+    with _compiled(subject, options, inner):
+        driven = _drive(subject, adoption, ROLLOUT_CHUNKS, options)
     worst = float((torch.cat(driven, 2) - torch.cat(own, 2)).abs().max())
     return Check(
         "driven rollout", worst <= _TOLERANCE, f"largest error {worst:.1e} to the loop above"
     )
+
+
+def _driven_apart(
+    subject: Subject, adoption: Adoption, inner: str, undriven: list[Tensor]
+) -> Iterator[Check]:
+    """Check a rollout of the release against itself, and what is counted of it when driven."""
+    driven = _drive(subject, adoption, len(undriven), {"preset": "off"})
+    worst = max(float((a - b).abs().max()) for a, b in zip(driven, undriven, strict=True))
+    seen = f"largest error {worst:.1e} to the undriven one in {len(undriven)} chunks"
+    yield Check("driven rollout", worst <= _TOLERANCE, seen)
+    options = options_of(subject, "all")
+    with _compiled(subject, options, inner):
+        run = functools.partial(_drive, subject, adoption, ROLLOUT_CHUNKS, options)
+        run()  # compiling runs operators too
+        ran = counted(subject, run)
+    records = list(report().chunks)[-ROLLOUT_CHUNKS:]
+    yield _true("driven rollout: receipt is true", subject, records, ran)
+
+
+def _drive(
+    subject: Subject, adoption: Adoption, chunks: int, options: Mapping[str, Any]
+) -> list[Tensor]:
+    assert subject.drive is not None
+    with (
+        registry.force("sparse", "an examination takes the sparse kernel"),
+        Session(**options) as session,
+        adoption.drive(session),
+    ):
+        return list(subject.drive(chunks))
+
+
+@contextlib.contextmanager
+def _compiled(subject: Subject, options: Mapping[str, Any], inner: str) -> Iterator[None]:
+    """Have the model itself compiled, as a pipeline that holds it calls it."""
+    torch._dynamo.reset()
+    subject.model.compile(backend="light_interaction", options={**options, "inner": inner})
+    try:
+        yield
+    finally:
+        subject.model._compiled_call_impl = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lipass.adapters.checkouts.imports import imported_from
+from lipass.adapters.checkouts.matrix_game_3_rollout import released
 from lipass.adapters.checkouts.poses import there_and_back
 from lipass.adapters.checkouts.subject import Ran, Subject
 from lipass.adapters.matrix_game_3 import FAMILY
@@ -30,13 +32,22 @@ def build(checkout: Path, layers: int = 2) -> Subject:
         # Tables of positions are asked for there, some while the code is imported.
         torch.cuda.current_device = _cpu  # type: ignore[assignment]
     root = checkout / "Matrix-Game-3"
-    with imported_from(root if root.is_dir() else checkout, needed=("einops",)) as stubbed:
+    needed = ("einops", "scipy")
+    with imported_from(root if root.is_dir() else checkout, needed) as stubbed:
         models = import_module("wan.modules.model")
         scheduler = import_module("wan.utils.fm_solvers_unipc").FlowUniPCMultistepScheduler
+        rollouts = import_module("pipeline.inference_pipeline")
     # It asserts a GPU, and the library that it calls has no other kernels.
     models.flash_attention = stand_in(models.flash_attention)  # type: ignore[attr-defined]
     model = drawn(_configured(models.WanModel, layers))
-    return subject(model, scheduler, tuple(stubbed))
+    latent = (_CHANNELS, _HEIGHT, _WIDTH)
+    pipeline, drive = released(rollouts, model, latent, _STEPS, _TEXT)
+    return replace(
+        subject(model, scheduler, tuple(stubbed)),
+        pipeline=pipeline,
+        drive=drive,
+        drives_alike=False,
+    )
 
 
 def _cpu() -> str:

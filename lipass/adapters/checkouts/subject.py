@@ -71,6 +71,8 @@ class Subject:
         pipeline: what `lipass.adopt` is given in place of the model where the rollout of the
             release is driven; its model is `model`.
         drive: that rollout: yields its chunks, or all of them at its end.
+        drives_alike: whether they are those of `rollout`; if not, they are compared with what the
+            same rollout gives when it is not driven.
         more: checks of this family alone.
         has_memory: whether chunks read latents of earlier ones, some of which may be dropped.
         stubbed: packages that the checkout imports, that are not here and are not needed to run.
@@ -84,6 +86,7 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Any = None
     drive: Callable[[int], Iterable[Tensor]] | None = None
+    drives_alike: bool = True
     more: Callable[[], Iterable[Check]] | None = None
     stubbed: tuple[str, ...] = ()
     has_memory: bool = True

@@ -2,20 +2,30 @@
 
 import torch
 from utils.cam_utils import compute_relative_poses, select_memory_idx_fov
-from utils.utils import build_plucker_from_c2ws, build_plucker_from_pose
+from utils.utils import build_plucker_from_c2ws, build_plucker_from_pose, get_data
+from utils.visualize import process_video
 from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
 
 
 class MatrixGame3Pipeline:
-    def __init__(self, model):
-        self.model = model
+    """Holds a transformer, the encoder of a prompt and a codec; the constructor loads them."""
 
-    def generate(self, c2ws, prompt, noise, actions, steps=3, clips=1):
-        """Return the latents of all clips `[1, C, T, Y, X]` and what memory each of them read."""
-        size = dict(zip(("lat_h", "lat_w"), noise.shape[3:], strict=True))
-        places, done, read = noise.shape[3] * noise.shape[4] // 4, None, []
-        img_cond = noise[:, :, :1]
-        for clip in range(clips):
+    def generate(
+        self, text, pil_image, max_area=704 * 1280, shift=5.0, num_inference_steps=40,
+        guide_scale=5.0, seed=-1, use_base_model=False, args=None,
+    ):  # fmt: skip
+        """Generate clip by clip, write a video, and leave the program."""
+        height, width = map(int, args.size.split("*"))
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        frames, half = 57 + (args.num_iterations - 1) * 40, torch.bfloat16
+        image, c2ws, keys, mouse = get_data(
+            frames, height, width, pil_image, device=self.device, dtype=half
+        )
+        prompt = self.text_encoder([text], device=self.device)
+        img_cond = self.vae.encode([image[0]])[0].unsqueeze(0).to(half)
+        size = dict(zip(("lat_h", "lat_w"), img_cond.shape[3:], strict=True))
+        places, cache, videos, done = size["lat_h"] * size["lat_w"] // 4, [None], [], []
+        for clip in range(args.num_iterations):
             end = 57 + 40 * clip
             start = end - 56 if clip else 0
             targets = range(start + 3 if clip else 0, end, 4)
@@ -35,23 +45,25 @@ class MatrixGame3Pipeline:
                     front.append(build_plucker_from_pose(pose, **size))
                 rays = torch.cat([*front, rays], 2)
                 memory = {
-                    "x_memory": done[:, :, index],
+                    "x_memory": torch.cat(done, 2)[:, :, index],
                     "timestep_memory": torch.zeros(1, len(index) * places),
                     "mouse_cond_memory": torch.ones(1, len(index), 2),
                     "keyboard_cond_memory": -torch.ones(1, len(index), 6),
                     "memory_latent_idx": index,
                 }
-                read.append(index)
             scheduler = FlowUniPCMultistepScheduler()
-            scheduler.set_timesteps(steps, shift=5.0)
+            scheduler.set_timesteps(num_inference_steps, device=self.device, shift=shift)
             begin, stop = (start - 1) // 4 + 1 if clip else 0, (end - 1) // 4 + 1
-            latents = torch.cat([img_cond, noise[:, :, begin + img_cond.shape[2] : stop]], 2)
+            noise = torch.randn(
+                (1, 48, stop - begin, *img_cond.shape[3:]), generator=generator, dtype=half
+            )
+            latents = torch.cat([img_cond, noise[:, :, img_cond.shape[2] :]], 2)
             given = {
                 "context": prompt,
                 "seq_len": 20 * places,
-                "mouse_cond": actions[0][:, start:end],
-                "keyboard_cond": actions[1][:, start:end],
-                "plucker_emb": rays,
+                "mouse_cond": mouse[:, start:end],
+                "keyboard_cond": keys[:, start:end],
+                "plucker_emb": rays.to(half),
                 "predict_latent_idx": (begin, stop),
                 **memory,
             }
@@ -62,5 +74,10 @@ class MatrixGame3Pipeline:
                 latents = scheduler.step(pred, t, latents, return_dict=False)[0]
                 latents = torch.cat([img_cond, latents[:, :, img_cond.shape[2] :]], 2)
             img_cond = latents[:, :, -4:]
-            done = latents if done is None else torch.cat([done, latents[:, :, -10:]], 2)
-        return done, read
+            done.append(latents[:, :, -10:] if clip else latents)
+            video, cache = self.vae.stream_decode(
+                done[-1], cache, first_chunk=not clip, segment_size=4
+            )
+            videos.append(video)
+        process_video(torch.cat(videos, 2)[0], f"{self.output_dir}/{args.save_name}.mp4")
+        exit()

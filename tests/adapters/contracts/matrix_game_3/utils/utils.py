@@ -3,6 +3,11 @@
 import torch
 
 
+def get_data(num_frames, height, width, pil_image, device=None, dtype=None):
+    """Read a first frame, and make up actions and the cameras that follow from them."""
+    raise NotImplementedError("the miniature has no actions of its own")
+
+
 def build_plucker_from_c2ws(c2ws_seq, src_indices, tgt_indices, lat_h, lat_w):
     """Return the rays of the cameras of some frames, `[1, 1536, T, Y, X]`."""
     first = int(src_indices[0])
