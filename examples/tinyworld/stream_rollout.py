@@ -73,29 +73,28 @@ def stream(
     seed: int,
     cache: Cache,
 ) -> Tensor:
-    """Generate the latents after `given [M, C, Y, X]` along `w2c [F, 4, 4]`.
+    """Generate the latents after `given [B, C, M, Y, X]` along `w2c [B, F, 4, 4]`.
 
-    `walls [F, C, Y, X]` are latents of the bare room, for a model that is to know its plan. The
-    chunks of `given` enter the empty `cache` by a refresh each. Returns `[F, C, Y, X]`.
+    `walls [B, C, F, Y, X]` are latents of the bare room, for a model that is to know its plan. The
+    chunks of `given` enter the empty `cache` by a refresh each. Returns `[B, C, F, Y, X]`.
     """
-    latents = [*given]
-    for start in range(0, len(w2c), CHUNK_LATENTS):
+    b, channels, recorded, *grid = given.shape
+    latents = given
+    for start in range(0, w2c.shape[1], CHUNK_LATENTS):
         here = slice(start, start + CHUNK_LATENTS)
-        poses = w2c[None, here]
-        told = None if walls is None else walls[here].transpose(0, 1)[None]
+        told = None if walls is None else walls[:, :, here]
+        poses = w2c[:, here]
 
-        def run(
-            x: Tensor, sigma: float, refresh: bool, poses: Tensor = poses, told=told
-        ) -> Tensor | None:
-            level = torch.full((1, CHUNK_LATENTS), sigma)
+        def run(x: Tensor, sigma: float, refresh: bool, poses=poses, told=told) -> Tensor | None:
+            level = torch.full((b, CHUNK_LATENTS), sigma, device=x.device)
             return cache.forward(model, x, level, poses, text, walls=told, refresh=refresh)
 
-        if start < len(given):
-            x = given[here].transpose(0, 1)[None].contiguous()
+        if start < recorded:
+            x = given[:, :, here].contiguous()
         else:
-            x = chunk_noise(seed, start, (1, given.shape[1], CHUNK_LATENTS, *given.shape[2:]))
+            x = chunk_noise(seed, start, (b, channels, CHUNK_LATENTS, *grid)).to(given)
             for sigma, after in itertools.pairwise(SIGMAS):
                 x = x + (after - sigma) * run(x, sigma, False)
-            latents.extend(x[0].transpose(0, 1))
+            latents = torch.cat([latents, x], 2)
         run(x, 0.0, True)
-    return torch.stack(latents)
+    return latents

@@ -38,9 +38,10 @@ def way_back(
     truth = out.flip(0)
     text = model.text(tokenize(prompt_of(Attributes()))[None])
     begin = time.perf_counter()
-    made = stream(model, text, codec.encode(out), w2c, seed=seed, cache=GrownCache(window_chunks))
+    given = codec.encode(out).transpose(0, 1)[None]
+    made = stream(model, text, given, w2c[None], seed=seed, cache=GrownCache(window_chunks))
     seconds = time.perf_counter() - begin
-    shown = codec.decode(made[half:])
+    shown = codec.decode(made[0, :, half:].transpose(0, 1))
     quarters = zip(shown.chunk(4), truth.chunk(4), strict=True)
     row = {
         "room": seed,

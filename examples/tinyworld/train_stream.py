@@ -41,13 +41,14 @@ FIRST_SEED, WALKS = 3000, 150
 class StreamOptions:
     """Sizes and rates.
 
-    A step takes one of `chunks` chunks of a walk with up to `targets` noisy ones: in the order of
-    time, or (`recall_share`) those that look much the same way in any order, or (`back_share`)
-    some and the way back over them. From share `own_from` of the time on, `own_share` of the steps
-    take a rollout from a pool of `pool`, of which one is replaced every `own_every` steps.
-    `told_share` of the walks are told the bare walls.
+    A step takes one of `chunks` chunks of `batch` walks with up to `targets` noisy ones: in the
+    order of time, or (`recall_share`) those that look much the same way in any order, or
+    (`back_share`) some and the way back over them. From share `own_from` of the time on,
+    `own_share` of the steps take a rollout from a pool of `pool`, of which one is replaced every
+    `own_every` steps. `told_share` of the walks are told the bare walls.
     """
 
+    batch: int = 1
     chunks: tuple[int, ...] = (4, 6, 8, 8, 12, 16)
     targets: int = 8
     recall_share: float = 0.4
@@ -69,8 +70,8 @@ Kind = Callable[[LongWalk, int, random.Random], list[int]]
 class Stretch:
     """A stretch of a walk, batched.
 
-    `history` and `recorded [1, C, 4N, Y, X]` differ where the history is the model's own; `told`
-    says whether the model gets `walls`.
+    `history` and `recorded [B, C, 4N, Y, X]` differ from chunk `first_own` on, where the history
+    is the model's own. `walls` are zeros in walks that the model is not told of.
     """
 
     history: Tensor
@@ -78,17 +79,25 @@ class Stretch:
     w2c: Tensor
     tokens: Tensor
     walls: Tensor
-    told: bool
     first_own: int
 
 
-def stretch_of(walk: LongWalk, frames: list[int], told: bool) -> Stretch:
-    """Take latents of a walk, in any order that keeps chunks together."""
-    latents = walk.latents[frames].float().transpose(0, 1)[None]
-    walls = walk.walls[frames].float().transpose(0, 1)[None] * told
-    chunks = len(frames) // CHUNK_LATENTS
+def stretch_of(
+    walks: list[LongWalk], frames: list[list[int]], told: list[bool], device: torch.device
+) -> Stretch:
+    """Take as many latents of each walk, in any order that keeps chunks together."""
+    rows = list(zip(walks, frames, strict=True))
+    latents = torch.stack([w.latents[f].float().transpose(0, 1) for w, f in rows])
+    walls = torch.stack([w.walls[f].float().transpose(0, 1) for w, f in rows])
+    walls = walls * torch.tensor(told)[:, None, None, None, None]
+    latents = latents.to(device)
     return Stretch(
-        latents, latents, walk.w2c[None, frames], walk.tokens[None], walls, told, chunks
+        latents,
+        latents,
+        torch.stack([w.w2c[f] for w, f in rows]).to(device),
+        torch.stack([w.tokens for w in walks]).to(device),
+        walls.to(device),
+        len(frames[0]) // CHUNK_LATENTS,
     )
 
 
@@ -125,23 +134,24 @@ def stream_loss(
 ) -> Tensor:
     """Velocity loss of some chunks of a stretch, behind history of a little noise."""
     # What lies behind the last target is nobody's history.
-    count = max(targets)
-    history = stretch.history[:, :, : count * CHUNK_LATENTS]
-    noise_level = CONTEXT_NOISE * max(0.0, 2 * float(torch.rand((), generator=generator)) - 1)
-    history = history + noise_level * torch.randn(history.shape, generator=generator)
+    history = stretch.history[:, :, : max(targets) * CHUNK_LATENTS]
     frames = [t * CHUNK_LATENTS + i for t in targets for i in range(CHUNK_LATENTS)]
     clean = stretch.recorded[:, :, frames]
+    b, j = len(clean), len(targets)
+    # Half of the histories are clean, as they are when the model runs.
+    noisiness = CONTEXT_NOISE * (2 * torch.rand(b, generator=generator) - 1).clamp_min(0)
     # One level of each part of the range: the few at little noise weigh most.
-    parts = torch.randperm(len(targets), generator=generator)
-    level = (parts + torch.rand(len(targets), generator=generator)) / len(targets)
+    parts = torch.stack([torch.randperm(j, generator=generator) for _ in range(b)])
+    level = (parts + torch.rand(b, j, generator=generator)) / j
     sigma = SIGMA_SHIFT * level / (1 + (SIGMA_SHIFT - 1) * level)
-    sigma = sigma.clamp_min(SIGMA_MIN).repeat_interleave(CHUNK_LATENTS)[None]
-    noise = torch.randn(clean.shape, generator=generator)
-    s = sigma[:, None, :, None, None]
+    sigma = sigma.clamp_min(SIGMA_MIN).repeat_interleave(CHUNK_LATENTS, 1).to(clean)
+    noisiness = noisiness[:, None].expand(-1, history.shape[2]).to(clean)
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    grain = torch.randn(history.shape, generator=generator).to(clean)
+    s, n = sigma[:, None, :, None, None], noisiness[:, None, :, None, None]
     velocity, _ = forward_all(
-        model, history, torch.full((1, history.shape[2]), noise_level), stretch.w2c,
-        model.text(stretch.tokens), stretch.walls, (1 - s) * clean + s * noise, sigma,
-        tuple(targets),
+        model, history + n * grain, noisiness, stretch.w2c, model.text(stretch.tokens),
+        stretch.walls, (1 - s) * clean + s * noise, sigma, tuple(targets),
     )  # fmt: skip
     return (velocity - (noise - clean)).square().mean()
 
@@ -152,6 +162,7 @@ class StreamTrainer(Learner):
     def __init__(self, model: StreamWorld, options: StreamOptions = StreamOptions()) -> None:
         super().__init__(model, Pace(options.peak_rate, 12, 1 / 4, options.average_steps))
         self.options = options
+        self.device = model.head.weight.device
         self.pool: deque[Stretch] = deque(maxlen=options.pool)
 
     def run(
@@ -175,15 +186,16 @@ class StreamTrainer(Learner):
                 possible = range(stretch.first_own, stretch.recorded.shape[2] // CHUNK_LATENTS)
             else:
                 kind = draw.choices((alike, there_and_back, in_time), self._shares)[0]
-                stretch = self.stretch(walks, draw, draw.choice(options.chunks), kind)
+                told = [draw.random() < options.told_share for _ in range(options.batch)]
+                stretch = self.stretch(walks, draw, draw.choice(options.chunks), kind, told)
                 possible = range(1, stretch.recorded.shape[2] // CHUNK_LATENTS)
             targets = sorted(draw.sample(possible, min(options.targets, len(possible))))
             loss = stream_loss(self.model, stretch, targets, self.generator)
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
             loss.backward()
-            self.elapsed_s += time.perf_counter() - begin
             self.update(1 - self.elapsed_s / seconds)
+            self.elapsed_s += time.perf_counter() - begin
             self.losses.append((self.elapsed_s, float(loss.detach())))
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
@@ -195,26 +207,30 @@ class StreamTrainer(Learner):
         return recall, back, 1 - recall - back
 
     def stretch(
-        self, walks: list[LongWalk], draw: random.Random, chunks: int, kind: Kind
+        self,
+        walks: list[LongWalk],
+        draw: random.Random,
+        chunks: int,
+        kind: Kind,
+        told: list[bool],
     ) -> Stretch:
-        """Draw a stretch of a recorded walk."""
-        walk = draw.choice(walks)
-        frames = kind(walk, chunks, draw)
-        return stretch_of(walk, frames, draw.random() < self.options.told_share)
+        """Draw as many stretches of recorded walks as `told` has entries."""
+        drawn = [draw.choice(walks) for _ in told]
+        frames = [kind(walk, chunks, draw) for walk in drawn]
+        return stretch_of(drawn, frames, told, self.device)
 
     def rollout(self, walks: list[LongWalk], draw: random.Random) -> Stretch:
         """Let the model find the way back, or go on from the first chunk where it is told."""
         chunks = draw.choice(self.options.own_chunks)
-        stretch = self.stretch(walks, draw, chunks, there_and_back)
-        given = 1 if stretch.told else chunks // 2
+        told = draw.random() < self.options.told_share
+        stretch = self.stretch(walks, draw, chunks, there_and_back, [told] * self.options.batch)
+        stretch.first_own = 1 if told else chunks // 2
         with torch.no_grad():
             text = self.model.text(stretch.tokens)
-        frames = stretch.recorded[0].transpose(0, 1)
-        made = stream(
-            self.model, text, frames[: given * CHUNK_LATENTS], stretch.w2c[0],
-            stretch.walls[0].transpose(0, 1), seed=self.step, cache=GrownCache(),
-        )  # fmt: skip
-        stretch.history, stretch.first_own = made.transpose(0, 1)[None], given
+        given = stretch.recorded[:, :, : stretch.first_own * CHUNK_LATENTS]
+        stretch.history = stream(
+            self.model, text, given, stretch.w2c, stretch.walls, seed=self.step, cache=GrownCache()
+        )
         return stretch
 
 
@@ -225,16 +241,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--init", type=Path, default=SHIPPED / "small.safetensors")
     parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
     parser.add_argument("--walks", type=int, default=WALKS, help="walks to record before")
+    parser.add_argument("--batch", type=int, default=1, help="walks a step; more on a GPU")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     codec = Codec()
     codec.load_state_dict(load_file(SHIPPED / "codec.safetensors"))
     record_walks(range(FIRST_SEED, FIRST_SEED + args.walks), args.out / "walks", codec)
-    trainer = StreamTrainer(StreamWorld())
-    for model in (trainer.model, trainer.average):
-        model.load_state_dict(load_file(args.init))
+    trainer = StreamTrainer(StreamWorld().to(args.device), StreamOptions(batch=args.batch))
+    for weights in (trainer.model, trainer.average):
+        weights.load_state_dict(load_file(args.init))
     checkpoint = args.out / "stream.checkpoint"
     if checkpoint.exists():
-        trainer.load(torch.load(checkpoint))
+        trainer.load(torch.load(checkpoint, map_location=args.device))
 
     def save(state: StreamTrainer) -> None:
         state.save(checkpoint, args.out / "stream.safetensors")

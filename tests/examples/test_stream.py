@@ -16,8 +16,8 @@ from lipass.policy.trajectory import parse_trajectory
 
 TINY = ModelConfig(width=48, heads=1, blocks=2, rows=4, columns=4)
 CHUNKS = 6
-PATH = parse_trajectory("w-8,left-15", step_deg=9.0)[: CHUNKS * CHUNK_LATENTS]
-WALLS = torch.randn(len(PATH), 16, 4, 4, generator=torch.Generator().manual_seed(4))
+PATH = parse_trajectory("w-8,left-15", step_deg=9.0)[None, : CHUNKS * CHUNK_LATENTS]
+WALLS = torch.randn(1, 16, PATH.shape[1], 4, 4, generator=torch.Generator().manual_seed(4))
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +36,39 @@ def text(model):
 
 @pytest.fixture(scope="module")
 def given() -> torch.Tensor:
-    return torch.randn(8, 16, 4, 4, generator=torch.Generator().manual_seed(3))
-
-
-def one_batch(latents: torch.Tensor) -> torch.Tensor:
-    return latents.transpose(0, 1)[None]
+    return torch.randn(1, 16, 8, 4, 4, generator=torch.Generator().manual_seed(3))
 
 
 def all_at_once(model, text, latents, w2c=PATH, **noisy):
-    level = torch.zeros(1, len(latents))
-    walls = one_batch(WALLS)
-    return forward_all(model, one_batch(latents), level, w2c[None], text, walls, **noisy)
+    level = torch.zeros(1, latents.shape[2])
+    return forward_all(model, latents, level, w2c, text, WALLS, **noisy)
 
 
 def test_both_forms_of_the_cache_give_the_same_rollout(model, text, given):
     grown = stream(model, text, given, PATH, WALLS, seed=1, cache=GrownCache())
     ring = stream(model, text, given, PATH, WALLS, seed=1, cache=RingCache(model, CHUNKS))
     assert torch.allclose(grown, ring, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["grown", "ring"])
+def test_two_streams_in_a_batch_are_those_that_go_alone(model, form):
+    generator = torch.Generator().manual_seed(5)
+    given = torch.randn(2, 16, 8, 4, 4, generator=generator)
+    w2c = torch.cat([PATH, PATH.flip(1)])[:, :16]
+    text = model.text(torch.stack([tokenize("a room at dusk"), tokenize("a room at night")]))
+
+    def cache(batch: int):
+        return GrownCache() if form == "grown" else RingCache(model, 4, batch)
+
+    shared = cache(2)
+    both = stream(model, text, given, w2c, seed=1, cache=shared)
+    for i in range(2):
+        alone, here = cache(1), slice(i, i + 1)
+        only = [(k[here], v[here]) for k, v in text]
+        stream(model, only, both[here], w2c[here], seed=1, cache=alone)
+        for one, two in zip(alone.pairs, shared.pairs, strict=True):
+            assert torch.allclose(one[0], two[0][here], atol=1e-5)
+            assert torch.allclose(one[1], two[1][here], atol=1e-5)
 
 
 def test_ring_that_comes_round_keeps_the_latest_chunks(model, text, given):
@@ -86,16 +102,17 @@ def test_decoding_equals_the_noisy_chunks_of_one_forward(model, text, given):
     sigma = torch.full((1, CHUNK_LATENTS), 0.7)
     targets = (4, 2)
     at_once, _ = all_at_once(
-        model, text, latents[: 4 * CHUNK_LATENTS], noisy=torch.cat([noisy] * 2, 2),
+        model, text, latents[:, :, : 4 * CHUNK_LATENTS], noisy=torch.cat([noisy] * 2, 2),
         sigma=torch.cat([sigma] * 2, 1), targets=targets,
     )  # fmt: skip
     for velocity, chunk in zip(at_once.chunk(2, 2), targets, strict=True):
         start = chunk * CHUNK_LATENTS
         cache = GrownCache()
-        stream(model, text, latents[:start], PATH[:start], WALLS, seed=1, cache=cache)
+        stream(
+            model, text, latents[:, :, :start], PATH[:, :start], WALLS, seed=1, cache=cache
+        )  # fmt: skip
         here = slice(start, start + CHUNK_LATENTS)
-        walls = one_batch(WALLS)[:, :, here]
-        alone = model(noisy, sigma, PATH[None, here], text, cache.pairs, walls)
+        alone = model(noisy, sigma, PATH[:, here], text, cache.pairs, WALLS[:, :, here])
         assert torch.allclose(velocity, alone, atol=1e-5)
 
 
@@ -103,8 +120,8 @@ def test_keys_of_a_chunk_do_not_depend_on_later_chunks(model, text, given):
     latents = stream(model, text, given, PATH, seed=1, cache=GrownCache())
     _, cache = all_at_once(model, text, latents)
     other, moved = latents.clone(), PATH.clone()
-    other[12:] += 1.0
-    moved[12:, :3, 3] += 1.0
+    other[:, :, 12:] += 1.0
+    moved[:, 12:, :3, 3] += 1.0
     _, changed = all_at_once(model, text, other, moved)
     before = 12 * TINY.rows * TINY.columns
     for one, two in zip(cache, changed, strict=True):

@@ -12,6 +12,7 @@ from lipass.examples.tinyworld.stream_walks import LongWalk, out_and_back, walk_
 from lipass.examples.tinyworld.train_stream import (
     StreamOptions,
     StreamTrainer,
+    Stretch,
     alike,
     in_time,
     stream_loss,
@@ -21,9 +22,8 @@ from lipass.examples.tinyworld.train_stream import (
 from lipass.examples.tinyworld.world import make_room
 
 TINY = ModelConfig(rows=4, columns=4, width=32, heads=1, blocks=2, mlp_ratio=1, text_width=8)
-OPTIONS = StreamOptions(chunks=(3, 4), targets=2, own_chunks=(4,), own_every=1, pool=4)
+OPTIONS = StreamOptions(batch=2, chunks=(3, 4), targets=2, own_chunks=(4,), own_every=1, pool=4)
 CHUNKS = 6
-ALL = list(range(CHUNKS * CHUNK_LATENTS))
 
 
 @pytest.fixture
@@ -42,6 +42,10 @@ def tiny() -> StreamWorld:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def whole(walk: LongWalk, told: bool) -> Stretch:
+    return stretch_of([walk], [list(range(len(walk.w2c)))], [told], torch.device("cpu"))
 
 
 def test_a_walk_with_loops_stays_in_its_room_and_moves_as_people_do():
@@ -64,23 +68,24 @@ def test_the_way_back_sees_what_the_way_out_saw():
 
 
 def test_recorded_stretch_is_its_own_history_and_told_the_walls_or_zeros(walk):
-    told, untold = (stretch_of(walk, list(range(4, 16)), told) for told in (True, False))
-    assert torch.equal(told.history, told.recorded)
-    assert torch.equal(told.recorded[0, :, 0], walk.latents[4].float())
-    assert torch.equal(told.walls[0, :, 0], walk.walls[4].float())
-    assert not untold.walls.any()
-    assert torch.equal(told.w2c[0], walk.w2c[4:16])
+    frames = [list(range(4, 16)), list(range(8, 20))]
+    stretch = stretch_of([walk, walk], frames, [True, False], torch.device("cpu"))
+    assert torch.equal(stretch.history, stretch.recorded)
+    assert torch.equal(stretch.recorded[:, :, 0], walk.latents[[4, 8]].float())
+    assert torch.equal(stretch.walls[0, :, 0], walk.walls[4].float())
+    assert not stretch.walls[1].any()
+    assert torch.equal(stretch.w2c[1], walk.w2c[8:20])
 
 
 def test_loss_reads_history_before_the_target_alone_and_trains_its_keys(walk):
     model = tiny()
 
     def loss(latents: torch.Tensor, targets: list[int]) -> torch.Tensor:
-        stretch = stretch_of(walk, ALL, True)
+        stretch = whole(walk, True)
         stretch.history = latents
         return stream_loss(model, stretch, targets, torch.Generator().manual_seed(1))
 
-    history = stretch_of(walk, ALL, True).history.requires_grad_()
+    history = whole(walk, True).history.requires_grad_()
     loss(history, [3, 1]).backward()
     read = history.grad.abs().amax((0, 1, 3, 4)).unflatten(0, (CHUNKS, CHUNK_LATENTS)).amax(1)
     assert (read[:3] > 0).all()
@@ -110,10 +115,18 @@ def test_own_rollout_begins_with_the_recording_and_asks_for_it(walk):
     assert not torch.allclose(stretch.history[:, :, given:], stretch.recorded[:, :, given:])
 
 
+def test_loss_and_rollouts_are_made_where_the_weights_are(walk):
+    """Tensors on meta refuse to meet any that a function left on the CPU."""
+    trainer = StreamTrainer(tiny().to("meta"), OPTIONS)
+    stretch = trainer.rollout([walk], random.Random(0))
+    assert stretch.history.device.type == "meta"
+    assert stream_loss(trainer.model, stretch, [1, 3], trainer.generator).device.type == "meta"
+
+
 def test_training_lowers_the_loss_and_goes_on_from_its_checkpoint(walk, tmp_path):
     checkpoint, weights = tmp_path / "stream.checkpoint", tmp_path / "stream.safetensors"
     trainer = StreamTrainer(tiny(), OPTIONS)
-    stretch = stretch_of(walk, ALL, False)
+    stretch = whole(walk, False)
 
     def loss() -> float:
         draws = torch.Generator().manual_seed(1)
