@@ -49,7 +49,7 @@ class StreamOptions:
     """
 
     batch: int = 1
-    chunks: tuple[int, ...] = (4, 6, 8, 8, 12, 16)
+    chunks: tuple[int, ...] = (4, 6, 6, 8, 8, 12)
     targets: int = 8
     recall_share: float = 0.4
     back_share: float = 0.3
@@ -57,7 +57,7 @@ class StreamOptions:
     own_from: float = 0.25
     own_share: float = 0.5
     own_every: int = 4
-    own_chunks: tuple[int, ...] = (8, 12, 16, 20)
+    own_chunks: tuple[int, ...] = (6, 8, 8, 12)
     pool: int = 16
     peak_rate: float = 1.2e-3
     average_steps: int = 120
