@@ -74,9 +74,10 @@ def _predict(call: SparseCall) -> SitePrediction:
     layout, grid = call.layout(hint)
     width = selected_blocks(layout, grid, call.budget, call.role, call.sink_latents)
     dense = ""
-    if call.budget >= 1.0:
+    masked = call.latent_mask is not None  # of blocks that it hides no prediction is made
+    if call.budget >= 1.0 and not masked:
         dense = "budget 1.0 visits every block"
-    elif width == layout.blocks and call.keep_frames is None:
+    elif width == layout.blocks and call.keep_frames is None and not masked:
         dense = "protected blocks and budget together visit every block"
     else:
         shape = tuple(map(hint, query.shape))
