@@ -46,32 +46,31 @@ def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Re
     if site.latents_first is not None:
         return joint.whole(call)
     found: Operands | Refusal
+    places = [segment.pieces or (i,) for i, segment in enumerate(site.segments)]
     if site.latent_mask:
         found = latent_mask.whole(call) or Refusal("an earlier pass has changed its mask")
     else:
-        is_whole = sum(segment.pieces for segment in site.segments) == 1
+        is_whole = places == [(0,)]
         found = match.attention(call, masked=site.role == "self", in_pieces=not is_whole)
         if isinstance(found, Operands):
             found = cut(found if is_whole else even(found, call, ctx), call, ctx)
     if isinstance(found, Refusal):
         return found
-    counts = [segment.pieces for segment in site.segments]
-    if len(found.keys) != sum(counts):
+    if len(found.keys) != sum(map(len, places)):
         return Refusal("an earlier pass has changed what its keys are made of")
-    return found if set(counts) == {1} else _in_runs(found, counts, Emitter(call, ctx))
+    return _in_runs(found, places, Emitter(call, ctx))
 
 
-def _in_runs(given: Operands, counts: list[int], emit: Emitter) -> Operands:
-    """Join so many neighbouring pieces of keys and values each."""
-    joined = []
-    for pieces in (given.keys, given.values):
-        runs, at = [], 0
-        for count in counts:
-            run = pieces[at : at + count]
-            runs.append(run[0] if count == 1 else emit(torch.cat, list(run), 2))
-            at += count
-        joined.append(tuple(runs))
-    return replace(given, keys=joined[0], values=joined[1])
+def _in_runs(given: Operands, places: list[tuple[int, ...]], emit: Emitter) -> Operands:
+    """Take pieces of keys and values in another order, and join those of one segment."""
+    keys, values = (
+        tuple(
+            pieces[run[0]] if len(run) == 1 else emit(torch.cat, [pieces[i] for i in run], 2)
+            for run in places
+        )
+        for pieces in (given.keys, given.values)
+    )
+    return replace(given, keys=keys, values=values)
 
 
 def cut(given: Operands, call: Node, ctx: PassContext) -> Operands:

@@ -55,7 +55,8 @@ def evidence_of(
         named: what the options call each piece.
         grid_is_given: see `Evidence`.
     """
-    keys, current = operands.keys, operands.keys[-1]
+    keys = operands.keys
+    current = next((key for key, mine in zip(keys, own, strict=True) if mine), keys[-1])
     filmed = ["" if own[i] else camera_of(key, grid) for i, key in enumerate(keys)]
     given = [source_of(key).is_given for key in keys]
     if any(filmed[i] and given[i] for i in range(len(keys))):

@@ -32,37 +32,41 @@ def is_current_piece(q: Node, key: Node, q_tokens: Size) -> bool:
 
 
 def runs(pieces: list[KeySegment]) -> list[KeySegment] | Refusal:
-    """Join neighbours of one role and one grid: a sink and a window, two prompts.
+    """Join pieces of one role and put text first, history next: attention knows no order of keys.
 
     Two pieces that vary in length, and of which nothing else is known, may be a prompt and a
     history.
     """
-    varying = [piece for piece in pieces if piece.role == "history" and piece.why == VARIES]
-    found: list[KeySegment] = []
-    for piece in pieces:
-        before = found[-1] if found else None
-        if before is None or before.role != piece.role or not _same_grid(before, piece):
-            found.append(piece)
-            continue
-        tokens = before.tokens + piece.tokens
-        latents = before.grid[0] + piece.grid[0]
-        grid = (1, 1, tokens) if piece.role == "text" else (latents, *piece.grid[1:])
-        whys = dict.fromkeys((before.why, piece.why))
-        found[-1] = KeySegment(piece.role, tokens, grid, "; ".join(whys), before.pieces + 1)
-    roles = [piece.role for piece in found]
+    places = {
+        role: tuple(i for i, piece in enumerate(pieces) if piece.role == role)
+        for role in ("text", "history", "current")
+    }
     shown = " | ".join(piece.role for piece in pieces)
-    if len(varying) > 1 or roles.count("history") > 1:
+    histories = [pieces[i] for i in places["history"]]
+    varying = [piece for piece in histories if piece.why == VARIES]
+    if len(varying) > 1 or not all(_same_grid(histories[0], piece) for piece in histories):
         return Refusal(f"keys are {shown}; {NAME_THEM}")
-    if roles.count("text") > 1:
-        return Refusal(f"keys are {shown}; text must be in one run")
-    if roles.count("current") != 1 or roles[-1] != "current" or found[-1].pieces > 1:
-        return Refusal(f"keys are {shown}; the last must be current, once")
-    return found
+    if len(places["current"]) != 1:
+        return Refusal(f"keys are {shown}; those of q must be there once")
+    order = [i for part in places.values() for i in part]
+    if order == list(range(len(pieces))) and len(order) == sum(map(bool, places.values())):
+        return pieces
+    return [_joined([pieces[i] for i in part], part) for part in places.values() if part]
+
+
+def _joined(parts: list[KeySegment], places: tuple[int, ...]) -> KeySegment:
+    tokens, latents = parts[0].tokens, parts[0].grid[0]
+    for part in parts[1:]:
+        tokens, latents = tokens + part.tokens, latents + part.grid[0]
+    is_text = parts[0].role == "text"
+    grid = (1, 1, tokens) if is_text else (latents, *parts[0].grid[1:])
+    why = "; ".join(dict.fromkeys(part.why for part in parts))
+    return KeySegment(parts[0].role, tokens, grid, why, places)
 
 
 def _same_grid(one: KeySegment, other: KeySegment) -> bool:
     sizes = zip(one.grid[1:], other.grid[1:], strict=True)
-    return one.role == "text" or all(known_true(a == b) for a, b in sizes)
+    return all(known_true(a == b) for a, b in sizes)
 
 
 def named(given: tuple[str, ...], pieces: int) -> tuple[str | None, ...] | Refusal:

@@ -37,8 +37,8 @@ class KeySegment:
     """Latent grid `(T, Y, X)`, row-major; `(1, 1, L)` for text."""
     why: str
     """What the role was concluded from."""
-    pieces: int = 1
-    """Neighbouring pieces of the keys that are joined, such as a sink and a window."""
+    pieces: tuple[int, ...] = ()
+    """Pieces of the keys that are joined, such as a sink and a window; () is that in its place."""
 
 
 class OperandPlaces(NamedTuple):

@@ -14,6 +14,7 @@ from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.one_spelling import other_spelling, spell_as_sdpa, wrong
 from lipass.passes.attention.site import SDPA, AttentionSite, set_site
 from lipass.passes.attention.softmax_attention import Spelled
+from lipass.passes.attention.unread_rows import drop_unread_rows
 from lipass.passes.core import Numerics, Pass, PassContext, PassError
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import known_true, value
@@ -69,6 +70,9 @@ class Canonicalize(Pass):
         %q = rearrange(%q, 'B L (H D) -> B L H D', H=16)
         %q = reshape(%q, b, l, 16, 128)
 
+    Queries that are joined with others whose rows nobody reads attend alone
+    (`passes/attention/unread_rows.py`).
+
     Keys and values that are moved, cast or stacked behind their concatenation are concatenated
     last. `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten,
     contiguous, to, expand, permute or transpose that returns its input is removed.
@@ -108,8 +112,9 @@ class Canonicalize(Pass):
             # FlexAttention makes a mask under `vmap`, which nobody reads any more
             while drop_unread(graph):
                 erase_dead(graph)
-        for node in ctx.visit([node for node in graph.nodes if is_call(node, SDPA)]):
-            changed |= join_late(node, ctx)
+        for change in (drop_unread_rows, join_late):
+            for node in ctx.visit([node for node in graph.nodes if is_call(node, SDPA)]):
+                changed |= change(node, ctx)
         return changed
 
     def _spell_as_sdpa(self, node: Node, ctx: PassContext) -> bool:

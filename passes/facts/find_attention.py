@@ -75,7 +75,7 @@ class FindAttention(Pass):
       cameras where another piece's have, or that the graph projects from no latents: prompts vary
       in length too, and what is wrongly called text is attended to in full.
 
-    Neighbours of one role and one grid are one run, such as a sink and a window.
+    Pieces of one role and one grid are one run, such as a sink and a window.
 
     The call is `decode` if it has history, `prefill` if not and its own keys are returned, written
     to a cache or history to a later call, otherwise `self`: all frames attend to each other, as in
@@ -158,10 +158,10 @@ class FindAttention(Pass):
                 if site.latents_first is not None:
                     whole = operands = joint.whole(node)
                 if isinstance(operands, Operands) and site.role in OVER_LATENTS:
-                    owners[origin(operands.seen().keys[-1])] = node
-                    # pieces of a cache are proven by where it is written, at sizes that cannot
-                    # be made small; pieces that are to be joined are no operands yet
-                    plain = operands == whole and all(s.pieces == 1 for s in site.segments)
+                    (at,) = site.segments[-1].pieces or (-1,)
+                    owners[origin(operands.seen().keys[at])] = node
+                    # pieces of a cache have sizes that cannot be made small, joined ones none yet
+                    plain = operands == whole and not any(s.pieces for s in site.segments)
                     if plain and (why := self._wrong(node, operands, site, compared)):
                         site = replace(site, role="other", segments=(), reason=why)
             set_site(node, replace(site, operands=site.operands or places_of(node)))
@@ -236,7 +236,7 @@ class FindAttention(Pass):
         named = segments.named(self.segments, len(operands.keys))
         if isinstance(named, Refusal):
             return site("other", named.reason)
-        known = evidence_of(operands, whole, own, grid, named, self.token_grid is not None)
+        known = evidence_of(operands, whole.seen(), own, grid, named, bool(self.token_grid))
         pieces: list[KeySegment] = []
         for i, key in enumerate(operands.keys):
             if own[i] and not self.token_grid and (why := other_order(operands.q, key, q_tokens)):
@@ -248,14 +248,14 @@ class FindAttention(Pass):
         joined = segments.runs(pieces)
         if isinstance(joined, Refusal):
             return site("other", joined.reason)
-        pieces = joined
-        if any(piece.role == "history" for piece in pieces):
-            return site("decode", "it has history keys", grid, tuple(pieces))
-        if why := returned(operands.keys[-1], node):
-            return site("prefill", why, grid, tuple(pieces))
-        if why := joined_with_others(operands.q, operands.keys[-1], q_tokens):
+        current, runs = operands.keys[own.index(True)], tuple(joined)
+        if any(piece.role == "history" for piece in runs):
+            return site("decode", "it has history keys", grid, runs)
+        if why := returned(current, node):
+            return site("prefill", why, grid, runs)
+        if why := joined_with_others(operands.q, current, q_tokens):
             return site("other", why)
-        return site("self", WITHOUT_HISTORY, grid, tuple(pieces))
+        return site("self", WITHOUT_HISTORY, grid, runs)
 
     def _joint(self, node: Node, name: str) -> AttentionSite | None:
         """Describe attention whose queries hold text and latents, or return None."""

@@ -53,6 +53,10 @@ ROWS: dict[str, Row] = {
         why="FlexAttention with a mask over chunks",
         slow=True,
     ),
+    "anyflow-far-step": Row(
+        options={"find-attention.segments": ("text", "history", "current", "text")},
+        slow=True,
+    ),
     "helios": Row(),
     "helios-amplified": Row(slow=True),
     "cosmos": Row(),

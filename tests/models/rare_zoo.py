@@ -3,7 +3,7 @@
 import diffusers
 import torch
 from diffusers.models import transformers
-from video_zoo import _WORDS, _latents, _prompt, _wan_like
+from video_zoo import _WORDS, _latents, _prompt, _wan_like, helios
 from zoo import COLUMNS, LATENTS, ROWS
 
 _PLACES = ROWS * COLUMNS
@@ -37,21 +37,7 @@ def skyreels_v2_df():
 
 
 def helios_amplified():
-    model = diffusers.HeliosTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=2, rope_dim=(4, 4, 4), is_amplify_history=True,
-    )  # fmt: skip
-    history = {"short": 2, "mid": 2, "long": 4}
-    return model, {
-        "hidden_states": _latents(),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": _prompt(),
-        "indices_hidden_states": 8 + torch.arange(LATENTS)[None],
-        **{f"latents_history_{name}": torch.randn(1, 4, n, 8, 12) for name, n in history.items()},
-        **{
-            f"indices_latents_history_{name}": torch.arange(n)[None] for name, n in history.items()
-        },
-    }
+    return helios(is_amplify_history=True)
 
 
 def framepack():
@@ -124,17 +110,32 @@ def wan_animate():
 
 def far_prefill():
     """The clean chunks of AnyFlow-FAR, which fill its cache."""
-    model = transformers.AnyFlowFARTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32, full_chunk_limit=3,
-        chunk_partition=(1, 2, 2),
-    )  # fmt: skip
+    return _far([2], full_chunk_limit=3, chunk_partition=(1, 2, 2))
+
+
+def _far(frames, **options):
+    """Two frames behind others, as many as the list says for each chunk."""
+    model, inputs = _wan_like("AnyFlowFARTransformer3DModel", **options)
     return model, {
+        **inputs,
         "hidden_states": torch.randn(1, 2, 4, 2 * ROWS, 2 * COLUMNS),
         "timestep": torch.full((1, 2), 500),
         "r_timestep": torch.full((1, 2), 400),
-        "encoder_hidden_states": _prompt(),
-        "chunk_partition": [2],
+        "chunk_partition": frames,
+    }
+
+
+def far_step():
+    """A step of AnyFlow-FAR: far history at a coarser grid, near history, own frames, zeros."""
+    model, inputs = _far([2, 2, 2], head_dim=16, full_chunk_limit=2, chunk_partition=(2, 2, 2))
+    caches = {"compressed_cache": 2 * _PLACES // 4, "full_cache": 2 * _PLACES}
+    return model, {
+        **inputs,
+        "kv_cache": {
+            layer: {name: torch.randn(2, 1, 2, 2 * n, 16) for name, n in caches.items()}
+            for layer in range(2)
+        },
+        "kv_cache_flag": {"num_cached_chunks": 2, "is_cache_step": False},
     }
 
 
@@ -245,6 +246,7 @@ RARE = {
     "kandinsky-6": kandinsky6,
     "kandinsky-6-sr": kandinsky6_sr,
     "anyflow-far": far_prefill,
+    "anyflow-far-step": far_step,
     "sana-wm-refiner": refiner,
     "minimax-h3": minimax_h3,
     "flux": flux,

@@ -15,10 +15,10 @@ def _prompt(width=16):
     return torch.randn(1, _WORDS, width)
 
 
-def _wan_like(name, **options):
+def _wan_like(name, head_dim=12, **options):
     model = getattr(diffusers, name)(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32, **options,
+        num_attention_heads=2, attention_head_dim=head_dim, in_channels=4, out_channels=4,
+        text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32, **options,
     )  # fmt: skip
     inputs = {"hidden_states": _latents(), "timestep": torch.tensor([500])}
     return model, {**inputs, "encoder_hidden_states": _prompt()}
@@ -216,10 +216,10 @@ def joy_image_edit():
     }
 
 
-def helios():
+def helios(**options):
     model = diffusers.HeliosTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=2, rope_dim=(4, 4, 4),
+        freq_dim=32, ffn_dim=32, num_layers=2, rope_dim=(4, 4, 4), **options,
     )  # fmt: skip
     history = {"short": 2, "mid": 2, "long": 4}
     return model, {

@@ -95,13 +95,13 @@ def test_segments_option_that_contradicts_the_graph(found, names, reason):
     assert found(attend, args, text=text) == [("other", reason)]
 
 
-def test_current_keys_must_be_last(found, grown):
+def test_keys_of_q_must_be_there_once(found, grown):
     def fn(x, text, history):
         q = heads(x.flatten(2).mT)
-        key = torch.cat([text, q, history], 2)
+        key = torch.cat([text, q, history, q * 2], 2)
         return F.scaled_dot_product_attention(q, key, key)
 
-    reason = "keys are text | current | history; the last must be current, once"
+    reason = "keys are text | current | history | current; those of q must be there once"
     assert found(fn, *grown) == [("other", reason)]
 
 

@@ -1,4 +1,4 @@
-"""Neighbouring pieces of one role are one run: a sink and a window, two prompts."""
+"""Pieces of one role are one run, wherever they lie: a sink and a window, two prompts."""
 
 import torch
 from attending import TEXT, attend, describe, heads, kv, latents
@@ -55,6 +55,27 @@ def test_runs_of_a_history_are_joined_where_they_are_read(trace, apply):
     ]
     with registry.force("sparse"):
         torch.testing.assert_close(gm(*args)[0], expected)
+
+
+def test_keys_may_come_in_any_order(trace, apply):
+    def fn(x, text, history):
+        q = heads(x.flatten(2).mT)
+        key = torch.cat([history, q * 0.5, text], 2)
+        value = torch.cat([history + 1, q * 3, text + 2], 2)
+        return F.scaled_dot_product_attention(q, key, value)
+
+    inputs = [(latents(), kv(6), kv(16 * n)) for n in (4, 5)]
+    gm = trace(fn, *inputs)
+    apply(gm, "canonicalize,find-attention,sparse-attention{budget_decode=1.0}")
+    (call,) = map(SparseCall.of, SparseCall.nodes(gm.graph))
+    assert call.roles == ("text", "history", "current")
+    args = dict(zip(("l_x_", "l_text_", "l_history_"), inputs[1], strict=True))
+    given = [
+        next((v for k, v in args.items() if k in n.name), 80)
+        for n in gm.graph.find_nodes(op="placeholder")
+    ]
+    with registry.force("sparse"):
+        torch.testing.assert_close(gm(*given)[0], fn(*inputs[1]))
 
 
 def test_two_prompts_are_one_text(found, grown):
