@@ -62,11 +62,13 @@ def form(call: Node, operands: Operands, site: AttentionSite) -> object:
 def _latent_mask(mask: Node, site: AttentionSite) -> torch.Tensor:
     """Make a mask of small sizes that shows each latent itself and those in front of it."""
     assert site.q_grid is not None
-    latents = [int(segment.grid[0]) for segment in site.segments]
+    text = sum(int(one.tokens) for one in site.segments if one.role == "text")
+    latents = [int(one.grid[0]) for one in site.segments if one.role != "text"]
     rows = torch.arange(sum(latents))
     shown = rows[-int(site.q_grid[0]) :, None] >= rows
     for axis in (0, 1):
         shown = shown.repeat_interleave(int(site.q_grid[1] * site.q_grid[2]), axis)
+    shown = torch.nn.functional.pad(shown, (text, 0), value=True)
     shown = shown.expand(*(1,) * (value(mask).dim() - 2), -1, -1)
     if value(mask).dtype == torch.bool:
         return shown

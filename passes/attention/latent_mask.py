@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from lipass.passes.attention import match, padding_mask
 from lipass.passes.attention.match import Operands
+from lipass.passes.attention.run_shapes import ALL
 from lipass.passes.attention.runs import is_run, runs_of
 from lipass.passes.attention.site import SDPA, AttentionSite
 from lipass.passes.core import PassContext
@@ -20,11 +21,12 @@ from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, known_true, value
 from lipass.passes.graph.emit import Emitter
 from lipass.passes.graph.marks import set_step, step_of
-from lipass.passes.graph.ops import argument, is_other_look, name_of
+from lipass.passes.graph.ops import argument, is_other_look, moved_axes, name_of
 from lipass.passes.graph.writes import mutates, shares_memory, writers_of
 
 BY_LATENTS = "a mask says which latents see which"
 _REPEATS = {"repeat", "repeat_interleave", "tile", "getitem", "tril", "triu"}
+_ONES = {"ones", "new_ones", "ones_like"}
 _ZEROS = {"zeros", "new_zeros", "zeros_like"}
 _FILLED = {"full": 1, "new_full": 2, "full_like": 1}
 
@@ -56,12 +58,19 @@ def why_not(call: Node, mask: Node, site: AttentionSite) -> str:
     """Say why a mask of a call over latents may differ within a latent, or return nothing."""
     shape = value(mask).shape
     shown = f"its mask [{', '.join(map(str, shape))}]"
-    if any(segment.role == "text" for segment in site.segments):
-        return f"{shown} covers text too"
+    text = _text(site)
+    if text and not isinstance(text, int):
+        return f"{shown} covers text of a length that varies"
+    of_latents = _behind_text(mask, text) if text else mask
+    if of_latents is None:
+        return f"{shown} covers text too, and nothing shows that every query sees it"
+    places = [i for segment in site.segments for i in segment.pieces]
+    if places != sorted(places):
+        return f"{shown} covers keys of q in front of others"
     if any(write > call for write in writers_of(mask)):
         return f"{shown} is written to behind it"
-    runs = runs_of(mask).runs
-    if len(shape) > 2 and not (known_true(shape[-3] == 1) or runs[-3] is None):
+    runs = runs_of(of_latents).runs
+    if len(shape) > 2 and not (known_true(shape[-3] == 1) or runs_of(mask).runs[-3] is ALL):
         return f"{shown} may differ between heads"
     per_latent = _per_latent(site)
     for axis, what in ((-2, "queries"), (-1, "keys")):
@@ -70,7 +79,7 @@ def why_not(call: Node, mask: Node, site: AttentionSite) -> str:
                 f"{shown} may differ between queries, and nothing shows that it is one for all "
                 f"{what} of a latent"
             )
-    if value(mask).dtype != torch.bool and not _hides(mask):
+    if value(mask).dtype != torch.bool and not _hides(of_latents):
         return f"{shown} adds to its scores other numbers than 0 and -inf"
     return ""
 
@@ -83,7 +92,7 @@ def latents_of(mask: Node, site: AttentionSite, ctx: PassContext) -> Node:
     one = slice(None, None, int(_per_latent(site)))
     rank = value(mask).dim()
     front = {2: (None,), 3: (slice(0, 1),), 4: (slice(None), 0)}[rank]
-    index = (*front, one, one)
+    index = (*front, one, slice(_text(site) or None, None, one.step))
     made = _behind(mask, operator.getitem, index, ctx)
     return made if value(mask).dtype == torch.bool else _behind(made, operator.eq, 0, ctx)
 
@@ -102,6 +111,34 @@ def _behind(tensor: Node, target: Callable[..., Any], given: Any, ctx: PassConte
     if step := step_of(tensor):
         set_step(made, step)
     return made
+
+
+def _text(site: AttentionSite) -> Size:
+    """Return how many keys of text there are."""
+    first = site.segments[0]
+    return first.tokens if first.role == "text" else 0
+
+
+def _behind_text(mask: Node, text: Size) -> Node | None:
+    """Return the columns of a mask behind those of a text that every query sees, if it does."""
+    node, columns = mask, value(mask).shape[-1]
+    while is_other_look(node) and moved_axes(node) is None:
+        above = node.all_input_nodes[0]
+        if not known_true(value(above).shape[-1] == columns):
+            break
+        node = above
+    seen = _ONES if value(node).dtype == torch.bool else _ZEROS
+    if name_of(node) == "pad":
+        given, fill = argument(node, 1, "pad"), argument(node, 3, "value")
+        fits = list(given[:2]) == [text, 0] and not any(given[2:])
+        shown = bool(fill) == (value(node).dtype == torch.bool)
+        return node.all_input_nodes[0] if fits and shown else None
+    pieces: Any = argument(node, 0, "tensors")
+    if name_of(node) != "cat" or argument(node, 1, "dim", 0) not in (-1, value(node).dim() - 1):
+        return None
+    if len(pieces) != 2 or name_of(pieces[0]) not in seen or writers_of(pieces[0]):
+        return None
+    return pieces[1] if known_true(value(pieces[0]).shape[-1] == text) else None
 
 
 def _per_latent(site: AttentionSite) -> Size:

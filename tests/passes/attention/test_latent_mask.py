@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attending import describe, heads, latents
+from attending import describe, heads, kv, latents
 from torch.nn import functional as F
 
 import lipass
@@ -249,6 +249,57 @@ def test_a_history_may_be_masked_too(trace, apply):
     apply(gm, TEXT)
     (call,) = map(SparseCall.of, SparseCall.nodes(gm.graph))
     assert (call.role, call.latent_mask is not None) == ("decode", True)
+
+
+def with_text(spread):
+    """Attend to a prompt in front of latents that see those before them."""
+
+    def fn(x, text):
+        q = heads(x.flatten(2).mT)
+        key, value = torch.cat([text, q * 0.5], 2), torch.cat([text + 1, q * 3], 2)
+        mask = spread(causal_by_division(x), text.shape[2])
+        return F.scaled_dot_product_attention(q, key, value, attn_mask=mask)
+
+    return fn
+
+
+def by_ones(shown, text):
+    return torch.cat([torch.ones(shown.shape[0], text, dtype=torch.bool), shown], 1)[None, None]
+
+
+def by_padding(shown, text):
+    return F.pad(shown, (text, 0), value=True)
+
+
+def by_zeros(shown, text):
+    added = torch.where(shown, 0.0, float("-inf"))
+    return torch.cat([torch.zeros(shown.shape[0], text), added], -1)
+
+
+@pytest.mark.parametrize("spread", [by_ones, by_padding, by_zeros])
+def test_text_in_front_that_all_see(trace, apply, spread):
+    fn, inputs = with_text(spread), (latents(), kv(6))
+    gm = trace(fn, inputs)
+    apply(gm, TEXT)
+    (call,) = map(SparseCall.of, SparseCall.nodes(gm.graph))
+    assert call.roles == ("text", "current")
+    with registry.force("sparse"):
+        torch.testing.assert_close(gm(*inputs)[0], fn(*inputs))
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda shown, text: F.pad(shown, (text, 0)),
+        lambda shown, text: F.pad(shown, (0, text), value=True),
+        lambda shown, text: torch.cat([shown[:, :text], shown], 1),
+    ],
+    ids=["hidden", "behind", "of latents"],
+)
+def test_text_that_not_all_see_stays(trace, apply, spread):
+    gm = trace(with_text(spread), (latents(), kv(6)))
+    apply(gm, TEXT)
+    assert "covers text too, and nothing shows that every query sees it" in describe(gm)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
