@@ -106,18 +106,8 @@ class ChunkRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""
-        return {
-            "session": self.session,
-            "seconds": self.seconds,
-            "lookups": self.lookups,
-            "misses": self.misses,
-            "why_missed": dict(self.why_missed),
-            "latents_read": self.latents_read,
-            "steps_skipped": self.steps_skipped,
-            "preset": self.preset,
-            "compiled": self.compiled,
-            "plan": self.plan.to_dict(),
-        }
+        own = {"why_missed": dict(self.why_missed), "plan": self.plan.to_dict()}
+        return vars(self) | own
 
 
 @dataclass

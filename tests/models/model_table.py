@@ -80,7 +80,7 @@ ROWS: dict[str, Row] = {
     "easy-animate": Row(),
     "hunyuan-video": Row(),
     # Dynamo compiles its block alone, once for both layers, so that they share one receipt.
-    "hunyuan-video-1.5": Row(1, options=_CLIP, slow=True),
+    "hunyuan-video-1.5": Row(2, options=_CLIP, slow=True),
     "hunyuan-framepack": Row(
         0,
         reason="no reshape from [.., T, Y, X, ..] to its tokens is upstream of q",
