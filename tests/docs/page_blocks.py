@@ -19,7 +19,8 @@ PAGES = [
     ROOT / "kernels/block_sparse/README.md",
 ]
 COMMANDS = ("lipass", "make", "python", "pip", "bash")
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# ruff formats what stands behind ```python, and would format an include apart.
+_FENCE = re.compile(r"^```(?: \{ \.)?(\w*)(?: \})?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _SNIPPET = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
 # Names of the docs for objects of this project.
 _OBJECTS = {
