@@ -129,7 +129,9 @@ class Config:
         for key in sorted(options, key=lambda key: key not in SHORTHANDS):
             targets = SHORTHANDS.get(key, (key,))
             live = [t for t in targets if "." not in t or values[t.split(".")[0]] is not None]
-            if not live:
+            if not live and key in _OF_THE_WALK:
+                coerced(key, options[key], _FIELD_KINDS[targets[0]])
+            elif not live:
                 raise ValueError(_section_off(key, targets, preset))
             for target in live:
                 section, _, field = target.rpartition(".")
@@ -171,12 +173,12 @@ _SECTION_TYPES: dict[str, Any] = {
     "steps": StepOptions,
 }
 
+# True of a walk under any preset, so that one can be put in place of another and the rest stays.
+_OF_THE_WALK = tuple(field.name for field in dataclasses.fields(ViewOptions))
+
 SHORTHANDS: dict[str, tuple[str, ...]] = {
     "sparse.budget": ("sparse.budget_prefill", "sparse.budget_self", "sparse.budget_decode"),
-    **{
-        field.name: (f"context.{field.name}", f"steps.{field.name}")
-        for field in dataclasses.fields(ViewOptions)
-    },
+    **{name: (f"context.{name}", f"steps.{name}") for name in _OF_THE_WALK},
 }
 
 _FIELD_KINDS: dict[str, Any] = {

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lipass.receipt import ChunkRecord, Report
 
 _OVER_LATENTS = ("prefill", "self", "decode")
+_EXACT = ("off", "exact")
 # Fewer chunks than this, compiled before, say nothing about speed.
 _TIMED_CHUNKS = 3
 
@@ -35,10 +36,14 @@ def _skipped(report: Report) -> str:
         shares.append(f"{skipped / total:.0%} of the steps")
     visited = [one.density for one in report.sites.values() if one.density is not None]
     if visited and (density := statistics.mean(visited)) < 0.995:
-        shares.append(f"{1 - density:.0%} of the key blocks at {len(visited)} sites")
+        shares.append(f"{1 - density:.0%} of the key blocks at {_sites(len(visited))}")
     if not shares:
         return "Nothing was left out."
     return f"Skipped: {', '.join(shares)}."
+
+
+def _sites(count: int) -> str:
+    return "1 site" if count == 1 else f"{count} sites"
 
 
 def _read(record: ChunkRecord) -> int:
@@ -76,7 +81,7 @@ def _changed(report: Report) -> str:
     presets = report.presets or list(dict.fromkeys(one.preset for one in report.chunks))
     if presets and set(presets) <= {"off"}:
         return "Preset 'off' changes nothing: results are those of torch.compile."
-    if set(presets) <= {"off", "exact"} or _skipped(report).startswith("Nothing"):
+    if set(presets) <= {*_EXACT} or _skipped(report).startswith("Nothing"):
         return "Results are those of the model to rounding (exact)."
     return "What is skipped changes results (approximate): compare them with preset 'off'."
 
@@ -84,7 +89,7 @@ def _changed(report: Report) -> str:
 def _next(report: Report) -> str:
     """Say the one thing that helps most."""
     over = [site for site in report.sites.values() if site.role in _OVER_LATENTS]
-    approximate = set(report.presets) - {"off", "exact"}
+    approximate = set(report.presets) - {*_EXACT}
     if report.left_eager:
         return "mend what is not compiled, above; nothing is gained there"
     if over and all("gradient is recorded" in site.reason for site in over):
@@ -101,10 +106,21 @@ def _next(report: Report) -> str:
         return "open a lipass.Session around the loop, which chooses frames and steps"
     if report.idle:
         return "mend the cause that stands above"
-    if dense := [site for site in over if site.ran_dense]:
-        return f"see why {len(dense)} sites ran dense, above: nothing is gained there"
+    asked = [one for one in report.chunks if one.preset not in _EXACT]
+    if wider := sum(_read(one) > len(one.plan.context.indices) for one in asked):
+        return (
+            f"encode chunk.context only: {wider} of {len(asked)} chunks read more of the history "
+            "than was chosen"
+        )
+    if any(one.plan.revisit.allowed and one.plan.steps is None for one in asked):
+        return (
+            "loop over chunk.steps(sigmas): steps could be reused, and no chunk was asked for them"
+        )
+    dense = [site for site in over if site.ran_dense]
+    if dense and len(dense) == len(over):
+        return f"see why {_sites(len(dense))} ran dense, above: no block was left out"
     if kept := sum(site.action == "kept" for site in over):
-        return f"`lipass explain` says why {kept} sites are kept"
+        return f"`lipass explain` says why {_sites(kept)} {'is' if kept == 1 else 'are'} kept"
     if not _speed(report):
         return "run the same walk with preset 'off' in this process, to see how much faster it is"
     return "look at the pictures of both; `lipass options` lists what trades speed for them"

@@ -131,7 +131,8 @@ class Session:
                 otherwise) and the unit of near and far (metres); None for a first chunk without
                 history.
             query: `[q, 4, 4]` of the latents to generate, `chunk_latents` of them; None for models
-                without cameras, whose history is chosen by `latents` alone.
+                without cameras, whose history is chosen by `latents` alone (a first chunk of
+                theirs has neither).
             latents: `[M, ...]` history, for the latent dynamics; None leaves the window longest.
             own_context: indices that the loop reads by itself, used while the context policy is
                 off; None reads all of the history.
@@ -149,10 +150,11 @@ class Session:
             return Chunk(self, self._recorded(stream, poses))
         if query is not None:
             poses, query = self.given.checked(poses, query, stream, index)
-        elif poses is not None or latents is None:
+        elif poses is not None or (latents is None and index):
             raise ValueError(
                 "query must hold the new latents' cameras, got None; pass [q, 4, 4], or, for a "
-                "model without cameras, the history as latents=[M, ...] and no poses"
+                "model without cameras, the history as latents=[M, ...] and no poses (nothing "
+                "for a first chunk)"
             )
         if latents is not None:
             check_latents(latents)

@@ -137,7 +137,8 @@ def test_lists_become_tuples_and_ints_floats():
         ("all", {"steps.reuse": (-1,)}, ValueError, "step indices >= 0, got \\(-1,\\)"),
         ("all", {"steps.form": "merged"}, ValueError, "did you mean 'merge'"),
         ("exact", {"sparse.budget": 0.3}, ValueError, "'sparse' is off in preset 'exact'; add"),
-        ("sparse", {"hfov_deg": 60}, ValueError, "'context' is off in preset 'sparse'"),
+        ("sparse", {"context.hfov_deg": 60}, ValueError, "'context' is off in preset 'sparse'"),
+        ("sparse", {"hfov_deg": "wide"}, TypeError, "hfov_deg"),
     ],
 )
 def test_wrong_option_is_named_with_rule_value_and_remedy(mode, options, error, words):
@@ -153,3 +154,10 @@ def test_options_of_the_caller_are_not_changed():
     assert options == before
     Config.resolve("all", {"sparse.budget": 0.9})
     assert Config.resolve("all").sparse.budget_decode != 0.9
+
+
+@pytest.mark.parametrize("preset", ["off", "exact", "sparse"])
+def test_what_describes_a_walk_stays_when_another_preset_is_tried(preset):
+    given = {"chunk_latents": 3, "near": 1, "hfov_deg": 90}
+    assert Config.resolve(preset, given) == Config.resolve(preset)
+    assert Config.resolve("all", given).context.chunk_latents == 3

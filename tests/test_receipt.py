@@ -270,7 +270,7 @@ def test_chunks_that_compiled_say_nothing_of_speed():
         (
             ["all"],
             replace(SITE, density=0.25),
-            "Skipped: 75% of the key blocks at 1 sites. What is skipped changes results",
+            "Skipped: 75% of the key blocks at 1 site. What is skipped changes results",
             "Next: open a lipass.Session",
         ),
     ],
@@ -286,3 +286,36 @@ def test_table_ends_with_what_changed_and_what_to_try(presets, site, said, then)
 
 def test_report_of_nothing_has_no_ending():
     assert "Next" not in current_report().table()
+
+
+def chunk_records(read=None, asked=True):
+    poses = parse_trajectory("left-15, right-16")
+    with Session(Config.resolve("all")) as session:
+        for start in (4, 24):
+            with session.chunk(poses=poses[:start], query=poses[start : start + 4]) as chunk:
+                if asked:
+                    list(chunk.steps((1.0, 0.9, 0.8, 0.6, 0.0)))
+                chunk.latents_read = read
+
+
+def test_ending_says_first_that_more_was_read_than_was_chosen():
+    current_report().add_graph(1.0, preset="all")
+    current_report().add_site(replace(SITE, calls=2, dense_calls=2))
+    chunk_records(read=24)
+    said = " ".join(current_report().table().split())
+    assert "Next: encode chunk.context only: 2 of 2 chunks read more" in said
+
+
+def test_ending_says_that_no_chunk_was_asked_for_its_steps():
+    current_report().add_graph(1.0, preset="all")
+    current_report().add_site(SITE)
+    chunk_records(asked=False)
+    assert "Next: loop over chunk.steps(sigmas)" in current_report().table()
+
+
+def test_ending_leaves_alone_that_some_sites_ran_dense():
+    current_report().add_graph(1.0, preset="all")
+    current_report().add_site(replace(SITE, calls=2, dense_calls=2))
+    current_report().add_site(replace(SITE, name="blocks.4.attention", density=0.5, calls=2))
+    chunk_records()
+    assert "ran dense, above" not in current_report().table().replace("\n", " ")

@@ -457,3 +457,13 @@ def test_replay_refuses_another_history():
         replayed.chunk(poses=WAY_BACK[:20])
     with replayed.chunk(poses=WAY_BACK[:24]) as chunk:
         assert chunk.plan == plan
+
+
+def test_first_chunk_without_cameras_needs_nothing_and_later_ones_a_history():
+    session = Session(Config.resolve("all"))
+    with session.chunk() as chunk:
+        assert (list(chunk.context), len(list(chunk.steps((1.0, 0.5, 0.0))))) == ([], 2)
+    with pytest.raises(ValueError, match=r"query must hold .* got None; .* first chunk"):
+        session.chunk()
+    with session.chunk(latents=torch.randn(4, 2, 3, 3)) as chunk:
+        assert list(chunk.context) == [0, 1, 2, 3]

@@ -38,6 +38,8 @@ def _steps(document: dict[str, Any]) -> Iterator[str]:
         yield "try --preset all: with 'off' no pass runs"
         return
     yield from _kept(over)
+    if not rewritten and any("name the pieces" in site["reason"] for site in sites):
+        yield "or inspect with --dynamic: lengths that vary say by themselves what a history is"
     dense = [site for site in rewritten if "here it would run dense" in site["reason"]]
     if dense:
         yield (

@@ -142,6 +142,13 @@ def load(text: str, fake: bool = False) -> Target:
             f"{text} must return (model, inputs), got a model of kind {type(model).__name__}, "
             "which cannot be called; return a module or a function"
         )
+    import torch
+
+    if isinstance(model, torch.nn.Module) and type(model).forward is torch.nn.Module.forward:
+        raise UsageError(
+            f"{text} must return what is called, got a {type(model).__name__}, which has no "
+            "forward; return the method that is called, such as (model.denoise, inputs)"
+        )
     calls = inputs if isinstance(inputs, list) else [inputs]
     wrong = [one for one in calls if not isinstance(one, tuple | dict)]
     if wrong or not calls:

@@ -57,6 +57,7 @@ class GraphReading:
         self._latent_tokens: Size = grids[0][1] * grids[0][2] if grids else 0
         decode = [site for site in found if site.role == "decode"]
         self._history = _history(decode[0]) if decode else None
+        self._reader = decode[0].name if decode else ""
         self._prefills = any(site.role == "prefill" for site in found)
         self._sizes = ArgumentSizes(gm.graph)
         scores, asks = (
@@ -123,7 +124,8 @@ class GraphReading:
                 read = len({*chosen, *window, *range(min(self._sink, there))})
             elif session not in self._told:
                 self._told.add(session)
-                tell(_ignored(read, len(chosen), there), strict=self._strict(session))
+                said = _ignored(read, len(chosen), there, self._reader)
+                tell(said, strict=self._strict(session))
         chunk.latents_read = max(read, chunk.latents_read or 0)
         return reading
 
@@ -155,10 +157,10 @@ def _history(site: AttentionSite) -> Size:
     return total
 
 
-def _ignored(read: int, chosen: int, there: int) -> str:
+def _ignored(read: int, chosen: int, there: int, reader: str) -> str:
     return (
-        f"a model must read the history latents that its session chose, got a call that reads "
-        f"{read} where {chosen} of {there} were chosen, so nothing else was dropped; build the "
+        f"a model must read the history latents that its session chose, got a call of {reader} "
+        f"that reads {read} where {chosen} of {there} were chosen, and attends to all; build the "
         "history from `chunk.context`, or compile with the section context and the cameras of all "
         "latents as an input [B, F, 4, 4]"
     )

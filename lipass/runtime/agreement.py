@@ -8,17 +8,24 @@ not have.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Set
 from dataclasses import fields
+from pathlib import Path
+
+import torch
 
 from lipass.config import SECTIONS, Config
 from lipass.errors import LipassError, LipassWarning
 from lipass.options import ViewOptions
 from lipass.presets import ADAPTIVE
 
+_HERE, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
 # Of the options of sparse attention a session reads the one that holds for whole chunks.
 _CHUNKWISE = ("sparse.dense_chunks",)
+# A session of these promises results that its graph would change.
+_EXACT = ("off", "exact")
 _CAMERA = tuple(field.name for field in fields(ViewOptions) if field.name != "chunk_latents")
 
 
@@ -35,6 +42,8 @@ def differences(graph: Config, able: Set[str], session: Config) -> list[str]:
     lines = []
     if session.sparse and "sparse" not in able:
         lines.append("sparse: on in the session, not in the graph")
+    if graph.sparse and "sparse" in able and session.preset in _EXACT and not session.sparse:
+        lines.append(f"the {session.preset!r} of the session, as attention of the graph is sparse")
     if session.steps and session.steps.form == "lookup" and "steps" not in able:
         lines.append("steps: the session looks them up, the graph cannot answer")
     compiled, opened = graph.to_options(), session.to_options()
@@ -61,7 +70,19 @@ def tell(message: str, *, strict: bool) -> None:
     """
     if strict:
         raise LipassError(f"strict: {message}")
-    warnings.warn(message, LipassWarning, stacklevel=3)
+    warnings.warn(message, LipassWarning, stacklevel=_to_the_caller())
+
+
+def _to_the_caller() -> int:
+    """Count the frames to the line of the user's that was running: not ours, and not torch's."""
+    frame, level = sys._getframe(2), 2
+    while frame.f_back is not None and _not_theirs(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _not_theirs(file: str) -> bool:
+    return file.startswith((_HERE, _TORCH, "<"))
 
 
 def disagreement(lines: list[str], preset: str, session_preset: str) -> str:

@@ -22,7 +22,8 @@ from lipass.passes.graph.compat import (
 
 VARIES = "its length varies between calls"
 NAME_THEM = (
-    'name the pieces with the option "find-attention.segments": ("text", "history", "current")'
+    'name the pieces in their order with the option "find-attention.segments", such as '
+    '("history", "current") or ("text", "history", "current")'
 )
 
 

@@ -57,6 +57,9 @@ MODEL = """
     def only_model():
         return Attention()
 
+    def of_methods():
+        return torch.nn.Identity.__base__(), ()
+
     constant = 3
 """
 
@@ -140,6 +143,7 @@ def test_wrong_target_is_usage(target, said, capsys):
     [
         ("constant", "must define the callable 'constant'"),
         ("only_model", "must return (model, inputs), got Attention"),
+        ("of_methods", "got a Module, which has no forward; return the method that is called"),
     ],
 )
 def test_wrong_callable_is_usage(model, name, said, capsys):

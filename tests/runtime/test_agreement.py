@@ -3,7 +3,8 @@
 import pytest
 
 from lipass.config import Config
-from lipass.runtime.agreement import differences
+from lipass.errors import LipassWarning
+from lipass.runtime.agreement import differences, tell
 
 EVERY = {"context", "sparse", "steps"}
 
@@ -95,3 +96,19 @@ def test_fingerprint_holds_what_both_sides_must_agree_on():
     assert one.fingerprint() != Config.resolve("all", {"sparse.budget": 0.5}).fingerprint()
     assert one.fingerprint() == Config.resolve(None, one.to_options()).fingerprint()
     assert len(one.fingerprint()) == 12
+
+
+@pytest.mark.parametrize("preset", ["off", "exact"])
+def test_exact_session_over_a_graph_with_sparse_attention_is_told(preset):
+    (line,) = between({"preset": "all"}, {"preset": preset})
+    assert f"the {preset!r} of the session" in line
+    assert between({"preset": "all", "sparse": False}, {"preset": preset}) == []
+
+
+def test_warnings_point_at_the_line_of_the_user():
+    def of_the_library():
+        tell("a rule, got a value; a remedy", strict=False)
+
+    with pytest.warns(LipassWarning) as told:
+        of_the_library()
+    assert told[0].filename == __file__
