@@ -18,8 +18,9 @@ def load(size: str = "small", folder: Path = SHIPPED) -> tuple[TinyWorld, Codec]
         ValueError: a size without weights in `folder`.
     """
     path = folder / f"{size}.safetensors"
-    if size not in ("small", "base") or not path.exists():
-        have = sorted(p.stem for p in folder.glob("*.safetensors") if p.stem != "codec")
+    sizes = ("small", "base")
+    if size not in sizes or not path.exists():
+        have = [one for one in sizes if (folder / f"{one}.safetensors").exists()]
         raise ValueError(
             f"weights of a size must be in {folder.name}/, got {size!r}; have {', '.join(have)}, "
             "or train them with python -m lipass.examples.tinyworld.train"

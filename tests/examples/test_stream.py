@@ -8,10 +8,13 @@ import torch
 
 from lipass.examples.tinyworld import stream as stream_module
 from lipass.examples.tinyworld import stream_parallel, stream_rollout
+from lipass.examples.tinyworld.metrics import psnr_db
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld, tokenize
 from lipass.examples.tinyworld.stream import StreamWorld
 from lipass.examples.tinyworld.stream_parallel import forward_all
 from lipass.examples.tinyworld.stream_rollout import GrownCache, RingCache, stream
+from lipass.examples.tinyworld.stream_scores import way_back
+from lipass.examples.tinyworld.weights import load_stream
 from lipass.policy.trajectory import parse_trajectory
 
 TINY = ModelConfig(width=48, heads=1, blocks=2, rows=4, columns=4)
@@ -172,3 +175,12 @@ def test_exact_preset_equals_eager_and_compiles_nothing_after_two_chunks(model, 
     assert torch.allclose(made, plain, rtol=1e-4, atol=1e-5)
     # Two given chunks refresh once each; the third is decoded in four steps.
     assert graphs[2:] == [graphs[2]] * len(graphs[2:])
+
+
+def test_shipped_weights_find_the_way_back_and_not_by_the_latest_chunks_alone():
+    shipped, codec = load_stream()
+    row, shown, truth = way_back(shipped, codec, seed=9001, chunks=8)
+    window, _, _ = way_back(shipped, codec, seed=9001, chunks=8, window_chunks=3)
+    assert row["psnr_vs_truth_db"] > 28.0
+    assert row["psnr_vs_truth_db"] > window["psnr_vs_truth_db"] + 4.0
+    assert row["psnr_vs_truth_db"] == pytest.approx(psnr_db(shown, truth), abs=0.01)
