@@ -1,4 +1,4 @@
-"""`lipass.testing.device_reads`: each kind of read is seen, and what reads nothing is not."""
+"""`lipass.testing.device_reads()`: each kind of read is seen, and what reads nothing is not."""
 
 import numpy as np
 import pytest

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lipass.passes.printer import print_graph
     from lipass.testing.assertions import assert_refuses, assert_rewrites, graph_diff
-    from lipass.testing.device_reads import DeviceRead, assert_no_device_reads, device_reads
+    from lipass.testing.reads import DeviceRead, assert_no_device_reads, device_reads
     from lipass.testing.tracing import Traced, run_passes, trace
 
 __all__ = [
@@ -40,12 +40,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "DeviceRead": "lipass.testing.device_reads",
+    "DeviceRead": "lipass.testing.reads",
     "Traced": "lipass.testing.tracing",
-    "assert_no_device_reads": "lipass.testing.device_reads",
+    "assert_no_device_reads": "lipass.testing.reads",
     "assert_refuses": "lipass.testing.assertions",
     "assert_rewrites": "lipass.testing.assertions",
-    "device_reads": "lipass.testing.device_reads",
+    "device_reads": "lipass.testing.reads",
     "graph_diff": "lipass.testing.assertions",
     "print_graph": "lipass.passes.printer",
     "run_passes": "lipass.testing.tracing",

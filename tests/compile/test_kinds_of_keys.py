@@ -84,7 +84,7 @@ KINDS = {
     "history before text": (
         history_last_but_text,
         [(kv(6), kv(16 * n)) for n in (4, 6, 8)],
-        {"other"},
+        {"other", "decode"},
     ),
     "memory and window": (
         two_histories,
