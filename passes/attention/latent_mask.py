@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +18,7 @@ from lipass.passes.attention.site import SDPA, AttentionSite
 from lipass.passes.core import PassContext
 from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, known_true, value
-from lipass.passes.graph.emit import Emitter
-from lipass.passes.graph.marks import set_step, step_of
+from lipass.passes.graph.emit import emit_behind
 from lipass.passes.graph.ops import argument, is_other_look, moved_axes, name_of
 from lipass.passes.graph.writes import mutates, shares_memory, writers_of
 
@@ -93,24 +91,8 @@ def latents_of(mask: Node, site: AttentionSite, ctx: PassContext) -> Node:
     rank = value(mask).dim()
     front = {2: (None,), 3: (slice(0, 1),), 4: (slice(None), 0)}[rank]
     index = (*front, one, slice(_text(site) or None, None, one.step))
-    made = _behind(mask, operator.getitem, index, ctx)
-    return made if value(mask).dtype == torch.bool else _behind(made, operator.eq, 0, ctx)
-
-
-def _behind(tensor: Node, target: Callable[..., Any], given: Any, ctx: PassContext) -> Node:
-    """Insert a call where a tensor is made, unless another layer has asked for it already."""
-    for one in tensor.users:
-        if one.target is target and one.args == (tensor, given):
-            return one
-    place = max([tensor, *writers_of(tensor)]).next
-    while place.op == "placeholder":
-        place = place.next
-    made = Emitter(place, ctx, inside=False)(target, tensor, given)
-    for key in {"nn_module_stack", "stack_trace"} & tensor.meta.keys():
-        made.meta[key] = tensor.meta[key]
-    if step := step_of(tensor):
-        set_step(made, step)
-    return made
+    made = emit_behind(mask, ctx, operator.getitem, index)
+    return made if value(mask).dtype == torch.bool else emit_behind(made, ctx, operator.eq, 0)
 
 
 def _text(site: AttentionSite) -> Size:

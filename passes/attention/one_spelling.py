@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from lipass.passes.attention.attention_ops import operator_attention
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.products import View
+from lipass.passes.attention.score_mask import as_attn_mask, keep_hidden_rows
 from lipass.passes.attention.site import SDPA
 from lipass.passes.attention.softmax_attention import Spelled, written_attention
 from lipass.passes.core import PassContext
@@ -42,13 +45,19 @@ def spell_as_sdpa(spelled: Spelled, ctx: PassContext) -> None:
         split = [x for x in (_before_joining(x, root) for x in (q, k, v)) if x is not None]
         whole = len(split) == 3 and len({_heads(x) for x in split}) == 1
         q, k, v = split if whole else [emit.method("unsqueeze", x, 0) for x in (q, k, v)]
-    options: dict[str, float | bool] = {}
+    options: dict[str, float | bool | Node] = {}
+    if spelled.masks:
+        options["attn_mask"] = as_attn_mask(
+            spelled.masks, q if rank == 3 and whole else None, emit
+        )
     # a default scale may be written as 1 / sqrt(D), which rounds differently
     if not math.isclose(spelled.scale, value(q).shape[-1] ** -0.5, rel_tol=1e-9):
         options["scale"] = spelled.scale
     if not known_true(value(q).shape[1] == value(k).shape[1]):
         options["enable_gqa"] = True
     out = emit(SDPA, q, k, v, **options)
+    if isinstance(mask := options.get("attn_mask"), Node):
+        out = keep_hidden_rows(out, mask, spelled.masks, v, emit)
     if rank == 3:
         out = emit.method("flatten", out, 0, 1) if whole else emit.method("squeeze", out, 0)
     if spelled.out != tuple(range(rank)):
@@ -62,7 +71,7 @@ def wrong(spelled: Spelled) -> str | None:
     Raises:
         Incomparable: if the original does not run on small inputs.
     """
-    shapes: dict[Node, Shape] = {}
+    shapes: dict[Node, Shape | torch.Tensor] = {}
     shared = len({view.node for view in (spelled.q, spelled.k, spelled.v)}) < 3
     for view in (spelled.q, spelled.k, spelled.v):
         tokens = _Q_TOKENS if view is spelled.q or shared else _K_TOKENS
@@ -70,9 +79,20 @@ def wrong(spelled: Spelled) -> str | None:
         if shapes.setdefault(view.node, shape) != shape:
             return f"%{view.node.name} is used in two layouts"
 
+    generator = torch.Generator("cpu").manual_seed(0)
+    tokens = _Q_TOKENS if shared else _K_TOKENS
+    sizes = (_BATCH, _HEADS, _Q_TOKENS, tokens)[-len(spelled.q.axes) :]
+    for mask in spelled.masks:
+        given = value(mask.mask).shape
+        pairs = zip(given, sizes[-len(given) :], strict=True)
+        small = tuple(1 if known_true(n == 1) else size for n, size in pairs)
+        if isinstance(shapes.setdefault(mask.mask, mask.small(small, generator)), tuple):
+            return f"%{mask.mask.name} is a mask and an operand"
+
     def rewrite(root: Node, copies: Mapping[Node, Node], ctx: PassContext) -> None:
         q, k, v = (View(copies[x.node], x.axes) for x in (spelled.q, spelled.k, spelled.v))
-        copy = Spelled(root, q, k, v, spelled.out, spelled.scale, spelled.how)
+        masks = tuple(replace(mask, mask=copies[mask.mask]) for mask in spelled.masks)
+        copy = replace(spelled, root=root, q=q, k=k, v=v, masks=masks)
         spell_as_sdpa(copy, ctx)
 
     return difference(spelled.root, shapes, rewrite)

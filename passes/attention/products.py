@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
@@ -44,6 +44,9 @@ class Product:
     out: tuple[int, ...]
     """`product.permute(out)` is the value of `node`."""
     scale: float = 1.0
+    added: Node | None = None
+    """What `baddbmm` adds to it, times `added_scale`."""
+    added_scale: float = 1.0
 
 
 def product(node: object) -> Product | None:
@@ -93,9 +96,14 @@ def _baddbmm(node: Node) -> Product | None:
         node.args[i] if i < len(node.args) else node.kwargs.get(names[i - 1]) for i in (1, 2)
     )
     alpha = node.kwargs.get("alpha", 1)
-    if ignored_input(node) is None or not isinstance(alpha, (int, float)):
+    beta = node.kwargs.get("beta", 1)
+    if not (isinstance(alpha, (int, float)) and isinstance(beta, (int, float))):
         return None
-    return _plain(node, left, right, float(alpha))
+    found = _plain(node, left, right, float(alpha))
+    added = operand(node, 0)
+    if found is None or beta == 0 or not isinstance(added, Node):
+        return found if beta == 0 else None
+    return replace(found, added=added, added_scale=float(beta))
 
 
 def _einsum(node: Node) -> Product | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
 from lipass.passes.attention.products import Product, operand, product
+from lipass.passes.attention.score_mask import Mask, bias_of, read_bias, read_fill
 from lipass.passes.graph.compat import known_true, value
 from lipass.passes.graph.ops import (
     argument,
@@ -17,6 +18,7 @@ from lipass.passes.graph.ops import (
     is_learned,
     is_mask,
     name_of,
+    reads,
 )
 from lipass.passes.graph.writes import mutates
 
@@ -32,10 +34,19 @@ class Chain:
     """The first thing that plain attention does not do."""
     narrow: torch.dtype | None = None
     """Dtype in which softmax runs."""
+    masks: list[Mask] = field(default_factory=list)
+    """What hides keys or adds to their scores, from the softmax up."""
 
     def refuse(self, why: str) -> None:
         """Note why this is no plain attention, unless there is a reason already."""
         self.why = self.why or why
+
+    def note_mask(self, mask: Mask | str) -> None:
+        """Keep a mask, or why it is none that attention takes."""
+        if isinstance(mask, str):
+            self.refuse(mask)
+        else:
+            self.masks.append(mask)
 
     def no_softmax(self) -> str:
         """Say what makes the weights in place of softmax, or nothing."""
@@ -50,9 +61,12 @@ def scores(weights: Node, below: Node, chain: Chain) -> Product | None:
     while node is not None:
         found = product(node)
         what = "scores" if found or chain.softmax else "weights"
-        if len(node.users) > 1:
-            chain.refuse(_other_use(node, below, what))
+        if others := [one for one in node.users if one is not below and _needs(one, node)]:
+            chain.refuse(_other_use(node, others, what))
         if found is not None:
+            if found.added is not None:
+                factor = chain.scale * found.added_scale
+                chain.note_mask(bias_of(found.added, factor, found.node))
             if found.out != tuple(range(len(found.out))):
                 chain.refuse(f"its scores change their axes in %{node.name}")
             return found
@@ -60,8 +74,12 @@ def scores(weights: Node, below: Node, chain: Chain) -> Product | None:
     return None
 
 
-def _other_use(node: Node, below: Node, what: str) -> str:
-    users = [user for user in node.users if user is not below]
+def _needs(user: Node, node: Node) -> bool:
+    """Whether a node needs the numbers of another one, and not only its shape or dtype."""
+    return not user.op.startswith("call") or mutates(user) or node in reads(user)
+
+
+def _other_use(node: Node, users: list[Node], what: str) -> str:
     if writes := [u for u in users if mutates(u)]:
         return f"%{writes[0].name} writes to its {what} in place"
     if any(u.op == "output" for u in users):
@@ -96,6 +114,8 @@ def _step(node: Node, chain: Chain) -> Node | None:
         chain.refuse(f"dropout is {rate}" if "dropout" in kind else _drawn(node, what))
     elif kind in ("mul", "div"):
         _note_scale(node, above, what, chain)
+    elif kind in ("add", "sub", "where", "masked_fill") and chain.softmax and not mutates(node):
+        _note_mask(node, above, kind, chain)
     elif kind in ("add", "sub", "baddbmm"):
         chain.refuse(f"%{node.name} adds to its {what}")
     elif is_mask(node):
@@ -105,6 +125,14 @@ def _step(node: Node, chain: Chain) -> Node | None:
     else:
         chain.refuse(f"%{node.name} changes its {what}")
     return above
+
+
+def _note_mask(node: Node, above: Node, kind: str, chain: Chain) -> None:
+    pairs = zip(value(node).shape, value(above).shape, strict=True)
+    if not all(known_true(a == b) for a, b in pairs):
+        chain.refuse(f"%{node.name} changes its scores")
+    read = read_fill if kind in ("where", "masked_fill") else read_bias
+    chain.note_mask(read(node, above, chain.scale))
 
 
 def _drawn(node: Node, what: str) -> str:
@@ -136,12 +164,21 @@ def _tensor(node: Node) -> Node | None:
     if is_learned(node) or not isinstance(value(node), torch.Tensor):
         return None
     rows = value(node).shape[:-1]
+    found: list[Node] = []
     for arg in (operand(node, 0), *node.all_input_nodes):
         tensor = value(arg)
         if not (isinstance(arg, Node) and isinstance(tensor, torch.Tensor)):
             continue
         pairs = zip(tensor.shape[:-1], rows, strict=False)
         has_rows = tensor.dim() == len(rows) + 1 and all(known_true(a == b) for a, b in pairs)
-        if has_rows and tensor.is_floating_point():
-            return arg
-    return None
+        if has_rows and tensor.is_floating_point() and arg not in found:
+            found.append(arg)
+    # of scores and a bias of their shape, the scores are those that come from a product
+    return next((one for one in found if len(found) > 1 and _from_product(one)), (*found, None)[0])
+
+
+def _from_product(node: Node) -> bool:
+    if product(node) is not None:
+        return True
+    above = _tensor(node)
+    return above is not None and above in reads(node) and _from_product(above)

@@ -12,6 +12,7 @@ from torch.fx import Node
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.products import Product, View, product
 from lipass.passes.attention.score_chain import Chain, scores
+from lipass.passes.attention.score_mask import Mask, why_not
 from lipass.passes.graph.compat import is_parameter, known_true, value
 from lipass.passes.graph.ops import is_cast
 from lipass.passes.graph.writes import memory_written, storage, writes_between
@@ -30,6 +31,8 @@ class Spelled:
     """The value of `root` is `sdpa(q, k, v).permute(out)`."""
     scale: float
     how: str
+    masks: tuple[Mask, ...] = ()
+    """What hides keys or adds to their scores."""
     opaque: bool = False
     """Whether the original may be unable to run where it is compared, as a CUDA operator is."""
 
@@ -41,7 +44,7 @@ def written_attention(root: Node) -> Spelled | Refusal | None:
     softmax over the keys; None for what is no attention at all.
     """
     last = product(root)
-    if last is None:
+    if last is None or last.added is not None:
         return None
     chain = Chain()
     first = scores(last.left.node, root, chain)
@@ -60,13 +63,14 @@ def written_attention(root: Node) -> Spelled | Refusal | None:
         wide = q.node, k.node
         q, k = _narrowed(q, k, value(v.node).dtype)
         why = _written(root, (first.node, *wide), (q, k, v))
+        why = why or why_not(chain.masks, first.node, value(q.node).dtype)
     scale = chain.scale * first.scale
     if not why and not (scale > 0 and math.isfinite(scale)):
         why = f"its scale is {scale:g}"
     refused = _unless_parameters(first, last.right, why)
     if why or refused is None:
         return refused
-    return Spelled(root, q, k, v, last.out, scale, "softmax(Q K^T) V")
+    return Spelled(root, q, k, v, last.out, scale, "softmax(Q K^T) V", tuple(chain.masks))
 
 
 def _unless_parameters(first: Product, other: View, why: str) -> Refusal | None:

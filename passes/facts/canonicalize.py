@@ -65,6 +65,15 @@ class Canonicalize(Pass):
         %p = softmax(%q @ %k.mT * 0.125, -1);  %o = %p @ %v
         %o = scaled_dot_product_attention(%q, %k, %v)
 
+    So do its masks: numbers that hide keys, and what is added to scores. Queries that see no key
+    stay what softmax makes of them, NaN or the mean of all values, for which SDPA gives 0::
+
+        %s = masked_fill(%q @ %k.mT, %hidden, -inf);  %o = softmax(%s, -1) @ %v
+
+        %rows = any(%shown, -1, True)
+        %a = scaled_dot_product_attention(%q, %k, %v, attn_mask=%shown, scale=1.0)
+        %o = where(%rows, %a, nan)
+
     Calls of einops that Dynamo keeps whole become the calls of torch that they make::
 
         %q = rearrange(%q, 'B L (H D) -> B L H D', H=16)

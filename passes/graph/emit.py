@@ -25,6 +25,7 @@ from lipass.passes.graph.compat import (
 from lipass.passes.graph.marks import set_step, step_of
 from lipass.passes.graph.modes import entered, inside
 from lipass.passes.graph.settings import chosen_kernel
+from lipass.passes.graph.writes import writers_of
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,22 @@ class Emitter:
 
     def _axis(self, tensor: Node, dim: int) -> Node:
         return self(torch.ops.aten.sym_size.int, tensor, dim)
+
+
+def emit_behind(tensor: Node, ctx: PassContext, target: Callable[..., Any], *given: Any) -> Node:
+    """Insert a call where a tensor is made, unless another layer has asked for it already."""
+    for one in tensor.users:
+        if one.target is target and one.args == (tensor, *given):
+            return one
+    place = max([tensor, *writers_of(tensor)]).next
+    while place.op == "placeholder":
+        place = place.next
+    made = Emitter(place, ctx, inside=False)(target, tensor, *given)
+    for key in {"nn_module_stack", "stack_trace"} & tensor.meta.keys():
+        made.meta[key] = tensor.meta[key]
+    if step := step_of(tensor):
+        set_step(made, step)
+    return made
 
 
 def refuse_rewrite(node: Node) -> str | None:

