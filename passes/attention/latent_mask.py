@@ -103,17 +103,21 @@ def _text(site: AttentionSite) -> Size:
 
 def _behind_text(mask: Node, text: Size) -> Node | None:
     """Return the columns of a mask behind those of a text that every query sees, if it does."""
-    node, columns = mask, value(mask).shape[-1]
-    while is_other_look(node) and moved_axes(node) is None:
+    node, columns, shows = mask, value(mask).shape[-1], value(mask).dtype == torch.bool
+    while name_of(node) == "logical_not" or (is_other_look(node) and moved_axes(node) is None):
         above = node.all_input_nodes[0]
         if not known_true(value(above).shape[-1] == columns):
             break
+        if name_of(node) == "logical_not":
+            if value(above).dtype != torch.bool:
+                break
+            shows = not shows
         node = above
-    seen = _ONES if value(node).dtype == torch.bool else _ZEROS
+    seen = _ONES if shows else _ZEROS
     if name_of(node) == "pad":
         given, fill = argument(node, 1, "pad"), argument(node, 3, "value")
         fits = list(given[:2]) == [text, 0] and not any(given[2:])
-        shown = bool(fill) == (value(node).dtype == torch.bool)
+        shown = bool(fill) == shows
         return node.all_input_nodes[0] if fits and shown else None
     pieces: Any = argument(node, 0, "tensors")
     if name_of(node) != "cat" or argument(node, 1, "dim", 0) not in (-1, value(node).dim() - 1):

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from attending import describe, heads, latents
+from attending import describe, heads, kv, latents
 from torch.nn import functional as F
 
+import lipass
 from lipass.kernels import registry
 from lipass.passes.attention.site import SDPA
 from lipass.passes.attention.sparse_call import SparseCall
@@ -270,3 +271,32 @@ def test_other_masks_stay_dense(trace, apply, mask, shown, why):
     apply(gm, "canonicalize,find-attention,sparse-attention")
     assert not SparseCall.nodes(gm.graph)
     assert why in describe(gm)
+
+
+def test_text_that_no_query_hides(trace, apply):
+    def fn(x, text):
+        q = heads(x.flatten(2).mT)
+        key, value = torch.cat([text, q * 0.5], 2), torch.cat([text + 1, q * 3], 2)
+        shown = torch.zeros(q.shape[2], text.shape[2], dtype=torch.bool)
+        hidden = torch.cat([shown, ~frame_causal(x)], 1)
+        return (q @ key.mT * 0.3).masked_fill(hidden, -1e9).softmax(-1) @ value
+
+    args = latents(), kv(6)
+    gm = trace(fn, args)
+    apply(gm, "canonicalize,find-attention,sparse-attention")
+    (call,) = map(SparseCall.of, SparseCall.nodes(gm.graph))
+    assert (call.roles, call.latent_mask is not None) == (("text", "current"), True)
+    with registry.force("sparse"):
+        torch.testing.assert_close(gm(*args)[0], fn(*args))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_model_that_masks_by_hand_is_in_the_receipt():
+    fn, x = over_latents(filled_with_a_low_number), latents(6)
+    options = {"preset": "sparse", "sparse.budget": 1.0, "inner": "eager"}
+    with torch.no_grad(), registry.force("sparse"):
+        fast = torch.compile(fn, backend="light_interaction", options=options)
+        torch.testing.assert_close(fast(x), fn(x))
+    table = lipass.report().table()
+    assert "1 rewritten, 0 kept" in table
+    assert "softmax(Q K^T) V is scaled_dot_product_attention" in table
