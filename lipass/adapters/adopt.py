@@ -10,6 +10,7 @@ from torch import nn
 from lipass.adapters.adoption import Adoption
 from lipass.adapters.attention_calls import show_attention
 from lipass.adapters.families import Family, all_families, family_of
+from lipass.adapters.rotary_tables import compute_tables
 from lipass.adapters.size_tensors import keep_sizes
 
 
@@ -18,7 +19,8 @@ def adopt(model: Any, *, family: str | None = None) -> Adoption:
 
     Attention behind `torch.compiler.disable` is uncovered, flash attention and its kin become
     calls of torch that passes know, in whichever modules of the model's package they are bound by
-    name. Sizes of a token grid stay ints where modules make tensors of them and read these back.
+    name. Sizes of a token grid stay ints where modules make tensors of them and read these back,
+    and rotary tables are computed where the length of a kept one is read back.
     What else a family of models needs, its adapter adds. Call it before `torch.compile`. The names
     belong to modules, so other models of the same code are adopted with it.
 
@@ -48,6 +50,7 @@ def adopt(model: Any, *, family: str | None = None) -> Adoption:
         for module in found:
             show_attention(module, adoption)
             keep_sizes(module, adoption)
+            compute_tables(module, adoption)
         for module in members:
             assert adapter is not None
             adapter.adopt(module, adoption)
