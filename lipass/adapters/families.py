@@ -20,6 +20,7 @@ FAMILIES: tuple[str, ...] = (
     "minwm",
     "matrix_game_3",
     "lingbot_world",
+    "open_oasis",
     "mochi",
 )
 """Modules of this folder, each with a `FAMILY`."""

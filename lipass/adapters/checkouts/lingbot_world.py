@@ -56,7 +56,7 @@ def build(checkout: Path, layers: int = 2) -> Subject:
         pipeline=pipeline,
         drive=functools.partial(own_rollout, pipeline),
         stubbed=tuple(stubbed),
-        has_memory=False,
+        leaves_out=frozenset({"steps", "blocks"}),
     )
 
 

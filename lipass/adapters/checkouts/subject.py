@@ -74,7 +74,8 @@ class Subject:
         drives_alike: whether they are those of `rollout`; if not, they are compared with what the
             same rollout gives when it is not driven.
         more: checks of this family alone.
-        has_memory: whether chunks read latents of earlier ones, some of which may be dropped.
+        leaves_out: what `all` must leave out at least once: `"frames"` of earlier chunks,
+            `"steps"` of views that are seen again, `"blocks"` of keys.
         stubbed: packages that the checkout imports, that are not here and are not needed to run.
     """
 
@@ -89,4 +90,4 @@ class Subject:
     drives_alike: bool = True
     more: Callable[[], Iterable[Check]] | None = None
     stubbed: tuple[str, ...] = ()
-    has_memory: bool = True
+    leaves_out: frozenset[str] = frozenset({"frames", "steps", "blocks"})
