@@ -78,6 +78,7 @@ def is_run(part: Size, run: Run) -> bool:
 
 _CONSTANT = {"ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like"}
 _CONSTANT |= {"zeros_like", "full_like", "scalar_tensor"}
+_POSITIONS = (torch.int64, torch.int32)
 _COMPARES = {"lt": 0, "ge": 0, "le": 1, "gt": 1}
 """A comparison of positions with `c` changes at `c` plus so many."""
 _FLIPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
@@ -95,8 +96,8 @@ def _of_call(node: Node, ask: Ask) -> Runs | None:
         return None
     if is_cast(node) or is_copy(node):
         given = ask(above[0])
-        # positions are rounded as floats
-        return Runs(given.runs) if value(node).is_floating_point() else given
+        # other kinds round positions, wrap them or only say whether they are 0
+        return given if value(node).dtype in _POSITIONS else Runs(given.runs)
     if is_reshape(node):
         return of_reshape(above[0], node, ask(above[0]))
     if is_expansion(node) or name in ("repeat", "tile"):
