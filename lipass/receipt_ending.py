@@ -26,8 +26,9 @@ def ending(report: Report) -> str:
 def _skipped(report: Report) -> str:
     shares = []
     chunks = [one for one in report.chunks if one.preset != "off"]
-    there = sum(one.plan.history_latents for one in chunks)
-    read = sum(_read(one) for one in chunks)
+    seen = [one for one in chunks if one.latents_read is not None]
+    there = sum(one.plan.history_latents for one in seen)
+    read = sum(_read(one) for one in seen)
     if read < there:
         shares.append(f"{1 - read / there:.0%} of the history")
     total = sum(one.plan.steps.total for one in chunks if one.plan.steps is not None)
@@ -37,9 +38,11 @@ def _skipped(report: Report) -> str:
     visited = [one.density for one in report.sites.values() if one.density is not None]
     if visited and (density := statistics.mean(visited)) < 0.995:
         shares.append(f"{1 - density:.0%} of the key blocks at {_sites(len(visited))}")
-    if not shares:
-        return "Nothing was left out."
-    return f"Skipped: {', '.join(shares)}."
+    said = f"Skipped: {', '.join(shares)}." if shares else "Nothing was left out."
+    chosen = any(len(one.plan.context.indices) < one.plan.history_latents for one in chunks)
+    if chosen and not seen:
+        said += " What was chosen of the history is a plan: no compiled call shows its reading."
+    return said
 
 
 def _sites(count: int) -> str:
@@ -47,8 +50,7 @@ def _sites(count: int) -> str:
 
 
 def _read(record: ChunkRecord) -> int:
-    chosen = len(record.plan.context.indices)
-    return chosen if record.latents_read is None else max(chosen, record.latents_read)
+    return max(len(record.plan.context.indices), record.latents_read or 0)
 
 
 def _speed(report: Report) -> str:

@@ -310,7 +310,8 @@ def test_ending_says_that_no_chunk_was_asked_for_its_steps():
     current_report().add_graph(1.0, preset="all")
     current_report().add_site(SITE)
     chunk_records(asked=False)
-    assert "Next: loop over chunk.steps(sigmas)" in current_report().table()
+    said = " ".join(current_report().table().split())
+    assert "Next: loop over chunk.steps(sigmas)" in said
 
 
 def test_ending_leaves_alone_that_some_sites_ran_dense():
@@ -319,3 +320,19 @@ def test_ending_leaves_alone_that_some_sites_ran_dense():
     current_report().add_site(replace(SITE, name="blocks.4.attention", density=0.5, calls=2))
     chunk_records()
     assert "ran dense, above" not in current_report().table().replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (8, "of the history"),
+        (None, "chosen of the history is a plan: no compiled call shows its reading"),
+    ],
+)
+def test_ending_counts_history_as_skipped_only_where_calls_show_what_they_read(read, said):
+    current_report().add_graph(1.0, preset="all")
+    current_report().add_site(SITE)
+    chunk_records(read=read)
+    last = " ".join(current_report().table().rpartition("\n\n")[2].split())
+    assert said in last
+    assert ("% of the history" in last) is (read is not None)

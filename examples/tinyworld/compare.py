@@ -58,11 +58,18 @@ def options_of(preset: str, inner: str) -> dict[str, Any]:
 
 
 class Contender:
-    """The model compiled with one preset, or by plain `torch.compile` under the name inductor."""
+    """The model compiled with one preset, or by plain `torch.compile` under the name inductor.
 
-    def __init__(self, preset: str, model: TinyWorld, inner: str) -> None:
+    Args:
+        preset: its name.
+        model: the model; a copy of it is compiled.
+        inner: what compiles the graphs behind the passes.
+        more: options beside those of `options_of`.
+    """
+
+    def __init__(self, preset: str, model: TinyWorld, inner: str, **more: Any) -> None:
         self.preset = preset
-        self.options = options_of("off" if preset == INDUCTOR else preset, inner)
+        self.options = options_of("off" if preset == INDUCTOR else preset, inner) | more
         own = copy.deepcopy(model)
         if preset == INDUCTOR:
             self.compiled = torch.compile(own, backend=inner)

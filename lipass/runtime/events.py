@@ -210,8 +210,8 @@ def chunk_attributes(
 
 def _log_chunk(record: ChunkRecord, attributes: dict[str, Any]) -> None:
     log.info(
-        "session %d, stream %r, chunk %d: %.3f s, %d of %d history latents, %s of %s steps "
-        "computed, %d graphs compiled%s",
+        "session %d, stream %r, chunk %d: %.3f s, chose %d of %d history latents, computed %s of "
+        "%s steps, %d graphs compiled%s",
         record.session,
         record.plan.stream,
         record.plan.index,

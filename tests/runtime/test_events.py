@@ -225,7 +225,7 @@ def test_log_has_a_line_for_each_chunk(caplog):
         roll(3)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(":")[0] for line in lines if "chunk" in line][-1].endswith("chunk 2")
-    assert "of 8 history latents, 4 of 4 steps computed, 0 graphs compiled" in lines[-1]
+    assert "of 8 history latents, computed 4 of 4 steps, 0 graphs compiled" in lines[-1]
     caplog.clear()
     with caplog.at_level(logging.DEBUG, "lipass"):
         roll(3)
