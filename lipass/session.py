@@ -22,8 +22,10 @@ from torch import Tensor
 
 from lipass.config import Config
 from lipass.errors import LipassError
+from lipass.policy.holding import least_needed
 from lipass.policy.latents import check_latents
 from lipass.policy.plan import ChunkPlan, plan_chunk
+from lipass.policy.views import check_poses
 from lipass.receipt import current_report
 from lipass.runtime.chunk import Chunk
 from lipass.runtime.effect import Effect
@@ -171,6 +173,30 @@ class Session:
         self.turns.check_history(stream, plan.history_latents)
         self.given.weigh(plan.context.power)
         return Chunk(self, plan, held)
+
+    def least_needed(self, poses: Tensor) -> int:
+        """Say which chunk a full cache can spare: the one whose views the others show best.
+
+        Tell `held` to the chunks that follow.
+
+        Args:
+            poses: `[n, 4, 4]` cameras of the latents that the cache holds, oldest first, in the
+                session's convention.
+
+        Returns:
+            Position in `poses` of the first of the `chunk_latents` latents to give up.
+
+        Raises:
+            ValueError: cameras that are none, no whole chunks, or none beside sink and window.
+            LipassError: the context policy is off.
+        """
+        if self.config.context is None:
+            raise LipassError(
+                f"what is least needed is up to the context policy, which preset "
+                f"{self.config.preset!r} has not; use 'context' or 'all', or give up the oldest"
+            )
+        cameras = check_poses(None, self.given.convention.to_w2c(poses))[1]
+        return least_needed(cameras, self.config.context)
 
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator[None]:

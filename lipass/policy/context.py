@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from lipass.options import ContextOptions
+from lipass.policy.indices import indices_of
 from lipass.policy.latents import read_latents
 from lipass.policy.revisit import left_since
 
 # Views that differ by less than this share show the same.
 _SAME_VIEW = 1e-3
+_NOT_HELD = "dropped: the model does not hold it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,28 +108,6 @@ def keep(
     return ContextPlan(tuple(frames), None, None)
 
 
-def indices_of(given: object, history: int, name: str) -> list[int]:
-    """Check which latents a loop says that it has or reads.
-
-    Raises:
-        TypeError: no list of ints.
-        ValueError: an index outside the history or given twice.
-    """
-    plain = given.tolist() if hasattr(given, "tolist") else given
-    if not isinstance(plain, Sequence | range) or any(type(index) is not int for index in plain):
-        kind = "one number" if type(plain) is int else repr(given)
-        raise TypeError(
-            f"{name} must be a list of ints, indices into the history, got {kind:.60}; of a mask, "
-            "pass the places where it is true"
-        )
-    if len(set(plain)) != len(plain) or not all(0 <= index < history for index in plain):
-        raise ValueError(
-            f"{name} must hold indices of the {history} history latents, each once, got "
-            f"{list(plain)}; count from 0, the oldest"
-        )
-    return list(plain)
-
-
 def plan_window(latents: Tensor, options: ContextOptions) -> ContextPlan:
     """Choose without cameras: sink and temporal window, as nothing says what the rest shows.
 
@@ -162,28 +142,34 @@ def among(plan: ContextPlan, held: Sequence[int]) -> ContextPlan:
     """
     there = set(indices_of(held, len(plan.frames), "held"))
     frames = [
-        frame
-        if frame.index in there
-        else replace(frame, kept=False, reason="dropped: the model does not hold it")
+        frame if frame.index in there else replace(frame, kept=False, reason=_NOT_HELD)
         for frame in plan.frames
     ]
     return replace(plan, frames=tuple(frames))
 
 
 def plan_context(
-    visibility: Tensor, latents: Tensor | None, options: ContextOptions
+    visibility: Tensor,
+    latents: Tensor | None,
+    options: ContextOptions,
+    held: Sequence[int] | None = None,
+    history: int | None = None,
 ) -> ContextPlan:
     """Choose the latents of the next chunk's context.
 
     Args:
-        visibility: `[q, M, P]` from `score_points`, history against new views.
+        visibility: `[q, h, P]` from `score_points`, of what is held against new views.
         latents: `[M, ...]` history; None leaves the window at its longest.
         options: budgets and thresholds.
+        held: the h indices into the history that the model holds, ascending; sink and window are
+            the first and last of them. None holds all.
+        history: M; None is h.
 
     Raises:
         ValueError: latents that do not match the history or are not finite.
     """
-    history = visibility.shape[1]
+    held = range(visibility.shape[1]) if held is None else held
+    history = len(held) if history is None else history
     dynamics, power, window_chunks = None, None, None
     window_latents = options.window_latents
     if window_latents is None:
@@ -191,23 +177,23 @@ def plan_context(
         window_chunks = window_length(dynamics, options)
         window_latents = window_chunks * options.chunk_latents
     reasons: dict[int, str] = {}
-    window = range(max(0, history - window_latents), history)
-    sink = range(min(options.sink_latents, history))
+    window = range(max(0, len(held) - window_latents), len(held))
+    sink = range(min(options.sink_latents, len(held)))
     reasons.update(dict.fromkeys(window, "window"))
     reasons.update(dict.fromkeys(sink, "sink"))
 
-    points = visibility.transpose(0, 1).flatten(1)  # [M, q * P]
+    points = visibility.transpose(0, 1).flatten(1)  # [h, q * P]
     overlap = points.mean(1).tolist()
     left = left_since(visibility.mean(-1), options.departure_min).any(0)
     earlier_visit = set(left.nonzero()[:, 0].tolist())
     reasons.update(
-        _choose_memory(points, overlap, list(sink), list(window), earlier_visit, options)
+        _choose_memory(points, overlap, held, list(sink), list(window), earlier_visit, options)
     )
-    frames = tuple(
-        FrameDecision(i, not reasons[i].startswith("dropped"), reasons[i], round(overlap[i], 4))
-        for i in range(history)
-    )
-    return ContextPlan(frames, window_chunks, dynamics, power)
+    frames = [FrameDecision(i, False, _NOT_HELD, None) for i in range(history)]
+    for place, index in enumerate(held):
+        reason, share = reasons[place], round(overlap[place], 4)
+        frames[index] = FrameDecision(index, not reason.startswith("dropped"), reason, share)
+    return ContextPlan(tuple(frames), window_chunks, dynamics, power)
 
 
 def window_length(dynamics: float | None, options: ContextOptions) -> int:
@@ -227,12 +213,16 @@ def window_length(dynamics: float | None, options: ContextOptions) -> int:
 def _choose_memory(
     points: Tensor,
     overlap: list[float],
+    held: Sequence[int],
     sink: list[int],
     window: list[int],
     earlier_visit: set[int],
     options: ContextOptions,
 ) -> dict[int, str]:
-    """Give a reason for each latent outside sink and window; those chosen say "memory"."""
+    """Give a reason for each latent outside sink and window; those chosen say "memory".
+
+    By places in what is held; `held` has their names.
+    """
     reasons: dict[int, str] = {}
     taken = {*sink, *window}
     rest = []
@@ -247,7 +237,7 @@ def _choose_memory(
     same_visit = [index for index in rest if index not in earlier_visit]
     for index, twin in _twins(points, same_visit, window, options.gain_min).items():
         if twin is not None:
-            reasons[index] = f"dropped: duplicates {twin}"
+            reasons[index] = f"dropped: duplicates {held[twin]}"
             rest.remove(index)
     covered = points[sink].amax(0) if sink else torch.zeros_like(points[0])
     chosen: list[int] = []
@@ -271,8 +261,8 @@ def _choose_memory(
 
     twins = _twins(points, rest, [*sink, *chosen, *window], options.gain_min)
     for index in rest:
-        if twins[index] is not None:
-            reasons[index] = f"dropped: duplicates {twins[index]}"
+        if (twin := twins[index]) is not None:
+            reasons[index] = f"dropped: duplicates {held[twin]}"
         elif len(chosen) == options.memory_latents:
             reasons[index] = f"dropped: {len(chosen)} memory latents show more"
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lipass.config import Config
 from lipass.policy.blocks import dense_chunk
 from lipass.policy.context import ContextPlan, among, keep, plan_context, plan_window
+from lipass.policy.indices import indices_of
 from lipass.policy.reference import history_latents, plan_as_released
 from lipass.policy.revisit import Revisit, decide_revisit
 from lipass.policy.steps import StepPlan
@@ -140,18 +141,19 @@ def plan_chunk(
 
     adaptive = [o for o in (context_options, step_options) if o and o.mode == "adaptive"]
     if adaptive and history:
-        visibility = score_points(poses, query, adaptive[0])
+        there = sorted(indices_of(held, history, "held")) if held is not None else range(history)
+        visibility = score_points(poses[list(there)], query, adaptive[0])
         if context_options in adaptive:
-            context = plan_context(visibility, latents, context_options)
+            context = plan_context(visibility, latents, context_options, there, history)
         if step_options in adaptive:
-            revisit = decide_revisit(visibility.mean(-1), step_options)
+            revisit = decide_revisit(visibility.mean(-1), step_options, there)
     if modes - {"adaptive"}:
         context, revisit = plan_as_released(
             poses, query, context_options, step_options, context, revisit
         )
     if step_options is None:
         revisit = Revisit(False, None, None, "step policy is off")
-    if context is not None and held is not None:
+    if context is not None and held is not None and modes - {"adaptive"}:
         context = among(context, held)
     own = held if own_context is None else own_context
     asked = keep(history, own, "held" if own_context is None else "own_context")

@@ -20,6 +20,7 @@ while walking forward and excludes the sink; see `lipass.policy.reference_worldp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,13 +68,17 @@ def left_since(overlap: Tensor, departure_min: float) -> Tensor:
     return lowest_later <= overlap[:, :-1] - departure_min
 
 
-def decide_revisit(overlap: Tensor, options: StepOptions) -> Revisit:
-    """Decide from the overlaps of the new views with the history.
+def decide_revisit(
+    overlap: Tensor, options: StepOptions, held: Sequence[int] | None = None
+) -> Revisit:
+    """Decide from the overlaps of the new views with what the model holds of the history.
 
     Args:
-        overlap: `[q, M]`, history in temporal order.
+        overlap: `[q, h]`, in temporal order.
         options: thresholds.
+        held: the h indices into the history; None holds all.
     """
+    names = range(overlap.shape[1]) if held is None else held
     if overlap.shape[1] == 0:
         return Revisit(False, None, None, "no history")
     if options.overlap_min == 0:
@@ -84,7 +89,7 @@ def decide_revisit(overlap: Tensor, options: StepOptions) -> Revisit:
         return Revisit(False, 0.0, None, "exploring: no earlier view was left and reached again")
     score = float(returned.amax(1).mean())
     latest = float(overlap[:, -1].mean())
-    best = int(returned.mean(0).argmax())
+    best = names[int(returned.mean(0).argmax())]
     if score < options.overlap_min:
         reason = f"exploring: revisit score {score:.2f} < {options.overlap_min:.2f}"
         return Revisit(False, score, best, reason)

@@ -11,6 +11,7 @@ from lipass.policy.context import (
     window_length,
 )
 from lipass.policy.latents import read_latents
+from lipass.policy.plan import plan_chunk
 from lipass.policy.trajectory import parse_trajectory
 from lipass.policy.views import check_poses, score_points
 
@@ -234,3 +235,20 @@ def test_plan_survives_plain_data():
 
 def test_plan_repeats_exactly():
     assert plan(WAY_BACK, 40) == plan(WAY_BACK, 40)
+
+
+def test_sink_window_and_memory_are_chosen_among_what_is_held():
+    """What a full cache has lost takes no place in the budget."""
+    w2c = parse_trajectory(WAY_BACK)
+    held = [*range(4, 24), *range(32, 40)]
+    chosen = Config.resolve(None, {"preset": "context"})
+    made = plan_chunk(
+        chosen, poses=w2c[:40], query=w2c[40:44], latents=None, own_context=None,
+        stream="main", index=10, held=held[::-1],
+    ).context  # fmt: skip
+    assert {i for i in range(40) if reasons(made)[i] == "dropped: the model does not hold it"} == {
+        *range(40)
+    }.difference(held)
+    assert reasons(made)[4] == "sink"
+    alone = plan_context(score_points(w2c[held], w2c[40:44], chosen.context), None, chosen.context)
+    assert made.indices == [held[i] for i in alone.indices]
