@@ -86,8 +86,8 @@ class Canonicalize(Pass):
     last. `view` becomes `reshape` (the same view where `view` is valid), and a reshape, flatten,
     contiguous, to, expand, permute or transpose that returns its input is removed.
 
-    Keeps: `view(dtype)`; a no-op whose result is a graph output; an inner concatenation with other
-    users or with a write between it and the outer one; attention that is more than a plain softmax
+    Keeps: `view(dtype)`; a no-op whose result is a graph output; an inner concatenation with a
+    write between it and the outer one; attention that is more than a plain softmax
     over its keys, or whose SDPA call gives another result on small inputs. Such attention becomes
     a site of role `other` with the reason.
     """
@@ -209,7 +209,7 @@ def _is_inner_cat(piece: object, outer: Node, dim: int) -> bool:
     """Whether a concatenation can be part of the outer one, which reads the pieces later."""
     if not isinstance(piece, Node) or not is_call(piece, torch.cat):
         return False
-    if piece.args[1:] != (dim,) or len(piece.users) > 1:
+    if piece.args[1:] != (dim,):
         return False
     return next(writes_between(piece, outer), None) is None
 
