@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from .report.pictures import side_by_side
 from .scenario import PATHS, Scenario, make_scenario
 from .train_batches import prompt_of
 from .weights import load
+from .world import Room
 
 SCHEMA_VERSION = 1
 
@@ -80,10 +82,10 @@ def run(
         text = model.text(tokenize(prompt_of(scenes[0].attributes))[None])
         result, frames = _measure(job, model, codec, scenes, text, out)
     result["seconds"] = time.perf_counter() - begin
-    truth = {scene.key: _bytes(scene.truth[len(scene.given) :]) for scene in scenes}
+    truth = {scene.key: as_bytes(scene.truth[len(scene.given) :]) for scene in scenes}
     written = write_report(result, frames, truth, out)
     if as_json:
-        print(json.dumps({key: result[key] for key in _JSON_KEYS}))
+        print(json.dumps({key: result[key] for key in JSON_KEYS}))
     else:
         print(table(result))
         print(f"\n{written[0]} shows all of it; {written[1]} is the receipt.")
@@ -92,7 +94,7 @@ def run(
     return 0
 
 
-_JSON_KEYS = ("schema_version", "device", "versions", "seconds", "rows", "sites", "passes")
+JSON_KEYS = ("schema_version", "device", "versions", "seconds", "rows", "sites", "passes")
 
 
 def _compile(
@@ -119,8 +121,8 @@ def _compile(
 def _first_film(preset: str, scene: Scenario, run_: Run, codec, out: Path) -> Path:
     given = len(scene.given)
     films = {
-        "truth": _bytes(scene.truth[given:]),
-        preset: _bytes(codec.decode(run_.rollout.latents)[given:]),
+        "truth": as_bytes(scene.truth[given:]),
+        preset: as_bytes(codec.decode(run_.rollout.latents)[given:]),
     }
     out.mkdir(parents=True, exist_ok=True)
     return side_by_side(films, out / "first.gif")
@@ -144,14 +146,14 @@ def _measure(
             rows += new
             if scene.regime == "free":
                 told = codec.decode(scene.walls[len(scene.given) :])
-                frames[("bare walls", *scene.key)] = _bytes(told)
+                frames[("bare walls", *scene.key)] = as_bytes(told)
             if job.with_baselines and scene.regime == "explored":
                 for row, shown in baselines(scene, contenders[0], text, codec):
                     rows.append(row)
-                    frames[(row["preset"], *scene.key)] = _bytes(shown)
+                    frames[(row["preset"], *scene.key)] = as_bytes(shown)
             for preset, run_ in runs.items():
                 key = (preset, *scene.key)
-                frames[key] = _bytes(run_.frames[len(scene.given) :])
+                frames[key] = as_bytes(run_.frames[len(scene.given) :])
                 rollouts.append(_rollout(key, scene, run_))
             for site in lipass.report().to_dict()["sites"]:
                 preset = presets.get(site["model"], "")
@@ -166,7 +168,7 @@ def _measure(
         },
         "rows": rows,
         "rollouts": rollouts,
-        "rooms": {str(scene.room.seed): _plan_of(scene) for scene in scenes},
+        "rooms": {str(scene.room.seed): plan_of(scene.room) for scene in scenes},
         "sites": list(sites.values()),
         "passes": receipt["passes"],
     }, frames  # fmt: skip
@@ -175,20 +177,26 @@ def _measure(
 _NO_PLAN: dict = {"frames": [], "window_chunks": None, "dynamics": None}
 
 
-def _bytes(frames: Tensor):
+def as_bytes(frames: Tensor) -> np.ndarray:
+    """Turn frames `[F, 3, H, W]` in 0..1 into pictures `uint8 [F, H, W, 3]`."""
     return (frames.clamp(0, 1) * 255 + 0.5).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _plan_of(scene: Scenario) -> dict:
-    width, _, depth = scene.room.size_m.tolist()
-    boxes = [[low[0], low[2], high[0], high[2]] for low, high in scene.room.boxes.tolist()]
+def plan_of(room: Room) -> dict:
+    """Give the walls and boxes of a room, seen from above, in metres."""
+    width, _, depth = room.size_m.tolist()
+    boxes = [[low[0], low[2], high[0], high[2]] for low, high in room.boxes.tolist()]
     return {"size": [width, depth], "boxes": boxes}
 
 
-def _rollout(key: tuple, scene: Scenario, run: Run) -> dict:
-    c2w = invert(scene.w2c)
+def path_of(w2c: Tensor) -> list[list[float]]:
+    """Give x and z in metres and the yaw in degrees of cameras `[F, 4, 4]`."""
+    c2w = invert(w2c)
     yaw = torch.rad2deg(torch.atan2(c2w[:, 0, 2], c2w[:, 2, 2]))
-    camera = torch.stack([c2w[:, 0, 3], c2w[:, 2, 3], yaw], -1).tolist()
+    return torch.stack([c2w[:, 0, 3], c2w[:, 2, 3], yaw], -1).tolist()
+
+
+def _rollout(key: tuple, scene: Scenario, run: Run) -> dict:
     chunks = []
     for i, record in enumerate(run.rollout.chunks):
         plan = run.plans[i] if run.plans else None
@@ -210,4 +218,4 @@ def _rollout(key: tuple, scene: Scenario, run: Run) -> dict:
         )
     preset, path, regime, room = key
     return {"preset": preset, "trajectory": path, "regime": regime, "room": room,
-            "camera": camera, "chunks": chunks}  # fmt: skip
+            "camera": path_of(scene.w2c), "chunks": chunks}  # fmt: skip

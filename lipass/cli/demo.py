@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lipass.cli import UsageError
 from lipass.cli.outputs import check_folder
 from lipass.cli.toolchain import check_compiler
 
@@ -40,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one more beside off and all: {', '.join(_ALSO)}; may be repeated",
     )
     parser.add_argument(
+        "--model",
+        choices=("small", "stream"),
+        default="small",
+        help="small encodes its memory anew for each chunk; stream keeps keys in a cache, and is "
+        "shown dense, with a window, and as poses choose (default: small)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON document and nothing else on stdout"
     )
     parser.add_argument(
@@ -59,6 +67,17 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args.out, "--out")
     if args.scope != "quick":
         check_compiler()
+    if args.model == "stream":
+        if args.also:
+            raise UsageError(
+                f"--also adds presets to the model small, got {args.also[0]!r} with stream; "
+                "leave it out"
+            )
+        from lipass.examples.tinyworld import stream_demo
+
+        return stream_demo.run(
+            scope=args.scope, out=args.out, as_json=args.json, threads=args.threads
+        )
     from lipass.examples.tinyworld import demo
 
     return demo.run(
