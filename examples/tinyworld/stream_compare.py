@@ -32,6 +32,7 @@ from .world import Attributes, make_room, render
 _VIEW = {"hfov_deg": FOV_DEG, "vfov_deg": FOV_DEG}
 _CHOICE = {"context.sink_latents": 1, "context.memory_latents": 8, "context.window_chunks_max": 1}
 HELD_CHUNKS = 32
+DENSE = "dense"
 # What a window reads at the cost of that: a chunk of sink, and as many latents in all.
 WINDOW_CHUNKS = 4
 # Chunks whose times are one figure: the median of the first of them that are generated, or last.
@@ -59,7 +60,7 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("dense", {"preset": "off"}),
+        Method(DENSE, {"preset": "off"}),
         Method("window", {"preset": "off"}, WINDOW_CHUNKS, 1),
         Method("keep-kv", {"preset": "context", **_VIEW, **_CHOICE}),
         Method("keep-kv, 32 chunks held", {"preset": "context", **_VIEW, **_CHOICE}, HELD_CHUNKS),
@@ -215,33 +216,40 @@ def compare(
 
 
 def rows(runs: list[Run], codec: Codec) -> list[dict[str, Any]]:
-    """Give the figures of each run; times and pictures are compared with those of the first."""
-    first, dense = runs[0], runs[0].frames(codec)
-    return [_row(run, first, run.frames(codec), dense) for run in runs]
+    """Give the figures of each run; times and pictures are compared with those of `dense`.
+
+    Where it is not among them, what compares with it is None.
+    """
+    dense = next((run for run in runs if run.contender.method.name == DENSE), None)
+    shown = None if dense is None else dense.frames(codec)
+    return [_row(run, dense, run.frames(codec), shown) for run in runs]
 
 
-def _row(run: Run, first: Run, shown: Tensor, dense: Tensor) -> dict[str, Any]:
-    seconds = [chunk.seconds for chunk in run.generated]
-    ratios = [
-        slow.seconds / fast.seconds
-        for slow, fast in zip(first.generated, run.generated, strict=True)
-    ]
-    return {
+def _row(run: Run, dense: Run | None, shown: Tensor, wanted: Tensor | None) -> dict[str, Any]:
+    generated = run.generated
+    seconds = [chunk.seconds for chunk in generated]
+    row = {
         "model": "stream",
         "method": run.contender.method.name,
         "room": run.walk.room,
         "chunks": len(run.chunks),
-        "kv_tokens": len(run.generated[-1].context) * math.prod(run.walk.given.shape[-2:]),
+        "kv_tokens": len(generated[-1].context) * math.prod(run.walk.given.shape[-2:]),
         "chunk_s_first": statistics.median(seconds[:_TIMED_CHUNKS]),
         "chunk_s_last": statistics.median(seconds[-_TIMED_CHUNKS:]),
-        "speedup_vs_dense": statistics.median(ratios[-_TIMED_CHUNKS:]),
-        "psnr_vs_dense_db": psnr_db(shown, dense) if run is not first else None,
+        "speedup_vs_dense": None,
+        "psnr_vs_dense_db": None,
         "psnr_vs_truth_db": psnr_db(shown, run.walk.truth),
         "density": run.density,
         "kv_bytes_peak": run.kv_bytes_peak,
-        "steps_computed": sum(chunk.steps_computed for chunk in run.generated),
+        "steps_computed": sum(chunk.steps_computed for chunk in generated),
         "recompiles_after_warmup": run.contender.recompiles,
     }
+    if dense is not None and wanted is not None and run is not dense:
+        pairs = zip(dense.generated, generated, strict=True)
+        ratios = [slow.seconds / fast.seconds for slow, fast in pairs]
+        row["speedup_vs_dense"] = statistics.median(ratios[-_TIMED_CHUNKS:])
+        row["psnr_vs_dense_db"] = psnr_db(shown, wanted)
+    return row
 
 
 def _graphs_compiled() -> int:
