@@ -4,7 +4,8 @@
 
 puts the rows of a full demo into docs/results.md, as means over the rooms, and says whether each
 target of the demo is met. Without a document only README.md is written anew: its table of presets
-from docs/results.md, that of models from docs/models and benchmarks/results/real_models.json.
+from docs/results.md, that of the streaming world from benchmarks/results/long_context.json, and
+that of models from docs/models and benchmarks/results/real_models.json.
 """
 
 import argparse
@@ -37,6 +38,15 @@ NOTED = {
     "self-forcing": {"steps": "with cameras"},
 }
 COUNTED = {"diffusers": ("wan-2.1-14b", "hunyuan-video")}
+# Walks of so few chunks say little of a long history.
+STREAM_SHORTEST = 16
+STREAM_METHODS = {
+    "dense": "all of it",
+    "window": "the first chunk and a window",
+    "keep-kv": "`context`: latents that poses choose",
+    "keep-kv, 32 chunks held": "the same, of 32 chunks that are held",
+    "all": "`all`, of 32 chunks that are held",
+}
 _EXAMINED = {
     "blocks": r"all: key blocks skipped: [1-9]",
     "frames": r"all: frames dropped: [1-9]",
@@ -183,15 +193,53 @@ def _share(rows: list[Row], preset: str) -> str:
     return span(own, "1/{:.2f}") if own else ""
 
 
+def stream_table(rows: list[Row]) -> str:
+    """Write a line for each way to bound the history of the streaming world, and for none."""
+    chunks = sorted({row["chunks"] for row in rows})
+    timed = [count for count in chunks if count > STREAM_SHORTEST]
+    lines = [
+        "| history | tokens read | "
+        + " | ".join(f"speed, {count} chunks" for count in timed)
+        + " | dB to the renderer, "
+        + " and ".join(map(str, timed))
+        + f" chunks | cache at {timed[-1]} chunks |",
+        "|---" * (len(timed) + 4) + "|",
+    ]
+    known = {row["method"] for row in rows}
+    for method, meaning in STREAM_METHODS.items():
+        if method not in known:
+            continue
+        at = {n: [r for r in rows if r["method"] == method and r["chunks"] == n] for n in timed}
+        dense = {
+            n: [r for r in rows if r["method"] == "dense" and r["chunks"] == n] for n in timed
+        }
+        speeds = [
+            f"{mean(dense[n], 'chunk_s_last') / mean(at[n], 'chunk_s_last'):.1f}x"
+            if at[n] and dense[n]
+            else ""
+            for n in timed
+        ]
+        truths = [mean(at[n], "psnr_vs_truth_db") for n in timed]
+        told = ", ".join("" if one is None else f"{one:.1f}" for one in truths).strip(", ")
+        tokens = mean(at[timed[0]], "kv_tokens") or 0
+        held = mean(at[timed[-1]], "kv_bytes_peak")
+        cells = [meaning, f"{tokens:,.0f}", *speeds, told]
+        lines.append(f"| {' | '.join([*cells, '' if held is None else f'{held / 1e6:.0f} MB'])} |")
+    return "\n".join(lines)
+
+
 def between(readme: str, name: str, text: str) -> str:
     """Put a table between its two comments."""
     begin = readme.index(f"<!-- {name} -->\n") + len(f"<!-- {name} -->\n")
     return readme[:begin] + text + "\n" + readme[readme.index("<!-- end -->", begin) :]
 
 
-def readme_of(readme: str, results: str, pages: Path, counts: list[Row]) -> str:
-    """Return README.md with both of its tables written anew."""
+def readme_of(
+    readme: str, results: str, pages: Path, counts: list[Row], streamed: list[Row]
+) -> str:
+    """Return README.md with its tables written anew."""
     readme = between(readme, "presets", presets_table(results))
+    readme = between(readme, "stream", stream_table(streamed))
     return between(readme, "models", models_table(pages, counts))
 
 
@@ -234,8 +282,9 @@ def main() -> None:
         results.write_text(fill(results.read_text(), document["rows"]))
         print("\n".join(summary(document)))
     counts = json.loads((args.root / "benchmarks/results/real_models.json").read_text())["rows"]
+    streamed = json.loads((args.root / "benchmarks/results/long_context.json").read_text())["rows"]
     pages = args.root / "docs" / "models"
-    readme.write_text(readme_of(readme.read_text(), results.read_text(), pages, counts))
+    readme.write_text(readme_of(readme.read_text(), results.read_text(), pages, counts, streamed))
 
 
 if __name__ == "__main__":

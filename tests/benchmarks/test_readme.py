@@ -68,11 +68,33 @@ def test_a_preset_that_was_not_measured_has_empty_cells(readme):
     )
 
 
+def test_streams_are_compared_with_dense_ones_of_the_same_length(readme):
+    def streamed(method, chunks, seconds, **more):
+        return {"method": method, "chunks": chunks, "chunk_s_last": seconds, **more}
+
+    kept = {"psnr_vs_truth_db": 26.0, "kv_tokens": 832, "kv_bytes_peak": 75_500_000}
+    table = readme.stream_table(
+        [
+            streamed("dense", 16, 9.0),
+            streamed("dense", 64, 2.0, psnr_vs_truth_db=25.0, kv_tokens=16128),
+            streamed("dense", 256, 9.0),
+            streamed("all", 64, 0.25, **kept),
+            streamed("all", 256, 0.3, **kept | {"psnr_vs_truth_db": 24.0}),
+        ]
+    )
+    assert table.splitlines()[0].startswith(
+        "| history | tokens read | speed, 64 chunks | speed, 256"
+    )
+    assert "| all of it | 16,128 | 1.0x | 1.0x | 25.0 |  |" in table
+    assert "| 832 | 8.0x | 30.0x | 26.0, 24.0 | 76 MB |" in table
+
+
 def test_readme_has_what_was_recorded(readme):
     text = (ROOT / "README.md").read_text()
     counts = json.loads((ROOT / "benchmarks/results/real_models.json").read_text())["rows"]
+    streamed = json.loads((ROOT / "benchmarks/results/long_context.json").read_text())["rows"]
     results = (ROOT / "docs/results.md").read_text()
-    again = readme.readme_of(text, results, ROOT / "docs/models", counts)
+    again = readme.readme_of(text, results, ROOT / "docs/models", counts, streamed)
     assert again == text, "run make pages"
 
 
