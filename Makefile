@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test test-gpu lint types tree pages docs accept bench dump gpu-day results sizes clean
+.PHONY: help setup demo demo-full play test test-gpu lint types tree pages docs accept bench dump gpu-day results sizes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ demo: $(READY) ## the main job: roll out TinyWorld dense and accelerated, write 
 
 demo-full: $(READY) ## all trajectories, regimes and presets
 	$(BIN)/lipass demo --full $(ARGS)
+
+play: $(READY) ## a trained world in a browser, walked in while it is made, dense and accelerated
+	$(BIN)/lipass play $(ARGS)
 
 test: $(READY) ## tests that need no GPU, a process a core
 	$(PYTEST) -m 'not needs_gpu' --numprocesses auto --dist loadfile $(ARGS)

@@ -142,13 +142,13 @@ def roll_out(
         own = retriever(w2c[:start], query)
         if session is None:
             steps = [Step(*pair, False) for pair in itertools.pairwise(SIGMAS)]
-            record, x = _chunk(model, text, latents, w2c, walls, start, noise, own, steps)
+            record, x = run_chunk(model, text, latents, w2c, walls, start, noise, own, steps)
         else:
             with session.chunk(
                 poses=w2c[:start], query=query, latents=torch.stack(latents), own_context=own
             ) as chunk:
                 steps = chunk.steps(SIGMAS)
-                record, x = _chunk(
+                record, x = run_chunk(
                     model, text, latents, w2c, walls, start, noise, chunk.context, steps
                 )
         out.chunks.append(record)
@@ -159,7 +159,7 @@ def roll_out(
     return out
 
 
-def _chunk(
+def run_chunk(
     model: Callable,
     text: list[KeyValue],
     latents: list[Tensor],
@@ -170,6 +170,22 @@ def _chunk(
     context: list[int],
     steps: Iterable,
 ) -> tuple[ChunkRecord, Tensor]:
+    """Generate the chunk behind `start` latents, and say what it used and cost.
+
+    Args:
+        model: the transformer.
+        text: encoded prompt.
+        latents: the history, one `[C, Y, X]` each.
+        w2c: cameras `[F, 4, 4]` of the history and of the chunk behind it.
+        walls: latents of the bare room `[F, C, Y, X]`, or None.
+        start: where the chunk begins.
+        noise: `[1, C, 4, Y, X]`.
+        context: latents of the history that are read.
+        steps: denoising steps.
+
+    Returns:
+        The record, and the latents of the chunk `[1, C, 4, Y, X]`.
+    """
     clean = torch.stack([latents[i] for i in context], 1)[None]
     poses = torch.cat([w2c[context], w2c[start : start + CHUNK_LATENTS]])
     poses = relative_to(poses, w2c[start])[None]

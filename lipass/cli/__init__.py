@@ -13,7 +13,18 @@ from lipass._version import VERSION
 from lipass.errors import LipassError
 
 OK, FAILURE, USAGE, NOTHING_MATCHED, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 130, 141
-COMMANDS = ("demo", "warmup", "inspect", "diff", "explain", "bisect", "options", "doctor", "init")
+COMMANDS = (
+    "demo",
+    "play",
+    "warmup",
+    "inspect",
+    "diff",
+    "explain",
+    "bisect",
+    "options",
+    "doctor",
+    "init",
+)
 
 
 class UsageError(ValueError):

@@ -1,0 +1,188 @@
+"""Walk at random in a served world, and print what a visitor gets and what grows.
+
+    python -m benchmarks.live_world [--seconds 60] [--visitors 1] [--inner inductor]
+
+The server of `lipass play` runs in this process; each visitor is a socket that holds a key for a
+while, looks about, says a word now and then. Figures are those of visitors who move all the time;
+latency is from an input to the first frame that follows it, at the other end of the socket.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import socket
+import statistics
+import threading
+import time
+
+import numpy as np
+import torch
+import uvicorn
+from websockets.sync.client import connect
+
+from benchmarks.environment import environment
+from benchmarks.long_rollout import resident_mb
+from lipass.examples.tinyworld.live import LiveWorld
+from lipass.play.host import Host
+from lipass.play.protocol import LONGEST_MESSAGE, unpack
+from lipass.play.server import application
+
+_KEYS = ({"ahead": 1}, {"ahead": 1, "turn": 1}, {"ahead": 1, "turn": -1}, {"turn": 1},
+         {"turn": -1}, {"ahead": -1}, {"aside": 1}, {"ahead": 1, "aside": -1})  # fmt: skip
+_HELD_S = 0.6
+_WARM_S = 5.0
+
+
+class Walker:
+    """A visitor who is never still."""
+
+    def __init__(self, port: int, seed: int, end: float) -> None:
+        self.port, self.end = port, end
+        self.random = random.Random(seed)
+        self.asked: dict[int, float] = {}
+        self.latencies: list[float] = []
+        self.chunks: dict[str, list[tuple[float, dict]]] = {"fast": [], "dense": []}
+
+    def run(self) -> None:
+        """Walk until the end."""
+        origin = f"http://127.0.0.1:{self.port}"
+        with connect(f"ws://127.0.0.1:{self.port}/socket", origin=origin, max_size=None) as opened:
+            opened.send(json.dumps({"do": "enter", "room": 9000 + self.random.randrange(100)}))
+            number, turn_at = itertools.count(1), 0.0
+            while (now := time.monotonic()) < self.end:
+                if now >= turn_at:
+                    turn_at = now + _HELD_S * (0.5 + self.random.random())
+                    self._ask(opened, next(number))
+                try:
+                    data = opened.recv(timeout=max(0.01, turn_at - now))
+                except TimeoutError:
+                    continue
+                if isinstance(data, bytes):
+                    self._hear(unpack(data)[0])
+
+    def _ask(self, opened, number: int) -> None:
+        if self.random.random() < 0.03:
+            word = self.random.choice(["day", "dusk", "night", "clear", "haze", "fog"])
+            told = {"do": "say", "number": number, "words": [word]}
+        else:
+            told = {"do": "move", "number": number, **self.random.choice(_KEYS)}
+            if self.random.random() < 0.3:
+                told["yaw"] = self.random.randrange(-20, 21)
+        self.asked[number] = time.monotonic()
+        opened.send(json.dumps(told))
+
+    def _hear(self, told: dict) -> None:
+        now = time.monotonic()
+        if told["do"] != "chunk":
+            return
+        del told["memory"]
+        self.chunks[told["side"]].append((now, told))
+        if told["side"] == "fast":
+            for number in [one for one in self.asked if one <= told["number"]]:
+                self.latencies.append(now - self.asked.pop(number))
+
+
+def _serve(host: Host) -> tuple[uvicorn.Server, threading.Thread, int]:
+    app = application(host)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_level="warning", ws="websockets-sansio", ws_max_size=LONGEST_MESSAGE,
+            ws_per_message_deflate=False, timeout_graceful_shutdown=3,
+        )
+    )  # fmt: skip
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    return server, thread, listening.getsockname()[1]
+
+
+def _side(walkers: list[Walker], side: str, since: float) -> dict[str, float | int]:
+    chunks = [[(at, c) for at, c in w.chunks[side] if at > since] for w in walkers]
+    every = sorted((at, c["seconds"]) for one in chunks for at, c in one)
+    if not every:
+        return {}
+    seconds = [s for _, s in every]
+    frames = 4
+    span = every[-1][0] - every[0][0]
+    quarter = max(1, len(seconds) // 4)
+    return {
+        "chunks": len(seconds),
+        "own_fps": round(frames / statistics.median(seconds), 2),
+        "shown_fps_a_visitor": round(
+            frames * (len(seconds) - 1) / max(span, 1e-9) / len(walkers), 2
+        ),
+        "chunk_ms_p50": round(1000 * float(np.percentile(seconds, 50)), 1),
+        "chunk_ms_p99": round(1000 * float(np.percentile(seconds, 99)), 1),
+        "chunk_ms_first_quarter": round(1000 * statistics.median(seconds[:quarter]), 1),
+        "chunk_ms_last_quarter": round(1000 * statistics.median(seconds[-quarter:]), 1),
+    }
+
+
+def _graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def measure(seconds: float, visitors: int, inner: str) -> dict[str, object]:
+    """Serve, walk, and count."""
+    begin = time.monotonic()
+    host = Host(LiveWorld(inner), visitors)
+    server, thread, port = _serve(host)
+    ready: dict[str, float] = {}
+    while len(host.status.ready) < 2 and host.failure is None:
+        time.sleep(0.05)
+        for side in host.status.ready:
+            ready.setdefault(side, time.monotonic() - begin)
+    if host.failure is not None:
+        raise host.failure
+    for side in host.status.ready:
+        ready.setdefault(side, time.monotonic() - begin)
+    start = time.monotonic()
+    walkers = [Walker(port, seed, start + seconds) for seed in range(visitors)]
+    threads = [threading.Thread(target=walker.run) for walker in walkers]
+    for one in threads:
+        one.start()
+    time.sleep(min(_WARM_S, seconds / 2))
+    graphs, memory = _graphs(), [resident_mb()]
+    while time.monotonic() < start + seconds:
+        time.sleep(max(0.0, min(5.0, start + seconds - time.monotonic())))
+        memory.append(resident_mb())
+    for one in threads:
+        one.join()
+    graphs = _graphs() - graphs
+    since = start + min(_WARM_S, seconds / 2)
+    fast, dense = (_side(walkers, side, since) for side in ("fast", "dense"))
+    latencies = [1000 * one for w in walkers for one in w.latencies[3:]]
+    missed = [w.chunks["dense"][-1][1]["missed"] for w in walkers if w.chunks["dense"]]
+    server.should_exit = True
+    thread.join()
+    return {
+        "seconds": seconds,
+        "visitors": visitors,
+        "beside": host.beside,
+        "threads_a_side": host.threads,
+        "ready_after_s": {side: round(at, 1) for side, at in ready.items()},
+        "fast": fast,
+        "dense": dense,
+        "ratio_of_chunk_times": round(fast["own_fps"] / dense["own_fps"], 2) if dense else None,
+        "latency_ms_p50": round(float(np.percentile(latencies, 50))) if latencies else None,
+        "latency_ms_p95": round(float(np.percentile(latencies, 95))) if latencies else None,
+        "dense_chunks_missed": sum(missed),
+        "graphs_after_warm_up": graphs,
+        "resident_mb": [round(memory[0]), round(memory[len(memory) // 2]), round(memory[-1])],
+        **environment(),
+    }
+
+
+def main() -> None:
+    """Print one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--visitors", type=int, default=1)
+    parser.add_argument("--inner", default="inductor")
+    args = parser.parse_args()
+    print(json.dumps(measure(args.seconds, args.visitors, args.inner), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Serve a world to browsers: walk in it while it is made, dense and accelerated side by side."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import secrets
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from lipass.cli import OK, UsageError
+from lipass.cli.failures import failing
+from lipass.cli.importing import import_callable
+from lipass.cli.toolchain import check_compiler
+from lipass.errors import LipassError
+
+if TYPE_CHECKING:
+    from lipass.play.world import World
+
+SUMMARY = "walk in a world while it is made, in a browser, dense and accelerated side by side"
+
+_EXAMPLE = "lipass.examples.tinyworld.live:LiveWorld"
+_NEEDED = ("starlette", "uvicorn", "websockets")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lipass play`."""
+    parser.add_argument(
+        "target",
+        nargs="?",
+        default=_EXAMPLE,
+        metavar="TARGET",
+        help="module:callable or file.py:callable that returns a world (docs/play.md); the "
+        "trained example if left out",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8700, help="0 takes a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--token",
+        default="",
+        help="what visitors have to know; made up where --host is not of this machine alone",
+    )
+    parser.add_argument(
+        "--visitors", type=int, default=16, metavar="N", help="at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--idle", type=float, default=300.0, metavar="S",
+        help="seconds after which a visitor who does nothing is sent away (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of each side (default: half the cores)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the world, then serve it until interrupted."""
+    _check(args)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LipassError(
+            f"lipass play needs {', '.join(_NEEDED)}, got no {', '.join(missing)}; run "
+            f"{sys.executable} -m pip install 'lipass[play]'"
+        )
+    listening = _listen(args.host, args.port)
+    check_compiler()
+    import uvicorn
+
+    from lipass.play.connection import Limits
+    from lipass.play.host import Host
+    from lipass.play.protocol import LONGEST_MESSAGE
+    from lipass.play.server import application, is_loopback
+
+    loopback = is_loopback(args.host)
+    token = args.token or ("" if loopback else secrets.token_urlsafe(16))
+    host = Host(_world(args.target), args.visitors, threads=args.threads)
+    app = application(host, token=token, loopback=loopback, limits=Limits(idle_s=args.idle))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            ws="websockets-sansio",
+            ws_max_size=LONGEST_MESSAGE,
+            ws_per_message_deflate=False,  # pictures of a model hardly shrink, and a core is busy
+            timeout_graceful_shutdown=3,
+        )
+    )
+    host.ended = lambda: setattr(server, "should_exit", True)
+    name, port = listening.getsockname()[:2]
+    behind = f"#token={token}" if token else ""
+    print(f"http://{_shown(name)}:{port}/{behind}", flush=True)
+    print("lipass play: open this address; Ctrl-C ends it", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+    if host.failure is not None:
+        raise host.failure
+    return OK
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        UsageError: a number out of its range.
+    """
+    bounds = (
+        ("port", 0, 65535),
+        ("visitors", 1, 10_000),
+        ("idle", 1, 86_400),
+        ("threads", 1, 512),
+    )
+    for name, low, high in bounds:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"--{name} must be from {low} to {high}, got {value}; see --help")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the address before the work.
+
+    Raises:
+        LipassError: it is in use, or not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        raise LipassError(
+            f"--host and --port must be free and of this machine, got {host} {port}: "
+            f"{error.strerror or error}; --port 0 takes a free port"
+        ) from None
+    return listening
+
+
+def _world(target: str) -> World:
+    """Build the world that a target names.
+
+    Raises:
+        LipassError: it raises, or returns something else.
+    """
+    from lipass.play.world import World
+
+    build = import_callable(target)
+    with failing("must build a world", target):
+        world = build()
+    lacks = [name for name in World.__annotations__ if not hasattr(world, name)]
+    lacks += [name for name in ("compile", "visit") if not callable(getattr(world, name, None))]
+    if lacks:
+        raise LipassError(
+            f"{target} must return a lipass.play.world.World, got {type(world).__name__} without "
+            f"{', '.join(lacks)}; see docs/play.md"
+        )
+    return world
+
+
+def _shown(name: str) -> str:
+    return f"[{name}]" if ":" in name else name

@@ -1,0 +1,167 @@
+"""Run one world for many visitors: compile it, share the cores out, let people in and out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lipass.cli.failures import raised
+from lipass.errors import LipassError
+from lipass.play.lane import Lane
+from lipass.play.protocol import Enter, Vocabulary
+from lipass.play.visitor import Out, Visitor
+from lipass.play.world import DENSE, FAST, SIDES, World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is compiled.
+
+    Attributes:
+        ready: sides that are.
+        doing: one line on what is compiled; "" when all is done.
+    """
+
+    ready: tuple[str, ...] = ()
+    doing: str = ""
+
+
+class Host:
+    """A world that is being served.
+
+    Attributes:
+        failure: what ended it, if something did; then `ended` is called.
+
+    Args:
+        world: what is served.
+        visitors_max: who comes later is asked to wait.
+        beside: whether both sides have a lane of their own; None decides by cores and device.
+        threads: of one lane; None shares the cores out.
+        tell: is called, in any thread, whenever the status changes.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        visitors_max: int = 16,
+        *,
+        beside: bool | None = None,
+        threads: int | None = None,
+        tell: Callable[[Status], None] = lambda status: None,
+    ) -> None:
+        self.world = world
+        self.visitors_max = visitors_max
+        self.beside = _has_cores_for_both() if beside is None else beside
+        self.threads = threads or max(1, _cores() // (len(SIDES) if self.beside else 1))
+        self.vocabulary = Vocabulary(world.words, world.presets, world.rooms)
+        self.status = Status()
+        self.failure: LipassError | None = None
+        self.ended: Callable[[], None] = lambda: None
+        self.visitors: set[Visitor] = set()
+        self.tell = tell
+        self._lock = threading.Lock()
+        self._entering = threading.Lock()
+        self._closing = False
+        self._compiler = threading.Thread(
+            target=self._compile, name="lipass-play-compile", daemon=True
+        )
+        self._coming = 0
+        groups = [(FAST,), (DENSE,)] if self.beside else [SIDES]
+        self._lanes = [Lane(sides) for sides in groups]
+
+    def start(self) -> None:
+        """Run in threads from now on; what is not compiled yet runs as it is."""
+        import torch
+
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        for lane in self._lanes:
+            lane.start()
+        self._compiler.start()
+
+    def close(self) -> None:
+        """Send everybody away and end the threads; a compilation ends with the process."""
+        self._closing = True
+        for visitor in tuple(self.visitors):
+            self.leave(visitor)
+        for lane in self._lanes:
+            lane.close()
+        import torch
+
+        torch.set_num_threads(self._threads_before)
+
+    def enter(self, enter: Enter, out: Out) -> Visitor | None:
+        """Let a visitor in; None where it is full. Takes a moment: not for an event loop."""
+        with self._lock:
+            if len(self.visitors) + self._coming >= self.visitors_max:
+                return None
+            self._coming += 1
+        try:
+            room = self.world.room if enter.room is None else enter.room
+            with self._entering:  # one at a time, so that who walks already is not held up
+                visit = self.world.visit(room)
+            visitor = Visitor(self.world, room, visit, enter.walk, out, self.wake)
+            with self._lock:
+                self.visitors.add(visitor)
+            return visitor
+        finally:
+            with self._lock:
+                self._coming -= 1
+
+    def begin(self, visitor: Visitor) -> None:
+        """Make chunks for a visitor from now on."""
+        for lane in self._lanes:
+            lane.add(visitor)
+
+    def leave(self, visitor: Visitor) -> None:
+        """Let a visitor go and free all of it; waits for chunks that are being made."""
+        visitor.closed = True
+        for lane in self._lanes:
+            lane.remove(visitor)
+        visitor.close()
+        with self._lock:
+            self.visitors.discard(visitor)
+
+    def wake(self) -> None:
+        """Let the lanes look again who waits."""
+        for lane in self._lanes:
+            lane.wake()
+
+    def _compile(self) -> None:
+        try:
+            for side in SIDES:
+                if self._closing:
+                    return
+                self.world.compile(
+                    side, lambda doing: self._tell(Status(self.status.ready, doing))
+                )
+                for visitor in tuple(self.visitors):
+                    visitor.measure_anew(side)
+                self._tell(Status((*self.status.ready, side)))
+        except Exception as error:
+            log.exception("a world did not compile")
+            self.failure = LipassError(f"a world must compile, and {raised(error)}")
+            self._tell(Status(self.status.ready, str(self.failure)))
+            self.ended()
+
+    def _tell(self, status: Status) -> None:
+        self.status = status
+        self.tell(status)
+
+
+def _has_cores_for_both() -> bool:
+    import torch
+
+    return not torch.cuda.is_available() and _cores() >= len(SIDES)
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )

@@ -1,0 +1,240 @@
+// Wires the socket to films, figures and controls.
+import { draw_chunks, draw_map } from "./charts.js";
+import { Film } from "./film.js";
+import { Keys } from "./keys.js";
+
+const element = (id) => document.getElementById(id);
+const SIDES = ["fast", "dense"];
+const SHOWN_CHUNKS = 48;
+const TRAIL = 400;
+const LATENCIES = 200;
+const state = { chunks: [], trail: [], waiting: [], latencies: [], number: 0, ready: [], memory: [] };
+const hash = new URLSearchParams(location.hash.slice(1));
+// Links to a walk are shared, a token is not: it stays in this tab.
+if (hash.has("token")) sessionStorage.setItem("token", hash.get("token"));
+let socket = null;
+let films = null;
+
+const number = (value, digits = 1) => (value == null ? "–" : value.toFixed(digits));
+const send = (data) => socket?.readyState === 1 && socket.send(JSON.stringify(data));
+
+function enter(room, walk) {
+  socket?.close();
+  Object.assign(state, { chunks: [], trail: [], waiting: [], latencies: [], memory: [], camera: null });
+  const own = new WebSocket(`${location.protocol.replace("http", "ws")}//${location.host}/socket`);
+  own.binaryType = "arraybuffer";
+  own.addEventListener("open", () => {
+    const first = { do: "enter", token: sessionStorage.getItem("token") ?? "", walk: walk ?? "" };
+    if (Number.isInteger(room)) first.room = room;
+    own.send(JSON.stringify(first));
+  });
+  own.addEventListener("message", ({ data }) => {
+    if (own !== socket) return;
+    if (typeof data === "string") heard(JSON.parse(data));
+    else seen(data);
+  });
+  own.addEventListener("close", ({ reason }) => {
+    if (own !== socket) return;
+    state.gone ||= reason || "the server is gone";
+    say_status();
+  });
+  state.gone = "";
+  socket = own;
+}
+
+function heard(told) {
+  if (told.do === "welcome") welcome(told);
+  else if (told.do === "status") Object.assign(state, { ready: told.ready, doing: told.doing, since: Date.now() });
+  else if (told.do === "bye") state.gone = told.why;
+  else if (told.do === "walk") show_link(told);
+  else if (told.do === "refused") console.warn(told.why);
+  say_status();
+}
+
+function welcome(told) {
+  state.world = told;
+  state.words = Object.values(told.words).map((group) => group[0]);
+  state.preset = told.presets[0];
+  element("title").textContent = `· ${told.title}`;
+  element("room").value = told.room;
+  element("room").max = told.rooms - 1;
+  films ??= Object.fromEntries(SIDES.map((side) => [side, new Film(element(side), 1000 / told.fps)]));
+  const groups = Object.entries(told.words).map(([name, group]) =>
+    choices(name, group, (word) => {
+      state.number += 1;
+      expect();
+      send({ do: "say", number: state.number, words: [word] });
+    }));
+  element("words").replaceChildren(...groups);
+  const presets = choices("preset", told.presets, (preset) => {
+    element("preset-name").textContent = preset;
+    send({ do: "choose", preset });
+  });
+  presets.id = "presets";
+  element("presets").replaceWith(presets);
+  element("preset-name").textContent = told.presets[0];
+  element("how").textContent = how(told);
+}
+
+function choices(name, all, chosen) {
+  const set = document.createElement("fieldset");
+  set.className = "group";
+  const legend = document.createElement("legend");
+  legend.textContent = name;
+  set.append(legend);
+  for (const text of all) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = button.dataset.choice = text;
+    button.addEventListener("click", () => {
+      press(set, text);
+      chosen(text);
+    });
+    set.append(button);
+  }
+  press(set, all[0]);
+  return set;
+}
+
+function press(set, text) {
+  for (const button of set.querySelectorAll("button"))
+    button.setAttribute("aria-pressed", String(button.dataset.choice === text));
+}
+
+function how({ beside, threads, chunk_frames, fps }) {
+  const cores = `${threads} ${threads > 1 ? "threads" : "thread"}`;
+  const shared = beside
+    ? `Each side computes in a lane of its own with ${cores}, so the left one never waits for the right one.`
+    : `Both sides share the device and take turns by chunk, with ${cores}.`;
+  return `${shared} A chunk is ${chunk_frames} frames under one camera; the left side takes what you ask when its chunk ` +
+    `begins, and is not shown faster than ${fps} frames a second. “If alone here” is ${chunk_frames} frames over the time ` +
+    "of its median chunk, model and decoding. The right side gets the same cameras, and takes the newest where it is too " +
+    "slow. A still view is not made again.";
+}
+
+function seen(data) {
+  const length = new DataView(data).getUint32(0);
+  const told = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+  const pixels = new Uint8Array(data, 4 + length);
+  const [frames, rows, columns] = told.shape;
+  const drawn = told.side === "fast" && told.do === "chunk" ? () => answered(told.number) : null;
+  films[told.side].add(frames, rows, columns, pixels, drawn);
+  if (told.do === "chunk") chunk(told);
+  if (told.side === "fast") {
+    state.camera = told.camera;
+    state.trail.push(told.camera);
+    state.trail.splice(0, state.trail.length - TRAIL);
+  }
+  redraw();
+}
+
+function chunk(told) {
+  const { side } = told;
+  let entry = state.chunks.find((one) => one.chunk === told.chunk);
+  if (!entry) state.chunks.push((entry = { chunk: told.chunk }));
+  entry[side] = told;
+  state.chunks.splice(0, state.chunks.length - SHOWN_CHUNKS);
+  state[side] = told;
+  element(`${side}-shown`).textContent = told.shown_fps == null ? element(`${side}-shown`).textContent : number(told.shown_fps);
+  element(`${side}-own`).textContent = number(told.own_fps);
+  if (side === "fast") {
+    state.memory = told.memory;
+    element("read").textContent = `${told.read} of ${told.memory.length} frames`;
+    element("why").textContent = told.why;
+    const fieldsets = element("words").querySelectorAll("fieldset");
+    told.words.forEach((word, i) => press(fieldsets[i], word));
+    if (told.replays) press(element("presets"), told.preset);
+  } else {
+    element("behind").textContent = `${told.behind}, ${told.missed}`;
+    if (told.db != null) state.db = told.db;
+  }
+  say_result();
+}
+
+function say_result() {
+  const { fast, dense, db } = state;
+  if (!fast?.own_fps) return;
+  const line = element("result");
+  const part = (tag, text) => Object.assign(document.createElement(tag), { textContent: text });
+  if (!dense?.own_fps || !element("compare").checked) {
+    line.replaceChildren(part("b", "lipass"), ` can make ${number(fast.own_fps)} frames a second here.`);
+    return;
+  }
+  const ratio = fast.own_fps / dense.own_fps;
+  line.replaceChildren(
+    part("b", "lipass"), ` makes a chunk ${number(ratio)}x as fast as `, part("i", "torch.compile alone"),
+    db == null ? "." : `, ${number(db, 0)} dB apart.`,
+  );
+}
+
+// From an input to the first frame that follows it.
+function expect() {
+  state.waiting.push([state.number, performance.now()]);
+}
+
+function answered(newest) {
+  const now = performance.now();
+  for (const [, asked] of state.waiting.filter(([number]) => number <= newest)) state.latencies.push(now - asked);
+  state.waiting = state.waiting.filter(([number]) => number > newest);
+  state.latencies.splice(0, state.latencies.length - LATENCIES);
+  const sorted = [...state.latencies].sort((a, b) => a - b);
+  if (!sorted.length) return;
+  const at = (share) => Math.round(sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))]);
+  element("latency").replaceChildren(`${at(0.5)} / ${at(0.95)} `, Object.assign(document.createElement("small"), { textContent: "ms" }));
+}
+
+function say_status() {
+  const missing = SIDES.filter((side) => !state.ready.includes(side));
+  const line = element("status");
+  line.classList.toggle("bad", Boolean(state.gone));
+  const seconds = Math.round((Date.now() - (state.since ?? Date.now())) / 1000);
+  const doing = state.doing ? `${state.doing}${seconds > 1 ? `, ${seconds} s` : ""}` : "";
+  line.textContent = state.gone ? `Ended: ${state.gone}. Reload to enter again.` : doing || (state.fast?.replays ? `replaying a walk, ${state.fast.replays} chunks left; any key takes over` : "");
+  for (const side of SIDES) {
+    const waits = missing.includes(side) ? (side === "fast" || state.ready.includes("fast") ? "being compiled, runs as it is" : "not compiled yet, runs as it is") : "";
+    element(`${side}-veil`).textContent = state.gone ? "ended" : side === "dense" && !element("compare").checked ? "not running" : waits;
+  }
+}
+
+function show_link({ room, walk }) {
+  const link = new URL(location.href);
+  link.hash = new URLSearchParams({ room, walk }).toString();
+  history.replaceState(null, "", link);
+  navigator.clipboard?.writeText(link.href).catch(() => {});
+  element("link").textContent = "link is in the address bar";
+  setTimeout(() => (element("link").textContent = "link to this walk"), 2500);
+}
+
+let asked = false;
+function redraw() {
+  if (asked) return;
+  asked = true;
+  requestAnimationFrame(() => {
+    asked = false;
+    draw_map(element("map"), state.world?.plan, state.memory, state.camera, state.trail);
+    draw_chunks(element("chunks"), state.chunks, SHOWN_CHUNKS);
+  });
+}
+
+new Keys({
+  stage: element("stage"), pad: element("pad"), knob: element("knob"), keys: element("keys"),
+  ask: (controls) => {
+    state.number += 1;
+    if (Object.values(controls).some(Boolean)) expect();
+    send({ do: "move", number: state.number, ...controls });
+  },
+});
+element("room").addEventListener("change", ({ target }) => {
+  target.blur();
+  enter(Math.max(0, Math.min(target.valueAsNumber || 0, Number(target.max))));
+});
+element("another").addEventListener("click", () => enter(9000 + Math.floor(Math.random() * 1000)));
+element("link").addEventListener("click", () => send({ do: "walk" }));
+element("compare").addEventListener("change", ({ target }) => {
+  send({ do: "compare", on: target.checked });
+  say_status();
+});
+addEventListener("resize", redraw);
+setInterval(say_status, 1000);
+enter(hash.has("room") ? Number(hash.get("room")) : null, hash.get("walk"));
+window.lipass = state;

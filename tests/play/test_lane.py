@@ -1,0 +1,245 @@
+"""Lanes: one chunk a turn, nobody twice in a row, and a fast side that waits for nobody."""
+
+import threading
+import time
+
+import pytest
+from painted import PaintedWorld
+
+from lipass.play.host import Host
+from lipass.play.lane import Lane
+from lipass.play.protocol import Choose, Compare, Enter, Move, Say
+from lipass.play.walk import parse_walk
+from lipass.play.world import Controls
+
+WALKS = Controls(ahead=1)
+
+
+class Worker:
+    """Waits for so many chunks, and notes whose turn it was."""
+
+    def __init__(self, name, turns, chunks):
+        self.name, self.turns, self.chunks = name, turns, chunks
+
+    def due(self, side):
+        return 0.0 if self.chunks else None
+
+    def make(self, side):
+        self.chunks -= 1
+        self.turns.append(self.name)
+        time.sleep(0.001)
+
+
+def wait(true, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.002)
+
+
+def test_who_waits_longest_is_next():
+    lane, turns = Lane(["fast"]), []
+    workers = [Worker(name, turns, count) for name, count in (("a", 9), ("b", 3), ("c", 6))]
+    for worker in workers:
+        lane.add(worker)
+    lane.start()
+    wait(lambda: not any(worker.chunks for worker in workers))
+    lane.close()
+    assert turns == [*"abc" * 3, *"ac" * 3, *"aaa"]
+
+
+def test_one_lane_takes_turns_between_sides():
+    lane, turns = Lane(["fast", "dense"]), []
+
+    class Both(Worker):
+        def make(self, side):
+            super().make(side)
+            turns[-1] = side
+
+    both = Both("", turns, 6)
+    lane.add(both)
+    lane.start()
+    wait(lambda: not both.chunks)
+    lane.close()
+    assert turns == ["fast", "dense"] * 3
+
+
+class Out:
+    """Collects chunks; full where told so."""
+
+    def __init__(self):
+        self.chunks, self.why, self.is_full = [], "", False
+
+    def full(self):
+        return self.is_full
+
+    def chunk(self, header, frames):
+        self.chunks.append(header | {"frames": frames})
+
+    def failed(self, why):
+        self.why = why
+
+    def of(self, side):
+        return [one for one in tuple(self.chunks) if one["side"] == side]
+
+
+@pytest.fixture
+def enter():
+    """Return a function that lets a visitor into a host of a painted world."""
+    hosts = []
+
+    def start(world, *, walk="", host=None, room=None):
+        if host is None:
+            host = Host(world, beside=True, threads=1)
+            hosts.append(host)
+            host.start()
+        out = Out()
+        strides = parse_walk(walk, host.vocabulary)
+        visitor = host.enter(Enter(room, strides, ""), out)
+        host.begin(visitor)
+        return host, visitor, out
+
+    yield start
+    for host in hosts:
+        host.close()
+
+
+def test_fast_side_does_not_wait_for_the_dense_one(enter):
+    _, visitor, out = enter(PaintedWorld(dense_seconds=0.1))
+    visitor.move(Move(1, WALKS))
+    wait(lambda: len(out.of("dense")) >= 4)
+    visitor.move(Move(2, Controls()))
+    fast, dense = len(out.of("fast")), out.of("dense")
+    assert fast > 3 * len(dense)
+    assert dense[-1]["missed"] > 0
+    assert dense[-1]["behind"] > 0
+    assert [one["chunk"] for one in out.of("fast")] == list(range(fast))
+
+
+def test_both_sides_end_on_the_same_view(enter):
+    _, visitor, out = enter(PaintedWorld(dense_seconds=0.02))
+    visitor.move(Move(1, WALKS))
+    wait(lambda: len(out.of("fast")) >= 20)
+    visitor.move(Move(2, Controls()))
+    wait(lambda: out.of("dense")[-1]["chunk"] == out.of("fast")[-1]["chunk"])
+    assert out.of("dense")[-1]["camera"] == out.of("fast")[-1]["camera"]
+    assert out.of("dense")[-1]["db"] < 100
+
+
+def test_still_view_costs_nothing(enter):
+    world = PaintedWorld()
+    _, visitor, out = enter(world)
+    wait(lambda: len(out.of("dense")) == 1)
+    time.sleep(0.05)
+    assert len(world.made) == 2  # the view of the entrance, once a side
+    visitor.say(Say(1, ("night",)))
+    wait(lambda: len(out.of("fast")) == 5)
+    time.sleep(0.05)
+    assert len(out.of("fast")) == 5
+    assert world.made[-1][3] == ("night", "clear")
+
+
+def test_chunks_come_no_faster_than_the_motion_is_natural(enter):
+    _, visitor, out = enter(PaintedWorld())
+    begin = time.monotonic()
+    visitor.move(Move(1, WALKS))
+    wait(lambda: len(out.of("fast")) >= 20)
+    assert time.monotonic() - begin > 18 * PaintedWorld.chunk_frames / PaintedWorld.fps
+
+
+def test_dense_side_can_be_left_out(enter):
+    _, visitor, out = enter(PaintedWorld())
+    visitor.compare(Compare(False))
+    visitor.move(Move(1, WALKS))
+    wait(lambda: len(out.of("fast")) >= 10)
+    assert len(out.of("dense")) <= 1
+
+
+def test_looking_is_spread_over_chunks_and_ends(enter):
+    _, visitor, out = enter(PaintedWorld())
+    wait(lambda: len(out.of("fast")) == 1)
+    visitor.move(Move(1, Controls(yaw=50)))
+    wait(lambda: len(out.of("fast")) == 3)
+    time.sleep(0.05)
+    assert [one["camera"][2] for one in out.of("fast")] == [0, 30, 50]
+
+
+def test_preset_reaches_the_fast_side(enter):
+    world = PaintedWorld()
+    _, visitor, out = enter(world)
+    wait(lambda: len(out.of("fast")) == 1)
+    visitor.choose(Choose("exact"))
+    wait(lambda: len(out.of("fast")) == 2)
+    assert out.of("fast")[-1]["preset"] == "exact"
+
+
+def test_walk_replays_to_the_same_frames(enter):
+    host, visitor, out = enter(PaintedWorld())
+    for number, controls in enumerate((WALKS, Controls(turn=1), Controls(1, 1, 0, 17))):
+        visitor.move(Move(number, controls))
+        seen = len(out.of("fast"))
+        wait(lambda: len(out.of("fast")) > seen + 2)  # noqa: B023
+    visitor.say(Say(9, ("fog",)))
+    visitor.move(Move(9, Controls()))
+    before = -1
+    while before != (before := len(out.of("fast"))):
+        time.sleep(0.1)
+    _, _, again = enter(None, walk=visitor.walked(), host=host)
+    wait(lambda: len(again.of("fast")) >= before)
+    for one, other in zip(out.of("fast"), again.of("fast"), strict=False):
+        assert one["camera"] == other["camera"]
+        assert one["words"] == other["words"]
+        assert (one["frames"] == other["frames"]).all()
+
+
+def test_slow_reader_waits_and_nobody_else_does(enter):
+    host, slow, slow_out = enter(PaintedWorld())
+    _, quick, quick_out = enter(None, host=host)
+    slow_out.is_full = True
+    slow.move(Move(1, WALKS))
+    quick.move(Move(1, WALKS))
+    wait(lambda: len(quick_out.of("fast")) >= 20)
+    assert len(slow_out.of("fast")) <= 2
+    slow_out.is_full = False
+    host.wake()
+    wait(lambda: len(slow_out.of("fast")) >= 5)
+
+
+def test_failure_ends_one_visit_alone(enter):
+    world = PaintedWorld(fails_at=(13, 3))
+    host, broken, broken_out = enter(world, room=13)
+    _, whole, whole_out = enter(None, host=host, room=14)
+    for visitor in (broken, whole):
+        visitor.move(Move(1, WALKS))
+    wait(lambda: len(whole_out.of("fast")) >= 20)
+    assert broken_out.why == "RuntimeError in the fast side"
+    assert len(broken_out.of("fast")) == 3
+    assert not whole_out.why
+
+
+def test_who_leaves_is_freed(enter):
+    world = PaintedWorld(seconds=0.02, dense_seconds=0.02)
+    host, visitor, _ = enter(world)
+    visitor.move(Move(1, WALKS))
+    time.sleep(0.05)
+    host.leave(visitor)
+    assert world.open_sides == 0
+    assert not host.visitors
+    made = len(world.made)
+    time.sleep(0.06)
+    assert len(world.made) == made
+
+
+def test_world_that_does_not_compile_is_told_and_ends(enter):
+    class Broken(PaintedWorld):
+        def compile(self, side, say):
+            raise ValueError("no such graph")
+
+    host = Host(Broken(), beside=True, threads=1)
+    ended = threading.Event()
+    host.ended = ended.set
+    host.start()
+    assert ended.wait(5)
+    host.close()
+    assert "raised ValueError" in str(host.failure)
+    assert "no such graph" in host.status.doing
