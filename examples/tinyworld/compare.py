@@ -64,12 +64,21 @@ class Contender:
         preset: its name.
         model: the model; a copy of it is compiled.
         inner: what compiles the graphs behind the passes.
-        more: options beside those of `options_of`.
+        options: in place of those of `options_of`.
+        more: options beside them.
     """
 
-    def __init__(self, preset: str, model: TinyWorld, inner: str, **more: Any) -> None:
+    def __init__(
+        self,
+        preset: str,
+        model: TinyWorld,
+        inner: str,
+        options: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
         self.preset = preset
-        self.options = options_of("off" if preset == INDUCTOR else preset, inner) | more
+        own_options = options_of("off" if preset == INDUCTOR else preset, inner)
+        self.options = (options or own_options) | more
         own = copy.deepcopy(model)
         if preset == INDUCTOR:
             self.compiled = torch.compile(own, backend=inner)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import lipass
+from lipass.kernels import registry
 from lipass.play.world import DENSE, Camera, Controls, Made, Pixels, Remembered, Words
 from lipass.policy.context import FrameDecision
 
@@ -39,13 +40,22 @@ FPS = 16.0
 # A person who walks, 1.4 m/s, and looks around, within what the model was trained on.
 _STEP_M, _TURN_DEG, _LOOK_DEG = 1.4 / FPS, 6.0, 9
 _PITCH_MAX_DEG = 15.0
-# The recording is a turn on the spot.
+# The recording is a turn on the spot where the visitor enters; more of them showed no gain.
 _RECORDED = 40
+# Nobody comes nearer to a wall: there is nothing to see.
+_MARGIN_M = 0.7
 # What a side remembers. Beyond, chunks are forgotten that show what others show too.
 _HISTORY_LATENTS = 160
 # What is compiled with `all` runs these too: a session says what of it is used.
-PRESETS = ("all", "context", "cache", "exact")
+_USED = {
+    "all": ("context", "sparse", "steps"),
+    "context": ("context",),
+    "sparse": ("sparse",),
+    "cache": ("steps",),
+    "exact": (),
+}
 _LATEST_CHUNKS = 5
+_EVERY_CHUNK = 1 << 30
 # Contexts of several lengths, and a view that is seen again.
 _WARM_UP = (Controls(ahead=1), Controls(turn=1), Controls(turn=-1))
 
@@ -75,8 +85,8 @@ class LiveWorld:
         "air": tuple(AIRS),
         "light": tuple(PALETTES),
     }
-    presets = PRESETS
-    room = HELD_OUT_SEED + 1
+    presets = tuple(_USED)
+    room = HELD_OUT_SEED + 3
     rooms = 100_000
 
     def __init__(
@@ -92,7 +102,7 @@ class LiveWorld:
         """Compile both graphs of a side by calling them; then it takes the place of the model."""
         preset = "off" if side == DENSE else "all"
         say(f"compiling {preset}: a graph that reads the history, and one that denoises")
-        compiled = Contender(preset, self.model, self.inner)
+        compiled = Contender(preset, self.model, self.inner, _graph_options(preset, self.inner))
         visit = self.visit(self.room)
         made = LiveSide(self, visit, side, compiled)
         words = tuple(group[0] for group in self.words.values())
@@ -114,7 +124,7 @@ class LiveWorld:
 
     def session(self, preset: str) -> lipass.Session:
         """Open a session for the graphs that are there."""
-        return lipass.Session(**options_of(preset, self.inner))
+        return lipass.Session(**_session_options(preset, self.inner))
 
     def visit(self, room: int) -> "LiveVisit":
         """Let somebody into the room of a seed."""
@@ -131,8 +141,8 @@ class LiveVisit:
         self._bare = bare(self.room)
         self._pitch = 0.0
         self.camera = _entrance(self.room)
-        turn = self.camera.yaw + 360 / _RECORDED * torch.arange(1 - _RECORDED, 1)
-        self.recorded = self._stretch([(self.camera._replace(yaw=float(y)), 0.0) for y in turn])
+        turn = (self.camera.yaw + 360 * i / _RECORDED for i in range(1 - _RECORDED, 1))
+        self.recorded = self._stretch([(self.camera._replace(yaw=yaw), 0.0) for yaw in turn])
         frames = render(self.room, self.recorded.w2c, [Attributes()], world.size[0])[0]
         self.given = world.codec.encode(frames)
         self.first = pixels(frames[-1:])[0]
@@ -161,7 +171,7 @@ class LiveVisit:
         sin, cos = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
         dx, dz = ahead * sin + aside * cos, ahead * cos - aside * sin
         for step_x, step_z in ((dx, dz), (dx, 0.0), (0.0, dz)):  # slide along what is in the way
-            if is_free(self.room, x + step_x, z + step_z):
+            if is_free(self.room, x + step_x, z + step_z, _MARGIN_M):
                 x, z = x + step_x, z + step_z
                 break
         self.camera = Camera(x, z, yaw % 360)
@@ -206,10 +216,12 @@ class LiveSide:
             latents=self._latents,
             own_context=retrieve(self._w2c, stretch.w2c),
         ) as planned:
+            before = _blocks()
             record, x = run_chunk(
                 model, self._world.text(words), list(self._latents), w2c, walls, history, noise,
                 planned.context, planned.steps(SIGMAS),
             )  # fmt: skip
+            density = _density(before, _blocks())
         new = x[0].transpose(0, 1)
         memory = [
             Remembered(camera, _kind(frame))
@@ -221,7 +233,7 @@ class LiveSide:
             memory,
             record.steps_computed + planned.misses,
             len(SIGMAS) - 1,
-            1.0,
+            density,
             planned.plan.revisit.reason,
         )
 
@@ -273,9 +285,48 @@ def kept(w2c: Tensor, most: int) -> list[int]:
     return [i for i in every if i // CHUNK_LATENTS != forgotten]
 
 
+def _graph_options(preset: str, inner: str) -> dict[str, Any]:
+    """Return options of `torch.compile`: sessions choose latents and steps in front of it."""
+    options = _without("context", _without("steps", options_of(preset, inner)))
+    return {name: value for name, value in options.items() if not name.endswith("fov_deg")}
+
+
+def _without(section: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Switch a section off."""
+    left = {name: value for name, value in options.items() if not name.startswith(f"{section}.")}
+    return left | {section: False}
+
+
+def _session_options(preset: str, inner: str) -> dict[str, Any]:
+    """Return options of a session that uses a part of what is compiled."""
+    if preset == "off":
+        return options_of("off", inner)
+    used = _USED[preset]
+    options = options_of("all", inner)
+    for name in ("context", "steps"):
+        if name not in used:
+            options = _without(name, options)
+    if "sparse" not in used:
+        options["sparse.dense_chunks"] = _EVERY_CHUNK
+    if not {"context", "steps"} & set(used):
+        del options["hfov_deg"], options["vfov_deg"]
+    return options
+
+
 def pixels(frames: Tensor) -> Pixels:
     """Turn frames `[n, 3, P, P]` in 0..1 into `[n, P, P, 3]` bytes."""
     return (frames * 255 + 0.5).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _blocks() -> tuple[int, int]:
+    """Count attention blocks visited so far, and all that there were."""
+    counts = registry.telemetry().values()
+    return sum(one.visited_blocks for one in counts), sum(one.total_blocks for one in counts)
+
+
+def _density(before: tuple[int, int], after: tuple[int, int]) -> float:
+    total = after[1] - before[1]
+    return (after[0] - before[0]) / total if total else 1.0
 
 
 def _kind(frame: FrameDecision) -> str:
@@ -294,8 +345,8 @@ def _entrance(room: Room) -> Camera:
     """Choose where a visitor enters: near the middle, with the longest way ahead."""
     width, _, depth = room.size_m.tolist()
     places = [(width * i / 20, depth * j / 20) for i in range(1, 20) for j in range(1, 20)]
-    free = [place for place in places if is_free(room, *place, margin_m=0.7)] or places
-    x, z = min(free, key=lambda p: math.hypot(p[0] - width / 2, p[1] - depth / 2))
+    free = [place for place in places if is_free(room, *place, _MARGIN_M)] or places
+    x, z = min(free, key=lambda place: math.dist(place, (width / 2, depth / 2)))
 
     def way(yaw: int) -> float:
         sin, cos = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))

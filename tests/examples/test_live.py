@@ -1,0 +1,184 @@
+"""The example as it is served: walls stop, memory is bounded, visitors do not mix."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("uvicorn")
+
+from lipass.examples.tinyworld import live
+from lipass.examples.tinyworld.codec import Codec
+from lipass.examples.tinyworld.live import LiveWorld, kept
+from lipass.examples.tinyworld.model import ModelConfig, TinyWorld
+from lipass.examples.tinyworld.world import is_free
+from lipass.play.host import Host
+from lipass.play.protocol import Enter
+from lipass.play.walk import parse_walk
+from lipass.play.world import Controls
+from lipass.policy.trajectory import parse_trajectory
+
+WORDS = ("day", "clear", "plain")
+
+
+@pytest.fixture(scope="module")
+def world():
+    torch.manual_seed(0)
+    model = TinyWorld(ModelConfig(width=48, heads=1, blocks=1, rows=4, columns=4))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    codec = Codec(width=4)
+    return LiveWorld(
+        "eager", (model.eval().requires_grad_(False), codec.eval().requires_grad_(False))
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(world):
+    torch._dynamo.reset()
+    for side in ("fast", "dense"):
+        world.compile(side, lambda doing: None)
+    return world
+
+
+def test_walls_and_furniture_stop_who_walks(world):
+    visit = world.visit(9004)
+    for controls in [Controls(ahead=1)] * 30 + [Controls(1, 1, 1)] * 30:
+        visit.go(controls)
+        assert is_free(visit.room, visit.camera.x, visit.camera.z)
+
+
+def test_sliding_along_a_wall_goes_on(world):
+    visit = world.visit(9004)
+    for _ in range(40):
+        visit.go(Controls(ahead=1))
+    before = visit.camera
+    visit.go(Controls(turn=1))
+    visit.go(Controls(turn=1))
+    visit.go(Controls(ahead=1))
+    assert visit.camera[:2] != before[:2]
+
+
+def test_looking_up_ends_somewhere(world):
+    visit = world.visit(9004)
+    stretch = [visit.go(Controls(pitch=36)) for _ in range(3)][-1]
+    up = torch.rad2deg(torch.asin(-torch.linalg.inv(stretch.w2c)[-1, 1, 2]))
+    assert float(up) == pytest.approx(15.0, abs=0.01)
+
+
+def test_what_is_shown_elsewhere_is_forgotten_first():
+    first = parse_trajectory(f"left-{live._RECORDED - 1}", step_deg=3)
+    there = parse_trajectory("right-3, w-20, left-20", step_m=0.3, step_deg=8)
+    w2c = torch.cat([first, there])
+    keep = kept(w2c, len(w2c) - 4)
+    gone = sorted(set(range(len(w2c))) - set(keep))
+    assert len(gone) == 4
+    assert gone[0] % 4 == 0
+    assert live._RECORDED <= gone[0] < len(w2c) - 4 * live._LATEST_CHUNKS
+
+
+def test_memory_is_bounded_and_the_recording_stays(world, monkeypatch):
+    monkeypatch.setattr(live, "_HISTORY_LATENTS", live._RECORDED + 24)
+    visit = world.visit(9004)
+    side = visit.side("fast")
+    for chunk in range(12):
+        made = side.make(chunk, visit.go(Controls(turn=1)), WORDS, "all")
+    assert len(made.memory) == live._RECORDED + 24
+    assert [one.camera for one in made.memory[: live._RECORDED]] == list(visit.recorded.cameras)
+    assert made.memory[-1].camera.yaw == pytest.approx((visit.camera.yaw - 24) % 360)
+    side.close()
+
+
+def test_preset_changes_what_is_read_from_the_next_chunk_on(world):
+    visit = world.visit(9004)
+    side = visit.side("fast")
+    read = {}
+    for chunk, preset in enumerate(("all", "cache", "all", "exact")):
+        read[preset] = side.make(chunk, visit.go(Controls(turn=1)), WORDS, preset).read
+    assert read["all"] < read["cache"] == read["exact"] == 20
+    side.close()
+
+
+# A latent of the tiny model has 16 tokens, so nothing is sparse, which is told.
+@pytest.mark.filterwarnings("ignore:an approximate session must leave something out")
+def test_presets_are_parts_of_one_compiled_model(compiled):
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    steps = {}
+    for preset in compiled.presets:
+        visit = compiled.visit(9004)
+        side = visit.side("fast")
+        for chunk, turn in enumerate((1, 1, -1, -1, -1)):
+            made = side.make(chunk, visit.go(Controls(turn=turn)), WORDS, preset)
+        steps[preset] = made.steps
+        side.close()
+    assert steps == {"all": 2, "context": 4, "sparse": 4, "cache": 2, "exact": 4}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_words_change_the_picture(world):
+    frames = []
+    for words in (WORDS, ("night", "fog", "cool")):
+        visit = world.visit(9004)
+        side = visit.side("fast")
+        frames.append(side.make(0, visit.go(Controls(ahead=1)), words, "all").frames)
+        side.close()
+    assert (frames[0] != frames[1]).any()
+
+
+class Out:
+    def __init__(self):
+        self.frames, self.why, self.left = {"fast": [], "dense": []}, "", 0
+
+    def full(self):
+        return False
+
+    def chunk(self, header, frames):
+        self.frames[header["side"]].append((header["chunk"], frames))
+        self.left = header["replays"]
+
+    def failed(self, why):
+        self.why = why
+
+
+def test_visitors_of_one_compiled_model_see_what_they_would_alone(compiled):
+    """Four visitors at once, side by side with the dense side, to the bit."""
+    walks = {9001: "2w,2r,2l,w", 9002: "3r,3l,d", 9003: "2ws,4wr~night,w", 9004: "w,6r@cache"}
+
+    def run(rooms):
+        host = Host(compiled, beside=True, threads=1)
+        for lane in host._lanes:
+            lane.start()
+        outs = {room: Out() for room in rooms}
+        for room, out in outs.items():
+            enter = Enter(room, parse_walk(walks[room], host.vocabulary), "")
+            host.begin(host.enter(enter, out))
+        end = time.monotonic() + 60
+        while any(len(out.frames["fast"]) < 7 for out in outs.values()):
+            assert time.monotonic() < end
+            assert not any(out.why for out in outs.values())
+            time.sleep(0.01)
+        for lane in host._lanes:
+            lane.close()
+        for visitor in tuple(host.visitors):
+            host.leave(visitor)
+        return {
+            room: [frames for _, frames in out.frames["fast"][:7]] for room, out in outs.items()
+        }
+
+    together = run(walks)
+    for room in walks:
+        alone = run([room])[room]
+        assert all((a == b).all() for a, b in zip(together[room], alone, strict=True)), room
+    assert threading.active_count() < 12
+
+
+def test_both_sides_run_one_model_when_nothing_is_left_out(compiled):
+    visit = compiled.visit(9004)
+    fast, dense = visit.side("fast"), visit.side("dense")
+    for chunk in range(2):
+        stretch = visit.go(Controls(turn=1))
+        exact, off = (side.make(chunk, stretch, WORDS, "exact").frames for side in (fast, dense))
+        assert abs(exact.astype(int) - off.astype(int)).max() <= 1
+    fast.close()
+    dense.close()
