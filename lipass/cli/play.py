@@ -70,8 +70,12 @@ def run(args: argparse.Namespace) -> int:
             f"lipass play needs {', '.join(_NEEDED)}, got no {', '.join(missing)}; run "
             f"{sys.executable} -m pip install 'lipass[play]'"
         )
-    listening = _listen(args.host, args.port)
-    check_compiler()
+    with _listen(args.host, args.port) as listening:
+        check_compiler()
+        return _serve(args, listening)
+
+
+def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
     import uvicorn
 
     from lipass.play.connection import Limits
@@ -87,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
         uvicorn.Config(
             app,
             log_level="warning",
-            ws="websockets-sansio",
+            ws="websockets-sansio",  # waits for who reads slowly
             ws_max_size=LONGEST_MESSAGE,
             ws_per_message_deflate=False,  # pictures of a model hardly shrink, and a core is busy
+            limit_concurrency=4 * args.visitors + 32,
             timeout_graceful_shutdown=3,
         )
     )

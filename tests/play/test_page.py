@@ -1,0 +1,83 @@
+"""The page in a real browser: keys move the camera, both pictures change, it fits a phone."""
+
+import json
+
+import pytest
+from browser import browser
+from painted import PaintedWorld
+
+SEEN = "[...document.querySelectorAll('.screen canvas')].map((one) => one.toDataURL())"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+def entered(page, port, **window):
+    page.said.clear()
+    page.open(f"http://127.0.0.1:{port}/", **window)
+    page.until("window.lipass?.fast && window.lipass.dense && window.lipass.ready.length == 2")
+
+
+def test_keys_move_the_camera_and_both_pictures_change(page, serve):
+    world = PaintedWorld(dense_seconds=0.02)
+    world.fps = 40.0
+    _, port = serve(world)
+    entered(page, port)
+    before, camera = page.ask(SEEN), page.ask("lipass.camera")
+    page.key("KeyW", down=True)
+    page.until("lipass.camera[1] > 12")
+    assert page.ask("document.querySelector('[data-key=w]').className") == "held"
+    page.key("KeyW", down=False)
+    page.key("ArrowRight", down=True)
+    page.until("lipass.camera[2] > 0")
+    page.key("ArrowRight", down=False)
+    page.until("lipass.dense.chunk == lipass.fast.chunk")
+    page.ask("document.querySelector('[data-choice=night]').click()")
+    page.until("lipass.fast.words[0] == 'night'")
+    after = page.ask(SEEN)
+    assert page.ask("lipass.camera")[1] > camera[1]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert page.ask("document.getElementById('latency').textContent").endswith("ms")
+    assert "as fast as" in page.ask("document.getElementById('result').textContent")
+    assert page.said == []
+
+
+def test_link_replays_the_walk(page, serve):
+    _, port = serve(PaintedWorld())
+    entered(page, port)
+    page.key("KeyD", down=True)
+    page.until("lipass.camera[0] > 3")
+    page.key("KeyD", down=False)
+    page.ask("document.getElementById('link').click()")
+    link = page.until("location.hash && location.href")
+    assert "room=7&walk=" in link
+    page.open("about:blank")
+    page.open(link)
+    page.until("window.lipass?.camera && window.lipass.camera[0] > 3 && !lipass.fast.replays")
+
+
+def test_page_says_why_it_ended(page, serve):
+    _, port = serve(PaintedWorld(), idle_s=0.5)
+    entered(page, port)
+    said = page.until("lipass.gone && document.getElementById('status').textContent")
+    assert said == "Ended: nothing came for 0 s. Reload to enter again."
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_page_fits_its_window(page, serve, width):
+    _, port = serve(PaintedWorld())
+    entered(page, port, width=width, mobile=width < 500)
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.ask(wide) == 0
+    boxes = page.ask(
+        "['fast', 'dense', 'map', 'chunks'].map((id) => {"
+        "const { left, right, width } = document.getElementById(id).getBoundingClientRect();"
+        "return [left, right, width]; })"
+    )
+    for left, right, shown in boxes:
+        assert 0 <= left < right <= width
+        assert shown > 100, json.dumps(boxes)
+    assert page.said == []
