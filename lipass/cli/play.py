@@ -85,7 +85,7 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
 
     loopback = is_loopback(args.host)
     token = args.token or ("" if loopback else secrets.token_urlsafe(16))
-    host = Host(_world(args.target), args.visitors, threads=args.threads)
+    host = Host(load_world(args.target), args.visitors, threads=args.threads)
     app = application(host, token=token, loopback=loopback, limits=Limits(idle_s=args.idle))
     server = uvicorn.Server(
         uvicorn.Config(
@@ -149,7 +149,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _world(target: str) -> World:
+def load_world(target: str) -> World:
     """Build the world that a target names.
 
     Raises:

@@ -1,5 +1,6 @@
 """The example as it is served: walls stop, memory is bounded, visitors do not mix."""
 
+import random
 import threading
 import time
 
@@ -8,6 +9,7 @@ import torch
 
 pytest.importorskip("uvicorn")
 
+from benchmarks.long_rollout import resident_mb
 from lipass.examples.tinyworld import live
 from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.live import LiveWorld, kept
@@ -86,7 +88,9 @@ def test_memory_is_bounded_and_the_recording_stays(world, monkeypatch):
         made = side.make(chunk, visit.go(Controls(turn=1)), WORDS, "all")
     assert len(made.memory) == live._RECORDED + 24
     assert [one.camera for one in made.memory[: live._RECORDED]] == list(visit.recorded.cameras)
-    assert made.memory[-1].camera.yaw == pytest.approx((visit.camera.yaw - 24) % 360)
+    assert made.memory[-1].camera.yaw == pytest.approx(
+        (visit.camera.yaw - 4 * live._TURN_DEG) % 360
+    )
     side.close()
 
 
@@ -156,7 +160,7 @@ def test_visitors_of_one_compiled_model_see_what_they_would_alone(compiled):
         end = time.monotonic() + 60
         while any(len(out.frames["fast"]) < 7 for out in outs.values()):
             assert time.monotonic() < end
-            assert not any(out.why for out in outs.values())
+            assert {out.why for out in outs.values()} == {""}
             time.sleep(0.01)
         for lane in host._lanes:
             lane.close()
@@ -171,6 +175,25 @@ def test_visitors_of_one_compiled_model_see_what_they_would_alone(compiled):
         alone = run([room])[room]
         assert all((a == b).all() for a, b in zip(together[room], alone, strict=True)), room
     assert threading.active_count() < 12
+
+
+def test_long_random_walk_grows_nothing_and_compiles_nothing(compiled):
+    """As long as it takes to fill the memory, and twice as long again."""
+    choose = random.Random(0)
+    visit = compiled.visit(9004)
+    side = visit.side("fast")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    lengths, resident = [], []
+    for chunk in range(90):
+        keys = Controls(*(choose.randrange(-1, 2) for _ in range(3)))
+        words = (choose.choice(["day", "night"]), "clear", "plain")
+        made = side.make(chunk, visit.go(keys), words, choose.choice(["all", "all", "context"]))
+        lengths.append(len(made.memory))
+        resident.append(resident_mb())
+    side.close()
+    assert lengths[30:] == [live._HISTORY_LATENTS] * 60
+    assert resident[-1] - resident[30] < 25
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_both_sides_run_one_model_when_nothing_is_left_out(compiled):
