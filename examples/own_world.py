@@ -5,6 +5,8 @@ be copied. What a world has to have is said in `lipass/play/world.py`.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ class OwnWorld:
     """The model, compiled both ways; it has no words and one place."""
 
     title, chunk_frames, fps, look = "a model of one's own", CHUNK_LATENTS, 12.0, 40
-    words, presets, room, rooms = {}, ("all",), 0, 1
+    presets, room, rooms = ("all",), 0, 1
+    words: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(self, inner="inductor"):
         torch.manual_seed(0)
@@ -31,7 +34,7 @@ class OwnWorld:
 
     def compile(self, side, say):
         """Compile one side, by generating a few chunks."""
-        options = {"preset": "off"} if side == DENSE else OPTIONS
+        options: dict[str, Any] = {"preset": "off"} if side == DENSE else OPTIONS
         say(f"compiling {options['preset']}")
         compiled = torch.compile(
             self.model, backend="light_interaction", options={**options, "inner": self.inner}
@@ -47,7 +50,8 @@ class OwnWorld:
 class Visit:
     """Where a visitor is."""
 
-    plan, camera = {}, Camera(0.0, 0.0, 0.0)
+    camera = Camera(0.0, 0.0, 0.0)
+    plan: Mapping[str, Any] = {}  # without a map
 
     def __init__(self, world):
         self.world = world

@@ -64,12 +64,16 @@ export function draw_map(canvas, plan, memory, camera, trail) {
   if (!camera) return;
   const [x, z, yaw] = camera;
   context.fillStyle = colour("ink");
+  context.save();
+  context.beginPath();
+  context.rect(...at(0, deep), wide * scale, deep * scale);
+  context.clip();
   context.globalAlpha = 0.16;
   context.beginPath();
   context.moveTo(...at(x, z));
   for (let i = -6; i <= 6; i++) context.lineTo(...tip(x, z, yaw, (i / 6) * HALF_VIEW, 1.5));
   context.fill();
-  context.globalAlpha = 1;
+  context.restore();
   context.beginPath();
   context.arc(...at(x, z), 4.5, 0, 7);
   context.fill();
