@@ -10,8 +10,11 @@ from torch import Tensor
 from lipass.kernels.block_sparse.api import unfit_bias
 from lipass.kernels.given import GivenBlocks, unfit_blocks
 from lipass.kernels.latent_mask import unfit_mask
+from lipass.kernels.nearest.plan import Buckets, unfit_buckets
 from lipass.kernels.plan import CALL_ROLES, BlockGrid, KvLayout, Triple
 from lipass.kernels.planning import PLANNERS, check_means
+
+_PLANNERS = (*PLANNERS, "buckets")
 
 
 class Call(NamedTuple):
@@ -34,6 +37,7 @@ class Call(NamedTuple):
     planner: str
     given: GivenBlocks | None
     latent_mask: Tensor | None
+    buckets: Buckets | None = None
 
     @property
     def candidate(self) -> int | None:
@@ -80,13 +84,16 @@ def check(call: Call) -> None:
         why = unfit_bias(call.key_bias, call.q, call.layout.tokens)
     if why is None and call.latent_mask is not None:
         why = _unfit_mask(call, call.latent_mask)
+    if why is None and call.buckets is not None:
+        why = unfit_buckets(call.buckets, call.q, call.layout, call.role)
     if why is not None:
         raise ValueError(why)
 
 
 def _unfit_mask(call: Call, mask: Tensor) -> str | None:
-    if call.keep_frames is not None or call.given is not None:
-        other = "blocks" if call.keep_frames is None else "keep_frames"
+    if call.keep_frames is not None or call.given is not None or call.buckets is not None:
+        other = "history_order" if call.buckets is not None else "blocks"
+        other = other if call.keep_frames is None else "keep_frames"
         return (
             f"latent_mask must come alone, got it with {other}; hide the latents that are left "
             "out in the mask"
@@ -119,13 +126,20 @@ def _unfit_options(call: Call) -> str | None:
             f"role must be one of {', '.join(CALL_ROLES)}, got {call.role!r}; leave other "
             "attention dense"
         )
-    if call.planner not in PLANNERS:
-        return f"planner must be one of {', '.join(PLANNERS)}, got {call.planner!r}; use 'mean'"
+    if call.planner not in _PLANNERS:
+        return f"planner must be one of {', '.join(_PLANNERS)}, got {call.planner!r}; use 'mean'"
     if (call.planner == "given") != (call.given is not None):
         got = "blocks" if call.given is not None else "none"
         return (
             f"blocks must come with planner 'given' and with no other, got {got} with planner "
             f"{call.planner!r}; pass both or neither"
+        )
+    if (call.planner == "buckets") != (call.buckets is not None):
+        got = "one" if call.buckets is not None else "none"
+        return (
+            "history_order and history_basis must come with planner 'buckets' and with no other, "
+            f"got {got} with planner {call.planner!r}; pass what lipass::key_order and "
+            "lipass::key_basis return, or none of the three"
         )
     return None
 

@@ -56,6 +56,8 @@ def predict(
     layout: KvLayout,
     q_grid: BlockGrid,
     visited_blocks: int,
+    *,
+    sorts: bool = False,
 ) -> Prediction:
     """Predict the time of a call in every form; some microseconds after the first call.
 
@@ -66,6 +68,7 @@ def predict(
         layout: the key segments.
         q_grid: grid of the queries.
         visited_blocks: blocks that each query block would visit, `S`.
+        sorts: whether keys are visited in another order than they lie in.
     """
     batch, heads, _, dim = q_shape
     rates, compiled = _CUDA_RATES, True
@@ -73,7 +76,7 @@ def predict(
         rates = calibration.cpu_rates(dtype, dim, torch.get_num_threads())
         compiled = rates.apart is not None
     rows = batch * heads * dim
-    return _predict(rates, compiled, rows, dtype.itemsize, layout, q_grid, visited_blocks)
+    return _predict(rates, compiled, rows, dtype.itemsize, layout, q_grid, visited_blocks, sorts)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -85,11 +88,14 @@ def _predict(
     layout: KvLayout,
     q_grid: BlockGrid,
     visited_blocks: int,
+    sorts: bool,
 ) -> Prediction:
     def ms(name: str, form: Form | None) -> float:
         if form is None:
             return float("inf")
-        flops, moved = work_of(rows, number_bytes, layout, q_grid, name, visited_blocks, compiled)
+        flops, moved = work_of(
+            rows, number_bytes, layout, q_grid, name, visited_blocks, compiled, sorts=sorts
+        )
         return form.fixed_ms + flops / form.flops_per_ms + moved / form.bytes_per_ms
 
     return Prediction(

@@ -14,6 +14,7 @@ from torch import Tensor
 from lipass.kernels import registry
 from lipass.kernels.call import Call, resolve_layout, triple
 from lipass.kernels.given import GivenBlocks
+from lipass.kernels.nearest.plan import Buckets
 from lipass.kernels.plan import BlockGrid
 from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.sparse import attend
@@ -23,7 +24,8 @@ _ARGUMENTS = (
     "(Tensor q, Tensor[] k, Tensor[] v, SymInt[] q_grid, SymInt[] kv_grids, "
     "str roles, int[] tile, float budget, float scale, int sink_latents, str role, "
     "Tensor? keep_frames, str site, *, Tensor? history_means=None, Tensor? key_bias=None, "
-    "str planner='mean', Tensor? blocks=None, Tensor? block_counts=None, Tensor? latent_mask=None)"
+    "str planner='mean', Tensor? blocks=None, Tensor? block_counts=None, "
+    "Tensor? latent_mask=None, Tensor? history_order=None, Tensor? history_basis=None)"
 )
 _library = torch.library.Library("lipass", "FRAGMENT")
 _library.define(f"sparse_attention{_ARGUMENTS} -> Tensor")
@@ -52,6 +54,8 @@ def _call(
     blocks: Tensor | None = None,
     block_counts: Tensor | None = None,
     latent_mask: Tensor | None = None,
+    history_order: Tensor | None = None,
+    history_basis: Tensor | None = None,
 ) -> Call:
     """Resolve the arguments of both operators.
 
@@ -78,18 +82,25 @@ def _call(
         key_bias: added to the scores of each key, over all segments in order, `[B or 1, Lk]` or
             `[B or 1, H or 1, Lk]` floats. Blocks are chosen without it.
         planner: who chooses blocks: `"mean"` by products of means over blocks, `"cosine"` by
-            their cosines, as many as the budget says; `"given"` takes `blocks`, whatever the
-            budget.
+            their cosines, `"buckets"` as the first, over blocks of like keys; as many as the
+            budget says. `"given"` takes `blocks`, whatever the budget.
         blocks: key blocks that each query block visits `[B or 1, H or 1, Nq, S]` ints, numbered
             over the segments, ascending.
         block_counts: how many of the `S` count `[B or 1, H or 1, Nq]` ints; all by default.
         latent_mask: which latents of the queries see which latents of the history and current
             keys `[B or 1, Tq, Tk]` bool, where the tile is of one latent. All see the text.
+        history_order: result of `lipass::key_order` on the history, with planner `"buckets"`:
+            blocks are then runs of keys in this order and of queries sorted alike, and
+            `history_means` those of `lipass::pool_in_order`.
+        history_basis: result of `lipass::key_basis` that `history_order` was made with.
     """
     layout, grid = resolve_layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
     if key_bias is not None and key_bias.dim() == 2:
         key_bias = key_bias[:, None]
     given = None if blocks is None else GivenBlocks(blocks, block_counts)
+    buckets = None
+    if history_order is not None and history_basis is not None:
+        buckets = Buckets(history_order, history_basis)
     return Call(
         q,
         k,
@@ -107,6 +118,7 @@ def _call(
         planner,
         given,
         latent_mask,
+        buckets,
     )
 
 

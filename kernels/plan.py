@@ -229,6 +229,23 @@ class KvLayout:
 
 
 @dataclass(frozen=True, eq=False)
+class Order:
+    """Say which query and which key of one segment stand at each place of a plan.
+
+    The grids of queries and of that segment are then rows of places, `(1, 1, places)`.
+    """
+
+    queries: Tensor
+    """Query at each place, each once, `[B, H, Lq]` int32."""
+    keys: Tensor
+    """Key of the segment at each place, none twice, `[B, H, places]` int32; others stay out."""
+    segment: int
+    """Number of the segment whose keys are sorted."""
+    held: int
+    """Keys of the segment, those that are left out among them."""
+
+
+@dataclass(frozen=True, eq=False)
 class BlockPlan:
     """Say which key blocks each query block visits. Lives on the device; never read back."""
 
@@ -244,6 +261,16 @@ class BlockPlan:
     """Whether the host knows that every count equals `S`."""
     shared_segments: tuple[int, ...] = ()
     """Segments that every query block is known to visit whole."""
+    order: Order | None = None
+    """Where queries and keys are sorted; by default they stand as they lie."""
+
+    @property
+    def segment_tokens(self) -> list[int]:
+        """Keys of each segment, those that an order leaves out among them."""
+        tokens = [segment.grid.tokens for segment in self.kv.segments]
+        if self.order is not None:
+            tokens[self.order.segment] = self.order.held
+        return tokens
 
     def visited(self) -> Tensor:
         """Whether a query block visits a key block, `[B, H, Nq, Nk]` bool. Not for hot loops."""
@@ -258,7 +285,19 @@ class BlockPlan:
         device = self.indices.device
         mask = self.visited()[:, :, self.q_grid.block_of_token(device)]
         mask = mask[..., self.kv.block_of_token(device)]
+        if self.order is not None:
+            mask = self._as_they_lie(mask, self.order)
         return mask if self.key_keep is None else mask & self.key_keep[:, None, None]
+
+    def _as_they_lie(self, mask: Tensor, order: Order) -> Tensor:
+        """Turn a mask over places `[B, H, Lq, places]` into one over queries and keys."""
+        parts = list(mask.split([segment.grid.tokens for segment in self.kv.segments], -1))
+        part = parts[order.segment]
+        whole = part.new_zeros(*part.shape[:3], order.held)
+        at = order.keys.long()[:, :, None].expand_as(part)
+        parts[order.segment] = whole.scatter(-1, at, part)
+        mask = torch.cat(parts, -1)
+        return mask.scatter(2, order.queries.long()[..., None].expand_as(mask), mask)
 
     def density(self) -> Tensor:
         """Share of block pairs that are visited, a 0-d tensor on the device."""

@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipass.kernels import cost, dense, registry
+from lipass.kernels.block_sparse import in_order
 from lipass.kernels.call import Call, check
 from lipass.kernels.frames import attend_own_frame, without_frames
 from lipass.kernels.given import plan_as_given
 from lipass.kernels.latent_mask import seen_keys
+from lipass.kernels.nearest.order import among_frames
+from lipass.kernels.nearest.plan import Buckets, in_rows, plan_in_order
 from lipass.kernels.pieces import attend_to_all
 from lipass.kernels.plan import BlockPlan
 from lipass.kernels.planning import plan_attention
@@ -30,6 +33,8 @@ def attend(call: Call, *, lse: bool) -> Attended:
         ValueError: if the call does not fit together or an option is out of range.
     """
     check(call)
+    if call.buckets is not None:
+        return _attend_in_order(call, call.buckets, lse)
     total = call.q.shape[0] * call.q.shape[1] * call.q_grid.blocks * call.layout.blocks
     keep = call.keep_frames
     if keep is None or call.candidate is None:
@@ -52,6 +57,45 @@ def attend(call: Call, *, lse: bool) -> Attended:
     if call.role == "decode":
         return _attend(without_frames(smaller, kept), total, dropped, lse)
     return _attend_prefill_without(call, smaller, kept, total, lse)
+
+
+def _attend_in_order(call: Call, buckets: Buckets, lse: bool) -> Attended:
+    """Attend by blocks of like keys; dropped frames leave the order, or are hidden by the bias."""
+    total = call.q.shape[0] * call.q.shape[1]
+    total *= math.prod(n.blocks for n in in_rows(call.layout, call.q_grid))
+    keep, number, dropped = call.keep_frames, call.candidate, 0
+    assert number is not None
+    grid = call.layout.segments[number].grid
+    if keep is not None and keep.device.type == "cpu" and bool((keep == keep[:1]).all()):
+        kept = keep[0].nonzero()[:, 0]
+        dropped = keep.shape[1] - kept.numel()
+        if dropped:
+            order = among_frames(buckets.order, grid, keep[0])
+            call = without_frames(call._replace(history_means=None, keep_frames=None), kept)
+            call = call._replace(sink_latents=int((kept < call.sink_latents).sum()))
+            buckets = buckets._replace(order=order)
+    elif keep is not None:
+        call = call._replace(key_bias=_hidden(call, number, keep))
+    layout, q_grid = in_rows(call.layout, call.q_grid)
+    per_latent = grid.tokens // max(grid.grid[0], 1)
+    call = call._replace(
+        keep_frames=None,
+        layout=layout,
+        q_grid=q_grid,
+        sink_latents=call.sink_latents * per_latent,
+        buckets=buckets,
+    )
+    return _attend(call, total, dropped, lse)
+
+
+def _hidden(call: Call, number: int, keep: Tensor) -> Tensor:
+    """Add to the bias what hides keys of dropped frames, `[B, H or 1, Lk]`."""
+    span, tokens = call.layout.token_range(number), call.layout.tokens
+    grid = call.layout.segments[number].grid
+    frames = keep.to(call.q.device).repeat_interleave(grid.tokens // max(grid.grid[0], 1), 1)
+    bias = call.q.new_zeros(keep.shape[0], 1, tokens, dtype=torch.float32)
+    bias[:, 0, span.start : span.stop].masked_fill_(~frames, -math.inf)
+    return bias if call.key_bias is None else bias + call.key_bias.float()
 
 
 def _attend_prefill_without(
@@ -98,8 +142,15 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
         provider=chosen.name,
         visited=plan.indices.numel() if plan.uniform else plan.counts.sum(),
     )
-    out, log_sums = chosen.module.block_sparse_attention(
-        call.q, call.k, call.v, plan, scale=call.scale, key_bias=call.key_bias, return_lse=lse
+    out, log_sums = in_order.attend(
+        chosen.module,
+        call.q,
+        call.k,
+        call.v,
+        plan,
+        scale=call.scale,
+        key_bias=call.key_bias,
+        return_lse=lse,
     )
     return out, log_sums if lse else None
 
@@ -107,6 +158,18 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
 def _plan(call: Call, budget: float) -> BlockPlan:
     if call.given is not None:
         return plan_as_given(call.given, call.q, call.layout, call.q_grid)
+    if call.buckets is not None:
+        return plan_in_order(
+            call.q,
+            call.k,
+            call.layout,
+            call.q_grid,
+            call.buckets,
+            budget=budget,
+            scale=call.scale,
+            first=call.sink_latents,
+            means=call.history_means,
+        )
     return plan_attention(
         call.q,
         call.k,
@@ -142,8 +205,10 @@ def _why_dense(call: Call) -> str:
             width = _seen_share(width, call.latent_mask)
         elif width == call.layout.blocks and call.keep_frames is None:
             return "protected blocks and budget together visit every block"
-    q = call.q
-    return cost.predict(q.shape, q.dtype, q.device, call.layout, call.q_grid, width).why_dense
+    q, sorts = call.q, call.buckets is not None
+    return cost.predict(
+        q.shape, q.dtype, q.device, call.layout, call.q_grid, width, sorts=sorts
+    ).why_dense
 
 
 def _seen_share(width: int, mask: Tensor) -> int:

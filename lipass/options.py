@@ -11,6 +11,7 @@ from dataclasses import dataclass
 POLICY_MODES = ("adaptive", "reference", "matrix-game")
 STEP_FORMS = ("merge", "lookup")
 RANKINGS = ("product", "cosine")
+CHOICES = ("means", "buckets")
 
 # Half a circle in radians is less; no lens of a camera that walks sees so little.
 _NARROWEST_DEG = math.pi
@@ -132,6 +133,8 @@ class SparseOptions:
         budget_decode: the same while a chunk is denoised behind a history.
         sink_latents: first latents of the history whose blocks are always visited.
         ranking: what ranks blocks, "product" of the means of queries and keys or its "cosine".
+        choose: what a block of a history holds, by which it is chosen: "means" of tokens that lie
+            together, or "buckets" of keys of like direction, wherever they lie.
         token_grid: tokens of one latent frame (Y, X), or of a clip (T, Y, X), where they are
             packed outside of what is compiled; None infers it from the graph.
         dense_layers: attention layers kept dense, counted from 0 in call order.
@@ -148,6 +151,7 @@ class SparseOptions:
     budget_decode: float
     sink_latents: int
     ranking: str
+    choose: str
     token_grid: tuple[int, ...] | None
     dense_layers: tuple[int, ...]
     dense_chunks: int
@@ -180,6 +184,7 @@ class SparseOptions:
             value = getattr(self, name)
             check(value >= 0, f"sparse.{name} must be >= 0", value, "use 0 to switch it off")
         check_choice("sparse.ranking", self.ranking, RANKINGS)
+        check_choice("sparse.choose", self.choose, CHOICES)
         check(
             self.token_grid is None
             or (len(self.token_grid) in (2, 3) and min(self.token_grid) >= 1),

@@ -36,6 +36,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "budget_decode": 0.3,
         "sink_latents": 1,
         "ranking": "product",
+        "choose": "means",
         "token_grid": None,
         "dense_layers": (),
         "dense_chunks": 0,

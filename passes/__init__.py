@@ -41,6 +41,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "hoist-calls": _load("exact.hoist_calls", "HoistCalls"),
     "hoist-rows": _load("exact.hoist_rows", "HoistRows"),
     "hoist-steps": _load("exact.hoist_steps", "HoistSteps"),
+    "nearest-blocks": _load("approx.nearest_blocks", "NearestBlocks"),
     "pool-history": _load("approx.pool_history", "PoolHistory"),
     "prune-context": _load("approx.prune_context", "PruneContext"),
     "sparse-attention": _load("approx.sparse_attention", "SparseAttention"),
@@ -76,13 +77,14 @@ FACTS = "canonicalize,find-attention,find-poses,find-steps"
 
 _FIRST = f"{FACTS},collapse-keys,hoist-rows,hoist-steps"
 _LAST = "carry-floats,avoid-faults,hoist-calls,share-blocks"
-_ALL = f"{_FIRST},prune-context,sparse-attention,pool-history,attend-pieces,guard-steps,{_LAST}"
+_SPARSE = "sparse-attention,nearest-blocks,pool-history,attend-pieces"
+_ALL = f"{_FIRST},prune-context,{_SPARSE},guard-steps,{_LAST}"
 
 PIPELINES: dict[str, str] = {
     "off": "",
     "exact": f"{_FIRST},attend-pieces,{_LAST}",
     "context": f"{_FIRST},prune-context,attend-pieces,{_LAST}",
-    "sparse": f"{_FIRST},sparse-attention,pool-history,attend-pieces,{_LAST}",
+    "sparse": f"{_FIRST},{_SPARSE},{_LAST}",
     "cache": f"{_FIRST},attend-pieces,guard-steps,{_LAST}",
     "all": _ALL,
     "reference": _ALL,

@@ -137,6 +137,7 @@ def test_inner_compiler_gets_the_graph():
 
 FACTS = ["canonicalize", "find-attention", "find-poses", "find-steps"]
 EXACT = [*FACTS, "collapse-keys", "hoist-rows", "hoist-steps"]
+SPARSE = ["sparse-attention", "nearest-blocks", "pool-history"]
 
 
 @pytest.mark.parametrize(
@@ -144,16 +145,16 @@ EXACT = [*FACTS, "collapse-keys", "hoist-rows", "hoist-steps"]
     [
         ({"preset": "exact"}, EXACT),
         ({"preset": "context"}, [*EXACT, "prune-context"]),
-        ({"preset": "sparse"}, [*EXACT, "sparse-attention", "pool-history"]),
+        ({"preset": "sparse"}, [*EXACT, *SPARSE]),
         ({"preset": "cache"}, [*EXACT, "guard-steps"]),
         (
             {"preset": "all"},
-            [*EXACT, "prune-context", "sparse-attention", "pool-history", "guard-steps"],
+            [*EXACT, "prune-context", *SPARSE, "guard-steps"],
         ),
         ({"preset": "all", "sparse": False}, [*EXACT, "prune-context", "guard-steps"]),
         (
             {"preset": "sparse", "context": True},
-            [*EXACT, "prune-context", "sparse-attention", "pool-history"],
+            [*EXACT, "prune-context", *SPARSE],
         ),
         ({"pipeline": "canonicalize"}, ["canonicalize"]),
     ],
@@ -192,8 +193,8 @@ def test_options_reach_the_passes():
         "hoist-rows,hoist-steps,"
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
-        "budget_self=0.3 budget_decode=0.2 sink_latents=2 dense_layers=0},pool-history,"
-        "attend-pieces,guard-steps,carry-floats,avoid-faults,hoist-calls,share-blocks"
+        "budget_self=0.3 budget_decode=0.2 sink_latents=2 dense_layers=0},nearest-blocks,"
+        "pool-history,attend-pieces,guard-steps,carry-floats,avoid-faults,hoist-calls,share-blocks"
     )
 
 

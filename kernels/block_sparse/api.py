@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import registry
+from lipass.kernels.block_sparse import in_order
 from lipass.kernels.block_sparse.reference import merge_partials
 from lipass.kernels.plan import BlockPlan
 
@@ -57,10 +58,13 @@ def block_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if key_bias is not None and key_bias.dim() == 2:
         key_bias = key_bias[:, None]
-    out, lse = chosen.module.block_sparse_attention(
-        q, keys, values, plan, scale=scale, key_bias=key_bias, return_lse=return_lse
+    out, lse = in_order.attend(
+        chosen.module, q, keys, values, plan, scale=scale, key_bias=key_bias, return_lse=return_lse
     )
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _unfit(
@@ -72,7 +76,7 @@ def _unfit(
             f"q must be [B, H, {plan.q_grid.tokens}, D] for grid {plan.q_grid.grid}, got "
             f"{list(q.shape)}; build the plan for these queries"
         )
-    expected = [segment.grid.tokens for segment in plan.kv.segments]
+    expected = plan.segment_tokens
     for name, parts in (("k", keys), ("v", values)):
         tokens = [part.shape[2] for part in parts]
         if tokens != expected and tokens != [sum(expected)]:

@@ -16,6 +16,7 @@
 #include "native_fp32.h"
 #include "native_plan.h"
 #include "native_share.h"
+#include "native_sort.h"
 
 namespace {
 
@@ -24,9 +25,10 @@ template <typename Task, typename T>
 void run_task(const Call& call, const std::vector<Block<T>>& table, Task& task, Chunk<T>& chunk,
               Ahead<T>& ahead, int64_t pair, int64_t n, int64_t part) {
   int64_t token[Task::kQueries], queries = 0, slot = 0;
+  const int32_t* order = call.q_order ? call.q_order + pair * call.q_grid.tokens() : nullptr;
   call.q_grid.runs(n, [&](int64_t first, int64_t length) {
     for (int64_t at = first; at < first + length; ++at, ++slot) {
-      if (slot / Task::kQueries == part) token[queries++] = at;
+      if (slot / Task::kQueries == part) token[queries++] = order ? order[at] : at;
     }
   });
   if (queries == 0) return;
@@ -51,7 +53,7 @@ void run_task(const Call& call, const std::vector<Block<T>>& table, Task& task, 
   for (int32_t entry = 0; entry < count; ++entry) {
     Block<T> block = table[pair * call.blocks + index[entry]];
     while (block.seen > 0) {
-      chunk.add(block.split(Task::kKeys - chunk.keys));
+      chunk.add(block.split(Task::kKeys - chunk.keys), call.q.size(3), Task::kKeys);
       if (chunk.keys < Task::kKeys) continue;
       ahead.clear();
       int64_t keys = 0;
@@ -99,12 +101,15 @@ void run_half(const Call& call) {
 }
 
 // See lipass.kernels.block_sparse.api. `grids` holds grid and tile of the queries, then of each
-// segment; k and v are whole or by segment.
+// segment; k and v are whole or by segment, and by segment where keys of segment `ordered` come in
+// the order of `key_order`, which may leave some out.
 std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorList v,
                                   const Tensor& indices, const Tensor& counts,
                                   at::IntArrayRef grids, double scale,
                                   const std::optional<Tensor>& key_keep,
-                                  const std::optional<Tensor>& key_bias, bool return_lse) {
+                                  const std::optional<Tensor>& key_bias, bool return_lse,
+                                  const std::optional<Tensor>& q_order,
+                                  const std::optional<Tensor>& key_order, int64_t ordered) {
   Call call{.q = q.stride(3) == 1 ? q : q.contiguous(),
             .indices = indices.contiguous(),
             .counts = counts.contiguous(),
@@ -124,9 +129,18 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorL
     call.first_block.push_back(call.blocks);
     call.first_token.push_back(call.tokens);
     call.blocks += grid.count();
-    call.tokens += grid.tokens();
+    call.tokens += key_order && s == static_cast<size_t>(ordered) ? k_part.size(2) : grid.tokens();
   }
-  Tensor keep, bias;
+  Tensor keep, bias, of_queries, of_keys;
+  if (q_order) {
+    of_queries = q_order->contiguous();
+    call.q_order = of_queries.const_data_ptr<int32_t>();
+  }
+  if (key_order) {
+    of_keys = key_order->contiguous();
+    call.key_order = of_keys.const_data_ptr<int32_t>();
+    call.ordered = ordered;
+  }
   if (key_keep) {
     keep = key_keep->contiguous();
     call.keep = keep.const_data_ptr<bool>();
@@ -150,14 +164,17 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorL
 TORCH_LIBRARY_FRAGMENT(lipass_native, m) {
   m.def("plan(Tensor q, Tensor k, int[] grids, Tensor? guarded, int wanted, int before, "
         "int after, Tensor? k_means) -> Tensor");
+  m.def("sort_by_halves(Tensor coordinates, int first, int block) -> Tensor");
   m.def("pool_blocks(Tensor x, int[] grid) -> Tensor");
   m.def("attend(Tensor q, Tensor[] k, Tensor[] v, Tensor indices, Tensor counts, int[] grids, "
-        "float scale, Tensor? key_keep, Tensor? key_bias, bool return_lse) -> (Tensor, Tensor)");
+        "float scale, Tensor? key_keep, Tensor? key_bias, bool return_lse, Tensor? q_order, "
+        "Tensor? key_order, int ordered) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(lipass_native, CPU, m) {
   m.impl("attend", attend);
   m.impl("plan", plan);
+  m.impl("sort_by_halves", sort_by_halves);
   m.impl("pool_blocks", pool_blocks);
 }
 

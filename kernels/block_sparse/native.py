@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+READS_ORDER = True
 
 _loaded = False
 # Why the kernel cannot be had in this process; asked for once, then remembered.
@@ -94,6 +95,7 @@ def block_sparse_attention(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend; see `lipass.kernels.block_sparse.api`."""
+    order = plan.order
     out, lse = torch.ops.lipass_native.attend(
         q,
         keys,
@@ -105,6 +107,9 @@ def block_sparse_attention(
         plan.key_keep,
         key_bias,
         return_lse,
+        None if order is None else order.queries,
+        None if order is None else order.keys,
+        -1 if order is None else order.segment,
     )
     return out, lse if return_lse else None
 

@@ -33,6 +33,7 @@ struct Block {
   const float* bias;  // null: no bias
   int64_t keys;  // rows
   int64_t seen;  // rows that are keys; those behind them are zero
+  const int32_t* order = nullptr;  // which rows; null: one behind the other
 
   // Take up to `limit` rows off the front.
   Block split(int64_t limit) {
@@ -41,8 +42,12 @@ struct Block {
     front.seen = std::min(seen, front.keys);
     keys -= front.keys;
     seen -= front.seen;
-    k.data += front.keys * k.stride;
-    v.data += front.keys * v.stride;
+    if (order) {
+      order += front.keys;
+    } else {
+      k.data += front.keys * k.stride;
+      v.data += front.keys * v.stride;
+    }
     if (bias) bias += front.keys;
     return front;
   }
@@ -66,11 +71,12 @@ struct Ahead {
   void step(int64_t rows) {
     for (int64_t n = 0; n < rows && piece < pieces.size(); ++n) {
       const Block<T>& from = pieces[piece];
+      const int64_t at = from.order ? from.order[row] : row;
       for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) {
-        __builtin_prefetch(from.k.data + row * from.k.stride + d, 0, 2);
-        __builtin_prefetch(from.v.data + row * from.v.stride + d, 0, 2);
+        __builtin_prefetch(from.k.data + at * from.k.stride + d, 0, 2);
+        __builtin_prefetch(from.v.data + at * from.v.stride + d, 0, 2);
       }
-      if (++row == from.keys) {
+      if (++row == (from.order ? from.seen : from.keys)) {
         row = 0;
         ++piece;
       }
@@ -90,6 +96,10 @@ struct Call {
   const float* bias = nullptr;  // [B or 1, H or 1, Lk]
   int64_t bias_batch = 0, bias_head = 0;  // strides
   float scale = 1.f;
+  // Which query and which key of segment `ordered` stand at each place, `[B, H, places]`; null: as
+  // they lie.
+  const int32_t *q_order = nullptr, *key_order = nullptr;
+  size_t ordered = 0;
 
   // What is added to the scores of each key in one head.
   const float* bias_of(int64_t b, int64_t h) const {
@@ -118,13 +128,14 @@ Table<T> place_blocks(const Call& call, int64_t padding) {
   const bool masks = call.keep || call.bias;
   std::vector<char> in_place(call.blocks, 0);
   for (size_t s = 0; s < call.grids.size() && !masks; ++s) {
+    const bool sorted = call.key_order && s == call.ordered;
     for (int64_t n = 0; n < call.grids[s].count(); ++n) {
       int64_t runs = 0, tokens = 0;
       call.grids[s].runs(n, [&](int64_t, int64_t length) {
         ++runs;
         tokens += length;
       });
-      in_place[call.first_block[s] + n] = runs == 1 && tokens % padding == 0;
+      in_place[call.first_block[s] + n] = sorted || (runs == 1 && tokens % padding == 0);
     }
   }
   // Place of each block in the packed memory: -1 is not visited, -2 is read where it lies.
@@ -170,8 +181,16 @@ Table<T> place_blocks(const Call& call, int64_t padding) {
       const T* v_head = v.const_data_ptr<T>() + b * v.stride(0) + h * v.stride(1);
       const int64_t k_row = k.stride(2), v_row = v.stride(2);
       Block<T>& block = table.blocks[at];
+      const int32_t* order = call.key_order && s == call.ordered
+          ? call.key_order + pair * call.grids[s].tokens()
+          : nullptr;
       if (place[at] == -2) {
         call.grids[s].runs(id - call.first_block[s], [&](int64_t token, int64_t keys) {
+          if (order) {
+            const int64_t rows = (keys + padding - 1) / padding * padding;
+            block = {{k_head, k_row}, {v_head, v_row}, nullptr, rows, keys, order + token};
+            return;
+          }
           block = {{k_head + token * k_row, k_row}, {v_head + token * v_row, v_row}, nullptr, keys,
                    keys};
         });
@@ -183,7 +202,8 @@ Table<T> place_blocks(const Call& call, int64_t padding) {
       const float* shift = call.bias_of(b, h);
       int64_t keys = 0;
       call.grids[s].runs(id - call.first_block[s], [&](int64_t first, int64_t length) {
-        for (int64_t token = first; token < first + length; ++token) {
+        for (int64_t at_key = first; at_key < first + length; ++at_key) {
+          const int64_t token = order ? order[at_key] : at_key;
           const int64_t global = call.first_token[s] + token;
           if (masks && call.hides(b, shift, global)) continue;
           std::copy_n(k_head + token * k_row, dim, k_to + keys * dim);
@@ -212,7 +232,9 @@ struct Chunk {
     keys = 0;
   }
 
-  void add(const Block<T>& piece) {
+  // Add a piece; one that is sorted is copied next to what was copied before.
+  void add(Block<T> piece, int64_t dim, int64_t most) {
+    if (piece.order) piece = side_by_side(piece, dim, most);
     keys += piece.keys;
     if (!pieces.empty() && continues(pieces.back(), piece)) {
       pieces.back().keys += piece.keys;
@@ -223,6 +245,21 @@ struct Chunk {
   }
 
  private:
+  std::vector<T> rows_;  // keys, then values
+
+  Block<T> side_by_side(const Block<T>& piece, int64_t dim, int64_t most) {
+    rows_.resize(2 * most * dim);
+    T* k = rows_.data() + keys * dim;
+    T* v = k + most * dim;
+    for (int64_t n = 0; n < piece.seen; ++n) {
+      std::copy_n(piece.k.data + piece.order[n] * piece.k.stride, dim, k + n * dim);
+      std::copy_n(piece.v.data + piece.order[n] * piece.v.stride, dim, v + n * dim);
+    }
+    std::fill(k + piece.seen * dim, k + piece.keys * dim, T(0.f));
+    std::fill(v + piece.seen * dim, v + piece.keys * dim, T(0.f));
+    return {{k, dim}, {v, dim}, nullptr, piece.keys, piece.seen};
+  }
+
   static bool continues(const Block<T>& a, const Block<T>& b) {
     return !a.bias && a.seen == a.keys && a.k.stride == b.k.stride && a.v.stride == b.v.stride &&
         a.k.data + a.keys * a.k.stride == b.k.data && a.v.data + a.keys * a.v.stride == b.v.data;

@@ -10,6 +10,8 @@ from torch import Tensor
 from lipass.kernels.plan import BlockPlan
 from lipass.kernels.token_major import token_major
 
+READS_ORDER = True
+
 
 def why_not(q: Tensor, plan: BlockPlan) -> str | None:
     """Refuse nothing: the definition covers every call."""
@@ -34,7 +36,8 @@ def block_sparse_attention(
     out, lse = softmax(s) @ v[keys], logsumexp(s)
     ```
 
-    A query that sees no key gives 0 and lse `-inf`.
+    A query that sees no key gives 0 and lse `-inf`. Where the plan has an order, tokens are those
+    that it has at the places of a block.
 
     Args:
         q: queries `[B, H, Lq, D]`.
@@ -55,11 +58,12 @@ def block_sparse_attention(
     q_index, k_index = plan.q_grid.token_index(q.device), plan.kv.token_index(q.device)
     for b in range(batch):
         for h in range(heads):
+            key_at, query_at = _tokens_at_places(plan, b, h, q.device)
             for n, rows in enumerate(q_index):
-                rows = rows[rows >= 0]
+                rows = query_at[rows[rows >= 0]]
                 visited = plan.indices[b, h, n, : int(plan.counts[b, h, n])].long()
                 seen = k_index[visited].flatten()
-                seen = seen[seen >= 0]
+                seen = key_at[seen[seen >= 0]]
                 if plan.key_keep is not None:
                     seen = seen[plan.key_keep[b, seen]]
                 if seen.numel() == 0:
@@ -70,6 +74,23 @@ def block_sparse_attention(
                 out[b, h, rows] = score.softmax(-1) @ v[b, h, seen].float()
                 lse[b, h, rows] = score.logsumexp(-1)
     return token_major(out.to(q.dtype)), lse
+
+
+def _tokens_at_places(
+    plan: BlockPlan, b: int, h: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Say which key, over all segments, and which query stands at each place in one head."""
+    order, starts = plan.order, [0]
+    for tokens in plan.segment_tokens:
+        starts.append(starts[-1] + tokens)
+    key_at = []
+    for n, segment in enumerate(plan.kv.segments):
+        own = torch.arange(segment.grid.tokens, device=device)
+        if order is not None and n == order.segment:
+            own = order.keys[b, h].long()
+        key_at.append(own + starts[n])
+    query_at = torch.arange(plan.q_grid.tokens, device=device)
+    return torch.cat(key_at), query_at if order is None else order.queries[b, h].long()
 
 
 def merge_partials(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

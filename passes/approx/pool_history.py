@@ -81,7 +81,7 @@ class PoolHistory(Pass):
         return rewritten > 0
 
     def _refusal(self, node: Node, call: SparseCall, keys: Node, written: set[int]) -> str | None:
-        if call.planner == "given":
+        if call.planner in ("given", "buckets"):
             return "its blocks are chosen by no means"
         if call.budget == 1.0:
             return "every block of its history is visited"

@@ -50,6 +50,8 @@ class SparseCall:
     blocks: Node | None = None
     block_counts: Node | None = None
     latent_mask: Node | None = None
+    history_order: Node | None = None
+    history_basis: Node | None = None
 
     @staticmethod
     def is_one(node: Node) -> bool:

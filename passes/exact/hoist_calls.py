@@ -12,7 +12,8 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-# The import registers an operator that the pass has to know.
+# The imports register operators that the pass has to know.
+import lipass.kernels.nearest.order
 import lipass.kernels.ops  # noqa: F401
 from lipass.passes.attention import match
 from lipass.passes.attention.operators import is_attention
@@ -28,6 +29,14 @@ from lipass.passes.graph.worth import worth_once
 from lipass.passes.graph.writes import memory_written, storage
 
 Roots = frozenset[Node]
+
+# What blocks of a history are chosen by; at least one addition for each number of its keys.
+_OF_A_HISTORY = (
+    torch.ops.lipass.pool_blocks.default,
+    torch.ops.lipass.key_basis.default,
+    torch.ops.lipass.key_order.default,
+    torch.ops.lipass.pool_in_order.default,
+)
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,8 @@ def _invariant(graph: Graph, counted_writes: bool) -> dict[Node, Roots]:
 
 
 def _work(node: Node) -> int:
-    """Return the multiply-adds of a matrix product or the additions of means; 0 for the rest."""
-    if node.target is torch.ops.lipass.pool_blocks.default:
+    """Return the multiply-adds of a matrix product, or what choosing blocks adds; 0 for others."""
+    if node.target in _OF_A_HISTORY:
         return hint(value(node.args[0]).numel())
     return flops(node) // 2
 
