@@ -142,6 +142,8 @@ class SparseOptions:
             and `dense_tokens` do not hold for graphs that read no history.
         dense_tokens: attention stays dense in chunks whose context is at most so many tokens: a
             context that is this short has been chosen, and has no blocks to spare.
+        dense_steps: attention stays dense in so many first denoising steps of a chunk, in which it
+            is settled what is where.
     """
 
     tile: tuple[int, int, int]
@@ -156,6 +158,7 @@ class SparseOptions:
     dense_layers: tuple[int, ...]
     dense_chunks: int
     dense_tokens: int
+    dense_steps: int
 
     def __post_init__(self) -> None:
         volume = math.prod(self.tile)
@@ -180,7 +183,7 @@ class SparseOptions:
                 value,
                 "use 0.3; 1.0 is dense; set 'sparse': False to switch the section off",
             )
-        for name in ("sink_latents", "dense_chunks", "dense_tokens"):
+        for name in ("sink_latents", "dense_chunks", "dense_tokens", "dense_steps"):
             value = getattr(self, name)
             check(value >= 0, f"sparse.{name} must be >= 0", value, "use 0 to switch it off")
         check_choice("sparse.ranking", self.ranking, RANKINGS)

@@ -43,6 +43,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         # What poses have chosen is not thinned a second time where latents are small; DESIGN.md
         # says why.
         "dense_tokens": 640,
+        "dense_steps": 0,
     },
     "steps": {
         **_VIEW,

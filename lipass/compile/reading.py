@@ -14,9 +14,10 @@ from lipass.config import Config
 from lipass.passes.attention.site import OVER_LATENTS, AttentionSite, poses
 from lipass.passes.core import PassPipeline
 from lipass.passes.graph.compat import Size
-from lipass.policy.blocks import short_context
+from lipass.policy.blocks import early_step, short_context
 from lipass.policy.views import check_poses
 from lipass.runtime.agreement import differences, disagreement, tell
+from lipass.runtime.scope import current_step
 from lipass.session import Chunk, Session
 
 
@@ -28,7 +29,8 @@ class Reading:
         chosen: history latents that the graph has to leave the others out for; None where the
             model has done so, or nobody has. Positions in what the model holds.
         latents: how many the graph reads.
-        dense_reason: why the context of the chunk is too short for sparse attention, or None.
+        dense_reason: why attention over the context stays dense, which is short, or the step one
+            of the first; or None.
     """
 
     chosen: tuple[int, ...] | None = None
@@ -95,6 +97,10 @@ class GraphReading:
             short = short_context(self._config.sparse, len(chunk.context), tokens)
             reading = replace(self._first(chunk, args, sizes), dense_reason=short)
             self._latest = (weakref.ref(chunk), sizes, reading)
+        step = current_step()
+        if reading.dense_reason is None and step is not None and self._history is not None:
+            early = early_step(self._config.sparse, step.index)
+            return reading if early is None else replace(reading, dense_reason=early)
         return reading
 
     def _meet(self, session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Decide in which chunks attention stays dense."""
+"""Decide in which chunks and steps attention stays dense."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def short_context(options: SparseOptions | None, latents: int, latent_tokens: in
         return None
     limit = options.dense_tokens
     return f"context of {latents} latents, {tokens} tokens <= sparse.dense_tokens {limit}"
+
+
+def early_step(options: SparseOptions | None, step: int) -> str | None:
+    """Say why a denoising step stays dense, or None.
+
+    Args:
+        options: None keeps everything dense anyway.
+        step: its number, from 0.
+    """
+    if options is None or step >= options.dense_steps:
+        return None
+    return f"denoising step {step} < sparse.dense_steps {options.dense_steps}"
 
 
 def roles_that_stay_sparse(config: Config) -> tuple[str, ...]:

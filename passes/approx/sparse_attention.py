@@ -18,6 +18,7 @@ from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import known_true
 from lipass.passes.graph.emit import refuse_grid, refuse_rewrite
+from lipass.passes.graph.marks import step_of
 
 RANKINGS = {"product": "mean", "cosine": "cosine"}
 """Name of a ranking to the planner of the operator that ranks so."""
@@ -67,6 +68,8 @@ class SparseAttention(Pass):
     """Leading latents whose blocks are always visited."""
     dense_layers: tuple[int, ...] = ()
     """Attention calls that stay dense, counted from 0 in the order of one model call."""
+    dense_steps: int = 0
+    """First steps of an unrolled loop that stay dense; of a loop in Python the session knows."""
     ranking: str = "product"
     """What ranks blocks: the `product` of the means of queries and keys, or its `cosine`."""
 
@@ -83,7 +86,7 @@ class SparseAttention(Pass):
             return {}
         same = (
             "budget_prefill", "budget_self", "budget_decode", "sink_latents", "dense_layers",
-            "ranking",
+            "dense_steps", "ranking",
         )  # fmt: skip
         tile = options["sparse.tile"] + (options["sparse.query_tile"] or ())
         return {name: options[f"sparse.{name}"] for name in same} | {"tile": tile}
@@ -103,7 +106,7 @@ class SparseAttention(Pass):
             if layer in self.dense_layers:
                 ctx.note(site.name, "kept", f"layer {layer} is in dense_layers")
                 continue
-            if why := refuse_rewrite(node) or refuse_grid(site):
+            if why := refuse_rewrite(node) or refuse_grid(site) or self._early(node, site):
                 ctx.note(site.name, "kept", why)
                 continue
             operands = _operands(node, site, ctx)
@@ -114,6 +117,12 @@ class SparseAttention(Pass):
             changed = True
         ctx.failing = None
         return changed
+
+    def _early(self, node: Node, site: AttentionSite) -> str | None:
+        step = step_of(node)
+        if step is None or step.index >= self.dense_steps or site.role != "decode":
+            return None
+        return f"denoising step {step.index} < dense_steps {self.dense_steps}"
 
     def _rewrite(
         self,

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 # The import registers the operator.
 import lipass.kernels.ops  # noqa: F401
 from lipass.kernels.call import resolve_layout
+from lipass.kernels.nearest.plan import in_rows
 from lipass.kernels.plan import BlockGrid, KvLayout
 from lipass.passes.attention import joint, latent_mask
 from lipass.passes.attention.match import Operands
@@ -94,7 +95,8 @@ class SparseCall:
         """
         grids = (self.q_grid, self.kv_grids)
         q_grid, kv_grids = (tuple([size_of(value(n)) for n in sizes]) for sizes in grids)
-        return resolve_layout(q_grid, kv_grids, ",".join(self.roles), self.tile)
+        layout, grid = resolve_layout(q_grid, kv_grids, ",".join(self.roles), self.tile)
+        return in_rows(layout, grid) if self.planner == "buckets" else (layout, grid)
 
     def _named(self) -> dict[str, Any]:
         given = {field.name: getattr(self, field.name) for field in fields(self)}

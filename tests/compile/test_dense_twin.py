@@ -150,6 +150,22 @@ def test_twin_runs_only_where_nothing_is_left_out(graph, session, latents, expec
     assert ran == [expected]
 
 
+def test_first_steps_run_the_models_own_attention(ran):
+    options = {"preset": "sparse", "sparse.dense_tokens": 0}
+    fast = compiled(Decode().eval(), **options, **{"sparse.dense_steps": 2})
+    ran.clear()
+    registry.reset_telemetry()
+    with lipass.Session(**options) as session, torch.no_grad():
+        latents = torch.randn(8, 16, 4, 4)
+        with session.chunk(latents=latents) as chunk:
+            for _ in chunk.steps([1.0, 0.9, 0.5, 0.2, 0.0]):
+                fast(X, cameras(8), TEXT, history(8))
+            fast(X, cameras(8), TEXT, history(8))
+    assert ran == ["twin"] * 2 + ["rewritten"] * 3
+    (counts,) = registry.telemetry().values()
+    assert counts.calls == 5
+
+
 def test_budget_one_leaves_only_the_mask_which_the_session_has_decided(ran):
     fast = compiled(Decode().eval(), preset="context")
     ran.clear()

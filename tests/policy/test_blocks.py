@@ -1,7 +1,7 @@
 import pytest
 
 from lipass.config import Config
-from lipass.policy.blocks import dense_chunk, short_context
+from lipass.policy.blocks import dense_chunk, early_step, short_context
 
 
 def test_short_history_is_dense_with_a_reason():
@@ -27,3 +27,11 @@ def test_short_context_is_said_in_latents_and_tokens():
     said = short_context(Config.resolve("all").sparse, 8, 64)
     assert said == "context of 8 latents, 512 tokens <= sparse.dense_tokens 640"
     assert short_context(None, 8, 64) is None
+
+
+def test_first_steps_are_dense_with_a_reason():
+    options = Config.resolve("all", {"sparse.dense_steps": 1}).sparse
+    assert early_step(options, 0) == "denoising step 0 < sparse.dense_steps 1"
+    assert early_step(options, 1) is None
+    assert early_step(Config.resolve("all").sparse, 0) is None
+    assert early_step(None, 0) is None

@@ -69,6 +69,14 @@ def test_dense_layers_stay(trace, apply, mini, inputs):
     ]
 
 
+def test_first_steps_of_an_unrolled_loop_stay_dense(trace, apply, mini, inputs):
+    gm = trace(mini.chunk, inputs(4).chunk)
+    _, ctx = apply(gm, TEXT.replace(",sparse", ",find-steps,sparse") + "{dense_steps=1}")
+    kept = [(note.site, note.reason) for note in ctx.notes if note.action == "kept"]
+    why = "denoising step 0 < dense_steps 1"
+    assert kept == [(f"blocks.{n}@1:decode", why) for n in (0, 1)]
+
+
 def test_layers_are_counted_in_each_call_of_the_model(trace, apply, mini, inputs):
     _, ctx = apply(trace(mini.chunk, inputs(4).chunk), TEXT + "{dense_layers=1}")
     kept = [note.site for note in ctx.notes if note.action == "kept"]
