@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import dense
-from lipass.kernels.block_sparse import gather, native
+from lipass.kernels.block_sparse import gather, in_order, native
 from lipass.kernels.formulas import work_of
-from lipass.kernels.plan import BlockGrid, KvLayout
+from lipass.kernels.nearest.basis import basis_of
+from lipass.kernels.nearest.order import sort_keys
+from lipass.kernels.nearest.plan import Buckets, in_rows, plan_in_order, rows_of
+from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
 from lipass.kernels.source import kernels_hash
@@ -35,6 +38,8 @@ log = logging.getLogger(__name__)
 _HEADS = 3
 _TEXT_TOKENS = 32
 _ROUNDS = 12
+# Directions of sorted keys, as many as `nearest-blocks` asks for.
+_AXES = 8
 # History and current latents of 8 x 8 tokens, budget: many and few of queries, keys and visits.
 _CASES = ((2, 1, 0.5), (40, 1, 0.1), (8, 4, 0.9), (28, 4, 0.3), (12, 12, 0.6), (128, 8, 0.2))
 # A call that is longer is timed a few times only.
@@ -72,19 +77,27 @@ def cpu_rates(dtype: torch.dtype, dim: int, threads: int) -> Rates:
         dim: head dim.
         threads: as many as torch uses.
     """
-    compiled = dtype in native.DTYPES and native.why_not_loaded() is None
-    return _rates(dtype, dim, threads, compiled)
+    return _rates(dtype, dim, threads, _compiles(dtype), False)
+
+
+def sorted_rates(dtype: torch.dtype, dim: int, threads: int) -> Rates:
+    """Return the same where the sparse form sorts keys and queries first; sorting is counted."""
+    return _rates(dtype, dim, threads, _compiles(dtype), True)
+
+
+def _compiles(dtype: torch.dtype) -> bool:
+    return dtype in native.DTYPES and native.why_not_loaded() is None
 
 
 @functools.lru_cache(maxsize=64)
-def _rates(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Rates:
-    path = _cache_path(dtype, dim, threads, compiled)
+def _rates(dtype: torch.dtype, dim: int, threads: int, compiled: bool, sorts: bool) -> Rates:
+    path = _cache_path(dtype, dim, threads, compiled, sorts)
     with contextlib.suppress(OSError, ValueError, TypeError):
         joined, apart, sparse = json.loads(path.read_text())
         rates = Rates(Form(*joined), None if apart is None else Form(*apart), Form(*sparse))
-        if not _beaten(rates, dtype, dim, compiled):
+        if not _beaten(rates, dtype, dim, compiled, sorts):
             return rates
-    rates = measure(dtype, dim, compiled)
+    rates = measure(dtype, dim, compiled, sorts)
     if max(form.fixed_ms for form in rates if form is not None) > _BUSY_MS:
         log.warning(
             "other programs use the cores while lipass measures how fast dense and sparse "
@@ -107,14 +120,14 @@ def _rates(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Rates:
     return rates
 
 
-def measure(dtype: torch.dtype, dim: int, compiled: bool) -> Rates:
+def measure(dtype: torch.dtype, dim: int, compiled: bool, sorts: bool = False) -> Rates:
     """Time every form on this CPU with the current number of threads."""
     names = ("joined", "apart", "sparse") if compiled else ("joined", "sparse")
     work: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     times_ms: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode(False), torch.no_grad():
         for history, current, budget in _CASES:
-            case = _Case(history, current, budget, dtype, dim)
+            case = _Case(history, current, budget, dtype, dim, sorts)
             best = _best_ms([functools.partial(case.run, name, compiled) for name in names])
             for name, ms in zip(names, best, strict=True):
                 work[name].append(case.work(name, compiled))
@@ -123,10 +136,10 @@ def measure(dtype: torch.dtype, dim: int, compiled: bool) -> Rates:
     return Rates(forms["joined"], forms.get("apart"), forms["sparse"])
 
 
-def _beaten(rates: Rates, dtype: torch.dtype, dim: int, compiled: bool) -> bool:
+def _beaten(rates: Rates, dtype: torch.dtype, dim: int, compiled: bool, sorts: bool) -> bool:
     """Whether some form is clearly faster than its constants, which were measured under load."""
     with torch.inference_mode(False), torch.no_grad():
-        case = _Case(*_CASES[_CHECKED], dtype, dim)
+        case = _Case(*_CASES[_CHECKED], dtype, dim, sorts)
         forms = {name: form for name, form in rates._asdict().items() if form is not None}
         found = _best_ms([functools.partial(case.run, name, compiled) for name in forms], 4)
     for (name, form), ms in zip(forms.items(), found, strict=True):
@@ -141,11 +154,15 @@ class _Case:
     """One call of decode, in every form."""
 
     def __init__(
-        self, history: int, current: int, budget: float, dtype: torch.dtype, dim: int
+        self, history: int, current: int, budget: float, dtype: torch.dtype, dim: int, sorts: bool
     ) -> None:
         grids = ((1, 1, _TEXT_TOKENS), (history, 8, 8), (current, 8, 8))
         self.layout = KvLayout.build(("text", "history", "current"), grids, (1, 8, 8))
         self.q_grid = BlockGrid(grids[-1], (1, 8, 8))
+        self.sorts = sorts
+        if sorts:
+            self.layout, _ = in_rows(self.layout, self.q_grid)
+            self.q_grid = rows_of(BlockGrid(grids[-1], (1, 4, 8)))
         self.budget, self.scale = budget, dim**-0.5
         tokens = [segment.grid.tokens for segment in self.layout.segments]
 
@@ -173,13 +190,26 @@ class _Case:
         if form == "apart":
             dense.attend_apart(self.q, self.k, self.v, self.scale)
             return
-        plan = plan_attention(
+        plan = self._sorted_plan() if self.sorts else self._plan()
+        in_order.attend(
+            native if compiled else gather, self.q, self.k, self.v, plan,
+            scale=self.scale, key_bias=None, return_lse=False,
+        )  # fmt: skip
+
+    def _plan(self) -> BlockPlan:
+        return plan_attention(
             self.q, self.k, self.layout, self.q_grid, budget=self.budget, scale=self.scale,
             role="decode", sink_latents=0,
         )  # fmt: skip
-        (native if compiled else gather).block_sparse_attention(
-            self.q, self.k, self.v, plan, scale=self.scale, key_bias=None
-        )
+
+    def _sorted_plan(self) -> BlockPlan:
+        keys = self.k[1]
+        basis = basis_of(keys, _AXES, 0, 0)
+        order = sort_keys(keys, basis, 0, self.layout.block_tokens)
+        return plan_in_order(
+            self.q, self.k, self.layout, self.q_grid, Buckets(order, basis),
+            budget=self.budget, scale=self.scale, first=0,
+        )  # fmt: skip
 
 
 def _best_ms(calls: list[Callable[[], object]], rounds: int = _ROUNDS) -> list[float]:
@@ -216,8 +246,11 @@ def _fit(work: list[tuple[float, float]], times_ms: list[float]) -> Form:
     )
 
 
-def _cache_path(dtype: torch.dtype, dim: int, threads: int, compiled: bool) -> Path:
+def _cache_path(
+    dtype: torch.dtype, dim: int, threads: int, compiled: bool, sorts: bool = False
+) -> Path:
     """Name the file by all that the constants depend on."""
-    parts = [native.machine(), str(dtype), str(dim), str(threads), str(compiled), kernels_hash()]
+    given = map(str, (dtype, dim, threads, compiled, sorts))
+    parts = [native.machine(), *given, kernels_hash()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return native.cache_folder() / f"rates_{key}.json"

@@ -68,15 +68,17 @@ def predict(
         layout: the key segments.
         q_grid: grid of the queries.
         visited_blocks: blocks that each query block would visit, `S`.
-        sorts: whether keys are visited in another order than they lie in.
+        sorts: whether keys and queries are sorted first; counted in full, though a session sorts
+            keys once a chunk.
     """
     batch, heads, _, dim = q_shape
     rates, compiled = _CUDA_RATES, True
     if device.type == "cpu":
-        rates = calibration.cpu_rates(dtype, dim, torch.get_num_threads())
+        rates_of = calibration.sorted_rates if sorts else calibration.cpu_rates
+        rates = rates_of(dtype, dim, torch.get_num_threads())
         compiled = rates.apart is not None
     rows = batch * heads * dim
-    return _predict(rates, compiled, rows, dtype.itemsize, layout, q_grid, visited_blocks, sorts)
+    return _predict(rates, compiled, rows, dtype.itemsize, layout, q_grid, visited_blocks)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -88,14 +90,11 @@ def _predict(
     layout: KvLayout,
     q_grid: BlockGrid,
     visited_blocks: int,
-    sorts: bool,
 ) -> Prediction:
     def ms(name: str, form: Form | None) -> float:
         if form is None:
             return float("inf")
-        flops, moved = work_of(
-            rows, number_bytes, layout, q_grid, name, visited_blocks, compiled, sorts=sorts
-        )
+        flops, moved = work_of(rows, number_bytes, layout, q_grid, name, visited_blocks, compiled)
         return form.fixed_ms + flops / form.flops_per_ms + moved / form.bytes_per_ms
 
     return Prediction(

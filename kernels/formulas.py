@@ -53,8 +53,6 @@ def work_of(
     form: str,
     visited_blocks: int,
     compiled: bool,
-    *,
-    sorts: bool = False,
 ) -> tuple[float, float]:
     """Count FLOPs and bytes of a call.
 
@@ -66,7 +64,6 @@ def work_of(
         form: `joined`, `apart` or `sparse`.
         visited_blocks: blocks that each query block visits; read for `sparse` only.
         compiled: whether `sparse` is the compiled kernel or gathers.
-        sorts: whether keys are visited in another order than they lie in.
     """
     if form == "joined":
         copied = layout.tokens if len(layout.segments) > 1 else 0
@@ -79,8 +76,7 @@ def work_of(
         if compiled:
             visited = visited_blocks * layout.tokens // layout.blocks
             slots = sum(n * _with_idle_lanes(tokens) for tokens, n in _block_sizes(q_grid))
-            lies = _lies_in_runs(layout) and not sorts
-            copied = 0 if lies else min(q_grid.blocks * visited, layout.tokens)
+            copied = 0 if _lies_in_runs(layout) else min(q_grid.blocks * visited, layout.tokens)
         else:
             visited = min(visited_blocks * layout.block_tokens, layout.tokens)
             slots = q_grid.blocks * q_grid.block_tokens

@@ -72,7 +72,7 @@ def _predict(call: SparseCall) -> SitePrediction:
 
     query = value(call.q)
     layout, grid = call.layout(hint)
-    width = selected_blocks(layout, grid, call.budget, call.role, call.sink_latents)
+    width = selected_blocks(layout, grid, call.budget, call.role, call.sink(hint))
     dense = ""
     masked = call.latent_mask is not None  # of blocks that it hides no prediction is made
     if call.budget >= 1.0 and not masked:
@@ -82,7 +82,10 @@ def _predict(call: SparseCall) -> SitePrediction:
     else:
         shape = tuple(map(hint, query.shape))
         with unset_fake_temporarily():  # the gate measures this machine
-            found = cost.predict(shape, query.dtype, query.device, layout, grid, width)
+            sorts = call.planner == "buckets"
+            found = cost.predict(
+                shape, query.dtype, query.device, layout, grid, width, sorts=sorts
+            )
         dense = found.why_dense
     if dense:
         return SitePrediction("sdpa", 1.0, dense)

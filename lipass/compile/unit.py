@@ -35,7 +35,7 @@ from lipass.compile.stages import without_stages
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
-from lipass.kernels.calibration import cpu_rates
+from lipass.kernels.calibration import cpu_rates, sorted_rates
 from lipass.passes import runner
 from lipass.passes.attention.site import OVER_LATENTS
 from lipass.passes.core import PassContext, PassError, PassPipeline
@@ -207,18 +207,20 @@ def _has_operators(gm: torch.fx.GraphModule) -> bool:
 def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
     """Build and measure what runs on the CPU: everybody waits for a compilation, not a frame."""
     calls = [
-        node.meta["example_value"]
+        (node.meta["example_value"], node.kwargs.get("planner") == "buckets")
         for graph in graphs_of(gm)
         for node in graph.nodes
         if node.target in _ATTENTION
     ]
-    kinds = {(out.dtype, int(out.shape[3])) for out in calls if out.device.type == "cpu"}
+    kinds = {
+        (out.dtype, int(out.shape[3]), sorts) for out, sorts in calls if out.device.type == "cpu"
+    }
     if not kinds:
         return
     kernels.prepare()
     with undisturbed():
-        for dtype, dim in kinds:
-            cpu_rates(dtype, dim, torch.get_num_threads())
+        for dtype, dim, sorts in kinds:
+            (sorted_rates if sorts else cpu_rates)(dtype, dim, torch.get_num_threads())
 
 
 def _log(model: str, records: list[SiteRecord], seconds: float, again: bool) -> None:

@@ -44,7 +44,8 @@ class NearestBlocks(Pass):
     kernel reads them in the order. Queries are sorted and blocks chosen in each step.
 
     Keeps: everything where `choose` is not `buckets`; sites without a history; masks over latents
-    and blocks of a caller, which say themselves what is visited; keys that are written to.
+    and blocks of a caller, which say themselves what is visited; keys that are written to, as in
+    a ring, whose order would have to be made in each step.
     """
 
     name: ClassVar[str] = "nearest-blocks"
@@ -141,7 +142,7 @@ def _refusal(call: SparseCall, keys: Node, written: set[int]) -> str | None:
     if call.budget == 1.0:
         return "every block of its history is visited"
     if storage(value(keys)) in written:
-        return "its history is written to"
+        return "its history is written to, so that no order of it can be kept"
     return None
 
 

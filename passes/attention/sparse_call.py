@@ -98,6 +98,14 @@ class SparseCall:
         layout, grid = resolve_layout(q_grid, kv_grids, ",".join(self.roles), self.tile)
         return in_rows(layout, grid) if self.planner == "buckets" else (layout, grid)
 
+    def sink(self, size_of: Any) -> int:
+        """Return how many leading frames of the candidates in `layout` are always visited."""
+        if self.planner != "buckets":
+            return self.sink_latents
+        at = 3 * self.roles.index("history")
+        y, x = (size_of(value(n)) for n in self.kv_grids[at + 1 : at + 3])
+        return self.sink_latents * int(y) * int(x)
+
     def _named(self) -> dict[str, Any]:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         lists = {name: list(x) for name, x in given.items() if isinstance(x, tuple)}

@@ -11,6 +11,9 @@ import torch
 from kernel_cases import make_case, masked_dense
 
 from lipass.kernels.block_sparse.api import block_sparse_attention
+from lipass.kernels.nearest.basis import basis_of
+from lipass.kernels.nearest.order import sort_keys
+from lipass.kernels.nearest.plan import Buckets, in_rows, plan_in_order
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 torch.manual_seed(0)
@@ -66,6 +69,20 @@ check("rows without a key", case, none)
 
 case = make_case("decode", 8, (8, 8), 9, (4, 8, 8), heads=1, dim=16, new_frames=4, sink_latents=0)
 check("tile of 256 in parts", case, case.plan())
+
+case = make_case("decode", 3, (4, 8), 3, (1, 4, 8), heads=2, dim=16, new_frames=1)
+basis = basis_of(case.keys[1], 4, 0, 32)
+buckets = Buckets(sort_keys(case.keys[1], basis, 32, 32), basis)
+plan = plan_in_order(
+    case.q,
+    case.keys,
+    *in_rows(case.layout, case.q_grid),
+    buckets,
+    budget=0.3,
+    scale=0.25,
+    first=32,
+)
+check("sorted keys and queries", case, plan, bias=torch.randn(1, 2, case.layout.tokens))
 
 case = make_case("decode", 2, (4, 8), 3, (1, 4, 8), heads=1, dim=64)
 case.q, case.keys, case.values = (

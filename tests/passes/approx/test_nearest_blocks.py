@@ -53,7 +53,8 @@ def in_place(mini, given):
 def test_keys_that_are_written_to_stay(trace, apply, mini, inputs):
     records, _ = apply(trace(lambda *given: in_place(mini, given), inputs(4).decode), TEXT)
     assert not records[-1].changed
-    assert said(records) == {("kept", "2 calls: its history is written to")}
+    why = "its history is written to, so that no order of it can be kept"
+    assert said(records) == {("kept", f"2 calls: {why}")}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,9 @@ def test_session_sorts_once_a_chunk(mini, inputs, monkeypatch):
     monkeypatch.setattr(order, "sort_by_halves", count)
     fast = compiled(mini, **{"hoist-calls.work_min": 1024})
     chunks = inputs(8), inputs(12)
+    with torch.no_grad():
+        fast(*chunks[0].decode)  # compiles, and times what sorting takes
+    sorted_lengths.clear()
     with torch.no_grad(), lipass.Session(preset="sparse"), registry.force("sparse"):
         for chunk in chunks:
             for _ in range(4):
@@ -149,3 +153,45 @@ def test_budget_that_leaves_nothing_out_equals_dense(mini, inputs):
     fast = compiled(mini, **{"sparse.budget_decode": 0.999})
     with torch.no_grad(), registry.force("sparse"):
         torch.testing.assert_close(fast(*args), mini(*args), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_latents_that_cameras_leave_out_are_left_out_of_the_order(mini, inputs):
+    """With all that is kept visited, blocks of either kind are dense attention over it."""
+    args = inputs(8).decode
+    options = {"preset": "all", "sparse.budget_decode": 0.999, "context.window_chunks_max": 1}
+    outputs = []
+    for choose in ("means", "buckets"):
+        registry.reset_telemetry()
+        fast = compiled(mini, **options, **{"sparse.choose": choose})
+        with torch.no_grad(), registry.force("sparse"):
+            outputs.append(fast(*args))
+        assert sum(site.dropped_latents for site in registry.telemetry().values()) > 0
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_short_histories_stay_dense_as_sorting_them_counts(mini, inputs):
+    registry.reset_telemetry()
+    with torch.no_grad():
+        compiled(mini)(*inputs(8).decode)
+    for site in registry.telemetry().values():
+        assert site.dense_calls == 1
+        assert site.reason.startswith("predicted ")
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_steps_that_are_reused_answer_for_sorted_keys_too(mini, inputs):
+    given = inputs(8)
+    options = {"steps": True, "steps.form": "lookup", "steps.overlap_min": 0.0}
+    fast = compiled(mini, **options)
+    registry.reset_telemetry()
+    session = lipass.Session(preset="cache", **options)
+    with torch.no_grad(), registry.force("sparse"), session:
+        chunk = session.chunk(poses=given.w2c[0, :8], query=given.w2c[0, 8:])
+        with chunk:
+            for step in chunk.steps([1.0, 0.9, 0.6, 0.0]):
+                level = torch.full((1, 4), float(step.sigma))
+                fast(given.noise, level, *given.decode[2:])
+    assert chunk.lookups == 1
+    assert {site.calls for site in registry.telemetry().values()} == {2}
