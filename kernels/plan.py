@@ -280,24 +280,24 @@ class BlockPlan:
         visited = torch.zeros(*self.indices.shape[:3], blocks + 1, dtype=torch.bool, device=device)
         return visited.scatter(-1, column, True)[..., :blocks]
 
+    def keys_of(self, blocks: Tensor) -> Tensor:
+        """Keys that are seen from query blocks `[N]`, `[B, H, N, Lk]` bool. Not for hot loops."""
+        seen = self.visited()[:, :, blocks][..., self.kv.block_of_token(self.indices.device)]
+        if self.order is not None:
+            parts = list(seen.split([part.grid.tokens for part in self.kv.segments], -1))
+            part = parts[self.order.segment]
+            at = self.order.keys.long()[:, :, None].expand_as(part)
+            whole = part.new_zeros(*part.shape[:3], self.order.held)
+            parts[self.order.segment] = whole.scatter(-1, at, part)
+            seen = torch.cat(parts, -1)
+        return seen if self.key_keep is None else seen & self.key_keep[:, None, None]
+
     def to_dense_mask(self) -> Tensor:
         """Element mask that dense attention would need, `[B, H, Lq, Lk]` bool. For tests."""
-        device = self.indices.device
-        mask = self.visited()[:, :, self.q_grid.block_of_token(device)]
-        mask = mask[..., self.kv.block_of_token(device)]
-        if self.order is not None:
-            mask = self._as_they_lie(mask, self.order)
-        return mask if self.key_keep is None else mask & self.key_keep[:, None, None]
-
-    def _as_they_lie(self, mask: Tensor, order: Order) -> Tensor:
-        """Turn a mask over places `[B, H, Lq, places]` into one over queries and keys."""
-        parts = list(mask.split([segment.grid.tokens for segment in self.kv.segments], -1))
-        part = parts[order.segment]
-        whole = part.new_zeros(*part.shape[:3], order.held)
-        at = order.keys.long()[:, :, None].expand_as(part)
-        parts[order.segment] = whole.scatter(-1, at, part)
-        mask = torch.cat(parts, -1)
-        return mask.scatter(2, order.queries.long()[..., None].expand_as(mask), mask)
+        mask = self.keys_of(self.q_grid.block_of_token(self.indices.device))
+        if self.order is None:
+            return mask
+        return mask.scatter(2, self.order.queries.long()[..., None].expand_as(mask), mask)
 
     def density(self) -> Tensor:
         """Share of block pairs that are visited, a 0-d tensor on the device."""

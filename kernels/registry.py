@@ -11,6 +11,7 @@ import contextvars
 import functools
 import importlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+# Looking at one call in so many costs less than a hundredth of them.
+_CALLS_A_SAMPLE = 32
 
 Route = Literal["sparse", "dense"]
 
@@ -78,13 +82,22 @@ class SiteCounts:
     total_blocks: int = 0
     dropped_latents: int = 0
     """Latent frames that `keep_frames` took out, summed over calls."""
+    kept_mass: float = 0.0
+    """Attention mass that visited keys held, of sampled queries; summed over samples."""
+    mass_samples: int = 0
     pending: list[Tensor] = field(default_factory=list, repr=False)
     """Device sums of visited blocks not read yet."""
+    pending_mass: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def density(self) -> float:
         """Share of block pairs that were visited."""
         return self.visited_blocks / max(self.total_blocks, 1)
+
+    @property
+    def mass(self) -> float | None:
+        """Mean share of the attention mass that visited keys held; None where none was sampled."""
+        return self.kept_mass / self.mass_samples if self.mass_samples else None
 
 
 @contextlib.contextmanager
@@ -218,6 +231,11 @@ def site_of_call(joint: str) -> str:
     return names[count % len(names)]
 
 
+def is_sampled(site: str) -> bool:
+    """Whether the call that comes next at a site is one whose attention mass is looked at."""
+    return _counts(site).sparse_calls % _CALLS_A_SAMPLE == 0
+
+
 def record_refusal(site: str, provider: str, reason: str) -> None:
     """Count that a provider refused a call; the first time it is logged."""
     counts = _counts(site)
@@ -236,14 +254,20 @@ def record_call(
     total: int,
     kept_dense: str = "",
     dropped_latents: int = 0,
+    mass: Tensor | None = None,
 ) -> None:
-    """Count one call; `kept_dense` is the reason if dense attention ran instead."""
+    """Count one call; `kept_dense` is the reason if dense attention ran instead.
+
+    `mass` is what its visited keys held of the attention mass, where that was looked at.
+    """
     counts = _counts(site)
     counts.role = role
     counts.calls += 1
     counts.provider = provider
     counts.total_blocks += total
     counts.dropped_latents += dropped_latents
+    if mass is not None:
+        counts.pending_mass.append(mass)
     if isinstance(visited, Tensor):
         counts.pending.append(visited)
     else:
@@ -265,6 +289,10 @@ def telemetry() -> dict[str, SiteCounts]:
     for counts in _sites.values():
         counts.visited_blocks += sum(int(part) for part in counts.pending)
         counts.pending.clear()
+        known = [mass for one in counts.pending_mass if math.isfinite(mass := float(one))]
+        counts.kept_mass += sum(known)
+        counts.mass_samples += len(known)
+        counts.pending_mass.clear()
     return dict(_sites)
 
 

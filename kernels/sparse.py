@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lipass.kernels import cost, dense, registry
 from lipass.kernels.block_sparse import in_order
 from lipass.kernels.call import Call, check
+from lipass.kernels.estimate import capturing, kept_mass
 from lipass.kernels.frames import attend_own_frame, without_frames
 from lipass.kernels.given import plan_as_given
 from lipass.kernels.latent_mask import seen_keys
@@ -138,7 +139,11 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
     )
     for name, refusal in chosen.refusals:
         registry.record_refusal(call.site, name, refusal)
+    mass = None
+    if registry.is_sampled(call.site) and not capturing():
+        mass = kept_mass(call.q, call.k, plan, call.scale, call.key_bias)
     count(
+        mass=mass,
         provider=chosen.name,
         visited=plan.indices.numel() if plan.uniform else plan.counts.sum(),
     )

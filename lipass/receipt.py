@@ -34,7 +34,8 @@ class SiteRecord:
         implementation that ran; "" before the first call. density: visited share of the key
         blocks; None before the first call. model: class of the model, `Class#2` for the second
         one of a class; "" where nobody said. calls: of it so far. dense_calls: those that a
-        rewrite to sparse attention ran dense.
+        rewrite to sparse attention ran dense. kept_mass: share of the attention mass of sampled
+        queries that the visited keys held; None where none was sampled.
     """
 
     name: str
@@ -49,6 +50,7 @@ class SiteRecord:
     model: str = ""
     calls: int = 0
     dense_calls: int = 0
+    kept_mass: float | None = None
 
     @property
     def ran_dense(self) -> bool:
@@ -289,4 +291,4 @@ def _measured(key: str, site: SiteRecord) -> SiteRecord:
     # Attention over keys in pieces is dense by design.
     dense = 0 if counts.role == "dense" else counts.dense_calls
     measured = replace(site, provider=counts.provider, density=counts.density, reason=reason)
-    return replace(measured, calls=calls, dense_calls=dense)
+    return replace(measured, calls=calls, dense_calls=dense, kept_mass=counts.mass)

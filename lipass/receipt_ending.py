@@ -37,7 +37,12 @@ def _skipped(report: Report) -> str:
         shares.append(f"{skipped / total:.0%} of the steps")
     visited = [one.density for one in report.sites.values() if one.density is not None]
     if visited and (density := statistics.mean(visited)) < 0.995:
+        held = [one.kept_mass for one in report.sites.values() if one.kept_mass is not None]
         shares.append(f"{1 - density:.0%} of the key blocks at {_sites(len(visited))}")
+        if held:
+            shares[-1] += (
+                f", which held {1 - statistics.mean(held):.0%} of the attention (sampled)"
+            )
     said = f"Skipped: {', '.join(shares)}." if shares else "Nothing was left out."
     chosen = any(len(one.plan.context.indices) < one.plan.history_latents for one in chunks)
     if chosen and not seen:

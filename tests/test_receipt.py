@@ -111,6 +111,7 @@ def counts(**changed):
             "dense_calls": 0,
             "provider": "cpu",
             "density": 0.41,
+            "mass": None,
             "reason": "",
         }
         | changed
@@ -118,12 +119,13 @@ def counts(**changed):
 
 
 def test_report_fills_in_what_the_kernels_counted(monkeypatch):
-    registry = SimpleNamespace(telemetry=lambda: {SITE.name: counts()})
+    registry = SimpleNamespace(telemetry=lambda: {SITE.name: counts(mass=0.9)})
     monkeypatch.setitem(sys.modules, "lipass.kernels.registry", registry)
     current_report().add_site(SITE)
     current_report().add_site(KEPT)
     site = report().sites[SITE.name]
     assert (site.provider, site.density, site.reason) == ("cpu", 0.41, SITE.reason)
+    assert site.kept_mass == 0.9
     assert report().sites[KEPT.name] == KEPT
     assert current_report().sites[SITE.name] == SITE
 
@@ -271,6 +273,12 @@ def test_chunks_that_compiled_say_nothing_of_speed():
             ["all"],
             replace(SITE, density=0.25),
             "Skipped: 75% of the key blocks at 1 site. What is skipped changes results",
+            "Next: open a lipass.Session",
+        ),
+        (
+            ["all"],
+            replace(SITE, density=0.25, kept_mass=0.9),
+            "75% of the key blocks at 1 site, which held 10% of the attention (sampled).",
             "Next: open a lipass.Session",
         ),
     ],
