@@ -9,16 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, Node
 
+# The import registers the operator that the pass inserts.
+import lipass.kernels.copied  # noqa: F401
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.exact.faulty_forms import (
     copies_of_written,
+    rearranging_writes,
     scatters_of_written,
     softmaxes_between_products,
 )
 from lipass.passes.graph.emit import Emitter
 from lipass.passes.graph.inductor_probe import Program, goes_wrong
 from lipass.passes.graph.marks import skip_stage
-from lipass.passes.graph.names import module_path
+from lipass.passes.graph.names import call_line, module_path
 
 Shape = tuple[int, ...]
 
@@ -35,12 +38,16 @@ class Fault:
     """The stage of Inductor that the graph is compiled without."""
     probes: tuple[tuple[Program, tuple[Shape, ...]], ...]
     """Small programs that this torch computes wrongly, with the shapes of their arguments."""
-    copies: bool = False
-    """Whether the first operand of the matched calls is copied as well."""
+    copied: int | None = None
+    """Which operand of the matched calls is copied as well; None for no copy."""
+    is_in_code: bool = False
+    """Whether only generated code has it, which takes too long to try; it is taken to last."""
 
     def lasts(self) -> bool:
         """Whether the torch of this process still has it; tried once, where it matters."""
-        return any(goes_wrong(program, *shapes) for program, shapes in self.probes)
+        return self.is_in_code or any(
+            goes_wrong(program, *shapes) for program, shapes in self.probes
+        )
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,18 @@ class AvoidFaults(Pass):
 
         %y = slice_scatter(%cache, %k, 1, 0, 8);  %z = %cache.zero_()
 
-        %clone = %cache.clone()
-        %y = slice_scatter(%clone, %k, 1, 0, 8);  %z = %cache.zero_()
+        %copied = lipass.copied(%cache)
+        %y = slice_scatter(%copied, %k, 1, 0, 8);  %z = %cache.zero_()
 
-    Each fault has small programs that tell whether this torch still has it. They run once a
-    process, and only where a graph has the form, so that the workaround ends when the fault does.
+    A write of a cache to itself in another order, such as a roll, gets a copy of what it writes::
+
+        %y = %cache.mT.roll(1, 2).mT;  %z = %cache.copy_(%y)
+
+        %copied = lipass.copied(%y);  %z = %cache.copy_(%copied)
+
+    Faults of Inductor's passes have small programs that tell whether this torch still has them.
+    They run once a process, and only where a graph has the form, so that the workaround ends when
+    the fault does. Notes name the line of the user's code.
 
     Keeps: graphs without such forms, which cost nothing; inner compilers other than Inductor.
     """
@@ -81,23 +95,24 @@ class AvoidFaults(Pass):
             if not found or not fault.lasts():
                 continue
             skip_stage(graph, fault.stage)
-            if fault.copies:
+            if fault.copied is not None:
                 for node in ctx.visit(found):
-                    _copy_first(node, ctx)
+                    _copy_operand(node, fault.copied, ctx)
                 changed = True
             for node in found:
+                line = call_line(node)
                 ctx.note(
                     module_path(node) or node.name,
-                    "rewritten" if fault.copies else "kept",
-                    f"Inductor {fault.what} ({fault.issue}); compiled without {fault.stage}",
+                    "kept" if fault.copied is None else "rewritten",
+                    f"{line}{line and ': '}Inductor {fault.what} ({fault.issue}); "
+                    f"compiled without {fault.stage}",
                 )
         return changed
 
 
-def _copy_first(node: Node, ctx: PassContext) -> None:
-    first: Any = node.args[0] if node.args else node.kwargs["input"]
-    copy = Emitter(node, ctx).method("clone", first)
-    node.replace_input_with(first, copy)
+def _copy_operand(node: Node, place: int, ctx: PassContext) -> None:
+    given: Any = node.args[place] if node.args else node.kwargs["input"]
+    node.replace_input_with(given, Emitter(node, ctx)(torch.ops.lipass.copied.default, given))
 
 
 def _shift(cache: torch.Tensor) -> None:
@@ -147,7 +162,16 @@ FAULTS = (
         scatters_of_written,
         "REMOVE_NOOP_OPS",
         ((_scatter, ((8, 4), (2, 4))),),
-        copies=True,
+        copied=0,
+    ),
+    Fault(
+        "seen with torch 2.13.0",
+        "writes to memory while it reads it in another order",
+        rearranging_writes,
+        "REMOVE_NOOP_OPS",
+        (),
+        copied=-1,
+        is_in_code=True,
     ),
     Fault(
         "pytorch#195320, pytorch#196468",

@@ -11,11 +11,14 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from lipass.passes.graph.compat import known_true, value
+from lipass.passes.graph.ops import is_copy, is_pointwise
 from lipass.passes.graph.writes import memory_written, storage
 
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm", "addmm"}
 _SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "exp"}
 _LAYERS = {"linear", "scaled_dot_product_attention", "conv2d", "conv3d", "layer_norm", "rms_norm"}
+_WRITES = {"copy_", "setitem"}
+_SLICES = {"narrow", "select", "unbind", "chunk", "split", "tensor_split"}
 _SCATTERS = {
     *("slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter"),
     *("index_copy", "index_put", "index_add", "index_fill", "index_reduce", "masked_scatter"),
@@ -51,6 +54,16 @@ def scatters_of_written(graph: Graph) -> Iterator[Node]:
             yield node
 
 
+def rearranging_writes(graph: Graph) -> Iterator[Node]:
+    """Find what writes to memory, in place, values of the same memory in another order."""
+    for node in graph.nodes:
+        if not node.op.startswith("call") or name_of(node) not in _WRITES:
+            continue
+        source, written = node.args[-1], memory_written(node)
+        if isinstance(source, Node) and written and _is_reordered(source, written):
+            yield node
+
+
 def softmaxes_between_products(graph: Graph) -> Iterator[Node]:
     """Find what lies between two products as the softmax of attention does."""
     for node in graph.nodes:
@@ -66,6 +79,37 @@ def name_of(node: Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         target = target.overloadpacket
     return str(target if node.op == "call_method" else getattr(target, "__name__", target))
+
+
+def _is_reordered(source: Node, memory: set[int]) -> bool:
+    """Whether a path leads up to memory by way of a call that is neither pointwise nor a slice."""
+    stack, seen = [(source, False)], {(source, False)}
+    while stack:
+        node, reordered = stack.pop()
+        if storage(value(node)) in memory and (reordered or _reorders(node)):
+            return True
+        if not node.op.startswith("call") or name_of(node) in _PRODUCTS | _LAYERS:
+            continue
+        reordered = reordered or _reorders(node)
+        for above in node.all_input_nodes:
+            if (above, reordered) not in seen and isinstance(value(above), torch.Tensor):
+                seen.add((above, reordered))
+                stack.append((above, reordered))
+    return False
+
+
+def _reorders(node: Node) -> bool:
+    if not node.op.startswith("call") or is_pointwise(node) or is_copy(node):
+        return False
+    if name_of(node) in _SLICES:
+        return False
+    index: Any = node.args[1] if name_of(node) == "getitem" else None
+    parts = index if isinstance(index, tuple) else (index,)
+    return index is None or any(isinstance(part, Node) and _is_tensor(part) for part in parts)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(value(node), torch.Tensor)
 
 
 def _last_writes(graph: Graph) -> dict[int, int]:
