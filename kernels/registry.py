@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ _route: contextvars.ContextVar[_Forced] = contextvars.ContextVar(
 _calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
     "calls", default=None
 )
-_answers: contextvars.ContextVar[dict[str, Callable[..., Tensor]] | None] = contextvars.ContextVar(
+_answers: contextvars.ContextVar[dict[str, Callable[..., Any]] | None] = contextvars.ContextVar(
     "answers", default=None
 )
 _owner: contextvars.ContextVar[str] = contextvars.ContextVar("owner", default="")
@@ -85,6 +85,9 @@ class SiteCounts:
     kept_mass: float = 0.0
     """Attention mass that visited keys held, of sampled queries; summed over samples."""
     mass_samples: int = 0
+    score_errors: Tensor | None = None
+    """Of a history that is merged: most that a score may have moved by, and their root mean
+    square, `[2]`."""
     pending: list[Tensor] = field(default_factory=list, repr=False)
     """Device sums of visited blocks not read yet."""
     pending_mass: list[Tensor] = field(default_factory=list, repr=False)
@@ -135,7 +138,7 @@ def forced_reason() -> str:
 
 
 @contextlib.contextmanager
-def answer(operation: str, function: Callable[..., Tensor]) -> Iterator[None]:
+def answer(operation: str, function: Callable[..., Any]) -> Iterator[None]:
     """Let a function of the caller stand in for an operation inside the block.
 
     Who opens it knows more than the tensors of a call say; the operation asks `answer_of`.
@@ -147,7 +150,7 @@ def answer(operation: str, function: Callable[..., Tensor]) -> Iterator[None]:
         _answers.reset(token)
 
 
-def answer_of(operation: str) -> Callable[..., Tensor] | None:
+def answer_of(operation: str) -> Callable[..., Any] | None:
     """Return what stands in for an operation, or None."""
     answers = _answers.get()
     return None if answers is None else answers.get(operation)
@@ -279,6 +282,13 @@ def record_call(
         log.info("%s: kept dense: %s", site or "attention", kept_dense)
     counts.dense_calls += 1
     counts.reason = kept_dense
+
+
+def record_score_errors(site: str, most: Tensor, mean: Tensor) -> None:
+    """Note how far merged keys have moved the scores of a call; scalars that are not read."""
+    counts, found = _counts(site), torch.stack([most, mean])
+    known = counts.score_errors
+    counts.score_errors = found if known is None else torch.maximum(known, found)
 
 
 def telemetry() -> dict[str, SiteCounts]:

@@ -51,7 +51,7 @@ def light_interaction(
     if config.strict:
         refuse_lints(model)
     plain = config.preset == "off" and config.pipeline is None
-    if plain and not (config.context or config.sparse or config.steps):
+    if plain and not any(getattr(config, name) for name in SECTIONS):
         from lipass.compile.plain import counted, telling
 
         with counted(config):

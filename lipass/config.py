@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lipass.merge_options import MergeOptions
 from lipass.option_kinds import coerced
 from lipass.options import (
     ContextOptions,
@@ -26,7 +27,7 @@ from lipass.presets import ADAPTIVE, PRESETS, SECTIONS_OF
 
 INNERS = ("inductor", "aot_eager", "eager")
 VERIFY = ("off", "first")
-SECTIONS = ("context", "sparse", "steps")
+SECTIONS = ("context", "sparse", "steps", "merge")
 
 _NO_PRESET = "use 'all', or 'exact' where nothing may change"
 _ONE_SIDED = ("preset", "inner", "strict", "verify")
@@ -48,7 +49,7 @@ class Config:
         counted_writes: True promises that weights and inputs are only written to in ways that
             torch counts, so not through `Tensor.data` or numpy; projected prompts are then kept
             from call to call of a session.
-        context, sparse, steps: options of the three approximations; None is off.
+        context, sparse, steps, merge: options of the approximations; None is off.
         passes: options of single passes, `("pass-name.option", value)` in the order of the names.
     """
 
@@ -62,6 +63,7 @@ class Config:
     context: ContextOptions | None
     sparse: SparseOptions | None
     steps: StepOptions | None
+    merge: MergeOptions | None
     passes: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
@@ -171,6 +173,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "context": ContextOptions,
     "sparse": SparseOptions,
     "steps": StepOptions,
+    "merge": MergeOptions,
 }
 
 # True of a walk under any preset, so that one can be put in place of another and the rest stays.

@@ -1,4 +1,4 @@
-"""Say what the three approximations can be told, and refuse what they cannot be.
+"""Say what the approximations can be told, and refuse what they cannot be.
 
 No defaults: those live in `lipass.presets`.
 """

@@ -53,6 +53,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "form": "merge",
         "reuse": "middle",
     },
+    "merge": {"threshold": 0.7, "kv_tokens": None, "sink_latents": 1},
 }
 
 # Light Interaction's release for HY-WorldPlay: 12 context latents (4 sink, 4 retrieved, 4 recent),
@@ -90,6 +91,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
         "form": "lookup",
         "reuse": (1, 2),
     },
+    "merge": ADAPTIVE["merge"],
 }
 
 # Its release for Matrix-Game-3.0: threshold 0.45, the sink and up to four retrieved latents, tile
@@ -116,6 +118,7 @@ REFERENCE_MATRIX_GAME: dict[str, dict[str, Any]] = {
         "overlap_min": 0.45,
         "reuse": (1,),
     },
+    "merge": ADAPTIVE["merge"],
 }
 
 _TOP: dict[str, Any] = {
@@ -126,7 +129,9 @@ _TOP: dict[str, Any] = {
     "disable": (),
     "counted_writes": False,
 }
-_OFF: dict[str, Any] = {"context": None, "sparse": None, "steps": None}
+_OFF: dict[str, Any] = {"context": None, "sparse": None, "steps": None, "merge": None}
+# No preset merges: how much may be merged depends on what a model keeps in its cache.
+_UNMERGED: dict[str, Any] = {"merge": None}
 
 SECTIONS_OF = {"reference": REFERENCE, "reference-matrix-game": REFERENCE_MATRIX_GAME}
 """Preset name to its own defaults of the sections; those of the others are `ADAPTIVE`."""
@@ -137,7 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "context": {**_TOP, **_OFF, "context": ADAPTIVE["context"]},
     "sparse": {**_TOP, **_OFF, "sparse": ADAPTIVE["sparse"]},
     "cache": {**_TOP, **_OFF, "steps": ADAPTIVE["steps"]},
-    "all": {**_TOP, **ADAPTIVE},
-    "reference": {**_TOP, **REFERENCE},
-    "reference-matrix-game": {**_TOP, **REFERENCE_MATRIX_GAME},
+    "all": {**_TOP, **ADAPTIVE, **_UNMERGED},
+    "reference": {**_TOP, **REFERENCE, **_UNMERGED},
+    "reference-matrix-game": {**_TOP, **REFERENCE_MATRIX_GAME, **_UNMERGED},
 }

@@ -35,7 +35,10 @@ class SiteRecord:
         blocks; None before the first call. model: class of the model, `Class#2` for the second
         one of a class; "" where nobody said. calls: of it so far. dense_calls: those that a
         rewrite to sparse attention ran dense. kept_mass: share of the attention mass of sampled
-        queries that the visited keys held; None where none was sampled.
+        queries that the visited keys held; None where none was sampled. score_error: where a history is merged, root
+        mean square of what scores have moved by, in nats, of the worst call. score_error_max: no
+        score has moved by more, `|q| eps / sqrt(D)`, so no weight of attention has changed by
+        more than a factor of `exp(2 score_error_max)`.
     """
 
     name: str
@@ -51,6 +54,8 @@ class SiteRecord:
     calls: int = 0
     dense_calls: int = 0
     kept_mass: float | None = None
+    score_error: float | None = None
+    score_error_max: float | None = None
 
     @property
     def ran_dense(self) -> bool:
@@ -291,4 +296,8 @@ def _measured(key: str, site: SiteRecord) -> SiteRecord:
     # Attention over keys in pieces is dense by design.
     dense = 0 if counts.role == "dense" else counts.dense_calls
     measured = replace(site, provider=counts.provider, density=counts.density, reason=reason)
-    return replace(measured, calls=calls, dense_calls=dense, kept_mass=counts.mass)
+    measured = replace(measured, calls=calls, dense_calls=dense, kept_mass=counts.mass)
+    if counts.score_errors is None:
+        return measured
+    most, mean = (round(float(one), 4) for one in counts.score_errors)
+    return replace(measured, score_error=mean, score_error_max=most)

@@ -111,10 +111,21 @@ def _sites(sites: Iterable[SiteRecord]) -> str:
         name = folded([site.name for site in members])
         density = _range([site.density for site in members if site.density is not None])
         rows.append((name, str(len(members)), role, grid, action, density, provider))
-        reasons.append("\n".join(_wrapped(members[0].reason)))
+        reasons.append("\n".join(_wrapped(members[0].reason + _moved(members))))
     head, *lines = _grid(("site", "n", "role", "grid", "action", "density", "by"), rows) or [""]
     body = [f"{line}\n{reason}" for line, reason in zip(lines, reasons, strict=True)]
     return "\n".join([head, *body])
+
+
+def _moved(sites: Sequence[SiteRecord]) -> str:
+    """Say what merging a history has done to scores, or nothing."""
+    means, most = (
+        [error for site in sites if (error := getattr(site, name)) is not None]
+        for name in ("score_error", "score_error_max")
+    )
+    if not means:
+        return ""
+    return f"; scores moved by {max(means):.2g} (root mean square), by {max(most):.2g} at most"
 
 
 def _range(densities: Sequence[float]) -> str:

@@ -31,6 +31,7 @@ from lipass.runtime.chunk import Chunk
 from lipass.runtime.effect import Effect
 from lipass.runtime.events import Events, Sink
 from lipass.runtime.given import GivenChunks
+from lipass.runtime.merged_history import MergedHistories
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
 from lipass.runtime.turns import Turns, check_stream
@@ -85,6 +86,7 @@ class Session:
         self.turns = Turns()
         self.events = Events(events, self.number, self.config)
         self.invariants = Invariants()
+        self.histories = MergedHistories(self)
         self._replay: dict[str, deque[ChunkPlan]] | None = None
         self._blocks: list[Block] = []
 
@@ -219,6 +221,7 @@ class Session:
             chunk.forget()
         self.turns.forget()
         self.invariants.clear()
+        self.histories.clear()
         self._replay = None
         if not self.turns.closed:
             self.turns.closed = True

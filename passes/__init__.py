@@ -41,6 +41,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "hoist-calls": _load("exact.hoist_calls", "HoistCalls"),
     "hoist-rows": _load("exact.hoist_rows", "HoistRows"),
     "hoist-steps": _load("exact.hoist_steps", "HoistSteps"),
+    "merge-history": _load("approx.merge_history", "MergeHistory"),
     "nearest-blocks": _load("approx.nearest_blocks", "NearestBlocks"),
     "pool-history": _load("approx.pool_history", "PoolHistory"),
     "prune-context": _load("approx.prune_context", "PruneContext"),
@@ -78,7 +79,7 @@ FACTS = "canonicalize,find-attention,find-poses,find-steps"
 _FIRST = f"{FACTS},collapse-keys,hoist-rows,hoist-steps"
 _LAST = "carry-floats,avoid-faults,hoist-calls,share-blocks"
 _SPARSE = "sparse-attention,nearest-blocks,pool-history,attend-pieces"
-_ALL = f"{_FIRST},prune-context,{_SPARSE},guard-steps,{_LAST}"
+_ALL = f"{_FIRST},merge-history,prune-context,{_SPARSE},guard-steps,{_LAST}"
 
 PIPELINES: dict[str, str] = {
     "off": "",

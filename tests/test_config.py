@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from lipass.config import Config
+from lipass.config import SECTIONS, Config
+from lipass.merge_options import MergeOptions
 from lipass.options import ContextOptions, SparseOptions, StepOptions, ViewOptions
 from lipass.presets import ADAPTIVE, PRESETS, REFERENCE, REFERENCE_MATRIX_GAME
 
@@ -21,7 +22,7 @@ SECTIONS_ON = {
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_turns_its_sections_on(preset):
     config = Config.resolve(preset)
-    on = [name for name in ("context", "sparse", "steps") if getattr(config, name) is not None]
+    on = [name for name in SECTIONS if getattr(config, name) is not None]
     assert " ".join(on) == SECTIONS_ON[preset]
 
 
@@ -52,9 +53,10 @@ def test_reference_for_matrix_game_holds_the_released_numbers():
     assert (steps.mode, steps.form, steps.reuse) == ("matrix-game", "lookup", (1,))
 
 
-@pytest.mark.parametrize("kind", [ContextOptions, SparseOptions, StepOptions])
+@pytest.mark.parametrize("kind", [ContextOptions, SparseOptions, StepOptions, MergeOptions])
 def test_every_field_has_a_default_in_both_tables_and_a_line_in_the_docstring(kind):
-    name = {ContextOptions: "context", SparseOptions: "sparse", StepOptions: "steps"}[kind]
+    kinds = (ContextOptions, SparseOptions, StepOptions, MergeOptions)
+    name = dict(zip(kinds, SECTIONS, strict=True))[kind]
     fields = {field.name for field in dataclasses.fields(kind)}
     for defaults in (ADAPTIVE, REFERENCE, REFERENCE_MATRIX_GAME):
         assert set(defaults[name]) == fields

@@ -109,6 +109,7 @@ def counts(**changed):
             "role": "decode",
             "calls": 8,
             "dense_calls": 0,
+            "score_errors": None,
             "provider": "cpu",
             "density": 0.41,
             "mass": None,

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 def known_options() -> list[dict[str, Any]]:
     """Return name, default, meaning and other defaults of presets, in the order of the classes."""
     from lipass.config import SECTIONS, SHORTHANDS, Config
+    from lipass.merge_options import MergeOptions
     from lipass.options import ContextOptions, SparseOptions, StepOptions
     from lipass.presets import ADAPTIVE, PRESETS
 
@@ -56,7 +57,12 @@ def known_options() -> list[dict[str, Any]]:
             "others": {},
         }
     ]
-    kinds = {"context": ContextOptions, "sparse": SparseOptions, "steps": StepOptions}
+    kinds = {
+        "context": ContextOptions,
+        "sparse": SparseOptions,
+        "steps": StepOptions,
+        "merge": MergeOptions,
+    }
     for section in SECTIONS:
         said = _meanings(kinds[section])
         for field in dataclasses.fields(kinds[section]):

@@ -13,6 +13,7 @@ import torch.fx
 
 # Importing ops registers an operator that passes insert; so do the imports beside it.
 import lipass.kernels.chosen_latents
+import lipass.kernels.merged_history
 import lipass.kernels.ops
 import lipass.kernels.view_overlap.api  # noqa: F401
 from lipass import kernels
@@ -45,6 +46,7 @@ from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.policy.blocks import roles_that_stay_sparse
 from lipass.receipt import PassRecord, SiteRecord, current_report
 from lipass.runtime.chosen_context import chosen_by_caller
+from lipass.runtime.merged_history import unmerged
 from lipass.runtime.scope import current_chunk, current_step
 from lipass.switch import is_off
 
@@ -56,6 +58,7 @@ InnerCompile = Callable[[torch.fx.GraphModule, list[Any]], Compiled]
 _ATTENTION = (
     torch.ops.lipass.sparse_attention.default,
     torch.ops.lipass.attend_pieces.default,
+    torch.ops.lipass.attend_merged.default,
 )
 
 
@@ -78,7 +81,7 @@ class CompiledUnit:
     def __call__(self, *args: Any) -> Any:
         """Run the graph, or answer from what is kept."""
         if is_off():
-            with registry.force("dense", "lipass.disabled()"):
+            with registry.force("dense", "lipass.disabled()"), unmerged():
                 return (self.twin or self).compiled(*args)
         step = current_step() if self.inputs is not None else None
         if self.inputs is None or step is None:
@@ -89,14 +92,15 @@ class CompiledUnit:
         chunk = current_chunk()
         reading = self.reading.of_call(chunk, args) if self.reading else Reading()
         chosen = reading.chosen
-        if self.twin is not None and chunk is not None and chosen is None:
-            reason = self.twin.why_dense(chunk, reading.dense_reason)
-            if reason is not None:
-                return self.twin.run(args, chunk, reason)
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(registry.one_call())
             if chunk is None:
                 return self.compiled(*args)
+            scopes.enter_context(chunk.session.histories.answering(chunk.plan.stream))
+            if self.twin is not None and chosen is None:
+                why = self.twin.why_dense(chunk, reading.dense_reason)
+                if why is not None:
+                    return self.twin.run(args, chunk, why)
             if (reason := chunk.plan.dense_reason or reading.dense_reason) is not None:
                 sparse = roles_that_stay_sparse(chunk.session.config)
                 scopes.enter_context(registry.force("dense", reason, but_roles=sparse))

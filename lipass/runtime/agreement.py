@@ -22,6 +22,8 @@ from lipass.options import ViewOptions
 from lipass.presets import ADAPTIVE
 
 _HERE, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+# What attention reads of a cache is compiled.
+_IN_GRAPH = ("sparse", "merge")
 # Of the options of sparse attention a session reads the one that holds for whole chunks.
 _CHUNKWISE = ("sparse.dense_chunks",)
 # A session of these promises results that its graph would change.
@@ -42,6 +44,8 @@ def differences(graph: Config, able: Set[str], session: Config) -> list[str]:
     lines = []
     if session.sparse and "sparse" not in able:
         lines.append("sparse: on in the session, not in the graph")
+    if session.merge and "merge" not in able:
+        lines.append("merge: on in the session, not in the graph")
     if graph.sparse and "sparse" in able and session.preset in _EXACT and not session.sparse:
         lines.append(f"the {session.preset!r} of the session, as attention of the graph is sparse")
     if session.steps and session.steps.form == "lookup" and "steps" not in able:
@@ -54,7 +58,7 @@ def differences(graph: Config, able: Set[str], session: Config) -> list[str]:
         for option, default in ADAPTIVE[name].items():
             key = f"{name}.{option}"
             ours, theirs = compiled.get(key, "off"), opened.get(key, "off")
-            in_session = name != "sparse" or key in _CHUNKWISE
+            in_session = name not in _IN_GRAPH or key in _CHUNKWISE
             ignored, read = (ours, theirs) if in_session else (theirs, ours)
             if ignored not in ("off", default, read) and (in_session or name in able):
                 where = ("graph", "session") if in_session else ("session", "graph")
@@ -90,8 +94,8 @@ def disagreement(lines: list[str], preset: str, session_preset: str) -> str:
     return (
         f"a compiled model and its session must have the same options, got preset {preset!r} in "
         f"the graph and {session_preset!r} in the session, of which is ignored: "
-        f"{'; '.join(lines)} (a graph reads sparse.*, a session context.*, steps.* and "
-        f"{' and '.join(_CHUNKWISE)}); give both the same options"
+        f"{'; '.join(lines)} (a graph reads sparse.* and merge.*, a session context.*, "
+        f"steps.* and {' and '.join(_CHUNKWISE)}); give both the same options"
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+# The import registers an operator that the module has to know.
+import lipass.kernels.merged_history  # noqa: F401
 from lipass.passes.attention import joint, latent_mask, match
 from lipass.passes.attention.cache_writes import Place, place_read, scattered, written
 from lipass.passes.attention.match import Operands, Refusal
@@ -43,6 +45,8 @@ class _Filled:
 
 def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Refusal:
     """Match a call that is about to be rewritten, and cut its keys as its fact says."""
+    if call.target is torch.ops.lipass.attend_merged.default:
+        return Refusal("its history is merged")
     if site.latents_first is not None:
         return joint.whole(call)
     found: Operands | Refusal
