@@ -1,4 +1,4 @@
-"""Merge a history as it grows, all batch items and heads at once, without reading a tensor.
+"""Merge a history as it grows, all batch items and heads at once.
 
 What is merged lies in slots of a fixed order. A token that corresponds to a slot takes it over;
 all others take slots that are free, and then those that were joined least recently. How many slots
@@ -78,24 +78,20 @@ class RunningMerge:
         self._moved = torch.zeros_like(self._count)
         self._latest = torch.zeros_like(self._count, dtype=torch.int64)
 
-    def add(self, k: Tensor, v: Tensor, metric: Tensor, exist: Tensor | None = None) -> None:
+    def add(self, k: Tensor, v: Tensor, metric: Tensor) -> None:
         """Add tokens `[B, H, N, D]` that are new, whole latents, oldest first.
 
         Args:
             k: their keys.
             v: their values.
             metric: what distances between keys are measured by, from `query_metric`.
-            exist: which of them there are `[N]`, where that is not known without reading; of the
-                others nothing is kept. None is all.
         """
         step = self.rule.latent_tokens
         for start in range(0, k.shape[2], step):
             here = slice(start, start + step)
-            part = None if exist is None else exist[here]
-            self._add_latent(k[:, :, here], v[:, :, here], metric, part)
-        if k.device.type == "cpu":  # read for free there; elsewhere the bound stands
-            filled = (self._count[:, :, :-1] > 0).sum(-1)
-            self._used = int(filled.max()) if filled.numel() else 0
+            self._add_latent(k[:, :, here], v[:, :, here], metric)
+        # The only number that is read, once for all that is added.
+        self._used = int((self._count[:, :, :-1] > 0).sum(-1).amax())
 
     def merged(self, dtype: torch.dtype) -> MergedKeys:
         """Give what attention reads."""
@@ -124,19 +120,14 @@ class RunningMerge:
             capacity=slots if capacity is None else min(slots, capacity), sink_tokens=sink
         )
 
-    def forget_unless(self, kept: Tensor) -> None:
-        """Free all slots where a bool scalar, which is not read, is false."""
-        self._count *= kept
-
-    def _add_latent(self, k: Tensor, v: Tensor, metric: Tensor, exist: Tensor | None) -> None:
+    def _add_latent(self, k: Tensor, v: Tensor, metric: Tensor) -> None:
         count = k.shape[2]
         sink = min(max(self.rule.sink_tokens - self._tokens, 0), count)
         if sink:
             self._append_sink(k[:, :, :sink], v[:, :, :sink])
             k, v = k[:, :, sink:], v[:, :, sink:]
-            exist = None if exist is None else exist[sink:]
         if k.shape[2]:
-            self._merge(k, v, metric, exist)
+            self._merge(k, v, metric)
         self._tokens += count
         self.latents += 1
 
@@ -147,33 +138,33 @@ class RunningMerge:
         self._count[:, :, here], self._latest[:, :, here] = 1.0, _NEVER
         self._used += k.shape[2]
 
-    def _merge(self, k: Tensor, v: Tensor, metric: Tensor, exist: Tensor | None) -> None:
+    def _merge(self, k: Tensor, v: Tensor, metric: Tensor) -> None:
         tokens, first = k.shape[2], min(self.rule.sink_tokens, self._used)
         before, room = self._used, self._used + tokens
         if self.rule.capacity is not None:
             room = min(room, self.rule.capacity)
         self._grow(room)
-        slot, far, moved, joins = self._correspond(k, slice(first, before), metric, exist)
-        lost, alone = self._k.shape[2] - 1, ~joins
-        if exist is not None:
-            alone = alone & exist
+        slot, far, moved, joins = self._correspond(k, slice(first, before), metric)
+        lost = self._k.shape[2] - 1
         self._latest.scatter_(2, torch.where(joins, slot, lost), self.latents)
-        dest = torch.where(joins, slot, self._slots_for(alone, slice(first, room)))
-        if exist is not None:
-            dest = torch.where(exist, dest, lost)
+        dest = torch.where(joins, slot, self._slots_for(~joins, slice(first, room)))
+        self._write(dest, joins, k, v)
+        for sums, step in ((self._far, far), (self._moved, moved)):
+            sums.scatter_(2, dest, torch.where(joins, sums.gather(2, dest) + step, 0.0))
+        self._used = room
+
+    def _write(self, dest: Tensor, joins: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put tokens into their slots, with what is there where they join it."""
         stood = torch.where(joins, self._count.gather(2, dest), 0.0)
         old = self._v.gather(2, _wide(dest, v))
         mean = old + (v.float() - old) / (stood + 1)[..., None]
         self._v.scatter_(2, _wide(dest, v), torch.where(joins[..., None], mean, v.float()))
         self._k.scatter_(2, _wide(dest, k), k)
-        for sums, step in ((self._far, far), (self._moved, moved)):
-            sums.scatter_(2, dest, torch.where(joins, sums.gather(2, dest) + step, 0.0))
         self._count.scatter_(2, dest, stood + 1)
         self._latest.scatter_(2, dest, self.latents)
-        self._used = room
 
     def _correspond(
-        self, k: Tensor, slots: slice, metric: Tensor, exist: Tensor | None
+        self, k: Tensor, slots: slice, metric: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Find the slot of each token `[B, H, N]`, and whether it joins.
 
@@ -184,7 +175,7 @@ class RunningMerge:
             none = torch.zeros(k.shape[:3], dtype=torch.int64, device=k.device)
             return none, none.float(), none.float(), none.bool()
         free = self._count[:, :, slots] == 0
-        nearest, back = _nearest(k.float(), stored.float(), metric, free, exist)
+        nearest, back = _nearest(k.float(), stored.float(), metric, free)
         tokens = torch.arange(k.shape[2], device=k.device)
         mutual = back.gather(2, nearest) == tokens
         slot = nearest + slots.start
@@ -195,8 +186,7 @@ class RunningMerge:
         alike = (
             far == 0 if self.rule.threshold == 1.0 else moved.neg().exp() >= self.rule.threshold
         )
-        joins = mutual & alike & ~free.gather(2, nearest)
-        return slot, far, moved, joins if exist is None else joins & exist
+        return slot, far, moved, mutual & alike & ~free.gather(2, nearest)
 
     def _slots_for(self, alone: Tensor, slots: slice) -> Tensor:
         """Give each token that joins nothing a slot of its own `[B, H, N]`."""
@@ -243,9 +233,7 @@ def _square(x: Tensor, metric: Tensor) -> Tensor:
     return (x * (x @ metric)).sum(-1)
 
 
-def _nearest(
-    k: Tensor, stored: Tensor, metric: Tensor, free: Tensor, exist: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _nearest(k: Tensor, stored: Tensor, metric: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """Find the nearest slot of each token `[B, H, N]` and the nearest token of each slot.
 
     Distances are made for some tokens at a time. NaN is far from everything.
@@ -253,8 +241,6 @@ def _nearest(
     long = _square(stored, metric).masked_fill(free, torch.inf)
     own = _square(k, metric)
     seen = k @ metric
-    if exist is not None:
-        own = own.masked_fill(~exist, torch.inf)
     step = max(_DISTANCES // max(stored.shape[0] * stored.shape[1] * stored.shape[2], 1), 1)
     slots, tokens, least = [], None, None
     for start in range(0, k.shape[2], step):

@@ -132,5 +132,29 @@ def refuse_dense(
         )
 
 
+def refuse_unmerged(found: Iterable[AttentionSite], notes: Iterable[Note]) -> None:
+    """Raise if histories were to be merged and one is read as it is.
+
+    Raises:
+        LipassError: naming those sites, and such as may read one for all that is known.
+    """
+    kept = {
+        without_repeat(note.site): note.reason
+        for note in notes
+        if note.pass_name == "merge-history" and note.action == "kept"
+    }
+    lines = [
+        f"  {site.name} ({site.where or 'no source line'}): {why}"
+        for site in found
+        if site.role in ("decode", "other") and (why := kept.get(without_repeat(site.name)))
+    ]
+    if lines:
+        told = "\n".join(lines)
+        raise LipassError(
+            f"strict: every history must be merged, got {len(lines)} sites that are not:\n{told}\n"
+            "fix the cause, set 'merge' to False, or set strict to False"
+        )
+
+
 def _plain(size: int | torch.SymInt) -> int | str:
     return str(size) if is_symbolic(size) else int(size)

@@ -29,6 +29,7 @@ from lipass.compile.sites import (
     graphs_of,
     makes_sparse,
     refuse_dense,
+    refuse_unmerged,
     site_records,
     tell_gradients,
 )
@@ -155,6 +156,7 @@ def compile_unit(
     owner = report.add_sites(records, part=model.part)
     if config.strict:
         refuse_dense(found, pipeline, ctx.notes)
+        refuse_unmerged(found, ctx.notes)
     tell_gradients(records, pipeline, model.name)
     watches = config.strict and makes_sparse(pipeline)
     if watches:

@@ -139,7 +139,8 @@ class MergedHistories:
         metric: Callable[[], Tensor],
         rule: MergeRule,
     ) -> _Site:
-        seen, marks = (_Seen(k), _Seen(v)), row_marks(k, v)
+        # Read from a device, where the cache is another one or was written to: once a chunk.
+        seen, marks = (_Seen(k), _Seen(v)), row_marks(k, v).cpu()
         known = None if held is None else _known(held, marks)
         if held is None or known is None:
             check_finite(k)
@@ -151,7 +152,8 @@ class MergedHistories:
         if not len(fresh):
             held.seen = seen
             return held
-        added = k.index_select(2, fresh), v.index_select(2, fresh)
+        at = fresh.to(k.device)
+        added = k.index_select(2, at), v.index_select(2, at)
         check_finite(added[0])
         self.added += 1
         running, count = held.running, held.count + len(fresh)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lipass
-from lipass.compile.sites import site_records, tell_gradients
+from lipass.compile.sites import refuse_unmerged, site_records, tell_gradients
 from lipass.kernels import registry
 from lipass.passes.attention.site import AttentionSite
 from lipass.passes.core import Note, PassPipeline
@@ -203,3 +203,21 @@ def test_gradients_that_keep_attention_dense_are_told_with_the_remedy():
     exact = PassPipeline.parse("canonicalize,find-attention,attend-pieces")
     tell_gradients(records, exact, "World")  # nothing was to become sparse
     tell_gradients(site_records([site], pipeline, []), pipeline, "World")
+
+
+@pytest.mark.parametrize("role", ["decode", "other"])
+def test_strict_refuses_a_history_that_is_not_merged(role):
+    site = AttentionSite("blocks.0", "m.py:3", role, None, (), 1.0)
+    note = Note("merge-history", "blocks.0", "kept", "a mask says which latents see which")
+    with pytest.raises(
+        lipass.LipassError, match=r"m.py:3\): a mask says(.|\n)*set 'merge' to False"
+    ):
+        refuse_unmerged([site], [note])
+
+
+def test_strict_takes_a_history_that_is_merged_and_sites_without_one():
+    decode, prefill = (
+        AttentionSite(role, "m.py:3", role, None, (), 1.0) for role in ("decode", "prefill")
+    )
+    told = [("decode", "rewritten"), ("prefill", "kept")]
+    refuse_unmerged([decode, prefill], [Note("merge-history", *one, "why") for one in told])
