@@ -15,6 +15,8 @@ import socket
 import statistics
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,34 @@ _KEYS = ({"ahead": 1}, {"ahead": 1, "turn": 1}, {"ahead": 1, "turn": -1}, {"turn
          {"turn": -1}, {"ahead": -1}, {"aside": 1}, {"ahead": 1, "aside": -1})  # fmt: skip
 _HELD_S = 0.6
 _WARM_S = 5.0
+
+
+class _Counted:
+    """A part of a world that notes the CPU time of its thread; all else is the part's."""
+
+    def __init__(self, part: Any, notes: dict[str, list[float]], name: str = "") -> None:
+        self._part, self._notes, self._name = part, notes, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+    def visit(self, room: int) -> "_Counted":
+        return _Counted(self._part.visit(room), self._notes)
+
+    def side(self, name: str) -> "_Counted":
+        return _Counted(self._part.side(name), self._notes, name)
+
+    def go(self, controls: Any) -> Any:
+        return self._timed("way", self._part.go, controls)
+
+    def make(self, *given: Any) -> Any:
+        return self._timed(self._name, self._part.make, *given)
+
+    def _timed(self, name: str, function: Callable, *given: Any) -> Any:
+        begin = time.thread_time()
+        made = function(*given)
+        self._notes.setdefault(name, []).append(time.thread_time() - begin)
+        return made
 
 
 class Walker:
@@ -126,7 +156,8 @@ def _graphs() -> int:
 def measure(seconds: float, visitors: int, inner: str) -> dict[str, object]:
     """Serve, walk, and count."""
     begin = time.monotonic()
-    host = Host(LiveWorld(inner), visitors)
+    cpu: dict[str, list[float]] = {}
+    host = Host(_Counted(LiveWorld(inner), cpu), visitors)
     server, thread, port = _serve(host)
     ready: dict[str, float] = {}
     while len(host.status.ready) < 2 and host.failure is None:
@@ -144,6 +175,7 @@ def measure(seconds: float, visitors: int, inner: str) -> dict[str, object]:
         one.start()
     time.sleep(min(_WARM_S, seconds / 2))
     graphs, memory = _graphs(), [resident_mb()]
+    cpu.clear()
     while time.monotonic() < start + seconds:
         time.sleep(max(0.0, min(5.0, start + seconds - time.monotonic())))
         memory.append(resident_mb())
@@ -165,6 +197,8 @@ def measure(seconds: float, visitors: int, inner: str) -> dict[str, object]:
         "fast": fast,
         "dense": dense,
         "ratio_of_chunk_times": round(fast["own_fps"] / dense["own_fps"], 2) if dense else None,
+        # What a chunk costs whatever else runs; true where a side has one thread.
+        "cpu_ms_p50": {name: round(1000 * statistics.median(c), 1) for name, c in cpu.items()},
         "latency_ms_p50": round(float(np.percentile(latencies, 50))) if latencies else None,
         "latency_ms_p95": round(float(np.percentile(latencies, 95))) if latencies else None,
         "dense_chunks_missed": sum(missed),

@@ -149,6 +149,7 @@ function chunk(told) {
     if (told.db != null) state.db = told.db;
   }
   say_result();
+  say_status();
 }
 
 function say_result() {
@@ -192,8 +193,16 @@ function say_status() {
   line.textContent = state.gone ? `Ended: ${state.gone}. Reload to enter again.` : doing || (state.fast?.replays ? `replaying a walk, ${state.fast.replays} chunks left; any key takes over` : "");
   for (const side of SIDES) {
     const waits = missing.includes(side) ? (side === "fast" || state.ready.includes("fast") ? "being compiled, runs as it is" : "not compiled yet, runs as it is") : "";
-    element(`${side}-veil`).textContent = state.gone ? "ended" : side === "dense" && !element("compare").checked ? "not running" : waits;
+    element(`${side}-veil`).textContent = state.gone ? "ended" : waits || (side === "dense" ? lag() : "");
   }
+}
+
+// The right picture may be older than the left one: said on it, while somebody walks.
+function lag() {
+  if (!element("compare").checked) return "not running";
+  const { fast, dense } = state;
+  const chunks = fast && dense ? fast.chunk - dense.chunk : 0;
+  return chunks > 0 ? `${chunks} ${chunks > 1 ? "chunks" : "chunk"} behind` : "";
 }
 
 function show_link({ room, walk }) {
