@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,17 +91,15 @@ class Connection:
         """Serve it until either side ends it."""
         tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                error = task.exception()
+            done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await _cancelled(rest)
+            for error in (task.exception() for task in done):
                 if isinstance(error, _Closed):
                     await self._say_goodbye(error)
                 elif error is not None and not isinstance(error, WebSocketDisconnect):
                     raise error
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancelled(tasks)
             # Who leaves while being let in has to be let out too.
             visitor = await self._entering if self._entering is not None else None
             if visitor is not None:
@@ -245,3 +243,9 @@ class Connection:
             async with asyncio.timeout(1.0):
                 await self._socket.send_text(json.dumps({"do": "bye", "why": closed.why}))
                 await self._socket.close(closed.code, closed.why)
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

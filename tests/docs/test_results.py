@@ -32,6 +32,19 @@ def test_memory_of_a_long_rollout_is_the_recorded_one(page):
     assert f"{found['chunks']} chunks one after the other under `all`: {told}" in page
 
 
+def test_speed_of_the_browser_world_is_the_recorded_one():
+    page = " ".join((ROOT / "docs/play.md").read_text().split())
+    found = recorded("live_world")
+    took = found["cpu_ms_p50"]
+    fast, dense = (took["way"] + took[side] for side in ("fast", "dense"))
+    assert f"took {fast:.0f} ms of CPU time with lipass and {dense:.0f} ms without" in page
+    assert f"{4000 / fast:.0f} and {4000 / dense:.1f} frames a second" in page
+    assert f"to itself, {dense / fast:.1f}x. Graphs compiled after warm-up: 0;" in page
+    assert found["graphs_after_warm_up"] == 0
+    first, _, last = found["resident_mb"]
+    assert f"memory from {first} to {last} MB" in page
+
+
 def test_speed_of_the_kernel_is_that_of_its_own_page(page):
     kernel = (ROOT / "kernels/block_sparse/README.md").read_text()
     rows = re.findall(r"^\| 16 x 128 (\w+) \| 0.19 \| (.*) \|$", kernel, re.MULTILINE)
