@@ -27,7 +27,7 @@ from lipass.play.host import Host, Status
 
 log = logging.getLogger(__name__)
 
-_SCRIPTS = ("page.js", "film.js", "keys.js", "charts.js")
+_SCRIPTS = ("page.js", "film.js", "keys.js", "charts.js", "record.js")
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),

@@ -1,5 +1,6 @@
 """Lanes: one chunk a turn, nobody twice in a row, and a fast side that waits for nobody."""
 
+import itertools
 import threading
 import time
 
@@ -228,6 +229,19 @@ def test_who_leaves_is_freed(enter):
     made = len(world.made)
     time.sleep(0.06)
     assert len(world.made) == made
+
+
+def test_sides_that_share_the_cores_take_turns():
+    world, out = PaintedWorld(dense_seconds=0.01), Out()
+    host = Host(world, beside=False, threads=1)
+    host.start()
+    visitor = host.enter(Enter(None, (), ""), out)
+    host.begin(visitor)
+    visitor.move(Move(1, WALKS))
+    wait(lambda: len(out.of("fast")) >= 10)
+    host.close()
+    sides = [side for side, *_ in world.made]
+    assert all(one != other for one, other in itertools.pairwise(sides[:16]))
 
 
 def test_world_that_does_not_compile_is_told_and_ends(enter):

@@ -59,6 +59,21 @@ def test_link_replays_the_walk(page, serve):
     page.until("window.lipass?.camera && window.lipass.camera[0] > 3 && !lipass.fast.replays")
 
 
+def test_film_of_both_pictures_is_recorded(page, serve):
+    _, port = serve(PaintedWorld())
+    entered(page, port)
+    record = "document.getElementById('record')"
+    page.ask(f"{record}.click()")
+    page.key("KeyW", down=True)
+    page.until("lipass.camera[1] > 20")
+    page.key("KeyW", down=False)
+    assert page.ask(f"{record}.textContent") == "end the film"
+    page.ask(f"{record}.click()")
+    assert page.until("lipass.film && lipass.film.size") > 500
+    assert page.ask("lipass.film.type").startswith("video/")
+    assert page.said == []
+
+
 def test_page_says_why_it_ended(page, serve):
     _, port = serve(PaintedWorld(), idle_s=0.5)
     entered(page, port)

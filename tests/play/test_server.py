@@ -79,7 +79,7 @@ def test_walk_is_given_for_a_link_and_replayed(serve, visit):
     assert other.until(do="chunk", side="fast", replays=0)["camera"][1] >= 2
 
 
-@pytest.mark.parametrize("path", ["/", "/page.js", "/page.css", "/film.js", "/charts.js"])
+@pytest.mark.parametrize("path", ["/", "/page.js", "/page.css", "/film.js", "/record.js"])
 def test_page_allows_nothing_from_elsewhere(serve, path):
     _, port = serve(PaintedWorld())
     status, headers = fetch(port, path)

@@ -2,6 +2,7 @@
 import { draw_chunks, draw_map } from "./charts.js";
 import { Film } from "./film.js";
 import { Keys } from "./keys.js";
+import { Recorder } from "./record.js";
 
 const element = (id) => document.getElementById(id);
 const SIDES = ["fast", "dense"];
@@ -239,6 +240,19 @@ element("room").addEventListener("change", ({ target }) => {
 });
 element("another").addEventListener("click", () => enter(9000 + Math.floor(Math.random() * 1000)));
 element("link").addEventListener("click", () => send({ do: "walk" }));
+const recorder = new Recorder(SIDES.map(element), (film, ending) => {
+  state.film = film;
+  const name = `walk-${state.world.room}.${ending}`;
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(film), download: name });
+  link.click();
+  URL.revokeObjectURL(link.href);
+});
+element("record").addEventListener("click", ({ target }) => {
+  if (recorder.on) recorder.stop();
+  else recorder.start();
+  target.setAttribute("aria-pressed", String(recorder.on));
+  target.textContent = recorder.on ? "end the film" : "record a film";
+});
 element("compare").addEventListener("change", ({ target }) => {
   send({ do: "compare", on: target.checked });
   say_status();
