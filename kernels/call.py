@@ -10,7 +10,7 @@ from torch import Tensor
 from lipass.kernels.block_sparse.api import unfit_bias
 from lipass.kernels.given import GivenBlocks, unfit_blocks
 from lipass.kernels.latent_mask import unfit_mask
-from lipass.kernels.nearest.plan import Buckets, unfit_buckets
+from lipass.kernels.nearest.plan import Buckets, in_rows, unfit_buckets
 from lipass.kernels.plan import CALL_ROLES, BlockGrid, KvLayout, Triple
 from lipass.kernels.planning import PLANNERS, check_means
 
@@ -76,7 +76,10 @@ def check(call: Call) -> None:
     if why := _unfit_tokens(call) or _unfit_options(call) or _unfit_frames(call):
         raise ValueError(why)
     if call.history_means is not None:
-        check_means(call.history_means, call.q, call.layout, call.candidate)
+        layout = call.layout
+        if call.buckets is not None:
+            layout, _ = in_rows(layout, call.q_grid)
+        check_means(call.history_means, call.q, layout, call.candidate)
     why = None
     if call.given is not None:
         why = unfit_blocks(call.given, call.q, call.layout, call.q_grid)

@@ -186,6 +186,19 @@ def test_sorted_keys_in_16_bits(dtype):
     torch.testing.assert_close(found, exact, atol=1e-2, rtol=1e-2)
 
 
+def test_means_that_are_known_are_those_of_runs_of_the_order():
+    """A tile that hangs over the grid holds fewer tokens than a run."""
+    case = case_of(frames=5, size=(3, 5), tile=(2, 2, 2))
+    found = sorted_history(case)
+    means = pool_in_order(case.keys[1], found[0], 8)
+    with registry.force("sparse"):
+        known, computed = (
+            attend(case, *found, **named) for named in ({"history_means": means}, {})
+        )
+    assert torch.equal(known, computed)
+    assert torch.allclose(known, by_definition(case, *found), atol=1e-5)
+
+
 @pytest.mark.parametrize("budget", [0.999, 1.0])
 def test_every_block_is_dense_attention(budget):
     case = case_of()
