@@ -35,6 +35,7 @@ from lipass.runtime.merged_history import MergedHistories
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
 from lipass.runtime.turns import Turns, check_stream
+from lipass.runtime.written_slots import WrittenSlots
 from lipass.switch import is_off
 
 __all__ = ["Chunk", "Session", "current", "current_chunk", "current_step"]
@@ -87,6 +88,7 @@ class Session:
         self.events = Events(events, self.number, self.config)
         self.invariants = Invariants()
         self.histories = MergedHistories(self)
+        self.written = WrittenSlots()
         self._replay: dict[str, deque[ChunkPlan]] | None = None
         self._blocks: list[Block] = []
 
@@ -140,8 +142,10 @@ class Session:
             latents: `[M, ...]` history, for the latent dynamics; None leaves the window longest.
             own_context: indices that the loop reads by itself, used while the context policy is
                 off; None reads all of the history.
-            held: indices that the model still holds, in order, such as what is left in a rolled
-                cache; nothing else is chosen. None holds all of the history.
+            held: indices that the model still holds, such as what is left in a rolled cache, in
+                the order in which its keys lie; of a ring in the order of its slots, without those
+                that this chunk takes. Nothing else is chosen. None holds all of the history,
+                oldest first.
             stream: name of the request; chunks of different streams may be open at once.
 
         Raises:
@@ -222,6 +226,7 @@ class Session:
         self.turns.forget()
         self.invariants.clear()
         self.histories.clear()
+        self.written.clear()
         self._replay = None
         if not self.turns.closed:
             self.turns.closed = True

@@ -86,9 +86,10 @@ class RingCache:
 
     @property
     def held(self) -> list[int]:
-        """Latents of the rollout that a chunk attends to, ascending."""
-        first = max(0, self.written + 1 - self.chunks)
-        return list(range(first * CHUNK_LATENTS, self.written * CHUNK_LATENTS))
+        """Latents of the rollout beside those of the next chunk, in the order of the slots."""
+        oldest = max(0, self.written + 1 - self.chunks)
+        chunks = sorted(range(oldest, self.written), key=lambda chunk: chunk % self.chunks)
+        return [chunk * CHUNK_LATENTS + i for chunk in chunks for i in range(CHUNK_LATENTS)]
 
     def forward(
         self, model: Callable, *args, walls: Tensor | None, refresh: bool

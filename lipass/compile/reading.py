@@ -18,6 +18,7 @@ from lipass.policy.blocks import early_step, short_context
 from lipass.policy.views import check_poses
 from lipass.runtime.agreement import differences, disagreement, tell
 from lipass.runtime.scope import current_step
+from lipass.runtime.written_slots import Placed, why_unsaid
 from lipass.session import Chunk, Session
 
 
@@ -60,6 +61,8 @@ class GraphReading:
         decode = [site for site in found if site.role == "decode"]
         self._history = _history(decode[0]) if decode else None
         self._reader = decode[0].name if decode else ""
+        self._slots = decode[0].slots if decode else None
+        self._unordered = any(site.unordered for site in decode)
         self._prefills = any(site.role == "prefill" for site in found)
         self._sizes = ArgumentSizes(gm.graph)
         scores, asks = (
@@ -119,8 +122,11 @@ class GraphReading:
             return _AS_GIVEN
         read, chosen = number(self._history, dict(sizes)), chunk.context
         reading = _AS_GIVEN
+        why = self._out_of_order(chunk, dict(sizes), read)
         if session.config.context is not None and read > len(chosen):
-            if self._asks and read == len(chunk.held):
+            if self._asks and read == len(chunk.held) and why:
+                self._tell(session, f"{why}; until then nothing is left out")
+            elif self._asks and read == len(chunk.held):
                 kept = tuple(i for i, latent in enumerate(chunk.held) if latent in set(chosen))
                 reading, read = Reading(kept, read), len(kept)
             elif read == there and self._prunes and not self._prefills:
@@ -128,12 +134,40 @@ class GraphReading:
                 reading = Reading(tuple(chosen), there)
                 window = range(max(0, there - self._window), there)
                 read = len({*chosen, *window, *range(min(self._sink, there))})
-            elif session not in self._told:
-                self._told.add(session)
-                said = _ignored(read, len(chosen), there, self._reader)
-                tell(said, strict=self._strict(session))
+            else:
+                said = _ignored(read, len(chosen), there, self._reader, self._asks)
+                self._tell(session, said)
         chunk.latents_read = max(read, chunk.latents_read or 0)
         return reading
+
+    def _out_of_order(self, chunk: Chunk, known: dict[str, int], read: int) -> str:
+        """Say why it is not known which latent a place of the cache holds, or nothing."""
+        placed, plan, written = self._placed(known), chunk.plan, chunk.session.written
+        why = ""
+        if placed is not None and chunk.says_held and read == len(chunk.held):
+            why = written.why_not(plan.stream, plan.index, placed, chunk.held)
+        elif self._unordered and not chunk.says_held:
+            why = why_unsaid(placed)
+        if placed is not None:
+            written.add(plan.stream, plan.index, placed, plan.history_latents)
+        return why
+
+    def _placed(self, known: dict[str, int]) -> Placed | None:
+        if self._slots is None:
+            return None
+        latent = number(self._latent_tokens, known)
+        reads = [[number(end, known) for end in ends] for ends in self._slots.reads]
+        sizes = [number(self._slots.capacity, known), number(self._slots.written, known)]
+        if any(size % latent for size in (*sizes, *(end for ends in reads for end in ends))):
+            return None  # latents do not begin where the cache does
+        capacity, first = (size // latent for size in sizes)
+        places = tuple((ends[0] // latent, ends[1] // latent) for ends in reads)
+        return Placed(capacity, places, first, self._slots.moved)
+
+    def _tell(self, session: Session, said: str) -> None:
+        if session not in self._told:
+            self._told.add(session)
+            tell(said, strict=self._strict(session))
 
     def _strict(self, session: Session) -> bool:
         return self._config.strict or session.config.strict
@@ -163,7 +197,13 @@ def _history(site: AttentionSite) -> Size:
     return total
 
 
-def _ignored(read: int, chosen: int, there: int, reader: str) -> str:
+def _ignored(read: int, chosen: int, there: int, reader: str, asks: bool) -> str:
+    if asks:
+        return (
+            "a model must read the history latents that its session knows of, got a call of "
+            f"{reader} that reads {read} of {there}, and attends to all; pass as `held` those "
+            "that the cache holds, in the order in which they lie in it"
+        )
     return (
         f"a model must read the history latents that its session chose, got a call of {reader} "
         f"that reads {read} where {chosen} of {there} were chosen, and attends to all; build the "

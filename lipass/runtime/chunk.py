@@ -32,7 +32,8 @@ class Chunk:
     Attributes:
         session: the session it belongs to.
         plan: its decisions.
-        held: history latents that the loop holds, in order.
+        held: history latents that the loop holds, in the order in which it does.
+        says_held: whether the loop has said so; all of them in the order of time if not.
         active: the step that model calls belong to; None outside of steps.
         loop: the loop of steps that is running; None outside of one.
         lookups: calls answered from kept outputs.
@@ -47,6 +48,7 @@ class Chunk:
         self.session = session
         self.plan = plan
         self.held = tuple(range(plan.history_latents) if held is None else held)
+        self.says_held = held is not None
         self.active: StepState | None = None
         self.loop: StepLoop | None = None
         self.lookups = 0

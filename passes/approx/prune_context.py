@@ -42,6 +42,8 @@ class PruneContext(Pass):
         %keep: b8[1, n] = lipass.chosen_latents(%history_keys, 24)
         %o = lipass.sparse_attention(%q, [..], [..], .., budget 1.0, .., %keep, 'blocks.0.attn')
 
+    So does one whose history may not lie in the order of its cameras, such as a ring.
+
     Keeps: graphs with several camera inputs; histories that are all sink and window; sites of role
     cross, text and other; prefill whose keys outlive the call, unless `prefill_each_chunk` says
     that they die with the chunk: what is left out for one view may be what the next one shows.
@@ -83,7 +85,10 @@ class PruneContext(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         cameras = poses(graph)
-        if not cameras:
+        mixed = next(filter(None, (site.unordered for _, site in sites(graph))), "")
+        if cameras and mixed:
+            ctx.note("context", "kept", f"the cameras of the graph do not choose: {mixed}")
+        if not cameras or mixed:
             return self._ask(graph, ctx)
         if len(cameras) != 1:
             ctx.note(

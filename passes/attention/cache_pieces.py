@@ -24,23 +24,31 @@ from lipass.passes.graph.writes import memory_written, storage, writers_of, writ
 
 @dataclass(frozen=True)
 class _Filled:
-    """A slice of a cache along one axis whose end was written last."""
+    """A slice of a cache along one axis, part of which was written last."""
 
     read: Place
-    middle: Any
-    """Where the written part begins; an int or a node."""
+    at: Place
+    """What was written of it; the end, or what a ring has come round to."""
     written: Node
     axes: tuple[int, ...]
     """The keys are the slice with its axes in this order."""
 
-    def is_all(self) -> bool:
-        """Whether the written part is all that is read."""
-        return known_true(self.read.first() == value(self.middle))
+    def rest(self) -> tuple[tuple[Any, Any] | None, tuple[Any, Any] | None]:
+        """Return the ends of what lies in front of the written part and behind it, if any does."""
+        front, behind = (self.read.start, self.at.start or 0), (self.at.stop, self.read.stop)
+        return (
+            None if known_true(self.read.first() == self.at.first()) else front,
+            None if known_true(self.at.last() == self.read.last()) else behind,
+        )
 
-    def tokens(self) -> Size:
-        """Return how many tokens lie in front of the written ones."""
-        found: Size = value(self.middle) - self.read.first()
+    def new_tokens(self) -> Size:
+        """Return how many tokens were written."""
+        found: Size = self.at.last() - self.at.first()
         return found
+
+    def tokens(self) -> tuple[Size, Size]:
+        """Return how many tokens lie in front of the written ones, and behind them."""
+        return self.at.first() - self.read.first(), self.read.last() - self.at.last()
 
 
 def operands(call: Node, site: AttentionSite, ctx: PassContext) -> Operands | Refusal:
@@ -88,16 +96,19 @@ def cut(given: Operands, call: Node, ctx: PassContext) -> Operands:
     The cache may be a `slice_scatter` or `index_copy` of another one, and positions `s:e` may be
     `arange(s, e)`. The views are inserted beside the call, which stays as it is; dead code
     elimination removes them where nobody takes the pieces. Where all that is read was written,
-    the keys are what was written.
+    the keys are what was written. In a ring that has come round what is read goes on behind it::
+
+        %cache[:, :, s:e] = %k;  %key = %cache[:, :, :n]
+          keys are %cache[:, :, :s] | %k | %cache[:, :, e:n]
 
     Keeps: caches that are written to again in between, or at more than one axis; reads that begin
-    behind the write, or end elsewhere.
+    behind the write, or end within it.
     """
     keys: list[Node] = []
     values: list[Node] = []
     emit = Emitter(call, ctx)
     for pair in zip(given.keys, given.values, strict=True):
-        filled = _both_filled(pair, call)
+        filled = _both_filled(pair, call, value(given.q).shape[2])
         for i, pieces in enumerate((keys, values)):
             pieces += [pair[i]] if filled is None else _emit(filled[i], emit)
     return replace(given, keys=tuple(keys), values=tuple(values))
@@ -133,23 +144,34 @@ def even(given: Operands, call: Node, ctx: PassContext) -> Operands:
 def is_cut(given: Operands, call: Node) -> bool:
     """Whether `cut` takes any piece apart."""
     pairs = zip(given.keys, given.values, strict=True)
-    return any(_both_filled(pair, call) is not None for pair in pairs)
+    tokens = value(given.q).shape[2]
+    return any(_both_filled(pair, call, tokens) is not None for pair in pairs)
 
 
-def _both_filled(pair: tuple[Node, Node], call: Node) -> tuple[_Filled, _Filled] | None:
+def _both_filled(
+    pair: tuple[Node, Node], call: Node, tokens: Size
+) -> tuple[_Filled, _Filled] | None:
     """Return how a piece of the keys and its values are cut, if both are in the same way."""
     key, val = (_filled(piece, call) for piece in pair)
-    if key is None or val is None or key.is_all() != val.is_all():
+    if key is None or val is None:
         return None
-    return (key, val) if known_true(key.tokens() == val.tokens()) else None
+    # what is written within a ring are the keys of q; anything else says nothing of what is beside
+    if key.rest()[1] is not None and not known_true(key.new_tokens() == tokens):
+        return None
+    for one, other in zip(key.rest(), val.rest(), strict=True):
+        if (one is None) != (other is None):
+            return None
+    same = zip(key.tokens(), val.tokens(), strict=True)
+    return (key, val) if all(known_true(a == b) for a, b in same) else None
 
 
 def _emit(filled: _Filled, emit: Emitter) -> list[Node]:
-    read = filled.read
+    read, (front, behind) = filled.read, filled.rest()
     pieces = [filled.written]
-    if not filled.is_all():
-        index = [slice(None)] * read.axis + [slice(read.start, filled.middle)]
-        pieces.insert(0, emit(operator.getitem, read.cache, tuple(index)))
+    for ends, place in ((front, 0), (behind, 2)):
+        if ends is not None:
+            index = [slice(None)] * read.axis + [slice(*ends)]
+            pieces.insert(place, emit(operator.getitem, read.cache, tuple(index)))
     if filled.axes == tuple(range(len(filled.axes))):
         return pieces
     return [emit.method("permute", piece, *filled.axes) for piece in pieces]
@@ -164,7 +186,11 @@ def _filled(keys: Node, call: Node) -> _Filled | None:
     if read is None or write is None:
         return None
     at, new, writer = write
-    if at.axis != read.axis or not known_true(at.last() == read.last()):
+    if at.axis != read.axis:
+        return None
+    # an end that is a sum of sizes and no node cannot be read from
+    from_stop = isinstance(at.stop, int | Node) and guard(at.last() <= read.last())
+    if not (known_true(at.last() == read.last()) or from_stop):
         return None
     # the first call of a rollout, whose ends may be symbolic, reads what it writes and no more
     begins = read.first() == at.first()
@@ -180,7 +206,7 @@ def _filled(keys: Node, call: Node) -> _Filled | None:
     made = storage(value(new))
     if any(made in memory_written(n) for n in writes_between(writer, call)):
         return None
-    return _Filled(read, at.start or 0, new, view.axes)
+    return _Filled(read, at, new, view.axes)
 
 
 def _last_write(read: Place, reader: Node, call: Node) -> tuple[Place, Node, Node] | None:

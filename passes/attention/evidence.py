@@ -17,7 +17,7 @@ from lipass.passes.attention.site import Grid
 from lipass.passes.attention.sources import is_of_latents, source_of
 from lipass.passes.attention.walk import same_values
 from lipass.passes.graph.calls import is_call
-from lipass.passes.graph.compat import value
+from lipass.passes.graph.compat import holds_now, value
 from lipass.passes.graph.writes import memory_written, storage, writers_of
 
 
@@ -57,7 +57,9 @@ def evidence_of(
     """
     keys = operands.keys
     current = next((key for key, mine in zip(keys, own, strict=True) if mine), keys[-1])
-    filmed = ["" if own[i] else camera_of(key, grid) for i, key in enumerate(keys)]
+    # a ring that has not come round has nothing behind what it writes, and no cameras of that
+    empty = [holds_now(value(key).shape[2] == 0) for key in keys]
+    filmed = ["" if own[i] or empty[i] else camera_of(key, grid) for i, key in enumerate(keys)]
     given = [source_of(key).is_given for key in keys]
     if any(filmed[i] and given[i] for i in range(len(keys))):
         # a prompt that the graph projects may happen to have as many tokens
@@ -84,7 +86,7 @@ def _cache_of(key: Node, current: Node, is_cut: bool) -> str:
     """
     if is_cut or _in_cache_of(key, current):
         return "it is in the cache that the call writes to"
-    for user in _users(current):
+    for user in users(current):
         if is_call(user, torch.cat) and isinstance(user.args[0], (list, tuple)):
             joined = {origin(piece) for piece in user.args[0] if isinstance(piece, Node)}
             if joined == {origin(key), origin(current)} and (how := outlives(user)):
@@ -111,7 +113,7 @@ def returned(key: Node, call: Node) -> str:
     """Say how the keys of a call are used beyond it, or nothing."""
     if why := outlives(key):
         return why
-    for user in _users(key):
+    for user in users(key):
         if is_call(user, torch.cat) and user not in call.all_input_nodes:
             return "its keys are history to later calls"
     return ""
@@ -119,7 +121,7 @@ def returned(key: Node, call: Node) -> str:
 
 def outlives(key: Node) -> str:
     """Say how keys are kept behind the end of the graph, or nothing."""
-    for user in _users(key):
+    for user in users(key):
         if user.op == "output":
             return "its keys are returned"
         if cache := _cache_written(user):
@@ -127,7 +129,7 @@ def outlives(key: Node) -> str:
     return ""
 
 
-def _users(key: Node) -> Iterator[Node]:
+def users(key: Node) -> Iterator[Node]:
     """Iterate over the users of keys, of copies of them and of their axes in another order."""
     key, todo = origin(key), [origin(key)]
     while todo:

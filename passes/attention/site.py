@@ -54,6 +54,19 @@ class OperandPlaces(NamedTuple):
     """Place of the softmax scale, or the scale; `D ** -0.5` where there is none."""
 
 
+class CacheSlots(NamedTuple):
+    """Say where in a cache that a call writes to its history lies, in tokens."""
+
+    capacity: Size
+    """Of the cache."""
+    reads: tuple[tuple[Size, Size], ...]
+    """First place of each piece of the history and the one behind it, as the pieces are joined."""
+    written: Size
+    """First place that the call writes its own keys to."""
+    moved: bool
+    """Whether the call also moves what the cache holds, as rolling it does."""
+
+
 @dataclass(frozen=True)
 class AttentionSite:
     """Describe one attention call."""
@@ -78,6 +91,10 @@ class AttentionSite:
     """Whether a mask of the call says which latents see which."""
     operands: OperandPlaces | None = None
     """Where the call has its operands; None is what its operator says."""
+    slots: CacheSlots | None = None
+    """Where its history lies in a cache that it writes to, if that shows."""
+    unordered: str = ""
+    """Why latents of its history may come in another order than that of time; nothing if not."""
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,9 @@ from typing import Any, ClassVar
 
 from torch.fx import Graph, Node
 
-from lipass.passes.attention import (
-    check_site,
-    joint,
-    latent_mask,
-    match,
-    segments,
-    token_grid,
-)
+from lipass.passes.attention import check_site, joint, latent_mask, match, segments, token_grid
 from lipass.passes.attention.cache_pieces import cut, even
+from lipass.passes.attention.cache_slots import placed
 from lipass.passes.attention.evidence import evidence_of, origin, returned
 from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.operators import places_of
@@ -66,7 +60,7 @@ class FindAttention(Pass):
       - a camera input `[B, F, 4, 4]` with `F = T_history + T_current`. Where cameras belong to
         one piece, nothing else is evidence for another; of a piece that the graph is given and one
         that it projects, the cameras belong to the first.
-      - a cache: it is what a cache holds in front of the tokens that the call writes to it
+      - a cache: it is what a cache holds beside the tokens that the call writes to it
         (`attention/cache_pieces.py`), or is returned or written with the keys of q behind it.
       - a length that varies between calls, if the piece is an input that holds keys already, or
         part of one: only views, casts and pointwise calls lie in between. Or if the graph projects
@@ -158,6 +152,7 @@ class FindAttention(Pass):
                 if site.latents_first is not None:
                     whole = operands = joint.whole(node)
                 if isinstance(operands, Operands) and site.role in OVER_LATENTS:
+                    site = placed(site, operands, node)
                     (at,) = site.segments[-1].pieces or (-1,)
                     owners[origin(operands.seen().keys[at])] = node
                     # pieces of a cache have sizes that cannot be made small, joined ones none yet

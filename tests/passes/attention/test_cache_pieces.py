@@ -151,6 +151,53 @@ def test_whole_cache_whose_end_was_written(cut):
     assert all(map(torch.equal, together, keys))
 
 
+@pytest.mark.parametrize(
+    ("read", "lengths"),
+    [
+        pytest.param(lambda cache, _: cache, [6, 4, 6], id="whole"),
+        pytest.param(lambda cache, _: cache[:, :, :12], [6, 4, 2], id="ends later"),
+        pytest.param(lambda cache, _: cache[:, :, 2:], [4, 4, 6], id="ends with the cache"),
+        pytest.param(lambda cache, _: cache[:, :, 6:], [4, 6], id="begins with the write"),
+    ],
+)
+@pytest.mark.parametrize(
+    "write",
+    [
+        fill,
+        by_positions,
+        lambda cache, new: cache.index_copy_(2, torch.arange(6, 10), new),
+    ],
+    ids=["slices", "positions", "index_copy_"],
+)
+def test_ring_that_goes_on_behind_what_was_written(cut, write, read, lengths):
+    args = NEW, CACHE, CACHE + 1
+    call, pieces = cut(attend(write, read), *args)
+    together, keys, parts = joined(call, pieces, args)
+    assert all(map(torch.equal, together, keys))
+    assert [[one.shape[2] for one in part] for part in parts] == [lengths, lengths]
+
+
+def test_copy_of_a_ring_that_goes_on_behind_what_is_new(cut):
+    def fn(new, *caches):
+        made = [torch.slice_scatter(cache, new * 2, 2, 6, 10) for cache in caches]
+        return F.scaled_dot_product_attention(new, *(one[:, :, :12] for one in made))
+
+    args = NEW, CACHE, CACHE + 1
+    call, pieces = cut(fn, *args)
+    together, keys, parts = joined(call, pieces, args)
+    assert all(map(torch.equal, together, keys))
+    assert [len(part) for part in parts] == [3, 3]
+
+
+def test_ring_of_keys_whose_values_end_elsewhere(cut):
+    def fn(new, cache, values):
+        for one in (cache, values):
+            fill(one, new * 2)
+        return F.scaled_dot_product_attention(new, cache[:, :, :12], values[:, :, 2:14])
+
+    assert in_one_piece(cut(fn, NEW, CACHE, CACHE))
+
+
 @pytest.mark.parametrize("start", [None, 0, 6])
 def test_read_that_is_all_that_was_written(cut, start):
     def write(cache, new):
@@ -204,10 +251,7 @@ def test_write_that_leaves_the_keys_in_one_piece(cut, write):
 @pytest.mark.parametrize(
     "read",
     [
-        pytest.param(lambda cache, _: cache, id="whole"),
         pytest.param(lambda cache, _: cache[:, :, :9], id="ends earlier"),
-        pytest.param(lambda cache, _: cache[:, :, :12], id="ends later"),
-        pytest.param(lambda cache, _: cache[:, :, 2:], id="ends with the cache"),
         pytest.param(lambda cache, _: cache[:, :, :-6], id="from the end"),
         pytest.param(lambda cache, _: cache[:, :, :10:2], id="every other token"),
         pytest.param(lambda cache, _: cache[:, :1, :10], id="one head"),
