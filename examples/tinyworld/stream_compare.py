@@ -35,6 +35,8 @@ HELD_CHUNKS = 32
 DENSE = "dense"
 # What a window reads at the cost of that: a chunk of sink, and as many latents in all.
 WINDOW_CHUNKS = 4
+_MERGED_TOKENS = 4096
+_MERGE = {"merge": True, "merge.threshold": 0.7, "merge.kv_tokens": _MERGED_TOKENS}
 # Chunks whose times are one figure: the median of the first of them that are generated, or last.
 _TIMED_CHUNKS = 4
 
@@ -65,6 +67,15 @@ METHODS = {
         Method("keep-kv", {"preset": "context", **_VIEW, **_CHOICE}),
         Method("keep-kv, 32 chunks held", {"preset": "context", **_VIEW, **_CHOICE}, HELD_CHUNKS),
         Method("all", {"preset": "all", **_VIEW, **_CHOICE}, HELD_CHUNKS),
+        # What leaves the window stays merged in the session.
+        Method("merge-history", {"preset": "exact", **_MERGE}, WINDOW_CHUNKS),
+        Method("merge-history, steps", {"preset": "cache", **_VIEW, **_MERGE}, WINDOW_CHUNKS),
+        Method("window as long", {"preset": "off"}, _MERGED_TOKENS // 256, 1),
+        Method("sparse", {"preset": "sparse", "sparse.budget_decode": 0.2}),
+        Method(
+            "nearest-blocks",
+            {"preset": "sparse", "sparse.choose": "buckets", "sparse.budget_decode": 0.2},
+        ),
     )
 }
 
@@ -121,9 +132,10 @@ class StreamContender:
         return made
 
     def session(self) -> "lipass.Session | None":
-        """A new session for one rollout; none where nothing is left out."""
+        """A new session for one rollout; none where nothing may change."""
         chosen = lipass.Config.resolve(None, self.options)
-        return lipass.Session(chosen) if chosen.context or chosen.steps else None
+        approximates = chosen.context or chosen.steps or chosen.sparse or chosen.merge
+        return lipass.Session(chosen) if approximates else None
 
     def warm_up(self, walk: Walk, text: list[KeyValue]) -> float:
         """Compile on the first chunks of a walk; returns seconds. What compiles later counts."""

@@ -185,7 +185,8 @@ def chunks_of(
                     computed += not step.reused
             run(x, 0.0, True)
             read = chunk.context
-        cache.make_room(w2c[0], session and session.least_needed)
+        chooses = session is not None and session.config.context is not None
+        cache.make_room(w2c[0], session.least_needed if chooses else None)
         past = torch.cat([past, x[0].transpose(0, 1)])
         yield StreamedChunk(start, x, read, computed, time.perf_counter() - begin)
 
