@@ -10,6 +10,7 @@ from typing import Any
 import torch.fx
 
 from lipass.compile.argument_sizes import ArgumentSizes, Bindings, number
+from lipass.compile.sites import graphs_of
 from lipass.config import Config
 from lipass.passes.attention.site import OVER_LATENTS, AttentionSite, poses
 from lipass.passes.core import PassPipeline
@@ -70,6 +71,8 @@ class GraphReading:
             for target in (torch.ops.lipass.view_overlap, torch.ops.lipass.chosen_latents)
         )
         self._prunes, self._asks = bool(scores), bool(asks)
+        merged = torch.ops.lipass.attend_merged.default
+        self._merges = any(n.target is merged for graph in graphs_of(gm) for n in graph.nodes)
         always = [one for one in pipeline if one.section == "context" and one.leaves_out]
         self._sink, self._window = (
             max((getattr(one, name, 0) for one in always), default=0)
@@ -123,7 +126,8 @@ class GraphReading:
         read, chosen = number(self._history, dict(sizes)), chunk.context
         reading = _AS_GIVEN
         why = self._out_of_order(chunk, dict(sizes), read)
-        if session.config.context is not None and read > len(chosen):
+        # What is merged is read, whatever was chosen; its site says so.
+        if session.config.context is not None and read > len(chosen) and not self._merges:
             if self._asks and read == len(chunk.held) and why:
                 self._tell(session, f"{why}; until then nothing is left out")
             elif self._asks and read == len(chunk.held):

@@ -243,8 +243,8 @@ class Stream(nn.Module):
 class Rollout:
     """Goes on chunk by chunk, so that several may take turns."""
 
-    def __init__(self, model, seed):
-        self.model, self.session = model, lipass.Session(preset="exact")
+    def __init__(self, model, seed, preset="exact"):
+        self.model, self.session = model, lipass.Session(preset=preset)
         self.generator = torch.Generator().manual_seed(seed)
         self.cache, self.made = None, []
         self.look = torch.randn(1, 4, 2, 3, 4, generator=self.generator)
@@ -285,3 +285,21 @@ def test_interleaved_sessions_are_bit_for_bit_those_that_go_alone():
     assert 0 < site.score_error < site.score_error_max
     said = r"scores moved by [\d.]+ \(root mean square\), by [\d.]+ at most"
     assert re.search(said, " ".join(lipass.report().table().split()))
+
+
+@pytest.mark.filterwarnings("error::lipass.LipassWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_under_all_a_merged_history_is_neither_pruned_nor_made_sparse():
+    """Poses choose latents, and merging reads them all: the site says so, and nobody is warned."""
+    torch.manual_seed(0)
+    options = {"preset": "all", "inner": "eager", "merge": True, "context.chunk_latents": 4}
+    fast = torch.compile(Stream(), backend="light_interaction", options=options, dynamic=True)
+    rollout = Rollout(fast, 1, "all")
+    for _ in range(6):
+        rollout.chunk()
+    assert counts(rollout.session) == (1, 4)
+    assert lipass.report().chunks[-1].latents_read == 10
+    rollout.session.close()
+    (site,) = (one for one in lipass.report().sites.values() if one.role == "decode")
+    assert site.reason.startswith("decode, history merged at 0.7; its history is merged")
+    assert site.density < 1
