@@ -78,6 +78,7 @@ results: $(READY) ## figures of DESIGN.md on this machine, in benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.exact_passes > benchmarks/results/exact_passes.json
 	$(BIN)/python -m benchmarks.compile_time > benchmarks/results/compile_time.json
 	$(BIN)/python -m benchmarks.long_rollout > benchmarks/results/long_rollout.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.nearest --rollouts --json > benchmarks/results/nearest.json
 	$(BIN)/python -m benchmarks.run --repeats 7 --json > benchmarks/results/kernels_cpu.json
 
 sizes: ## lines per file, longest first

@@ -39,9 +39,14 @@ class NearestBlocks(Pass):
         %o = lipass.sparse_attention(%q, [%hist_k, %k], .., history_means = %means,
                planner = 'buckets', history_order = %order, history_basis = %basis)
 
+    Keys are halved again and again across the axis along which they differ most, until a part is
+    one block; queries along the same axes, weighted by what they do to scores. The budget says how
+    many blocks are visited, the best by their means; one that leaves nothing out is dense.
+
     What follows from the keys alone stands in calls of its own: in front of an unrolled loop, or
     kept by an open session (`hoist-calls`), so it is made once a chunk. Keys are not moved; the
-    kernel reads them in the order. Queries are sorted and blocks chosen in each step.
+    kernel reads them in the order. Queries are sorted and blocks chosen in each step. Latents that
+    cameras leave out, or the session, leave the order too.
 
     Keeps: everything where `choose` is not `buckets`; sites without a history; masks over latents
     and blocks of a caller, which say themselves what is visited; keys that are written to, as in
