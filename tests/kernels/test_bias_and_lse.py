@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_cases import NO_NATIVE, arguments, frame_rows, make_case, masked_dense
 
+import lipass.kernels.ops  # noqa: F401  (registers the operators)
 from lipass.kernels import merge_partials, registry
 from lipass.kernels.block_sparse import native
 
