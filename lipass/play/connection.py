@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # Chunks on their way to a visitor; one more is made only when one has left.
 _CHUNKS_ON_THE_WAY = 4
-_POLICY, _TOO_MANY, _LATER = 1008, 1008, 1013
+_POLICY, _FAILED, _LATER = 1008, 1011, 1013
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,10 @@ class Connection:
         finally:
             await _cancelled(tasks)
             # Who leaves while being let in has to be let out too.
-            visitor = await self._entering if self._entering is not None else None
-            if visitor is not None:
-                await asyncio.to_thread(self._host.leave, visitor)
+            with contextlib.suppress(Exception):  # was told already
+                visitor = await self._entering if self._entering is not None else None
+                if visitor is not None:
+                    await asyncio.to_thread(self._host.leave, visitor)
 
     def status(self, status: Status) -> None:
         """Tell what goes on; called in the loop."""
@@ -125,7 +126,7 @@ class Connection:
 
     def failed(self, why: str) -> None:
         """End the visit."""
-        self._post(_Closed(1011, why))
+        self._post(_Closed(_FAILED, why))
 
     def _post(self, item: bytes | _Closed) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -142,7 +143,11 @@ class Connection:
         if not self._knows(message.token):
             raise _Closed(_POLICY, "the token is another one; use the address that was printed")
         self._entering = asyncio.ensure_future(asyncio.to_thread(self._host.enter, message, self))
-        visitor = await asyncio.shield(self._entering)
+        try:
+            visitor = await asyncio.shield(self._entering)
+        except Exception as error:
+            log.exception("a visitor could not be let in")
+            raise _Closed(_FAILED, f"{type(error).__name__} at the entrance") from None
         if visitor is None:
             raise _Closed(_LATER, f"{self._host.visitors_max} visitors are in; try again later")
         self._welcome(visitor)

@@ -67,6 +67,7 @@ class Host:
         self._lock = threading.Lock()
         self._entering = threading.Lock()
         self._closing = False
+        self._threads_before: int | None = None
         self._compiler = threading.Thread(
             target=self._compile, name="lipass-play-compile", daemon=True
         )
@@ -91,9 +92,10 @@ class Host:
             self.leave(visitor)
         for lane in self._lanes:
             lane.close()
-        import torch
+        if self._threads_before is not None:
+            import torch
 
-        torch.set_num_threads(self._threads_before)
+            torch.set_num_threads(self._threads_before)
 
     def enter(self, enter: Enter, out: Out) -> Visitor | None:
         """Let a visitor in; None where it is full. Takes a moment: not for an event loop."""

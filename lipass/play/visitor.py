@@ -10,18 +10,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
+from lipass.play.asked import Asked
 from lipass.play.figures import Rate, distance_db
 from lipass.play.protocol import Choose, Compare, Move, Say
-from lipass.play.walk import LONGEST_WALK, Stride, format_walk
+from lipass.play.walk import Stride
 from lipass.play.world import (
     DENSE,
     FAST,
     SIDES,
-    STILL,
     Camera,
     Made,
     Pixels,
@@ -33,10 +33,6 @@ from lipass.play.world import (
 
 log = logging.getLogger(__name__)
 
-# Chunks in which a new word shows; then a still view stays as it is and costs nothing.
-_CHUNKS_AFTER_WORDS = 4
-# Chunks' worth of looking that is kept while a pointer is faster than the camera.
-_LOOK_AHEAD = 2
 # Chunks of the fast side that wait to be compared with the dense one.
 _COMPARED = 16
 
@@ -96,15 +92,8 @@ class Visitor:
         self._rates = {name: Rate(world.chunk_frames) for name in SIDES}
         self._lock = threading.Lock()
         self._making = {name: threading.Lock() for name in SIDES}
-        self._held, self._number = STILL, 0
-        self._words: Words = tuple(group[0] for group in world.words.values())
-        self._preset = world.presets[0]
-        self._said: tuple[str, ...] = ()
-        self._chosen = ""
-        self._replay = deque(walk)
-        self._strides: list[Stride] = []
+        self._asked = Asked(world, walk)
         self._compare = True
-        self._unasked = 1  # chunks that are due without keys: first the view of the start
         self._next_at = 0.0
         self._chunks = 0
         self._newest: _Stretch | None = None
@@ -116,31 +105,18 @@ class Visitor:
     # What is asked for: called by the socket.
 
     def move(self, message: Move) -> None:
-        """Hold other keys, and look on by some degrees."""
-        with self._lock:
-            given, before = message.controls, self._held
-            self._held = given._replace(
-                yaw=_within(before.yaw + given.yaw, _LOOK_AHEAD * self._world.look),
-                pitch=_within(before.pitch + given.pitch, _LOOK_AHEAD * self._world.look),
-            )
-            self._number = message.number
-            if self._held != STILL:
-                self._replay.clear()  # who takes the keys walks on alone
+        """Hold other keys, and look on."""
+        self._asked.move(message)
         self._wake()
 
     def say(self, message: Say) -> None:
         """Say words from the next chunk on."""
-        with self._lock:
-            self._said = message.words
-            self._number = message.number
-            self._unasked = max(self._unasked, _CHUNKS_AFTER_WORDS)
+        self._asked.say(message)
         self._wake()
 
     def choose(self, message: Choose) -> None:
         """Give the fast side another preset."""
-        with self._lock:
-            self._chosen = message.preset
-            self._unasked = max(self._unasked, 1)
+        self._asked.choose(message)
         self._wake()
 
     def compare(self, message: Compare) -> None:
@@ -151,8 +127,7 @@ class Visitor:
 
     def walked(self) -> str:
         """Return the walk so far as text, from the entrance on."""
-        with self._lock:
-            return format_walk(self._strides)
+        return self._asked.walked()
 
     def measure_anew(self, side: str) -> None:
         """Forget how fast a side was: it is compiled from now on."""
@@ -165,8 +140,7 @@ class Visitor:
         if self.closed or self._out.full():
             return None
         if side == FAST:
-            asked = self._held != STILL or self._unasked > 0 or self._replay
-            return self._next_at if asked else None
+            return self._next_at if self._asked.waits else None
         newest = self._newest
         waits = self._compare and newest is not None and newest.chunk > self._dense_done
         return 0.0 if waits else None
@@ -193,16 +167,16 @@ class Visitor:
             with self._making[name]:
                 self._sides[name].close()
         self._to_compare.clear()
-        self._replay.clear()
+        self._asked.forget()
 
     def _make_fast(self) -> None:
         start = time.monotonic()
         self._next_at = start + self._world.chunk_frames / self._world.fps
-        stride, number = self._take()
+        number, stride = self._asked.number, self._asked.take()
         begin = time.perf_counter()
         way = self._visit.go(stride.controls)
         stretch = _Stretch(
-            self._chunks, way, self._visit.camera, self._words, self._preset, number,
+            self._chunks, way, self._visit.camera, self._asked.words, self._asked.preset, number,
             time.perf_counter() - begin,
         )  # fmt: skip
         self._chunks += 1
@@ -231,31 +205,6 @@ class Visitor:
         header["missed"] = self._missed
         self._out.chunk(header, made.frames)
 
-    def _take(self) -> tuple[Stride, int]:
-        """Take what is asked of the next chunk."""
-        with self._lock:
-            self._unasked = max(self._unasked - 1, 0)
-            if self._replay:
-                stride = self._replay.popleft()
-            else:
-                held, most = self._held, self._world.look
-                yaw, pitch = _within(held.yaw, most), _within(held.pitch, most)
-                stride = Stride(held._replace(yaw=yaw, pitch=pitch), self._said, self._chosen)
-                self._held = held._replace(yaw=held.yaw - yaw, pitch=held.pitch - pitch)
-                self._said, self._chosen = (), ""
-            self._preset = stride.preset or self._preset
-            self._words = self._with(stride.words)
-            if len(self._strides) < LONGEST_WALK:
-                self._strides.append(stride)
-            return stride, self._number
-
-    def _with(self, said: tuple[str, ...]) -> Words:
-        """Return the words of all groups after some were said."""
-        return tuple(
-            next((word for word in said if word in group), before)
-            for group, before in zip(self._world.words.values(), self._words, strict=True)
-        )
-
     def _timed(self, side: str, stretch: _Stretch) -> tuple[Made, float]:
         begin = time.perf_counter()
         made = self._sides[side].make(stretch.chunk, stretch.way, stretch.words, stretch.preset)
@@ -264,7 +213,7 @@ class Visitor:
         return made, seconds
 
     def _header(self, side: str, stretch: _Stretch, made: Made, seconds: float) -> dict[str, Any]:
-        rate, still = self._rates[side], self._held == STILL and not self._replay
+        rate, still = self._rates[side], not self._asked.moves
         return {
             "do": "chunk",
             "side": side,
@@ -276,17 +225,13 @@ class Visitor:
             "camera": _place(stretch.camera),
             "words": stretch.words,
             "preset": stretch.preset,
-            "replays": len(self._replay),
+            "replays": self._asked.replays,
             "memory": [[*_place(one.camera), one.kind[0]] for one in made.memory],
             "read": made.read,
             "steps": [made.steps, made.steps_total],
             "density": round(made.density, 3),
             "why": made.why,
         }
-
-
-def _within(value: int, most: int) -> int:
-    return max(-most, min(most, value))
 
 
 def _rounded(value: float | None) -> float | None:

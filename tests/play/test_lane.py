@@ -165,6 +165,19 @@ def test_looking_is_spread_over_chunks_and_ends(enter):
     assert [one["camera"][2] for one in out.of("fast")] == [0, 30, 50]
 
 
+def test_key_that_is_let_go_at_once_moves_a_chunk_all_the_same(enter):
+    _, visitor, out = enter(PaintedWorld(seconds=0.05))
+    wait(lambda: len(out.of("fast")) == 1)
+    visitor.move(Move(1, WALKS))
+    wait(lambda: len(out.of("fast")) == 2)  # a chunk of it is being made
+    visitor.move(Move(2, Controls(aside=1)))
+    visitor.move(Move(3, Controls()))
+    visitor.say(Say(4, ("night",)))
+    visitor.say(Say(5, ("fog",)))
+    wait(lambda: out.of("fast")[-1]["words"] == ("night", "fog"))
+    assert out.of("fast")[-1]["camera"][0] == 2.0
+
+
 def test_preset_reaches_the_fast_side(enter):
     world = PaintedWorld()
     _, visitor, out = enter(world)

@@ -145,6 +145,18 @@ def test_who_comes_when_it_is_full_is_told(serve, visit):
     visit(port).enter()
 
 
+def test_who_cannot_be_let_in_is_told(serve, visit):
+    class Closed(PaintedWorld):
+        def visit(self, room):
+            raise RuntimeError("no door")
+
+    host, port = serve(Closed())
+    client = visit(port)
+    client.send(do="enter")
+    assert ended(client) == (1011, "RuntimeError at the entrance")
+    assert not host.visitors
+
+
 def test_who_does_nothing_is_sent_away_and_freed(serve, visit):
     world = PaintedWorld()
     host, port = serve(world, idle_s=0.3)
