@@ -236,16 +236,3 @@ def test_a_rollout_that_nobody_knows_is_not_driven(subject):
 def test_one_operator_a_call_is_counted():
     assert latents_embedded("aten::conv3d", [[1, 17, 4, 8, 8], [64, 17, 1, 1, 1]]) == 4
     assert latents_embedded("aten::convolution", [[1, 17, 4, 8, 8]]) is None
-
-
-def test_the_ten_lines_of_the_page_run(subject, monkeypatch, capsys):
-    page = Path(__file__).parents[2] / "docs" / "models" / "hy-worldplay.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    asked = []
-    monkeypatch.setattr(subject.model, "compile", lambda **given: asked.append(given))
-    before = len(report().chunks)
-    with torch.no_grad():
-        exec(code, {"pipe": subject.pipeline, "generate": lambda pipe: subject.drive(3)})
-    assert asked == [{"backend": "light_interaction", "mode": "all"}]
-    assert len(report().chunks) == before + 3
-    assert "adopted as hy_worldplay" in capsys.readouterr().out

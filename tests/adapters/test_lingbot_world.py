@@ -1,6 +1,5 @@
 """LingBot-World: clips whose latents all attend to each other, two models, cameras as rays."""
 
-import re
 import sys
 import tempfile
 import types
@@ -169,30 +168,6 @@ def test_a_session_of_other_axes_is_refused(subject):
         adoption.drive(session),
     ):
         pass
-
-
-def test_the_lines_of_the_page_run(subject, folder, monkeypatch, capsys):
-    page = Path(__file__).parents[2] / "docs" / "models" / "lingbot-world.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) <= 11
-    asked = []
-    monkeypatch.setattr(type(subject.model), "compile", lambda _, **given: asked.append(given))
-    monkeypatch.setattr(
-        subject.pipeline, "generate", lambda text, image, **given: _clip(own, text, image, given)
-    )
-    own = type(subject.pipeline).generate.__get__(subject.pipeline)
-    name, point = folder
-    point(0)
-    names = {"pipe": subject.pipeline, "walks": [name], "prompt": "a prompt"}
-    exec(code, {**names, "image": torch.zeros(3, 64, 128)})
-    assert len(asked) == 2
-    assert len(current_report().chunks) == 1
-    assert "adopted as lingbot_world" in capsys.readouterr().out
-
-
-def _clip(own, text, image, given):
-    small = {"max_area": 64 * 128, "frame_num": 13, "sampling_steps": STEPS}
-    return own(text, image, **{**given, **small})
 
 
 def test_its_own_rollout_is_the_loop_of_the_examination(subject):

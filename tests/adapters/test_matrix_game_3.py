@@ -1,6 +1,5 @@
 """Matrix-Game-3.0: clips with memory, past and new latents in one sequence, in one graph each."""
 
-import re
 import sys
 import types
 from pathlib import Path
@@ -230,14 +229,3 @@ def test_a_session_that_cannot_choose_for_it_is_refused(walk):
     mixed = {**OWN, "context.mode": "matrix-game"}
     with pytest.raises(LipassError, match="plans by video frames and the others by latents"):
         driven(walk, 1, preset="all", **mixed)
-
-
-def test_the_lines_of_the_page_run(walk, monkeypatch, capsys):
-    page = Path(__file__).parents[2] / "docs" / "models" / "matrix-game-3.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    asked = []
-    monkeypatch.setattr(walk.pipe.model, "compile", lambda **options: asked.append(options))
-    exec(code, {"pipe": walk.pipe, "generate": lambda _: walk(3)})
-    assert asked == [{"backend": "light_interaction", "options": {"preset": "all", **OWN}}]
-    assert len(current_report().chunks) == 3
-    assert "adopted as matrix_game_3" in capsys.readouterr().out

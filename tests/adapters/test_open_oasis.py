@@ -1,6 +1,5 @@
 """open-oasis: frames one by one behind a window, attention along one axis at a time."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from lipass.receipt import current_report
 
 CONTRACT = Path(__file__).parent / "contracts" / "open_oasis"
 _OF_CHECKOUT = ("attention", "dit", "rotary_embedding_torch")
-PAGE = Path(__file__).parents[2] / "docs" / "models" / "open-oasis.md"
 
 
 @pytest.fixture
@@ -76,26 +74,3 @@ def test_frames_are_left_out_and_counted_and_its_attention_stays_with_the_reason
     assert [len(one.plan.context.indices) for one in records] == [1, 2, 2, 2]
     reasons = {name.rpartition(".")[2]: one.reason for name, one in lipass.report().sites.items()}
     assert "it is causal" in reasons["t_attn"]
-
-
-def test_the_lines_of_the_page_run(subject, monkeypatch, capsys):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
-    assert len([line for line in code.splitlines() if line]) <= 14
-    draw = torch.Generator().manual_seed(0)
-    frames = torch.randn(1, 1, 16, 8, 16, generator=draw)
-    actions = torch.randn(1, 3, 25, generator=draw)
-
-    def denoise(model, context, context_actions, level):
-        x = torch.randn(1, 1, 16, 8, 16, generator=draw)
-        levels = torch.full((1, context.shape[1] + 1), level)
-        return model(torch.cat([context, x], 1), levels, context_actions)[:, -1:]
-
-    own = torch.compile
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        lambda model, options, **named: own(model, options={**options, "inner": "eager"}, **named),
-    )
-    exec(code, {"model": subject.model, "x": frames, "actions": actions, "denoise": denoise})
-    assert len(current_report().chunks) == 2
-    assert "adopted as open_oasis" in capsys.readouterr().out

@@ -254,26 +254,6 @@ def test_all_is_put_back(pipeline, untouched):
     assert torch.equal(untouched()[0], expected)
 
 
-def test_the_lines_of_the_page_run(pipeline):
-    page = Path(__file__).parents[2] / "docs" / "models" / "self-forcing.md"
-    lines = page.read_text().partition("```python\n")[2].partition("```")[0]
-    assert len(lines.splitlines()) <= 10
-    # the inner compiler is what takes time, and is not what the page is about
-    small = lines.replace('mode="all"', 'options={"preset": "all", "inner": "eager"}')
-    model = pipeline.generator.model
-    pipeline.kv_cache1, pipeline.crossattn_cache = new_caches(model)
-    names = {
-        "pipe": pipeline,
-        "noise": Given(3).noise,
-        "prompts": ["a prompt"],
-        "w2c": there_and_back(3, CHUNK),
-    }
-    exec(small, names)
-    assert names["video"].isfinite().all()
-    assert [one.steps_skipped for one in list(report().chunks)[-3:]] == [0, 0, 2]
-    assert "__call__" not in vars(type(model))
-
-
 def test_the_model_alone_has_no_loop_to_drive(pipeline):
     with (
         lipass.adopt(pipeline.generator.model) as adoption,

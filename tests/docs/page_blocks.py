@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import lipass
@@ -22,6 +23,8 @@ COMMANDS = ("lipass", "make", "python", "pip", "bash")
 # ruff formats what stands behind ```python, and would format an include apart.
 _FENCE = re.compile(r"^```(?: \{ \.)?(\w*)(?: \})?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _SNIPPET = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
+# Blocks that a test runs: page and number.
+RUN = set()
 # Names of the docs for objects of this project.
 _OBJECTS = {
     "session": lipass.Session,
@@ -39,6 +42,20 @@ def code_of(page, language="python"):
         for name, body in _FENCE.findall(text)
         if name == language
     ]
+
+
+def written(page):
+    """Return page and number of each python block that is no file; files have their own tests."""
+    bodies = [body for name, body in _FENCE.findall(page.read_text("utf-8")) if name == "python"]
+    name = page.relative_to(ROOT).as_posix()
+    return {(name, i) for i, body in enumerate(bodies) if not _SNIPPET.fullmatch(body.strip())}
+
+
+def block_of(page, number=0):
+    """Give a test one block of a page, word for word, as `code`; it counts as run."""
+    RUN.add((page, number))
+    (code,) = code_of(ROOT / page)[number : number + 1]
+    return pytest.mark.parametrize("code", [code], ids=[f"{page}-{number}"])
 
 
 def commands_of(page):

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from page_blocks import PAGES, ROOT, code_of, commands_of, links_of, unresolved
+from page_blocks import PAGES, ROOT, block_of, code_of, commands_of, links_of, unresolved
 
 import lipass
 from lipass import cli
 from lipass.examples import own_model
 
 READERS_OWN = ("file.py", "model.py", "serve.py")
-README, FIRST_HOUR = ROOT / "README.md", ROOT / "docs/first-hour.md"
 
 
 def ids(paths):
@@ -25,39 +24,31 @@ def ids(paths):
 
 
 @pytest.fixture
-def small(monkeypatch, fresh_dynamo):
-    """Let the docs compile without an inner compiler, and their model be small."""
-    compile_, given = torch.compile, []
-
-    def eager(model, *, backend, mode=None, options=None):
-        assert backend == "light_interaction"
-        given.append(options or {"preset": mode})
-        return compile_(model, backend=backend, options={**given[-1], "inner": "eager"})
-
-    monkeypatch.setattr(torch, "compile", eager)
+def small(monkeypatch, compiles):
+    """Let the model of the docs be small."""
     monkeypatch.setattr(own_model, "ROWS", 4)
     monkeypatch.setattr(own_model, "COLUMNS", 4)
-    return given
+    return compiles
 
 
-def test_readme_shows_the_loop_of_the_example_word_for_word():
-    _, loop = code_of(README)
-    assert loop in Path(own_model.__file__).read_text()
+@block_of("README.md", 1)
+def test_readme_shows_the_loop_of_the_example_word_for_word(code):
+    assert code in Path(own_model.__file__).read_text()
 
 
-def test_call_in_readme_drops_latents_and_reuses_steps(small, capsys):
-    call, _ = code_of(README)
+@block_of("README.md", 0)
+def test_call_in_readme_drops_latents_and_reuses_steps(small, code, capsys):
     names = {**vars(own_model), "model": own_model.World().eval()}
     names["w2c"] = own_model.parse_trajectory("left-7, right-8")
-    exec(call, names)
+    exec(code, names)
     chunks = [chunk for chunk in lipass.report().chunks if chunk.plan.history_latents]
     assert any(chunk.steps_skipped for chunk in chunks)
     assert any(len(chunk.plan.context.indices) < chunk.plan.history_latents for chunk in chunks)
     assert "rewritten" in capsys.readouterr().out
 
 
-def test_wiring_of_the_first_hour_runs(small, capsys):
-    wire, *_ = code_of(FIRST_HOUR)
+@block_of("docs/first-hour.md", 0)
+def test_wiring_of_the_first_hour_runs(small, code, capsys):
     model = own_model.World().eval()
     w2c = own_model.parse_trajectory("left-7, right-8")
     latents = torch.randn(12, own_model.CHANNELS, 4, 4)
@@ -84,18 +75,18 @@ def test_wiring_of_the_first_hour_runs(small, capsys):
         "x": torch.randn(1, own_model.CHANNELS, 4, 4, 4),
     }
     with torch.no_grad():
-        exec(wire, names)
+        exec(code, names)
     assert small == [{"preset": "all"}]
     assert names["x"].isfinite().all()
     assert "rewritten" in capsys.readouterr().out
 
 
-def test_scheduler_of_the_first_hour_takes_its_own_steps():
+@block_of("docs/first-hour.md", 2)
+def test_scheduler_of_the_first_hour_takes_its_own_steps(code):
     schedulers = pytest.importorskip("diffusers.schedulers")
     scheduler = schedulers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(4)
     w2c = own_model.parse_trajectory("left-7")
-    (code,) = [one for one in code_of(FIRST_HOUR) if "scheduler.step" in one]
     with lipass.Session(preset="all") as session:
         names = {"session": session, "poses": w2c[:4], "query": w2c[4:], "scheduler": scheduler}
         names |= {"x": torch.ones(1, 8, 4, 4, 4), "model": lambda x, t: x}
@@ -103,8 +94,8 @@ def test_scheduler_of_the_first_hour_takes_its_own_steps():
     assert not torch.equal(names["x"], torch.ones(1, 8, 4, 4, 4))
 
 
-def test_attention_by_hand_of_the_first_hour_is_attention():
-    (code,) = [one for one in code_of(FIRST_HOUR) if "lipass.attend" in one]
+@block_of("docs/first-hour.md", 3)
+def test_attention_by_hand_of_the_first_hour_is_attention(code):
     heads, dim, n = 1, 8, 1
     draw = functools.partial(torch.randn, 1, heads)
     names = {"lipass": lipass, "n": n, "q": draw(4 * 1560, dim)}
@@ -114,9 +105,9 @@ def test_attention_by_hand_of_the_first_hour_is_attention():
     assert names["out"].shape == names["q"].shape
 
 
-def test_tests_of_a_pass_of_ones_own_run(monkeypatch):
+@block_of("docs/writing-a-pass.md", 1)
+def test_tests_of_a_pass_of_ones_own_run(monkeypatch, code):
     monkeypatch.syspath_prepend(str(ROOT / "examples/own_pass"))
-    (code,) = [one for one in code_of(ROOT / "docs/writing-a-pass.md") if "assert_refuses" in one]
     exec(code, {})
     sys.modules.pop("own_pass")
 
