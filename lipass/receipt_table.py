@@ -208,6 +208,9 @@ def _why_unguarded(report: Report) -> str:
         for note in one.notes if one.name == "guard-steps" else ():
             if note.startswith(start):
                 return note.removeprefix(start)
+    if report.presets and all(one.name != "guard-steps" for one in report.passes):
+        named = " and ".join(repr(preset) for preset in report.presets)
+        return f"graphs of {named} answer none; compile with the options of the session"
     return ""
 
 

@@ -61,6 +61,24 @@ def test_steps_of_a_model_that_writes_to_its_cache_were_computed():
 
 
 @torch.no_grad()
+def test_taken_steps_of_a_graph_that_answers_none_were_computed():
+    """A scheduler takes every step, so the graph would have to answer the reused ones."""
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    options = {"preset": "sparse", "inner": "eager"}
+    model = torch.compile(Mini().eval(), backend="light_interaction", options=options)
+    given, merged = inputs(24), {**REUSE, "steps.form": "merge"}
+    with lipass.Session(preset="cache", **merged) as session, chunk_of(session) as chunk:
+        for step in chunk.steps(scheduler):
+            model(given[0], level(step.sigma), *given[1:])
+    (record,) = lipass.report().chunks
+    assert record.steps_skipped == 0 < len(record.plan.steps.reused)
+    told = " ".join(lipass.report().table().split())
+    assert "graphs of 'sparse' answer none; compile with the options of the session" in told
+
+
+@torch.no_grad()
 def test_steps_of_a_model_that_is_not_compiled_were_computed():
     model = Counting().eval()
     record, line, table = roll_out(model, "lookup")
