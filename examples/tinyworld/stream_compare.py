@@ -36,7 +36,12 @@ DENSE = "dense"
 # What a window reads at the cost of that: a chunk of sink, and as many latents in all.
 WINDOW_CHUNKS = 4
 _MERGED_TOKENS = 4096
-_MERGE = {"merge": True, "merge.threshold": 0.7, "merge.kv_tokens": _MERGED_TOKENS}
+_MERGE = {
+    "merge": True,
+    "merge.sink_latents": 0,
+    "merge.threshold": 0.7,
+    "merge.kv_tokens": _MERGED_TOKENS,
+}
 # Chunks whose times are one figure: the median of the first of them that are generated, or last.
 _TIMED_CHUNKS = 4
 

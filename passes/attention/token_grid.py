@@ -71,19 +71,28 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
     """
     pairs: list[tuple[Size, Size]] = []
     frame: Merge | None = None
+    narrow: Merge | None = None
     batch, over_time = value(tokens_of).shape[0], False
     for node in upstream(tokens_of):
         if not (_joins_axes(node) and is_reshape(node)):
             continue
         above, below = value(node.all_input_nodes[0]).shape, value(node).shape
-        if sum(known_true(size == tokens) for size in below) > 1:
-            continue  # features or batch may be what was merged
+        alike = [i for i, size in enumerate(below) if known_true(size == tokens)]
+        if len(alike) > 1 and alike[1:] != [len(below) - 1]:
+            continue  # the batch may be what was merged
         for i in _merged(above, below, 3):
+            if i in alike[1:]:
+                continue  # as many features as tokens, merged from factors of theirs
             places = above[i + 1] * above[i + 2]
             over_time |= known_true(above[i] == tokens) and known_true(divides(places, batch))
             if known_true(above[i] * above[i + 1] * above[i + 2] == tokens) and len(above) >= 5:
-                return Merge(node, (above[i], above[i + 1], above[i + 2]), (i, i + 1, i + 2))
+                found = Merge(node, (above[i], above[i + 1], above[i + 2]), (i, i + 1, i + 2))
+                if not (known_true(above[i + 1] == 1) or known_true(above[i + 2] == 1)):
+                    return found
+                narrow = narrow or found  # an axis of one is more likely put in for a product
         for i in _merged(above, below, 2):
+            if i in alike[1:]:
+                continue
             if i == len(above) - 2 and _is_image(node):
                 over_time |= known_true(divides(above[i] * above[i + 1], batch))
             for latents, per_latent in pairs:
@@ -91,20 +100,26 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                     continue
                 if known_true(above[i] == 1):
                     continue  # an axis of one, such as the batch, is no height
-                alike = sum(known_true(size == per_latent) for size in below) > 1
-                if alike and not _is_image(node):
+                twice = sum(known_true(size == per_latent) for size in below) > 1
+                if twice and not _is_image(node):
                     continue  # heads and features may be what was merged
                 grid = (latents, above[i], above[i + 1])
-                for j in reversed(range(i)):
-                    if known_true(above[j] == latents):
-                        return Merge(node, grid, (j, i, i + 1))
-                if i > 1 and known_true(divides(latents, above[0])):
-                    return Merge(node, grid, (0, i, i + 1))  # [B*T, C, Y, X]
+                time = next(
+                    (j for j in reversed(range(i)) if known_true(above[j] == latents)), None
+                )
+                if time is None and i > 1 and known_true(divides(latents, above[0])):
+                    time = 0  # [B*T, C, Y, X]
+                if time is None:
+                    continue
+                found = Merge(node, grid, (time, i, i + 1))
+                if not known_true(above[i + 1] == 1):
+                    return found
+                narrow = narrow or found
             if known_true(above[i] * above[i + 1] == tokens):
                 pairs.append((above[i], above[i + 1]))
                 if frame is None and i == len(above) - 2 and _is_image(node):
                     frame = Merge(node, (1, above[i], above[i + 1]), (0, i, i + 1))
-    return frame or Refusal(OVER_TIME if over_time else NO_RESHAPE)
+    return narrow or frame or Refusal(OVER_TIME if over_time else NO_RESHAPE)
 
 
 def _is_image(node: Node) -> bool:
