@@ -17,7 +17,7 @@ from lipass.passes.attention.match import Operands, Refusal
 from lipass.passes.attention.products import View
 from lipass.passes.attention.site import AttentionSite
 from lipass.passes.core import PassContext
-from lipass.passes.graph.compat import Size, guard, known_true, value
+from lipass.passes.graph.compat import Size, guard, holds_now, known_true, value
 from lipass.passes.graph.emit import Emitter
 from lipass.passes.graph.writes import memory_written, storage, writers_of, writes_between
 
@@ -193,8 +193,13 @@ def _filled(keys: Node, call: Node) -> _Filled | None:
     if not (known_true(at.last() == read.last()) or from_stop):
         return None
     # the first call of a rollout, whose ends may be symbolic, reads what it writes and no more
-    begins = read.first() == at.first()
-    if not (known_true(begins) or guard(read.first() < at.first()) or guard(begins)):
+    begins, ends = read.first() == at.first(), at.last() == read.last()
+    if known_true(ends) or (holds_now(begins) and holds_now(ends)):
+        if not (known_true(begins) or guard(read.first() < at.first()) or guard(begins)):
+            return None
+        if known_true(begins) and not guard(ends):
+            return None
+    elif not guard(read.first() <= at.first()):  # a ring comes round to its first slot too
         return None
     tokens = at.last() - at.first()
     shape = value(new).shape
