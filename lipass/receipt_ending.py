@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lipass.policy.plan import ChunkPlan
     from lipass.receipt import ChunkRecord, Report
 
 _OVER_LATENTS = ("prefill", "self", "decode")
@@ -44,10 +45,22 @@ def _skipped(report: Report) -> str:
                 f", which held {1 - statistics.mean(held):.0%} of the attention (sampled)"
             )
     said = f"Skipped: {', '.join(shares)}." if shares else "Nothing was left out."
-    chosen = any(len(one.plan.context.indices) < one.plan.history_latents for one in chunks)
-    if chosen and not seen:
-        said += " What was chosen of the history is a plan: no compiled call shows its reading."
+    unseen = [one.plan for one in chunks if one.latents_read is None]
+    chosen, of = (sum(map(count, unseen)) for count in (_chosen, _history))
+    if chosen < of and not seen:
+        said += (
+            f" A session left out {1 - chosen / of:.0%} of the history: so does a loop that reads "
+            "chunk.context; no compiled call shows what it read."
+        )
     return said
+
+
+def _chosen(plan: ChunkPlan) -> int:
+    return len(plan.context.indices)
+
+
+def _history(plan: ChunkPlan) -> int:
+    return plan.history_latents
 
 
 def _sites(count: int) -> str:
