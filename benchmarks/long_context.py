@@ -10,6 +10,7 @@ history are not rolled out; of `dense` a chunk is timed behind a cache of that l
 import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -155,9 +156,8 @@ def main() -> None:
                 walk = make_walk(room, chunks, codec)
                 new = _on_walk(model, some, walk, text, codec, advance)
                 found += new
-                if not args.json:
-                    for row in new:
-                        print(json.dumps(row), flush=True)
+                for row in new:
+                    print(json.dumps(row), flush=True, file=sys.stderr if args.json else None)
             if chunks > args.dense_max and contenders[0].method.name == DENSE:
                 row = {"model": "stream", "method": DENSE, "chunks": chunks}
                 row["chunk_s_last"] = dense_chunk_s(contenders[0], first, text, chunks)

@@ -335,7 +335,10 @@ def test_ending_leaves_alone_that_some_sites_ran_dense():
     ("read", "said"),
     [
         (8, "of the history"),
-        (None, "% of the history: so does a loop that reads chunk.context; no compiled call shows"),
+        (
+            None,
+            "% of the history: so does a loop that reads chunk.context; no compiled call shows",
+        ),
     ],
 )
 def test_ending_counts_history_as_skipped_only_where_calls_show_what_they_read(read, said):

@@ -164,6 +164,8 @@ def _sorted(lines: set[str], own: set[str]) -> Iterator[list[str]]:
 
 
 def _binds(node: ast.stmt, name: str) -> bool:
+    if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+        return False  # nothing that another file could import
     if isinstance(node, ast.Import | ast.ImportFrom):
         return any((a.asname or a.name).split(".")[0] == name for a in node.names)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -81,7 +81,41 @@ def test_wiring_of_the_first_hour_runs(small, code, capsys):
     assert "rewritten" in capsys.readouterr().out
 
 
+def a_cache_of(latents, per_latent=2):
+    """Keys and values that say which latent they are of."""
+    of = torch.tensor(latents, dtype=torch.float32).repeat_interleave(per_latent)
+    return [of.view(1, 1, -1, 1).expand(1, 1, -1, 3) for _ in "kv"]
+
+
+@block_of("docs/first-hour.md", 1)
+def test_rows_of_a_cache_that_grows_are_those_of_the_chosen_latents(code):
+    w2c = own_model.parse_trajectory("left-15, right-16")
+    held = list(range(24))
+    with lipass.Session(preset="context") as session:
+        names = {"torch": torch, "session": session, "w2c": w2c, "start": 24, "held": held}
+        names |= {"per_latent": 2, "cache": a_cache_of(held)}
+        exec(code, names)
+    assert names["chunk"].context != held
+    (expected, _) = a_cache_of(names["chunk"].context)
+    assert torch.equal(names["k"], expected)
+    assert torch.equal(names["v"], expected)
+
+
 @block_of("docs/first-hour.md", 2)
+def test_a_full_cache_keeps_rows_of_what_is_held(code):
+    (grown,) = [one for one in code_of(ROOT / "docs/first-hour.md") if "def rows" in one]
+    names = {"torch": torch, "room_for": 16, "per_latent": 2, "held": list(range(28))}
+    exec(grown.partition("\n\n")[0], names)
+    with lipass.Session(preset="context", **{"context.window_chunks_max": 1}) as session:
+        names |= {"session": session, "w2c": own_model.parse_trajectory("left-15, right-16")}
+        names["cache"] = a_cache_of(names["held"])
+        exec(code, names)
+    assert len(names["held"]) == 16
+    assert set(names["held"]) >= {0, 24, 25, 26, 27}
+    assert torch.equal(names["cache"][0], a_cache_of(names["held"])[0])
+
+
+@block_of("docs/first-hour.md", 4)
 def test_scheduler_of_the_first_hour_takes_its_own_steps(code):
     schedulers = pytest.importorskip("diffusers.schedulers")
     scheduler = schedulers.FlowMatchEulerDiscreteScheduler()
@@ -94,7 +128,7 @@ def test_scheduler_of_the_first_hour_takes_its_own_steps(code):
     assert not torch.equal(names["x"], torch.ones(1, 8, 4, 4, 4))
 
 
-@block_of("docs/first-hour.md", 3)
+@block_of("docs/first-hour.md", 5)
 def test_attention_by_hand_of_the_first_hour_is_attention(code):
     heads, dim, n = 1, 8, 1
     draw = functools.partial(torch.randn, 1, heads)
