@@ -42,9 +42,10 @@ COUNTED = {"diffusers": ("wan-2.1-14b", "hunyuan-video")}
 STREAM_SHORTEST = 16
 STREAM_METHODS = {
     "dense": "all of it",
-    "window": "the first chunk and a window",
+    "window": "the first chunk and a window of 3 chunks",
+    "long window": "the same of 15 chunks",
     "keep-kv": "`context`: latents that poses choose",
-    "keep-kv, 32 chunks held": "the same, of 32 chunks that are held",
+    "keep-kv, 32 chunks held": "`context`: latents that poses choose of 32 chunks that are held",
     "all": "`all`, of 32 chunks that are held",
 }
 _EXAMINED = {
