@@ -103,11 +103,13 @@ class GraphReading:
             short = short_context(self._config.sparse, len(chunk.context), tokens)
             reading = replace(self._first(chunk, args, sizes), dense_reason=short)
             self._latest = (weakref.ref(chunk), sizes, reading)
+        sparse = self._config.sparse
+        asks = sparse is not None and sparse.dense_steps and self._history is not None
+        if not asks or reading.dense_reason is not None:
+            return reading  # without asking for a step: a call behind all of them belongs to none
         step = current_step()
-        if reading.dense_reason is None and step is not None and self._history is not None:
-            early = early_step(self._config.sparse, step.index)
-            return reading if early is None else replace(reading, dense_reason=early)
-        return reading
+        early = None if step is None else early_step(sparse, step.index)
+        return reading if early is None else replace(reading, dense_reason=early)
 
     def _meet(self, session: Session) -> None:
         if session in self._met:

@@ -140,7 +140,7 @@ def plan_chunk(
     revisit: Revisit | None = None
 
     adaptive = [o for o in (context_options, step_options) if o and o.mode == "adaptive"]
-    if adaptive and history:
+    if adaptive and history and (held is None or held):
         there = sorted(indices_of(held, history, "held")) if held is not None else range(history)
         visibility = score_points(poses[list(there)], query, adaptive[0])
         if context_options in adaptive:

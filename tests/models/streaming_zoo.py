@@ -68,7 +68,7 @@ def _tiny(ring: int | None) -> Callable[..., contextlib.AbstractContextManager[R
             for start in range(0, _CHUNKS * CHUNK_LATENTS, CHUNK_LATENTS):
                 here = slice(start, start + CHUNK_LATENTS)
                 x = torch.randn(1, 16, CHUNK_LATENTS, 4, 4, generator=draw)
-                held = cache.latents() if isinstance(cache, RingCache) else None
+                held = cache.held if isinstance(cache, RingCache) else None
                 with _chunk(session, w2c, here, history, held) as steps:
                     for sigma, after in steps(SIGMAS):
                         x = x + (after - sigma) * run(cache, x, sigma, here, False)
