@@ -201,7 +201,7 @@ def stream_table(rows: list[Row]) -> str:
     lines = [
         "| history | tokens read | "
         + " | ".join(f"speed, {count} chunks" for count in timed)
-        + " | dB to the renderer, "
+        + " | PSNR to the renderer in dB, "
         + " and ".join(map(str, timed))
         + f" chunks | cache at {timed[-1]} chunks |",
         "|---" * (len(timed) + 4) + "|",

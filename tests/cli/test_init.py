@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -305,3 +306,15 @@ def test_json_is_one_document(folder, capsys):
     assert document["draft"] == "own_lipass.py"
     assert document["found"]["history"] == "history"
     assert len(document["open"]) == 4
+
+
+def test_names_that_only_the_script_itself_makes_are_not_imported(folder, capsys):
+    script = f"{ast.unparse(ast.parse(EXAMPLE.read_text()))}".partition("if __name__")[0]
+    script = script.partition("def roll_out")[0] + UNWIRED
+    script += '\n\nif __name__ == "__main__":\n    model = World()\n    w2c = prompt = 1\n'
+    (folder / "scripted.py").write_text("import itertools\n" + script)
+    assert main(["init", "scripted.py"]) == OK
+    draft = next(folder.glob("scripted_*.py")).read_text()
+    taken = [line for line in draft.splitlines() if line.startswith("from scripted import")]
+    assert taken
+    assert not {"model", "w2c", "prompt"} & set(re.split(r"[ ,]+", " ".join(taken)))

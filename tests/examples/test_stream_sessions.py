@@ -67,12 +67,8 @@ class SlicedCache(GrownCache):
 
 
 @pytest.fixture(scope="module")
-def model() -> StreamWorld:
-    torch.manual_seed(0)
-    tiny = StreamWorld(TINY)
-    for parameter in tiny.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return tiny.eval().requires_grad_(False)
+def model(untrained_stream) -> StreamWorld:
+    return untrained_stream(TINY)
 
 
 @pytest.fixture(scope="module")

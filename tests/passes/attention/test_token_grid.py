@@ -121,3 +121,30 @@ def test_heads_and_features_of_as_many_as_a_frame_has_places_are_no_grid(grid):
         return attend(tokens)
 
     assert grid(fn, (latents(3, 4, 4),)) == ("3", "4", "4")
+
+
+def test_as_many_features_as_tokens_do_not_hide_the_grid(grid):
+    x = torch.randn(1, 60, 3, 4, 5)
+    assert grid(lambda x: attend(x.permute(0, 2, 3, 4, 1).reshape(1, 60, 60)), (x,)) == (
+        "3",
+        "4",
+        "5",
+    )
+
+
+def test_factors_of_as_many_features_are_no_grid(grid):
+    assert grid(lambda x: attend(x.reshape(1, 60, 60)), (torch.randn(1, 60, 3, 4, 5),)) == REFUSED
+
+
+def test_an_axis_of_one_that_is_put_in_for_a_product_is_no_row_of_a_latent(grid):
+    def by_latents(x):
+        tokens = x.flatten(2).mT
+        turned = tokens.unflatten(1, (3, 20, 1)) * torch.ones(3, 1, 1, 16)
+        return attend(turned.flatten(1, 3))
+
+    def alone(x):
+        return attend(x.permute(0, 2, 3, 4, 1).flatten(1, 3))
+
+    assert grid(by_latents, (latents(),)) == ("3", "4", "5")
+    # Latents that are one place wide are a grid all the same.
+    assert grid(alone, (latents(columns=1),)) == ("3", "4", "1")
