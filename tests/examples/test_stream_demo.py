@@ -31,6 +31,10 @@ def test_demo_of_the_stream_reports_what_each_way_read(untrained, tmp_path, caps
     # Behind three given chunks three are generated: dense reads 12, 16 and 20 latents.
     assert rows["off"]["context_latents_mean"] == 16
     assert rows["all"]["context_latents_mean"] < rows["window"]["context_latents_mean"]
+    times = {name: row["dit_core_s"] for name, row in rows.items()}
+    assert {name: row["speedup_vs_off"] for name, row in rows.items()} == {
+        name: times["off"] / seconds for name, seconds in times.items()
+    }
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     reasons = {run["preset"]: run["chunks"][-1]["reasons"] for run in receipt["rollouts"]}
     assert set(reasons["all"].values()) > {"window", "sink"}
