@@ -42,10 +42,13 @@ COUNTED = {"diffusers": ("wan-2.1-14b", "hunyuan-video")}
 STREAM_SHORTEST = 16
 STREAM_METHODS = {
     "dense": "all of it",
-    "window": "the first chunk and a window of 3 chunks",
-    "long window": "the same of 15 chunks",
-    "keep-kv": "`context`: latents that poses choose",
-    "keep-kv, 32 chunks held": "`context`: latents that poses choose of 32 chunks that are held",
+    "window 4": "the first chunk and a window of 3 chunks",
+    "window 10": "the same of 9 chunks",
+    "window 16": "the same of 15 chunks",
+    "merge-history": "`merge`: keys that correspond become one",
+    "keep-kv": "`context`: chunks that poses choose",
+    "keep-kv by latents": "`context`: latents that poses choose of 32 chunks that are held",
+    "keep-kv, 32 chunks held": "`context`: chunks that poses choose of 32 that are held",
     "all": "`all`, of 32 chunks that are held",
 }
 _EXAMINED = {

@@ -64,6 +64,8 @@ class ContextOptions(ViewOptions):
             `overlap_min` to 0.45, the released threshold).
         sink_latents: first latents of the history, always kept and always candidates of a revisit.
         memory_latents: most latents retrieved by view overlap (spatial memory).
+        memory_chunks: most whole chunks retrieved so, in place of `memory_latents`, for models
+            that cache keys a chunk at a time; None retrieves latents. Adaptive mode only.
         window_chunks_min: shortest temporal window, chunks.
         window_chunks_max: longest temporal window, chunks (`L_m` of the paper).
         window_latents: latents of the temporal window, where a model always reads so many whatever
@@ -82,6 +84,7 @@ class ContextOptions(ViewOptions):
     mode: str
     sink_latents: int
     memory_latents: int
+    memory_chunks: int | None
     window_chunks_min: int
     window_chunks_max: int
     window_latents: int | None
@@ -102,6 +105,12 @@ class ContextOptions(ViewOptions):
             "context window must satisfy 1 <= window_chunks_min <= window_chunks_max",
             (self.window_chunks_min, self.window_chunks_max),
             "use (1, 3)",
+        )
+        check(
+            self.memory_chunks is None or self.memory_chunks >= 0,
+            "context.memory_chunks must be None or >= 0",
+            self.memory_chunks,
+            "use 8",
         )
         check(
             self.window_latents is None or self.window_latents >= 1,

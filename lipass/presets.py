@@ -16,6 +16,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "mode": "adaptive",
         "sink_latents": 1,
         "memory_latents": 3,
+        "memory_chunks": None,
         "window_chunks_min": 1,
         # Upstream HY-WorldPlay reads 12 recent latents, hence L_m = 3.
         "window_chunks_max": 3,

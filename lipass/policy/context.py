@@ -15,7 +15,8 @@ than `gain_min`. Top-k by overlap would pick neighbours that all show the same. 
 shows does not count as covered, because its latents are the model's own newest output and memory
 is what keeps that from drifting; but a latent that adds nothing to a single window latent is a
 duplicate. Latents of an earlier visit, which the camera has left since, are neither duplicates nor
-subject to `gain_min`: they have drifted less than what repeats them.
+subject to `gain_min`: they have drifted less than what repeats them. With `memory_chunks` whole
+chunks are chosen instead (`lipass.policy.chunk_memory`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lipass.options import ContextOptions
+from lipass.policy.chunk_memory import choose_chunks
 from lipass.policy.indices import indices_of
 from lipass.policy.latents import read_latents
 from lipass.policy.revisit import left_since
@@ -186,9 +188,13 @@ def plan_context(
     overlap = points.mean(1).tolist()
     left = left_since(visibility.mean(-1), options.departure_min).any(0)
     earlier_visit = set(left.nonzero()[:, 0].tolist())
-    reasons.update(
-        _choose_memory(points, overlap, held, list(sink), list(window), earlier_visit, options)
-    )
+    if options.memory_chunks is None:
+        memory = _choose_memory(
+            points, overlap, held, list(sink), list(window), earlier_visit, options
+        )
+    else:
+        memory = choose_chunks(overlap, held, {*sink, *window}, options)
+    reasons.update(memory)
     frames = [FrameDecision(i, False, _NOT_HELD, None) for i in range(history)]
     for place, index in enumerate(held):
         reason, share = reasons[place], round(overlap[place], 4)
