@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lipass.errors import LipassError, LipassWarning
     from lipass.receipt import report
     from lipass.session import Session
+    from lipass.stages.front import Stages
+    from lipass.stages.stage import Stage
     from lipass.switch import disabled
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "LipassError",
     "LipassWarning",
     "Session",
+    "Stage",
+    "Stages",
     "__version__",
     "adopt",
     "attend",
@@ -37,6 +41,8 @@ _HOME = {
     "LipassError": "lipass.errors",
     "LipassWarning": "lipass.errors",
     "Session": "lipass.session",
+    "Stage": "lipass.stages.stage",
+    "Stages": "lipass.stages.front",
     "adopt": "lipass.adapters.adopt",
     "attend": "lipass.eager.attend",
     "disabled": "lipass.switch",

@@ -1,0 +1,39 @@
+"""Know which item a stage is computing, and whether anybody still wants it."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass
+class Job:
+    """One item in the hands of a stage."""
+
+    number: int
+    stale: bool = False
+
+
+_now: contextvars.ContextVar[Job | None] = contextvars.ContextVar("lipass_stage", default=None)
+
+
+def is_stale() -> bool:
+    """Whether the item that the caller, a stage, is computing has been given up.
+
+    What the stage returns is then thrown away, so it may return at once, such as between two
+    denoising steps. False outside of stages.
+    """
+    job = _now.get()
+    return job is not None and job.stale
+
+
+@contextlib.contextmanager
+def computing(job: Job) -> Iterator[None]:
+    """Let `is_stale` answer for an item inside of the block."""
+    token = _now.set(job)
+    try:
+        yield
+    finally:
+        _now.reset(token)

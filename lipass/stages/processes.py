@@ -1,0 +1,204 @@
+"""Begin and end the processes of a line, and say how one has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lipass.errors import LipassError
+from lipass.stages.channel import Channel
+from lipass.stages.line import StageError
+from lipass.stages.rank import Place, serve
+from lipass.stages.stage import Stage
+
+# How long stages may take to end when they are asked to, and when they are told to.
+_ASKED_S, _TOLD_S = 5.0, 1.0
+
+
+@dataclass(eq=False)
+class Rank:
+    """What the caller knows of one stage.
+
+    Attributes:
+        waiting: numbers of the items in front of it.
+        busy: number of the item that it computes, or None.
+        held: number and text of what it has computed and not handed over, or None.
+    """
+
+    stage: Stage
+    process: Any
+    pipe: Connection
+    waiting: set[int] = field(default_factory=set)
+    busy: int | None = None
+    held: tuple[int, str] | None = None
+
+    @property
+    def works(self) -> bool:
+        """Whether it computes, or will without anybody's help."""
+        return self.busy is not None or (bool(self.waiting) and self.held is None)
+
+    def tell(self, *words: Any) -> None:
+        """Say something to it."""
+        with contextlib.suppress(OSError):  # that it has ended is told once, elsewhere
+            self.pipe.send_bytes(json.dumps(words).encode())
+
+
+class Processes:
+    """One process for each stage, and what goes between them.
+
+    Args:
+        stages: in order; `make` of each can be imported.
+        direct: whether bytes go from device to device.
+
+    Raises:
+        StageError: a stage could not be made.
+        LipassError: a process has ended before it was ready.
+    """
+
+    def __init__(self, stages: tuple[Stage, ...], direct: bool) -> None:
+        self.ranks: list[Rank] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="lipass-stages-"))
+        try:
+            self._begin(stages, direct)
+            for rank in self.ranks:
+                self._expect(rank, "here")
+            self.channel = self._connect()
+            for rank in self.ranks:
+                self._expect(rank, "ready")
+        except BaseException:
+            self.end(0)
+            raise
+
+    def _begin(self, stages: tuple[Stage, ...], direct: bool) -> None:
+        context, size = multiprocessing.get_context("spawn"), len(stages) + 1
+        share = max(torch.get_num_threads() // len(stages), 1)
+        devices = tuple(str(one.device) for one in stages) if direct else None
+        for i, stage in enumerate(stages):
+            place = Place(stage, i + 1, size, stage.threads or share, self._folder, devices)
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=serve, args=(place, theirs), name=f"lipass-stage-{stage.name}"
+            )
+            process.start()
+            theirs.close()
+            self.ranks.append(Rank(stage, process, ours))
+
+    def _expect(self, rank: Rank, word: str) -> None:
+        """Wait for the first words of a process.
+
+        Raises:
+            StageError: the stage could not be made.
+            LipassError: a process has ended.
+        """
+        while not rank.pipe.poll():
+            wait([rank.pipe, *(one.process.sentinel for one in self.ranks)])
+            self._check_alive(rank)
+        try:
+            got, *rest = json.loads(rank.pipe.recv_bytes())
+        except (EOFError, OSError):
+            raise self.ended() from None
+        if got == "unmade":
+            raise StageError(rank.stage.name, -1, *rest)
+        assert got == word, (got, word)
+
+    def _check_alive(self, asked: Rank) -> None:
+        dead = [one for one in self.ranks if not one.process.is_alive()]
+        if dead and not asked.pipe.poll():
+            raise self.ended()
+
+    def _connect(self) -> Channel:
+        """Join the group; a process that ends meanwhile would be waited for in vain."""
+        found: list[Channel | RuntimeError] = []
+
+        def join() -> None:
+            try:
+                found.append(Channel(self._folder, 0, len(self.ranks) + 1))
+            except RuntimeError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=join, daemon=True)
+        thread.start()
+        while not found:
+            thread.join(0.05)
+            if any(not one.process.is_alive() for one in self.ranks):
+                raise self.ended()
+        if isinstance(found[0], RuntimeError):
+            raise found[0]
+        return found[0]
+
+    def ended(self, under_way: int | None = None, error: object = None) -> LipassError:
+        """Say which process has ended, and how.
+
+        Args:
+            under_way: items that are lost by it; None while stages are being made.
+            error: what else is known.
+        """
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            codes = [one.process.exitcode for one in self.ranks]
+            if any(code for code in codes):
+                break
+            time.sleep(0.02)
+        dead = [one for one in self.ranks if one.process.exitcode]
+        dead += [one for one in self.ranks if not one.process.is_alive()]
+        if not dead:
+            return LipassError(f"stages must be able to hand over, got {error}; make them anew")
+        code = dead[0].process.exitcode
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = signal.Signals(-code).name
+        hint = "make the stages anew"
+        if how == "SIGKILL":
+            hint += "; where nobody killed it, memory ran out"
+        elif under_way is None:
+            hint += "; what it printed says why, and a script that makes stages must do so under "
+            hint += "`if __name__ == '__main__':`"
+        return LipassError(
+            f"a stage must live as long as its line, got stage {dead[0].stage.name!r} ended by "
+            f"{how} with {under_way or 0} items under way; {hint}"
+        )
+
+    def end(self, number: int) -> StageError | None:
+        """End every process: asked first, then told, then killed.
+
+        Args:
+            number: of the item that would have been next.
+
+        Returns:
+            What the `close` of a stage raised.
+        """
+        for one in self.ranks:
+            one.tell("close")
+        _join(self.ranks, _ASKED_S)
+        failed = None
+        for one in self.ranks:
+            with contextlib.suppress(OSError, EOFError):
+                while one.pipe.poll():
+                    word, *rest = json.loads(one.pipe.recv_bytes())
+                    if word == "unclosed":
+                        failed = failed or StageError(one.stage.name, number, *rest)
+        for end in ("terminate", "kill"):
+            for one in self.ranks:
+                if one.process.is_alive():
+                    getattr(one.process, end)()
+            _join(self.ranks, _TOLD_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return failed
+
+
+def _join(ranks: list[Rank], within_s: float) -> None:
+    until = time.monotonic() + within_s
+    for one in ranks:
+        one.process.join(max(until - time.monotonic(), 0.0))

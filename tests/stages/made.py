@@ -1,0 +1,61 @@
+"""Stages that do as they are told, importable from the processes of a line."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from lipass.stages import is_stale
+
+
+class Obedient:
+    """Does what an item asks of it by its name, and hands the item on with a trace of it."""
+
+    def __init__(self, name, closes=""):
+        self.name, self.closes, self.forgotten = name, closes, []
+
+    def __call__(self, item):
+        asked = item.get(self.name, {})
+        time.sleep(asked.get("sleep", 0.0))
+        until = time.monotonic() + asked.get("work_until_stale", 0.0)
+        while time.monotonic() < until and not is_stale():
+            time.sleep(0.005)
+        if "raise" in asked:
+            raise ValueError(asked["raise"])
+        if "unplain" in asked:
+            return {"x": object()}
+        trace = [*item.get("trace", []), [self.name, os.getpid(), list(self.forgotten)]]
+        return {**item, "trace": trace, "grad": torch.is_grad_enabled()}
+
+    def forget(self, shown):
+        self.forgotten.append(shown)
+
+    def close(self):
+        if self.closes == "raise":
+            raise OSError("the disk is full")
+        if self.closes:
+            Path(self.closes).write_text(str(os.getpid()))
+
+
+class Scale:
+    """Multiplies by something that grows, as a stage with a state does."""
+
+    def __init__(self, by):
+        self.by, self.count = by, 0
+
+    def __call__(self, x):
+        self.count += 1
+        return torch.tanh(x @ x.mT * self.by) + self.count
+
+
+def unmade():
+    raise FileNotFoundError("weights/none.safetensors")
+
+
+def no_callable():
+    return 3
+
+
+def ends_at_once():
+    os._exit(7)
