@@ -19,10 +19,11 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from lipass.errors import LipassError
-from lipass.stages.line import Failure, Line
+from lipass.stages.line import Line
 from lipass.stages.packet import Packet
 from lipass.stages.processes import Processes, Rank
 from lipass.stages.stage import Stage
+from lipass.stages.worker import Failure
 
 
 class Apart(Line):

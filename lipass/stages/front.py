@@ -105,8 +105,9 @@ class Stages:
     def forget(self) -> int:
         """Give up all items that were put and not taken, such as when a person steers elsewhere.
 
-        Stages learn of it by their method `forget(shown)`, with the number of the latest item that
-        was taken, before the next one; `lipass.stages.is_stale` tells a stage that is computing.
+        A stage that has computed some of them learns so by its method `forget(count)`, before its
+        next item: its last `count` results were never shown. `lipass.stages.is_stale` tells a
+        stage that is computing.
 
         Returns:
             How many items were given up.

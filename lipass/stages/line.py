@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
-import torch
-
 from lipass.errors import LipassError
-from lipass.stages.now import Job, computing
-from lipass.stages.packet import Packet, pack, unpack
-from lipass.stages.stage import Computes, Stage
+from lipass.stages.now import Job
+from lipass.stages.packet import Packet, pack
+from lipass.stages.stage import Stage
+from lipass.stages.worker import Failure, Worker
 
 
 class StageError(LipassError):
@@ -34,36 +30,6 @@ class StageError(LipassError):
             f"a stage must compute every item, got {kind} from stage {stage!r} at item {number}; "
             f"the items behind go on. It says:\n{told}"
         )
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What a stage raised, as plain data."""
-
-    stage: str
-    kind: str
-    told: str
-
-    @classmethod
-    def of(cls, stage: str, error: Exception) -> Failure:
-        """Describe an exception."""
-        told = "".join(traceback.format_exception(error)).rstrip()
-        return cls(stage, type(error).__name__, told)
-
-
-@torch.no_grad()
-def compute(
-    stage: Stage, computes: Computes, job: Job, packet: Packet, to: str = "cpu"
-) -> Packet | Failure:
-    """Compute one item and put it on device `to`; what a stage raises is its result."""
-    try:
-        with computing(job):
-            packed = pack(computes(unpack(packet, stage.device)), to)
-        if packed.data.is_cuda:  # it is read from another stream
-            torch.cuda.current_stream(packed.data.device).synchronize()
-        return packed
-    except Exception as error:
-        return Failure.of(stage.name, error)
 
 
 class Line:
@@ -194,7 +160,7 @@ class Here(Line):
 
     def __init__(self, stages: tuple[Stage, ...], depth: int) -> None:
         super().__init__(stages, depth)
-        self.computes = [one.made() for one in stages]
+        self.workers = [Worker(one) for one in stages]
         self._waiting: dict[int, Packet] = {}
         self._job: Job | None = None
         self._to_forget = False
@@ -230,12 +196,12 @@ class Here(Line):
             found: Packet | Failure = self._waiting.pop(job.number)
             forget, self._to_forget = self._to_forget, False
         if forget:
-            told = map(forget_in, self.stages, self.computes, repeat(self.shown))
-            found = next((one for one in list(told) if one is not None), found)
-        for stage, computes in zip(self.stages, self.computes, strict=True):
+            told = [one.forget(self.shown) for one in self.workers]
+            found = next((one for one in told if one is not None), found)
+        for worker in self.workers:
             if job.stale or isinstance(found, Failure):
                 break
-            found = compute(stage, computes, job, found)
+            found = worker.compute(job, found)
         with self.cond:
             self._job = None
             if not job.stale:
@@ -249,27 +215,10 @@ class Here(Line):
             if self._job is not None:
                 self._job.stale = True
             self.cond.notify_all()
-        with self._turn:  # an item that is being computed is finished first
-            end_all(self.computes)
-
-
-def forget_in(stage: Stage, computes: Computes, shown: int) -> Failure | None:
-    """Tell what computes that items behind number `shown` were given up, if it wants to know."""
-    told = getattr(computes, "forget", None)
-    try:
-        if told is not None:
-            told(shown)
-    except Exception as error:
-        return Failure.of(stage.name, error)
-    return None
-
-
-def end_all(computes: list[Computes]) -> None:
-    """Close what can be closed; the first that raises does so behind the others."""
-    with contextlib.ExitStack() as stack:
-        for one in computes:
-            if (close := getattr(one, "close", None)) is not None:
-                stack.callback(close)
+        # An item that is being computed is finished first; what raises does so behind the others.
+        with self._turn, contextlib.ExitStack() as stack:
+            for one in self.workers:
+                stack.callback(one.close)
 
 
 def items_of(line: Line, ahead: int, items: Iterator[Any]) -> Iterator[Packet]:

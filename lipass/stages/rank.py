@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from lipass.stages.channel import Channel
-from lipass.stages.line import Failure, compute, forget_in
 from lipass.stages.now import Job
 from lipass.stages.packet import Packet
-from lipass.stages.stage import Computes, Stage
+from lipass.stages.stage import Stage
+from lipass.stages.worker import Failure, Worker
 
 # Longest that a stage may go on computing when nobody is left to take what it makes.
 _GRACE_S = 10.0
@@ -50,7 +50,7 @@ def serve(place: Place, pipe: Connection) -> None:
     say("here")
     channel = Channel(place.folder, place.rank, place.size, place.direct)
     try:
-        computes = place.stage.made()
+        worker = Worker(place.stage)
     except Exception as error:
         failure = Failure.of(place.stage.name, error)
         say("unmade", failure.kind, failure.told)
@@ -61,11 +61,9 @@ def serve(place: Place, pipe: Connection) -> None:
     )
     listener.start()
     say("ready")
-    _compute_all(desk, computes, place.stage, channel.device_to((place.rank + 1) % place.size))
+    _compute_all(desk, worker, channel.device_to((place.rank + 1) % place.size))
     try:
-        close = getattr(computes, "close", None)
-        if close is not None:
-            close()
+        worker.close()
     except Exception as error:
         failure = Failure.of(place.stage.name, error)
         say("unclosed", failure.kind, failure.told)
@@ -154,11 +152,11 @@ class _Desk:
             self._cond.notify_all()
 
 
-def _compute_all(desk: _Desk, computes: Computes, stage: Stage, to: str) -> None:
+def _compute_all(desk: _Desk, worker: Worker, to: str) -> None:
     while (found := desk.next()) is not None:
         job, packet, shown = found
-        failed = None if shown is None else forget_in(stage, computes, shown)
-        desk.done(job, failed or compute(stage, computes, job, packet, to))
+        failed = None if shown is None else worker.forget(shown)
+        desk.done(job, failed or worker.compute(job, packet, to))
 
 
 def _listen(desk: _Desk, pipe: Connection, channel: Channel, place: Place) -> None:

@@ -14,8 +14,9 @@ import torch
 class Computes(Protocol):
     """What a stage is made to be: a callable of one item.
 
-    It may have two methods besides: `forget(shown)`, called before the next item when items behind
-    number `shown` (-1: all) were given up, and `close()`, called once at the end.
+    It may have two methods besides: `forget(count)`, called before the next item when the last
+    `count` results that it returned were given up and never shown, and `close()`, called once at
+    the end.
     """
 
     def __call__(self, item: Any) -> Any:

@@ -13,7 +13,7 @@ class Obedient:
     """Does what an item asks of it by its name, and hands the item on with a trace of it."""
 
     def __init__(self, name, closes=""):
-        self.name, self.closes, self.forgotten = name, closes, []
+        self.name, self.closes, self.forgotten, self.history = name, closes, [], []
 
     def __call__(self, item):
         asked = item.get(self.name, {})
@@ -25,11 +25,15 @@ class Obedient:
             raise ValueError(asked["raise"])
         if "unplain" in asked:
             return {"x": object()}
+        if self.name == "first":
+            self.history.append(asked.get("remember"))
+            item = {**item, "history": self.history}
         trace = [*item.get("trace", []), [self.name, os.getpid(), list(self.forgotten)]]
         return {**item, "trace": trace, "grad": torch.is_grad_enabled()}
 
-    def forget(self, shown):
-        self.forgotten.append(shown)
+    def forget(self, count):
+        self.forgotten.append(count)
+        del self.history[-count:]
 
     def close(self):
         if self.closes == "raise":
