@@ -159,6 +159,8 @@ def _is_made(node: Node) -> bool:
         return True
     target = node.target
     # what an operator of a library does is not known; it may be a projection
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return not target._qualified_op_name.startswith(("aten::", "prims::"))
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
 
 

@@ -8,17 +8,24 @@ import torch
 from torch.fx import Node
 
 from lipass.passes.attention.match import Refusal
+from lipass.passes.attention.operators import is_attention
 from lipass.passes.attention.products import View
 from lipass.passes.attention.site import Grid
 from lipass.passes.attention.walk import upstream
+from lipass.passes.graph.collectives import is_collective
 from lipass.passes.graph.compat import Size, divides, known_true, value
-from lipass.passes.graph.ops import is_reshape, name_of
+from lipass.passes.graph.ops import is_reshape, name_of, reads
+from lipass.passes.graph.writes import writers_of
 
 NO_RESHAPE = (
     "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q; sparse.token_grid gives "
     "the grid of latents that are packed outside of what is compiled"
 )
 OVER_TIME = "its tokens are the frames at one place, with no blocks to choose from"
+EXCHANGED = (
+    "its tokens come from several processes, in an order that no graph shows; sparse.token_grid "
+    "gives their grid where it is that of the latents"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def other_order(q: Node, key: Node, tokens: Size) -> str:
 def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
     """Find `(T, Y, X)` with `T * Y * X == tokens`, proven for all sizes of the graph.
 
-    Walks up, nearest first and without crossing an attention, to a reshape that merges three
+    Walks up, nearest first and without crossing an attention or an exchange with other processes,
+    to a reshape that merges three
     neighbouring axes `(T, Y, X)` into the tokens, at once (`[B, C, T, Y, X] -> [B, C, L]`) or
     in two steps (`(Y, X)` first, where T may stand apart or in the batch). The order of the
     axes is the order of the tokens. Without a T the grid is `(1, Y, X)`, of frames that attend to
@@ -72,8 +80,9 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
     pairs: list[tuple[Size, Size]] = []
     frame: Merge | None = None
     narrow: Merge | None = None
-    batch, over_time = value(tokens_of).shape[0], False
-    for node in upstream(tokens_of):
+    batch, over_time, exchanged = value(tokens_of).shape[0], False, False
+    for node in upstream(tokens_of, _hides_order):
+        exchanged |= _is_exchanged(node)
         if not (_joins_axes(node) and is_reshape(node)):
             continue
         above, below = value(node.all_input_nodes[0]).shape, value(node).shape
@@ -119,7 +128,25 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                 pairs.append((above[i], above[i + 1]))
                 if frame is None and i == len(above) - 2 and _is_image(node):
                     frame = Merge(node, (1, above[i], above[i + 1]), (0, i, i + 1))
-    return narrow or frame or Refusal(OVER_TIME if over_time else NO_RESHAPE)
+    none = EXCHANGED if exchanged else OVER_TIME if over_time else NO_RESHAPE
+    return narrow or frame or Refusal(none)
+
+
+def _hides_order(node: Node) -> bool:
+    """Whether the tokens of a node are not those of its inputs, in their order."""
+    return is_attention(node) or is_collective(node) or _is_made_like(node)
+
+
+def _is_made_like(node: Node) -> bool:
+    """Whether a node is new memory of the shape of its input, to be written to."""
+    return bool(node.all_input_nodes) and not reads(node)
+
+
+def _is_exchanged(node: Node) -> bool:
+    """Whether a node is what other processes sent, or memory into which it is copied."""
+    if not _is_made_like(node):
+        return is_collective(node)
+    return any(is_collective(one) for copy in writers_of(node) for one in copy.all_input_nodes)
 
 
 def _is_image(node: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.fx
@@ -21,15 +21,20 @@ def same_values(node: Node) -> Node:
     return node
 
 
-def upstream(node: Node) -> Iterator[Node]:
-    """Iterate over what a node is computed from, nearest first, without crossing an attention."""
+def upstream(node: Node, stops: Callable[[Node], bool] = is_attention) -> Iterator[Node]:
+    """Iterate over what a node is computed from, nearest first, without crossing an attention.
+
+    Args:
+        node: where the walk begins.
+        stops: says what is not crossed, if it is more than attention.
+    """
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     heap, seen = [(-order[node], node.name)], {node.name}
     by_name = {n.name: n for n in order}
     while heap:
         current = by_name[heapq.heappop(heap)[1]]
         yield current
-        if is_attention(current):
+        if stops(current):
             continue
         for above in current.all_input_nodes:
             if above.name not in seen:

@@ -37,6 +37,7 @@ ROLES = ("text", "history", "current")
 _UNMASKED = ("prefill", "decode", "other")
 WITH_TEXT = "its latents and what is joined with them attend to each other"
 GIVEN = "given by token_grid"
+_LATENTS = (token_grid.OVER_TIME, token_grid.EXCHANGED)
 WITHOUT_HISTORY = "its tokens attend to each other, without a history"
 
 
@@ -221,7 +222,7 @@ class FindAttention(Pass):
         ]
         grid = self._grid(operands.q, q_tokens)
         if isinstance(grid, Refusal):
-            is_text = all(own) and not self.token_grid and grid.reason != token_grid.OVER_TIME
+            is_text = all(own) and not self.token_grid and grid.reason not in _LATENTS
             return site("text" if is_text else "other", grid.reason)
         if not any(own):
             apart = (why_not_apart(operands.q, key, q_tokens) for key in operands.keys)

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
+from lipass.passes.graph.collectives import is_collective
 from lipass.passes.graph.compat import hint, value
 from lipass.passes.graph.primitives import IN_PLACE, Primitive, bodies, overloads, trace
 from lipass.passes.graph.writes import mutates, storage
@@ -243,11 +244,14 @@ def has_effect(node: Node) -> bool:
     """Whether a node does something even if nobody reads its value.
 
     What gives no tensor and no number is called for what it does: it enters a vmap, chooses a
-    kernel of attention, sets a dtype. What draws changes what is drawn next.
+    kernel of attention, sets a dtype. What draws changes what is drawn next. What exchanges
+    tensors with other processes is waited for by them.
     """
     if not node.op.startswith("call"):
         return node.is_impure()
-    return gives_nothing(node) or node.is_impure() or mutates(node) or draws(node)
+    if gives_nothing(node) or node.is_impure() or mutates(node):
+        return True
+    return draws(node) or is_collective(node)
 
 
 def gives_nothing(node: Node) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from lipass.passes.graph.collectives import is_collective
 from lipass.passes.graph.compat import known_true, value
 from lipass.passes.graph.frame import source_name
 from lipass.passes.graph.modes import half_inside
@@ -120,6 +121,8 @@ def impurity(region: Region, harmless: Container[Node] = ()) -> str | None:
             return f"%{node.name} writes to the input {source_name(given[at])}"
         if draws(node):
             return f"%{node.name} draws random numbers"
+        if is_collective(node):
+            return f"%{node.name} exchanges tensors with other processes"
     return None
 
 
