@@ -14,6 +14,7 @@ model is being called.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lipass.config import Config
 from lipass.errors import LipassError
+from lipass.parallel.agree import Alone, Ranks
 from lipass.policy.holding import least_needed
 from lipass.policy.latents import check_latents
 from lipass.policy.plan import ChunkPlan, plan_chunk
@@ -54,6 +56,8 @@ class Session:
         events: where to write what chunks did, for a server to plot: a path, to which JSON lines
             are appended, or a function of one event; None takes the path in LIPASS_EVENTS, if
             there is one (docs/events.md).
+        group: a `torch.distributed.ProcessGroup` whose ranks make this rollout together, each by
+            the same calls: what the first one decides holds on all of them (docs/stages.md).
         options: as in `Config.resolve`, e.g. `preset="all"`, `**{"context.overlap_min": 0.3}`.
 
     Raises:
@@ -69,6 +73,7 @@ class Session:
         *,
         convention: str = "w2c-opencv",
         events: Sink | None = None,
+        group: Any = None,
         **options: Any,
     ) -> None:
         if config is not None and not isinstance(config, Config):
@@ -81,6 +86,7 @@ class Session:
                 "put the options into Config.resolve"
             )
         self.config = config if config is not None else Config.resolve(None, options)
+        self.ranks = Alone() if group is None else Ranks(group, self.config.fingerprint())
         self.given = GivenChunks(self.config, convention)
         self.number = current_report().open_session()
         self.effect = Effect(self.config, self.number)
@@ -151,34 +157,39 @@ class Session:
         Raises:
             TypeError: tensors of the wrong kind.
             ValueError: tensors that do not fit; the session stays as it was.
-            LipassError: the session is closed, the stream has an open chunk, or a replay ended.
+            LipassError: the session is closed, the stream has an open chunk, a replay ended, or
+                ranks that share the session ask for different chunks.
         """
-        index = self.turns.next(stream)
-        if self._replay is not None:
-            return Chunk(self, self._recorded(stream, poses))
-        if query is not None:
-            poses, query = self.given.checked(poses, query, stream, index)
-        elif poses is not None or (latents is None and index):
-            raise ValueError(
-                "query must hold the new latents' cameras, got None; pass [q, 4, 4], or, for a "
-                "model without cameras, the history as latents=[M, ...] and no poses (nothing "
-                "for a first chunk)"
+        with self.ranks.together():
+            index = self.turns.next(stream)
+            if self._replay is not None:
+                return Chunk(self, self._recorded(stream, poses))
+            if query is not None:
+                poses, query = self.given.checked(poses, query, stream, index)
+            elif poses is not None or (latents is None and index):
+                raise ValueError(
+                    "query must hold the new latents' cameras, got None; pass [q, 4, 4], or, for "
+                    "a model without cameras, the history as latents=[M, ...] and no poses "
+                    "(nothing for a first chunk)"
+                )
+            if latents is not None:
+                check_latents(latents)
+            decide = functools.partial(
+                plan_chunk,
+                _NOTHING if is_off() else self.config,
+                poses=poses,
+                query=query,
+                latents=latents,
+                own_context=own_context,
+                stream=stream,
+                index=index,
+                held=held,
             )
-        if latents is not None:
-            check_latents(latents)
-        plan = plan_chunk(
-            _NOTHING if is_off() else self.config,
-            poses=poses,
-            query=query,
-            latents=latents,
-            own_context=own_context,
-            stream=stream,
-            index=index,
-            held=held,
-        )
-        self.turns.check_history(stream, plan.history_latents)
-        self.given.weigh(plan.context.power)
-        return Chunk(self, plan, held)
+            history = [len(one) for one in (poses, latents) if one is not None]
+            plan = self.ranks.plan(decide, stream=stream, chunk=index, history=history)
+            self.turns.check_history(stream, plan.history_latents)
+            self.given.weigh(plan.context.power)
+            return Chunk(self, plan, held)
 
     def least_needed(self, poses: Tensor) -> int:
         """Say which chunk a full cache can spare: the one whose views the others show best.
@@ -201,8 +212,10 @@ class Session:
                 f"what is least needed is up to the context policy, which preset "
                 f"{self.config.preset!r} has not; use 'context' or 'all', or give up the oldest"
             )
-        cameras = check_poses(None, self.given.convention.to_w2c(poses))[1]
-        return least_needed(cameras, self.config.context)
+        with self.ranks.together():
+            cameras = check_poses(None, self.given.convention.to_w2c(poses))[1]
+            decide = functools.partial(least_needed, cameras, self.config.context)
+            return self.ranks.number(decide, held=len(cameras))
 
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator[None]:
