@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lipass.eager.attend import attend
     from lipass.errors import LipassError, LipassWarning
     from lipass.receipt import report
+    from lipass.runtime.snapshot import Snapshot
     from lipass.session import Session
     from lipass.stages.front import Stages
     from lipass.stages.stage import Stage
@@ -27,6 +28,7 @@ __all__ = [
     "LipassError",
     "LipassWarning",
     "Session",
+    "Snapshot",
     "Stage",
     "Stages",
     "__version__",
@@ -41,6 +43,7 @@ _HOME = {
     "LipassError": "lipass.errors",
     "LipassWarning": "lipass.errors",
     "Session": "lipass.session",
+    "Snapshot": "lipass.runtime.snapshot",
     "Stage": "lipass.stages.stage",
     "Stages": "lipass.stages.front",
     "adopt": "lipass.adapters.adopt",

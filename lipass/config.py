@@ -30,7 +30,7 @@ VERIFY = ("off", "first")
 SECTIONS = ("context", "sparse", "steps", "merge")
 
 _NO_PRESET = "use 'all', or 'exact' where nothing may change"
-_ONE_SIDED = ("preset", "inner", "strict", "verify")
+ONE_SIDED = ("preset", "inner", "strict", "verify")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class Config:
         process and version that has the same options.
         """
         flat = self.to_options()
-        kept = {key: flat[key] for key in flat if key not in _ONE_SIDED}
+        kept = {key: flat[key] for key in flat if key not in ONE_SIDED}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_options(self) -> dict[str, Any]:

@@ -102,3 +102,8 @@ class ChunkRecord:
         """Give plain data."""
         own = {"why_missed": dict(self.why_missed), "plan": self.plan.to_dict()}
         return vars(self) | own
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ChunkRecord:
+        """Rebuild a record from `to_dict`."""
+        return cls(**{**data, "plan": ChunkPlan.from_dict(data["plan"])})

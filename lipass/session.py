@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,8 +33,10 @@ from lipass.runtime.effect import Effect
 from lipass.runtime.events import Events, Sink
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.merged_history import MergedHistories
+from lipass.runtime.replay import Replay
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
+from lipass.runtime.snapshot import Resumable
 from lipass.runtime.turns import Turns, check_stream
 from lipass.runtime.written_slots import WrittenSlots
 from lipass.switch import is_off
@@ -45,7 +46,7 @@ __all__ = ["Chunk", "Session", "current", "current_chunk", "current_step"]
 _NOTHING = Config.resolve("off")
 
 
-class Session:
+class Session(Resumable):
     """One rollout, or several side by side in streams.
 
     Args:
@@ -95,7 +96,7 @@ class Session:
         self.invariants = Invariants()
         self.histories = MergedHistories(self)
         self.written = WrittenSlots()
-        self._replay: dict[str, deque[ChunkPlan]] | None = None
+        self.recorded: Replay | None = None
         self._blocks: list[Block] = []
 
     @property
@@ -112,14 +113,7 @@ class Session:
             config: for what plans do not hold (steps of a plan recorded before `Chunk.steps`).
         """
         session = cls(config) if config is not None else cls(preset="off")
-        session._replay = {}
-        for plan in plans:
-            if not isinstance(plan, ChunkPlan):
-                raise TypeError(
-                    f"a replay takes chunk plans, got {plan!r:.40} of kind {type(plan).__name__}; "
-                    "make them with ChunkPlan.from_json(text)"
-                )
-            session._replay.setdefault(plan.stream, deque()).append(plan)
+        session.recorded = Replay(plans)
         return session
 
     def chunk(
@@ -162,8 +156,8 @@ class Session:
         """
         with self.ranks.together():
             index = self.turns.next(stream)
-            if self._replay is not None:
-                return Chunk(self, self._recorded(stream, poses))
+            if self.recorded is not None:
+                return Chunk(self, self.recorded.next(stream, poses))
             if query is not None:
                 poses, query = self.given.checked(poses, query, stream, index)
             elif poses is not None or (latents is None and index):
@@ -240,7 +234,7 @@ class Session:
         self.invariants.clear()
         self.histories.clear()
         self.written.clear()
-        self._replay = None
+        self.recorded = None
         if not self.turns.closed:
             self.turns.closed = True
             self.events.close()
@@ -251,23 +245,8 @@ class Session:
         stream = chunk.plan.stream
         self.turns.finish(chunk)
         self.given.finished(stream)
-        if self._replay is not None:
-            self._replay[stream].popleft()
-
-    def _recorded(self, stream: str, poses: Tensor | None) -> ChunkPlan:
-        assert self._replay is not None
-        left = self._replay.get(stream)
-        if not left:
-            raise LipassError(
-                f"a replay has as many chunks as were recorded, got one more for {stream!r}; "
-                f"recorded streams: {', '.join(self._replay) or 'none'}"
-            )
-        if poses is not None and len(poses) != left[0].history_latents:
-            raise ValueError(
-                f"a replayed chunk must have the recorded history, got {len(poses)} latents for "
-                f"{left[0].history_latents}; replay with the trajectory it was recorded on"
-            )
-        return left[0]
+        if self.recorded is not None:
+            self.recorded.finished(stream)
 
     def __enter__(self) -> Session:
         if self.turns.closed:

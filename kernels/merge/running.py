@@ -7,13 +7,14 @@ are filled differs between heads: those that are not have a count of 0, hence a 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # Distances that are held at once.
 _DISTANCES = 1 << 24
+_HELD = ("latents", "_tokens", "_used", "_k", "_v", "_count", "_far", "_moved", "_latest")
 _NEVER = torch.iinfo(torch.int64).max // 2
 
 
@@ -119,6 +120,22 @@ class RunningMerge:
         self.rule = self.rule._replace(
             capacity=slots if capacity is None else min(slots, capacity), sink_tokens=sink
         )
+
+    def state(self) -> dict[str, Any]:
+        """Give all that is held, tensors of its own included; `restored` takes it back."""
+        held = {name: getattr(self, name) for name in _HELD}
+        return {**held, "rule": [*self.rule], "first_rule": [*self._rule]}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], device: torch.device) -> RunningMerge:
+        """Build one that goes on where a `state` was given, with tensors of its own."""
+        made = cls(state["_k"][:, :, :0], MergeRule(*state["first_rule"]))
+        made.rule = MergeRule(*state["rule"])
+        for name in _HELD:
+            value = state[name]
+            is_tensor = isinstance(value, Tensor)
+            setattr(made, name, value.to(device, copy=True) if is_tensor else value)
+        return made
 
     def _add_latent(self, k: Tensor, v: Tensor, metric: Tensor) -> None:
         count = k.shape[2]

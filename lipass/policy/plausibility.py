@@ -85,6 +85,18 @@ class PoseCheck:
         self._told = found is not None
         return found
 
+    def state(self) -> dict[str, Any]:
+        """Give what was seen as plain data; `restore` takes it back."""
+        return {"told": self._told, "walks": {n: one.state() for n, one in self._walks.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a `state` was given."""
+        self._told = state["told"]
+        for stream, seen in state["walks"].items():
+            walk = self._walks[stream] = _Walk(self._view)
+            for reading, sums in zip(walk.readings, seen, strict=True):
+                reading.restore(sums)
+
 
 class _Walk:
     """One walk in both readings of its matrices: as they are, and inverted."""
@@ -92,6 +104,15 @@ class _Walk:
     def __init__(self, view: ViewOptions) -> None:
         self._view = view
         self._given, self._inverted = _Reading(view), _Reading(view)
+
+    @property
+    def readings(self) -> tuple[_Reading, _Reading]:
+        """Both, as they are and inverted."""
+        return self._given, self._inverted
+
+    def state(self) -> list[dict[str, Any]]:
+        """Give the sums of both readings."""
+        return [one.state() for one in self.readings]
 
     def add(self, cameras: Array) -> None:
         """Go on along `[n, 4, 4]`, the first of which is where the walk was."""
@@ -160,6 +181,20 @@ class _Reading:
         self._axes = np.zeros(3)
         self._start: Array | None = None
         self._looked: Array | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Give the sums: numbers, and arrays as lists."""
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in vars(self).items()
+            if name != "_view"
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take sums of `state`."""
+        for name in self.state():
+            value = state[name]
+            setattr(self, name, np.array(value) if isinstance(value, list) else value)
 
     def add(self, turns: Array, centers: Array) -> None:
         """Go on along rotations `[n, 3, 3]` to the camera's axes and centres `[n, 3]`."""

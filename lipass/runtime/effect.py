@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from typing import Any
 
 from lipass.config import Config
 from lipass.policy.plan import ChunkPlan
@@ -47,6 +48,28 @@ class Effect:
             self._note("steps", _computed_all(plan, record.lookups))
         if self._config.sparse and plan.dense_reason:
             self._dense[plan.dense_reason] += 1
+
+    def state(self) -> dict[str, Any]:
+        """Give the counts as plain data; `restore` takes it back."""
+        sparse, calls, _ = _counted()
+        return {
+            "told": self.told,
+            "chunks": self._chunks,
+            "did": self._did,
+            "causes": {name: dict(counts) for name, counts in self._causes.items()},
+            "dense": dict(self._dense),
+            "sparse_calls": sparse - self._sparse_before,
+            "calls": calls - self._calls_before,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a `state` was given."""
+        self.told, self._chunks, self._did = state["told"], state["chunks"], state["did"]
+        self._causes = {name: Counter(counts) for name, counts in state["causes"].items()}
+        self._dense = Counter(state["dense"])
+        sparse, calls, _ = _counted()
+        self._sparse_before = sparse - state["sparse_calls"]
+        self._calls_before = calls - state["calls"]
 
     def tell(self) -> None:
         """Warn once, at the end, if nothing was left out; the receipt says it too."""

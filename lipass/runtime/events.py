@@ -86,6 +86,14 @@ class Events:
         self._begin()
         self._emit("lipass.chunk", began_ns, began_ns + int(record.seconds * 1e9), attributes)
 
+    def state(self) -> dict[str, int]:
+        """Give the counts; `restore` takes them back."""
+        return {"chunks": self._chunks, "lost": self._lost}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on where a `state` was given."""
+        self._chunks, self._lost = state["chunks"], state["lost"]
+
     def close(self) -> None:
         """Tell of the end of the session, and close what was opened."""
         if self._begun:

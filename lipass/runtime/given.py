@@ -7,6 +7,8 @@ end with a shorter one. A shorter chunk is taken for the last; one that follows 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lipass.config import Config
@@ -78,6 +80,17 @@ class GivenChunks:
     def finished(self, stream: str) -> None:
         """Remember the length of the chunk that was planned last."""
         self._last[stream] = self._planned.pop(stream, 0)
+
+    def state(self) -> dict[str, Any]:
+        """Give what is remembered as plain data; `restore` takes it back."""
+        walks = None if self._check is None else self._check.state()
+        return {"last": dict(self._last), "weighed": self._weighed, "walks": walks}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a `state` was given."""
+        self._last, self._weighed = dict(state["last"]), state["weighed"]
+        if self._check is not None:
+            self._check.restore(state["walks"])
 
     def _check_length(self, history: int, new: int, stream: str) -> None:
         length, last = self._length, self._last.get(stream, 0)

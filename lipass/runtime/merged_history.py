@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from lipass.runtime.scope import branch_name
 
 if TYPE_CHECKING:
     from lipass.session import Session
+
+_KEPT = ("metric", "marks", "ordinals", "count", "additions")
 
 Merge = Callable[[Tensor, Tensor, Tensor, float, MergeRule, str], MergedKeys]
 
@@ -71,7 +73,7 @@ class _Site:
     Attributes:
         running: what has been merged.
         merged: what attention reads.
-        seen: where keys and values of the latest call lay.
+        seen: where keys and values of the latest call lay; None where that was another process.
         metric: of the queries so far, see `query_metric`.
         marks: what each row of the latest call held `[L]`.
         ordinals: which row of the history each of them was `[L]`, counted from 0.
@@ -81,12 +83,26 @@ class _Site:
 
     running: RunningMerge
     merged: MergedKeys
-    seen: tuple[_Seen, _Seen]
+    seen: tuple[_Seen, _Seen] | None
     metric: Tensor
     marks: Tensor
     ordinals: Tensor
     count: int
     additions: int = 1
+
+    def state(self) -> dict[str, Any]:
+        """Give all but where tensors lay; `restored` takes it back."""
+        own = {name: getattr(self, name) for name in _KEPT}
+        dtype = str(self.merged.v.dtype).removeprefix("torch.")
+        return {**own, "running": self.running.state(), "dtype": dtype}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], device: torch.device) -> _Site:
+        """Build the history of a `state` where it is asked for."""
+        running = RunningMerge.restored(state["running"], device)
+        merged = running.merged(getattr(torch, state["dtype"]))
+        own = {name: state[name] for name in _KEPT}
+        return cls(running, merged, None, **{**own, "metric": own["metric"].to(device)})
 
 
 class MergedHistories:
@@ -102,6 +118,7 @@ class MergedHistories:
         self.anew = 0
         self._session = session
         self._sites: dict[tuple[str, str, MergeRule], _Site] = {}
+        self._restored: dict[tuple[str, str, MergeRule], dict[str, Any]] = {}
 
     def answering(self, stream: str) -> AbstractContextManager[None]:
         """Answer the calls inside from what is kept of a stream and the branch of it."""
@@ -116,10 +133,12 @@ class MergedHistories:
             q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MergeRule, site: str
         ) -> MergedKeys:
             key = (stream, site, rule)
+            if key in self._restored:
+                self._sites[key] = _Site.restored(self._restored.pop(key), k.device)
             held = self._sites.get(key)
             if held is not None:
                 _check_kind(held, k, stream, site)
-                if all(map(_Seen.is_same, held.seen, (k, v))):
+                if held.seen and all(map(_Seen.is_same, held.seen, (k, v))):
                     return held.merged
             metric = functools.partial(query_metric, q, scale, k.shape[1])
             held = self._sites[key] = self._updated(held, k, v, metric, rule)
@@ -130,6 +149,20 @@ class MergedHistories:
     def clear(self) -> None:
         """Forget all; the counts stay."""
         self._sites.clear()
+        self._restored.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Give all that was merged; `restore` takes it back."""
+        held = {key: site.state() for key, site in self._sites.items()} | self._restored
+        sites = [[stream, site, [*rule], state] for (stream, site, rule), state in held.items()]
+        return {"added": self.added, "anew": self.anew, "sites": sites}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a `state` was given; what was merged goes to the device that asks for it."""
+        self.added, self.anew = state["added"], state["anew"]
+        self._restored = {
+            (stream, site, MergeRule(*rule)): held for stream, site, rule, held in state["sites"]
+        }
 
     def _updated(
         self,

@@ -252,3 +252,11 @@ class Invariants:
     def clear(self) -> None:
         """Forget all results; the counts stay."""
         self._kept.clear()
+
+    def state(self) -> dict[str, int]:
+        """Give the counts: results belong to tensors of this process and are made again."""
+        return {"computed": self.computed, "kept": self.kept}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on with counts of a `state`."""
+        self.computed, self.kept = state["computed"], state["kept"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lipass.errors import LipassError
 
@@ -88,6 +88,14 @@ class Turns:
         stream = chunk.plan.stream
         self._done[stream] = chunk.plan.index + 1
         self._history[stream] = chunk.plan.history_latents
+
+    def state(self) -> dict[str, Any]:
+        """Give what streams have had as plain data; `restore` takes it back."""
+        return {"done": dict(self._done), "history": dict(self._history)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a `state` was given."""
+        self._done, self._history = dict(state["done"]), dict(state["history"])
 
     def forget(self) -> None:
         """Forget all streams."""

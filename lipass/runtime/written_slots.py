@@ -7,7 +7,7 @@ So what is told of the chunk before can be compared with where it went.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _SLOTS = (
     "pass as `held` the latents that the cache holds, in the order of its slots and without those "
@@ -72,6 +72,20 @@ class WrittenSlots:
     def clear(self) -> None:
         """Forget all streams."""
         self._written.clear()
+
+    def state(self) -> list[Any]:
+        """Give what is remembered as plain data; `restore` takes it back."""
+        return [
+            [stream, capacity, [[chunk, *placed] for chunk, placed in known.items()]]
+            for (stream, capacity), known in self._written.items()
+        ]
+
+    def restore(self, state: list[Any]) -> None:
+        """Go on where a `state` was given."""
+        self._written = {
+            (stream, capacity): {chunk: (place, latent) for chunk, place, latent in known}
+            for stream, capacity, known in state
+        }
 
 
 def why_unsaid(placed: Placed | None) -> str:

@@ -275,6 +275,46 @@ def test_events_of_a_rollout_are_lines_of_a_file(code, monkeypatch, tmp_path):
     assert events == ["lipass.session.start", *["lipass.chunk"] * 2, "lipass.session.end"]
 
 
+def walk_to_be_stopped(monkeypatch, folder):
+    """Names that the page of snapshots takes for granted, in a folder of its own."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(own_model, "ROWS", 4)
+    monkeypatch.setattr(own_model, "COLUMNS", 4)
+    torch.manual_seed(0)
+    names = {
+        "model": own_model.World(width=32).eval(),
+        "w2c": parse_trajectory("left-20, right-23"),
+    }
+    return {"lipass": lipass, "roll_out": own_model.roll_out, **names}
+
+
+@block_of("docs/snapshots.md")
+def test_session_is_stopped_and_its_file_has_the_history(code, monkeypatch, tmp_path):
+    names = walk_to_be_stopped(monkeypatch, tmp_path)
+    exec(code, names)
+    snapshot = lipass.Snapshot.load("walk.safetensors")
+    assert torch.equal(snapshot.carried["history"], names["history"])
+    assert [plan.index for plan in snapshot.plans] == list(range(10))
+
+
+@block_of("docs/snapshots.md", 1)
+def test_session_goes_on_from_its_file(code, monkeypatch, tmp_path):
+    names = walk_to_be_stopped(monkeypatch, tmp_path)
+    w2c, going = names["w2c"], []
+    with lipass.Session(preset="all") as session:
+        history = own_model.roll_out(names["model"], w2c[:40], session)
+        carry = {"history": history}
+        session.snapshot(model=names["model"], carry=carry).save("walk.safetensors")
+
+    def go_on(model, history, w2c, session):
+        latents = history[0].transpose(0, 1)
+        with session.chunk(poses=w2c[:40], query=w2c[40:], latents=latents) as chunk:
+            going.append(chunk.index)
+
+    exec(code, names | {"go_on": go_on})
+    assert going == [10]
+
+
 @block_of("kernels/block_sparse/README.md")
 def test_a_plan_of_blocks_reads_fewer_keys(code):
     names = {}

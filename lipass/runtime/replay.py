@@ -1,0 +1,66 @@
+"""Follow recorded plans, in order, of any number of streams."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from lipass.errors import LipassError
+from lipass.policy.plan import ChunkPlan
+
+
+class Replay:
+    """What is left of a recording.
+
+    Args:
+        plans: in order.
+
+    Raises:
+        TypeError: something else than plans.
+    """
+
+    def __init__(self, plans: Iterable[ChunkPlan]) -> None:
+        self._left: dict[str, deque[ChunkPlan]] = {}
+        for plan in plans:
+            if not isinstance(plan, ChunkPlan):
+                raise TypeError(
+                    f"a replay takes chunk plans, got {plan!r:.40} of kind {type(plan).__name__}; "
+                    "make them with ChunkPlan.from_json(text)"
+                )
+            self._left.setdefault(plan.stream, deque()).append(plan)
+
+    def next(self, stream: str, poses: Tensor | None) -> ChunkPlan:
+        """Return the plan of a stream's next chunk; it stays until the chunk is finished.
+
+        Raises:
+            LipassError: there is no more.
+            ValueError: another history than was recorded.
+        """
+        left = self._left.get(stream)
+        if not left:
+            raise LipassError(
+                f"a replay has as many chunks as were recorded, got one more for {stream!r}; "
+                f"recorded streams: {', '.join(self._left) or 'none'}"
+            )
+        if poses is not None and len(poses) != left[0].history_latents:
+            raise ValueError(
+                f"a replayed chunk must have the recorded history, got {len(poses)} latents for "
+                f"{left[0].history_latents}; replay with the trajectory it was recorded on"
+            )
+        return left[0]
+
+    def finished(self, stream: str) -> None:
+        """Go on to the plan behind the one that was followed."""
+        self._left[stream].popleft()
+
+    def state(self) -> list[Any]:
+        """Give what is left as plain data; `of` takes it back."""
+        return [plan.to_dict() for plans in self._left.values() for plan in plans]
+
+    @classmethod
+    def of(cls, state: list[Any]) -> Replay:
+        """Build the replay of a `state`."""
+        return cls(map(ChunkPlan.from_dict, state))
