@@ -161,6 +161,14 @@ class LiveVisit:
         """Begin one of the sides, with the recording as its memory."""
         return LiveSide(self.world, self, name)
 
+    def state(self) -> dict[str, Any]:
+        """Give where the visitor stands and looks; rooms are made of their seeds."""
+        return {"camera": list(self.camera), "pitch": self._pitch}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Stand and look as in a `state`."""
+        self.camera, self._pitch = Camera(*state["camera"]), state["pitch"]
+
     def _step(self, controls: Controls) -> None:
         x, z, yaw = self.camera
         yaw += controls.turn * _TURN_DEG + controls.yaw / CHUNK_LATENTS
@@ -245,6 +253,28 @@ class LiveSide:
         self._session = None
         self._latents = self._w2c = self._walls = torch.empty(0)
         self._cameras = []
+
+    def state(self) -> dict[str, Any]:
+        """Give the history, and what the session knows of it."""
+        opened = self._session
+        return {
+            "latents": self._latents,
+            "w2c": self._w2c,
+            "walls": self._walls,
+            "cameras": self._cameras,
+            "preset": self._preset,
+            "session": None if opened is None else opened.snapshot(records=False).to_tree(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on behind the history of a `state`."""
+        self._latents, self._w2c, self._walls = state["latents"], state["w2c"], state["walls"]
+        self._cameras = [Camera(*camera) for camera in state["cameras"]]
+        self._preset = state["preset"]
+        if state["session"] is not None:
+            snapshot = lipass.Snapshot.from_tree(state["session"])
+            options = _session_options(self._preset, self._world.inner)
+            self._session = lipass.Session.resume(snapshot, **options)
 
     def _open(self, preset: str) -> lipass.Session:
         """Return the session; another preset goes on in another one, with the same history."""

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds after which a visitor who does nothing is sent away (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--keep", type=float, default=600.0, metavar="S",
+        help="seconds for which a visit that ended, or a fork, can be gone on with "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
@@ -80,12 +85,14 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
 
     from lipass.play.connection import Limits
     from lipass.play.host import Host
+    from lipass.play.keep import Keep
     from lipass.play.protocol import LONGEST_MESSAGE
     from lipass.play.server import application, is_loopback
 
     loopback = is_loopback(args.host)
     token = args.token or ("" if loopback else secrets.token_urlsafe(16))
-    host = Host(load_world(args.target), args.visitors, threads=args.threads)
+    keep = Keep(args.keep)
+    host = Host(load_world(args.target), args.visitors, threads=args.threads, keep=keep)
     app = application(host, token=token, loopback=loopback, limits=Limits(idle_s=args.idle))
     server = uvicorn.Server(
         uvicorn.Config(
@@ -120,6 +127,7 @@ def _check(args: argparse.Namespace) -> None:
         ("port", 0, 65535),
         ("visitors", 1, 10_000),
         ("idle", 1, 86_400),
+        ("keep", 0, 86_400),
         ("threads", 1, 512),
     )
     for name, low, high in bounds:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
-from lipass.play.protocol import Choose, Move, Say
-from lipass.play.walk import LONGEST_WALK, Stride, format_walk
+from lipass.play.protocol import Choose, Move, Say, Vocabulary
+from lipass.play.walk import Stride, Walked, format_walk, parse_walk
 from lipass.play.world import STILL, Controls, Words, World
 
 # Chunks in which a new word shows; then a still view stays as it is and costs nothing.
@@ -38,7 +39,7 @@ class Asked:
         self._said: dict[int, str] = {}
         self._chosen = ""
         self._replay = deque(walk)
-        self._walked: list[Stride] = []
+        self._walked = Walked()
         self._unasked = 1  # chunks that are due without keys: first the view of the entrance
         self._lock = threading.Lock()
 
@@ -103,14 +104,35 @@ class Asked:
                 next((word for word in stride.words if word in group), before)
                 for group, before in zip(self._groups, self.words, strict=True)
             )
-            if len(self._walked) < LONGEST_WALK:
-                self._walked.append(stride)
+            self._walked.add(stride)
             return stride
 
     def walked(self) -> str:
         """Return the walk so far as text, from the entrance on."""
         with self._lock:
-            return format_walk(self._walked)
+            return str(self._walked)
+
+    def state(self) -> dict[str, Any]:
+        """Give what holds on as plain data: words, preset and walks; no keys, they are let go."""
+        with self._lock:
+            return {
+                "words": list(self.words),
+                "preset": self.preset,
+                "walked": str(self._walked),
+                "replay": format_walk(self._replay),
+            }
+
+    def restore(self, state: dict[str, Any], known: Vocabulary) -> None:
+        """Go on where a `state` was given; nothing is due until something is asked for.
+
+        Raises:
+            ValueError: words or presets of another world.
+        """
+        with self._lock:
+            self.words, self.preset = tuple(state["words"]), state["preset"]
+            self._walked = Walked(parse_walk(state["walked"], known))
+            self._replay = deque(parse_walk(state["replay"], known))
+            self._unasked = 0
 
     def forget(self) -> None:
         """Drop what is left of a recorded walk."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,11 +15,13 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from lipass.errors import LipassError
 from lipass.play.host import Host, Status
 from lipass.play.protocol import (
     Choose,
     Compare,
     Enter,
+    Fork,
     Message,
     Move,
     Recall,
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Chunks on their way to a visitor; one more is made only when one has left.
 _CHUNKS_ON_THE_WAY = 4
+# A fork is a few megabytes, and kept for a while.
+_FORK_S = 2.0
 _POLICY, _FAILED, _LATER = 1008, 1011, 1013
 
 
@@ -86,6 +91,7 @@ class Connection:
         self._counted_at = time.monotonic()
         self._refusals = 0
         self._entering: asyncio.Future[Visitor | None] | None = None
+        self._forking: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve it until either side ends it."""
@@ -99,7 +105,7 @@ class Connection:
                 elif error is not None and not isinstance(error, WebSocketDisconnect):
                     raise error
         finally:
-            await _cancelled(tasks)
+            await _cancelled([*tasks, *filter(None, [self._forking])])
             # Who leaves while being let in has to be let out too.
             with contextlib.suppress(Exception):  # was told already
                 visitor = await self._entering if self._entering is not None else None
@@ -145,6 +151,8 @@ class Connection:
         self._entering = asyncio.ensure_future(asyncio.to_thread(self._host.enter, message, self))
         try:
             visitor = await asyncio.shield(self._entering)
+        except LipassError as error:
+            raise _Closed(_POLICY, str(error)) from None
         except Exception as error:
             log.exception("a visitor could not be let in")
             raise _Closed(_FAILED, f"{type(error).__name__} at the entrance") from None
@@ -195,8 +203,26 @@ class Connection:
             visitor.compare(message)
         elif isinstance(message, Recall):
             self._tell({"do": "walk", "room": visitor.room, "walk": visitor.walked()})
+        elif isinstance(message, Fork):
+            self._fork(visitor)
         else:
             self._tell({"do": "refused", "why": "a visit has one room; open another socket"})
+
+    def _fork(self, visitor: Visitor) -> None:
+        """Keep the visit under a ticket of its own, when the chunks that are made now are."""
+        if not visitor.can_be_kept:
+            self._tell({"do": "refused", "why": "visits of this world do not go on elsewhere"})
+        elif self._forking is not None and not self._forking.done():
+            self._tell({"do": "refused", "why": "one ticket at a time"})
+        else:
+            ticket = secrets.token_urlsafe(16)
+
+            async def keep() -> None:
+                await asyncio.to_thread(self._host.store, visitor, ticket)
+                self._tell({"do": "forked", "ticket": ticket})
+                await asyncio.sleep(_FORK_S)
+
+            self._forking = asyncio.create_task(keep())
 
     def _welcome(self, visitor: Visitor) -> None:
         """Say what there is to see and to say, then show the first view."""
@@ -206,6 +232,9 @@ class Connection:
                 "do": "welcome",
                 "title": world.title,
                 "room": visitor.room,
+                "ticket": visitor.ticket if visitor.can_be_kept else "",
+                "said": visitor.said[0],
+                "preset": visitor.said[1],
                 "rooms": world.rooms,
                 "plan": visitor.plan,
                 "words": {name: list(group) for name, group in world.words.items()},

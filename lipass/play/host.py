@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from lipass.cli.failures import raised
 from lipass.errors import LipassError
+from lipass.play.keep import Keep, Keeping
 from lipass.play.lane import Lane
 from lipass.play.protocol import Enter, Vocabulary
-from lipass.play.visitor import Out, Visitor
+from lipass.play.visitor import Out, Visitor, room_of
 from lipass.play.world import DENSE, FAST, SIDES, World
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ class Host:
         visitors_max: who comes later is asked to wait.
         beside: whether both sides have a lane of their own; None decides by cores and device.
         threads: of one lane; None shares the cores out.
+        keep: where visits are kept for who comes back.
+        keep_chunks: whether each chunk is kept at once, as where the keep outlives this process;
+            else a visit is kept when it ends.
         tell: is called, in any thread, whenever the status changes.
     """
 
@@ -52,6 +56,8 @@ class Host:
         *,
         beside: bool | None = None,
         threads: int | None = None,
+        keep: Keeping | None = None,
+        keep_chunks: bool = False,
         tell: Callable[[Status], None] = lambda status: None,
     ) -> None:
         self.world = world
@@ -63,7 +69,9 @@ class Host:
         self.failure: LipassError | None = None
         self.ended: Callable[[], None] = lambda: None
         self.visitors: set[Visitor] = set()
+        self.keep: Keeping = Keep() if keep is None else keep
         self.tell = tell
+        self._keep_chunks = keep_chunks
         self._lock = threading.Lock()
         self._entering = threading.Lock()
         self._closing = False
@@ -98,16 +106,27 @@ class Host:
             torch.set_num_threads(self._threads_before)
 
     def enter(self, enter: Enter, out: Out) -> Visitor | None:
-        """Let a visitor in; None where it is full. Takes a moment: not for an event loop."""
+        """Let a visitor in; None where it is full. Takes a moment: not for an event loop.
+
+        Raises:
+            LipassError: a ticket that is not known any more.
+        """
         with self._lock:
             if len(self.visitors) + self._coming >= self.visitors_max:
                 return None
             self._coming += 1
         try:
+            parts = self.keep.get(enter.ticket) if enter.ticket else {}
+            if enter.ticket and FAST not in parts:
+                raise LipassError("a ticket must be of a visit that is kept, got an old one")
             room = self.world.room if enter.room is None else enter.room
+            room = room_of(parts[FAST]) if parts else room
             with self._entering:  # one at a time, so that who walks already is not held up
                 visit = self.world.visit(room)
-            visitor = Visitor(self.world, room, visit, enter.walk, out, self.wake)
+                keep = self.keep if self._keep_chunks else None
+                visitor = Visitor(self.world, room, visit, enter.walk, out, self.wake, keep)
+                if parts:
+                    visitor.restore(parts, self.vocabulary)
             with self._lock:
                 self.visitors.add(visitor)
             return visitor
@@ -122,12 +141,18 @@ class Host:
 
     def leave(self, visitor: Visitor) -> None:
         """Let a visitor go and free all of it; waits for chunks that are being made."""
-        visitor.closed = True
         for lane in self._lanes:
             lane.remove(visitor)
+        if visitor.can_be_kept and not visitor.closed and not self._closing:
+            self.store(visitor, visitor.ticket)
         visitor.close()
         with self._lock:
             self.visitors.discard(visitor)
+
+    def store(self, visitor: Visitor, ticket: str) -> None:
+        """Keep a visit as it is now, under a ticket."""
+        if parts := visitor.parts():
+            self.keep.put(ticket, parts)
 
     def wake(self) -> None:
         """Let the lanes look again who waits."""

@@ -19,6 +19,7 @@ from lipass.play.world import Controls, Pixels, Words
 # A walk of half an hour is shorter; anything else is some tens of bytes.
 LONGEST_MESSAGE = 128 * 1024
 _LONGEST_PLAIN = 512
+_LONGEST_TICKET = 64
 _LOOK_MAX = 720  # degrees that one message can look on
 _LARGEST_INPUT = 2**31
 
@@ -63,15 +64,21 @@ class Recall:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Asks for a ticket with which another visit goes on from here."""
+
+
+@dataclass(frozen=True)
 class Enter:
-    """The first message: go to a room, perhaps along a recorded walk."""
+    """The first message: go to a room, perhaps along a recorded walk, or on from a ticket."""
 
     room: int | None
     walk: tuple[Stride, ...]
     token: str
+    ticket: str = ""
 
 
-Message = Move | Say | Choose | Compare | Recall | Enter
+Message = Move | Say | Choose | Compare | Recall | Fork | Enter
 
 
 @dataclass(frozen=True)
@@ -167,16 +174,22 @@ def _recall(data: dict[str, Any], known: Vocabulary) -> Recall:
     return Recall()
 
 
+def _fork(data: dict[str, Any], known: Vocabulary) -> Fork:
+    return Fork()
+
+
 def _enter(data: dict[str, Any], known: Vocabulary) -> Enter:
     room = _whole(data, "room", 0, known.rooms - 1) if "room" in data else None
-    token, walk = data.pop("token", ""), data.pop("walk", "")
-    if not isinstance(token, str) or not isinstance(walk, str):
-        raise Refused("token and walk must be text")
+    token, walk, ticket = (data.pop(name, "") for name in ("token", "walk", "ticket"))
+    if not all(isinstance(one, str) for one in (token, walk, ticket)):
+        raise Refused("token, walk and ticket must be text")
+    if len(ticket) > _LONGEST_TICKET:
+        raise Refused(f"a ticket must be short, got {len(ticket)} characters")
     try:
         strides = parse_walk(walk, known)
     except ValueError as error:
         raise Refused(str(error)) from None
-    return Enter(room, strides, token)
+    return Enter(room, strides, token, ticket)
 
 
 _READERS: dict[str, Callable[[dict[str, Any], Vocabulary], Message]] = {
@@ -185,6 +198,7 @@ _READERS: dict[str, Callable[[dict[str, Any], Vocabulary], Message]] = {
     "choose": _choose,
     "compare": _compare,
     "walk": _recall,
+    "fork": _fork,
     "enter": _enter,
 }
 

@@ -8,33 +8,41 @@ between, which is counted.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
 
 from lipass.play.asked import Asked
 from lipass.play.figures import Rate, distance_db
-from lipass.play.protocol import Choose, Compare, Move, Say
+from lipass.play.header import Stretch, header_of
+from lipass.play.keep import Keeping
+from lipass.play.protocol import Choose, Compare, Move, Say, Vocabulary
 from lipass.play.walk import Stride
 from lipass.play.world import (
     DENSE,
     FAST,
     SIDES,
-    Camera,
     Made,
     Pixels,
+    Resumable,
     Side,
     Visit,
     Words,
     World,
 )
+from lipass.runtime.tree_file import checked, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
 
 # Chunks of the fast side that wait to be compared with the dense one.
 _COMPARED = 16
+_KIND, _VERSION = "lipass.visit", 1
 
 
 class Out(Protocol):
@@ -50,20 +58,6 @@ class Out(Protocol):
         """The visit cannot go on; called by lanes."""
 
 
-class _Stretch(NamedTuple):
-    """What both sides show of one chunk."""
-
-    chunk: int
-    way: Any
-    camera: Camera
-    words: Words
-    preset: str
-    number: int
-    """The latest input that it follows."""
-    seconds: float
-    """What finding the way took: a part of the chunk of either side, done once for both."""
-
-
 class Visitor:
     """A visitor and both sides.
 
@@ -74,6 +68,10 @@ class Visitor:
         walk: what is replayed before keys are followed.
         out: where chunks go.
         wake: tells the lanes that something is asked for.
+        keep: gets what has changed behind each chunk, if it is to be kept at once.
+
+    Attributes:
+        ticket: with which the visit is kept.
     """
 
     def __init__(
@@ -84,8 +82,10 @@ class Visitor:
         walk: Iterable[Stride],
         out: Out,
         wake: Callable[[], None],
+        keep: Keeping | None = None,
     ) -> None:
-        self.room = room
+        self.room, self.ticket = room, secrets.token_urlsafe(16)
+        self._keep = keep
         self.plan, self.first, self.camera = visit.plan, visit.first, visit.camera
         self._world, self._visit, self._out, self._wake = world, visit, out, wake
         self._sides: dict[str, Side] = {name: visit.side(name) for name in SIDES}
@@ -96,9 +96,10 @@ class Visitor:
         self._compare = True
         self._next_at = 0.0
         self._chunks = 0
-        self._newest: _Stretch | None = None
+        self._newest: Stretch | None = None
         self._dense_done = -1
         self._missed = 0
+        self._shown = visit.first
         self._to_compare: OrderedDict[int, Pixels] = OrderedDict()
         self.closed = False
 
@@ -128,6 +129,63 @@ class Visitor:
     def walked(self) -> str:
         """Return the walk so far as text, from the entrance on."""
         return self._asked.walked()
+
+    @property
+    def said(self) -> tuple[Words, str]:
+        """Words and preset of the latest chunk."""
+        return self._asked.words, self._asked.preset
+
+    # What is kept, and goes on elsewhere.
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether the world says how its visits go on."""
+        return all(isinstance(one, Resumable) for one in (self._visit, *self._sides.values()))
+
+    def parts(self) -> dict[str, bytes]:
+        """Give all that goes on, behind the chunks that are being made."""
+        found = {}
+        for side in SIDES:
+            with self._making[side]:
+                if not self.closed:
+                    found[side] = self._part(side)
+        return found
+
+    def _part(self, side: str) -> bytes:
+        """Write what one side's lane changes."""
+        part: Any = self._sides[side]
+        tree: dict[str, Any] = {"room": self.room, "side": part.state()}
+        if side == FAST:
+            visit: Any = self._visit
+            tree |= {
+                "visit": visit.state(),
+                "asked": self._asked.state(),
+                "chunks": self._chunks,
+                "camera": list(self._visit.camera),
+                "shown": torch.from_numpy(np.ascontiguousarray(self._shown)),
+            }
+        else:
+            tree |= {"done": self._dense_done, "missed": self._missed}
+        return to_bytes(checked(tree, "a visit"), _KIND, _VERSION)
+
+    def restore(self, parts: Mapping[str, bytes], known: Vocabulary) -> None:
+        """Go on where another visitor of the same room was, at the latest chunk of each side.
+
+        Raises:
+            ValueError: parts of another world or version.
+        """
+        fast = from_bytes(parts[FAST], _KIND, _VERSION)
+        visit, side = cast(Any, self._visit), cast(Any, self._sides[FAST])
+        visit.restore(fast["visit"])
+        side.restore(fast["side"])
+        self._asked.restore(fast["asked"], known)
+        self._chunks = fast["chunks"]
+        self._shown = self.first = fast["shown"].numpy()
+        self.camera = self._visit.camera
+        if DENSE in parts:
+            dense = from_bytes(parts[DENSE], _KIND, _VERSION)
+            cast(Any, self._sides[DENSE]).restore(dense["side"])
+            self._dense_done, self._missed = dense["done"], dense["missed"]
 
     def measure_anew(self, side: str) -> None:
         """Forget how fast a side was: it is compiled from now on."""
@@ -159,6 +217,9 @@ class Visitor:
                 log.exception("a visit ended")
                 self.closed = True
                 self._out.failed(f"{type(error).__name__} in the {side} side")
+                return
+            if self._keep is not None:
+                self._keep.put(self.ticket, {side: self._part(side)})
 
     def close(self) -> None:
         """Free both sides, behind the chunks that are being made."""
@@ -175,13 +236,14 @@ class Visitor:
         number, stride = self._asked.number, self._asked.take()
         begin = time.perf_counter()
         way = self._visit.go(stride.controls)
-        stretch = _Stretch(
+        stretch = Stretch(
             self._chunks, way, self._visit.camera, self._asked.words, self._asked.preset, number,
             time.perf_counter() - begin,
         )  # fmt: skip
         self._chunks += 1
         made, seconds = self._timed(FAST, stretch)
-        self._out.chunk(self._header(FAST, stretch, made, seconds), made.frames)
+        self._shown = made.frames[-1]
+        self._out.chunk(self._told(FAST, stretch, made, seconds), made.frames)
         with self._lock:
             self._to_compare[stretch.chunk] = made.frames
             while len(self._to_compare) > _COMPARED:
@@ -199,44 +261,25 @@ class Visitor:
             other = self._to_compare.get(stretch.chunk)
             for chunk in [one for one in self._to_compare if one <= stretch.chunk]:
                 del self._to_compare[chunk]
-        header = self._header(DENSE, stretch, made, seconds)
+        header = self._told(DENSE, stretch, made, seconds)
         header["db"] = None if other is None else round(distance_db(made.frames, other), 2)
         header["behind"] = self._chunks - 1 - stretch.chunk
         header["missed"] = self._missed
         self._out.chunk(header, made.frames)
 
-    def _timed(self, side: str, stretch: _Stretch) -> tuple[Made, float]:
+    def _told(self, side: str, stretch: Stretch, made: Made, seconds: float) -> dict[str, Any]:
+        still, replays = not self._asked.moves, self._asked.replays
+        return header_of(side, stretch, made, seconds, self._rates[side], still, replays)
+
+    def _timed(self, side: str, stretch: Stretch) -> tuple[Made, float]:
         begin = time.perf_counter()
         made = self._sides[side].make(stretch.chunk, stretch.way, stretch.words, stretch.preset)
         seconds = time.perf_counter() - begin + stretch.seconds
         self._rates[side].add(seconds)
         return made, seconds
 
-    def _header(self, side: str, stretch: _Stretch, made: Made, seconds: float) -> dict[str, Any]:
-        rate, still = self._rates[side], not self._asked.moves
-        return {
-            "do": "chunk",
-            "side": side,
-            "chunk": stretch.chunk,
-            "number": stretch.number,
-            "seconds": round(seconds, 4),
-            "own_fps": _rounded(rate.own_fps),
-            "shown_fps": _rounded(rate.shown_fps(still)),
-            "camera": _place(stretch.camera),
-            "words": stretch.words,
-            "preset": stretch.preset,
-            "replays": self._asked.replays,
-            "memory": [[*_place(one.camera), one.kind[0]] for one in made.memory],
-            "read": made.read,
-            "steps": [made.steps, made.steps_total],
-            "density": round(made.density, 3),
-            "why": made.why,
-        }
 
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
-
-
-def _place(camera: Camera) -> tuple[float, float, int]:
-    return round(camera.x, 2), round(camera.z, 2), round(camera.yaw)
+def room_of(part: bytes) -> int:
+    """Return the room of a visit that was kept."""
+    room: int = from_bytes(part, _KIND, _VERSION)["room"]
+    return room

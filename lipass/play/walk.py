@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Half an hour at 4 chunks a second.
 LONGEST_WALK = 7200
+_TIMES = 9999
 _ITEM = re.compile(
     r"(?P<times>[1-9]\d{0,3})?(?P<keys>[wsadlr]{0,3})(?:y(?P<yaw>-?\d{1,3}))?(?:p(?P<pitch>-?\d{1,3}))?"
     r"(?P<words>(?:~[a-z]{1,20}){0,8})(?:@(?P<preset>[a-z-]{1,30}))?"
@@ -67,17 +68,33 @@ def parse_walk(text: str, known: Vocabulary) -> tuple[Stride, ...]:
     return tuple(strides)
 
 
+class Walked:
+    """A walk that is being walked, as short as its text, up to `LONGEST_WALK` chunks."""
+
+    def __init__(self, strides: Iterable[Stride] = ()) -> None:
+        self._items: list[tuple[int, str]] = []
+        self._chunks = 0
+        for stride in strides:
+            self.add(stride)
+
+    def add(self, stride: Stride) -> None:
+        """Go on; what is too long for a link is left out."""
+        if self._chunks == LONGEST_WALK:
+            return
+        self._chunks += 1
+        text, times = _item(stride), 1
+        plain = not stride.words and not stride.preset
+        if self._items and plain and self._items[-1][1] == text and self._items[-1][0] < _TIMES:
+            times += self._items.pop()[0]
+        self._items.append((times, text))
+
+    def __str__(self) -> str:
+        return ",".join(f"{n if n > 1 or not text else ''}{text}" for n, text in self._items)
+
+
 def format_walk(strides: Iterable[Stride]) -> str:
     """Write a walk; `parse_walk` reads it back."""
-    items: list[list] = []
-    for stride in strides:
-        text = _item(stride)
-        plain = not stride.words and not stride.preset
-        if items and plain and items[-1][1] == text:
-            items[-1][0] += 1
-        else:
-            items.append([1, text])
-    return ",".join(f"{times if times > 1 or not text else ''}{text}" for times, text in items)
+    return str(Walked(strides))
 
 
 def _item(stride: Stride) -> str:

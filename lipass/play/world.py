@@ -7,13 +7,16 @@ file.py:callable`. `lipass/examples` has one to be read.
     Visit   one visitor's way through a place; both sides follow it
     Side    what one of the two has generated for a visitor; holds its `lipass.Session`
     Made    one chunk
+
+Visits go on after a socket broke, or twice, where visits and sides also have the two methods of
+`Resumable`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -128,6 +131,17 @@ class Visit(Protocol):
 
     def side(self, name: str) -> Side:
         """Begin one of `SIDES`."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What a visit and its sides have where they can be stopped between two chunks and go on."""
+
+    def state(self) -> Any:
+        """Give all that was walked or generated: plain data and tensors, no objects."""
+
+    def restore(self, state: Any) -> None:
+        """Go on where a `state` was given; called on a new one of the same room and side."""
 
 
 class World(Protocol):

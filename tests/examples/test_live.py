@@ -20,6 +20,7 @@ from lipass.play.protocol import Enter
 from lipass.play.walk import parse_walk
 from lipass.play.world import Controls
 from lipass.policy.trajectory import parse_trajectory
+from lipass.runtime.tree_file import checked, from_bytes, to_bytes
 
 WORDS = ("day", "clear", "plain")
 
@@ -128,6 +129,38 @@ def test_words_change_the_picture(world):
         frames.append(side.make(0, visit.go(Controls(ahead=1)), words, "all").frames)
         side.close()
     assert (frames[0] != frames[1]).any()
+
+
+@pytest.mark.parametrize("preset", ["all", "cache"])
+def test_visit_that_is_stopped_goes_on_to_the_bit(world, preset):
+    """Latents, cameras, session and all: as if it had never been stopped."""
+    walk = [Controls(turn=1)] * 2 + [Controls(ahead=1, yaw=7)] + [Controls(turn=-1, pitch=5)] * 4
+
+    def go_on(visit, sides, chunks):
+        for chunk in chunks:
+            stretch = visit.go(walk[chunk])
+            made = [side.make(chunk, stretch, WORDS, preset) for side in sides]
+        return made
+
+    names = ("fast", "dense")
+    visit = world.visit(9004)
+    whole = go_on(visit, [visit.side(name) for name in names], range(7))
+    visit = world.visit(9004)
+    sides = [visit.side(name) for name in names]
+    go_on(visit, sides, range(4))
+    kept = {"visit": visit.state(), "sides": [side.state() for side in sides]}
+    kept = from_bytes(to_bytes(checked(kept, "a visit"), "test", 1), "test", 1)
+    visit = world.visit(9004)
+    visit.restore(kept["visit"])
+    sides = [visit.side(name) for name in names]
+    for side, state in zip(sides, kept["sides"], strict=True):
+        side.restore(state)
+    for one, other in zip(go_on(visit, sides, range(4, 7)), whole, strict=True):
+        assert (one.frames == other.frames).all()
+        assert one.memory == other.memory
+        assert (one.steps, one.why) == (other.steps, other.why)
+    for side in sides:
+        side.close()
 
 
 class Out:

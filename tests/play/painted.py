@@ -40,6 +40,12 @@ class PaintedVisit:
         self.plan = {"size": [5.0, 4.0], "boxes": []}
         self.first = np.zeros((*world.size, 3), np.uint8)
 
+    def state(self):
+        return list(self.camera)
+
+    def restore(self, state):
+        self.camera = Camera(*state)
+
     def go(self, controls):
         x, z, yaw = self.camera
         turned = yaw + 10 * controls.turn + controls.yaw
@@ -66,6 +72,12 @@ class PaintedSide:
         memory = [Remembered(camera, "window") for camera in self.seen]
         self.seen = [*self.seen, stretch][-8:]
         return Made(np.ascontiguousarray(frames), memory, 2, 4)
+
+    def state(self):
+        return [list(camera) for camera in self.seen]
+
+    def restore(self, state):
+        self.seen = [Camera(*camera) for camera in state]
 
     def close(self):
         self.world.open_sides -= 1

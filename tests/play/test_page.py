@@ -78,7 +78,47 @@ def test_page_says_why_it_ended(page, serve):
     _, port = serve(PaintedWorld(), idle_s=0.5)
     entered(page, port)
     said = page.until("lipass.gone && document.getElementById('status').textContent")
-    assert said == "Ended: nothing came for 0 s. Reload to enter again."
+    assert said == "Ended: nothing came for 0 s. Any key goes on from here."
+
+
+def test_visit_goes_on_after_its_socket_broke_or_it_was_idle(page, serve):
+    host, port = serve(PaintedWorld(), idle_s=0.7)
+    entered(page, port)
+    page.ask("document.querySelector('[data-choice=night]').click()")
+    page.key("KeyW", down=True)
+    page.until("lipass.camera[1] > 4 && lipass.fast.words[0] == 'night'")
+    page.key("KeyW", down=False)
+    chunk = page.until("lipass.gone && lipass.fast.chunk")
+    page.key("KeyW", down=True)
+    page.until(f"!lipass.gone && lipass.fast?.chunk > {chunk}")
+    assert page.ask("lipass.camera[1]") > 5
+    assert page.ask("document.querySelector('[data-choice=night]').ariaPressed") == "true"
+    chunk = page.ask("lipass.fast.chunk")
+    page.ask("lipass.broken = lipass.world")
+    for connection in tuple(host.visitors):
+        connection._out._socket._send = None  # nothing more can be sent, as by a dead process
+    page.until(f"lipass.world != lipass.broken && lipass.fast?.chunk > {chunk}")
+    page.key("KeyW", down=False)
+
+
+def test_fork_opens_where_the_visit_is(page, serve):
+    _, port = serve(PaintedWorld())
+    entered(page, port)
+    page.key("KeyW", down=True)
+    page.until("lipass.camera[1] > 4")
+    page.key("KeyW", down=False)
+    page.ask("window.open = (address) => { lipass.opened = address; }")
+    page.ask("document.getElementById('fork').click()")
+    fork = page.until("lipass.opened")
+    assert "#ticket=" in fork
+    chunk = page.ask("lipass.fast.chunk")
+    page.open("about:blank")
+    page.open(fork)
+    page.until("window.lipass?.camera && lipass.camera[1] > 4 && lipass.welcome")
+    page.key("KeyW", down=True)
+    page.until(f"lipass.fast?.chunk > {chunk}")
+    page.key("KeyW", down=False)
+    assert page.ask("location.hash") == ""
 
 
 @pytest.mark.parametrize("width", [1280, 400])

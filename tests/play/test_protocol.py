@@ -66,7 +66,10 @@ def test_every_kind_is_understood():
         ({"do": "enter", "walk": "w~noon"}, "says words of the world"),
         ({"do": "enter", "walk": "w@off"}, "names presets of the world"),
         ({"do": "enter", "walk": "9999w"}, "at most 7200 chunks"),
-        ({"do": "enter", "token": 5}, "token and walk must be text"),
+        ({"do": "enter", "token": 5}, "token, walk and ticket must be text"),
+        ({"do": "enter", "ticket": ["a"]}, "token, walk and ticket must be text"),
+        ({"do": "enter", "ticket": "t" * 65}, "a ticket must be short, got 65 characters"),
+        ({"do": "fork", "ticket": "mine"}, "'fork' must have no other keys"),
         ({"do": "move", "number": 1, "padding": "x" * 600}, "must be shorter than 512"),
     ],
 )

@@ -9,7 +9,8 @@ const SIDES = ["fast", "dense"];
 const SHOWN_CHUNKS = 48;
 const TRAIL = 400;
 const LATENCIES = 200;
-const state = { chunks: [], trail: [], waiting: [], latencies: [], number: 0, ready: [], memory: [] };
+const TRIES = 6;
+const state = { chunks: [], trail: [], waiting: [], latencies: [], number: 0, ready: [], memory: [], tries: 0 };
 const hash = new URLSearchParams(location.hash.slice(1));
 // Links to a walk are shared, a token is not: it stays in this tab.
 if (hash.has("token")) sessionStorage.setItem("token", hash.get("token"));
@@ -19,13 +20,14 @@ let films = null;
 const number = (value, digits = 1) => (value == null ? "–" : value.toFixed(digits));
 const send = (data) => socket?.readyState === 1 && socket.send(JSON.stringify(data));
 
-function enter(room, walk) {
+function enter(room, walk, ticket) {
+  clearTimeout(state.coming_back);
   socket?.close();
   Object.assign(state, { chunks: [], trail: [], waiting: [], latencies: [], memory: [], camera: null });
   const own = new WebSocket(`${location.protocol.replace("http", "ws")}//${location.host}/socket`);
   own.binaryType = "arraybuffer";
   own.addEventListener("open", () => {
-    const first = { do: "enter", token: sessionStorage.getItem("token") ?? "", walk: walk ?? "" };
+    const first = { do: "enter", token: sessionStorage.getItem("token") ?? "", walk: walk ?? "", ticket: ticket ?? "" };
     if (Number.isInteger(room)) first.room = room;
     own.send(JSON.stringify(first));
   });
@@ -36,11 +38,20 @@ function enter(room, walk) {
   });
   own.addEventListener("close", ({ reason }) => {
     if (own !== socket) return;
-    state.gone ||= reason || "the server is gone";
+    if (ticket && !state.welcome) state.ticket = reason ? "" : ticket;
+    if (!reason && !state.gone && state.ticket && state.tries < TRIES) come_back();
+    else state.gone ||= reason || "the server is gone";
     say_status();
   });
   state.gone = "";
+  state.welcome = false;
   socket = own;
+}
+
+// Where a socket broke, or a visit has ended, it goes on from its latest chunk.
+function come_back() {
+  state.tries += 1;
+  state.coming_back = setTimeout(() => enter(null, "", state.ticket), 250 * 2 ** state.tries);
 }
 
 function heard(told) {
@@ -48,36 +59,37 @@ function heard(told) {
   else if (told.do === "status") Object.assign(state, { ready: told.ready, doing: told.doing, since: Date.now() });
   else if (told.do === "bye") state.gone = told.why;
   else if (told.do === "walk") show_link(told);
+  else if (told.do === "forked") open(address({ ticket: told.ticket }), "_blank", "noopener");
   else if (told.do === "refused") console.warn(told.why);
   say_status();
 }
 
 function welcome(told) {
-  state.world = told;
-  state.words = Object.values(told.words).map((group) => group[0]);
-  state.preset = told.presets[0];
+  Object.assign(state, { world: told, ticket: told.ticket, welcome: true, tries: 0 });
   element("title").textContent = `· ${told.title}`;
   element("room").value = told.room;
   element("room").max = told.rooms - 1;
   films ??= Object.fromEntries(SIDES.map((side) => [side, new Film(element(side), 1000 / told.fps)]));
-  const groups = Object.entries(told.words).map(([name, group]) =>
-    choices(name, group, (word) => {
+  const groups = Object.entries(told.words).map(([name, group], i) =>
+    choices(name, group, told.said[i], (word) => {
       state.number += 1;
       expect();
       send({ do: "say", number: state.number, words: [word] });
     }));
   element("words").replaceChildren(...groups);
-  const presets = choices("preset", told.presets, (preset) => {
+  const presets = choices("preset", told.presets, told.preset, (preset) => {
     element("preset-name").textContent = preset;
     send({ do: "choose", preset });
   });
   presets.id = "presets";
   element("presets").replaceWith(presets);
-  element("preset-name").textContent = told.presets[0];
+  element("preset-name").textContent = told.preset;
+  element("fork").hidden = !told.ticket;
   element("how").textContent = how(told);
+  if (keys.held.size) keys.send(); // held while the socket was being opened
 }
 
-function choices(name, all, chosen) {
+function choices(name, all, said, chosen) {
   const set = document.createElement("fieldset");
   set.className = "group";
   const legend = document.createElement("legend");
@@ -93,7 +105,7 @@ function choices(name, all, chosen) {
     });
     set.append(button);
   }
-  press(set, all[0]);
+  press(set, said);
   return set;
 }
 
@@ -191,7 +203,9 @@ function say_status() {
   line.classList.toggle("bad", Boolean(state.gone));
   const seconds = Math.round((Date.now() - (state.since ?? Date.now())) / 1000);
   const doing = state.doing ? `${state.doing}${seconds > 1 ? `, ${seconds} s` : ""}` : "";
-  line.textContent = state.gone ? `Ended: ${state.gone}. Reload to enter again.` : doing || (state.fast?.replays ? `replaying a walk, ${state.fast.replays} chunks left; any key takes over` : "");
+  const again = state.ticket ? "Any key goes on from here." : "Reload to enter again.";
+  if (!state.gone && state.tries && !state.welcome) line.textContent = "The connection broke; going on from the latest chunk.";
+  else line.textContent = state.gone ? `Ended: ${state.gone}. ${again}` : doing || (state.fast?.replays ? `replaying a walk, ${state.fast.replays} chunks left; any key takes over` : "");
   for (const side of SIDES) {
     const waits = missing.includes(side) ? (side === "fast" || state.ready.includes("fast") ? "being compiled, runs as it is" : "not compiled yet, runs as it is") : "";
     element(`${side}-veil`).textContent = state.gone ? "ended" : waits || (side === "dense" ? lag() : "");
@@ -206,11 +220,16 @@ function lag() {
   return chunks > 0 ? `${chunks} ${chunks > 1 ? "chunks" : "chunk"} behind` : "";
 }
 
-function show_link({ room, walk }) {
+function address(told) {
   const link = new URL(location.href);
-  link.hash = new URLSearchParams({ room, walk }).toString();
+  link.hash = new URLSearchParams(told).toString();
+  return link.href;
+}
+
+function show_link({ room, walk }) {
+  const link = address({ room, walk });
   history.replaceState(null, "", link);
-  navigator.clipboard?.writeText(link.href).catch(() => {});
+  navigator.clipboard?.writeText(link).catch(() => {});
   element("link").textContent = "link is in the address bar";
   setTimeout(() => (element("link").textContent = "link to this walk"), 2500);
 }
@@ -226,9 +245,10 @@ function redraw() {
   });
 }
 
-new Keys({
+const keys = new Keys({
   stage: element("stage"), pad: element("pad"), knob: element("knob"), keys: element("keys"),
   ask: (controls) => {
+    if (state.gone && state.ticket) enter(null, "", state.ticket);
     state.number += 1;
     if (Object.values(controls).some(Boolean)) expect();
     send({ do: "move", number: state.number, ...controls });
@@ -239,6 +259,7 @@ element("room").addEventListener("change", ({ target }) => {
   enter(Math.max(0, Math.min(target.valueAsNumber || 0, Number(target.max))));
 });
 element("another").addEventListener("click", () => enter(9000 + Math.floor(Math.random() * 1000)));
+element("fork").addEventListener("click", () => send({ do: "fork" }));
 element("link").addEventListener("click", () => send({ do: "walk" }));
 const recorder = new Recorder(SIDES.map(element), (film, ending) => {
   state.film = film;
@@ -259,5 +280,7 @@ element("compare").addEventListener("change", ({ target }) => {
 });
 addEventListener("resize", redraw);
 setInterval(say_status, 1000);
-enter(hash.has("room") ? Number(hash.get("room")) : null, hash.get("walk"));
+// A ticket opens a fork once; reloaded, the page begins anew.
+if (hash.has("ticket")) history.replaceState(null, "", address({}));
+enter(hash.has("room") ? Number(hash.get("room")) : null, hash.get("walk"), hash.get("ticket"));
 window.lipass = state;
