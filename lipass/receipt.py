@@ -60,6 +60,7 @@ class Report:
     idle: list[str] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     left_eager: list[GraphBreak] = field(default_factory=list)
+    _decisions: int = field(default=0, repr=False)
 
     def add_site(self, site: SiteRecord) -> None:
         """Record a site; a later record of the same name replaces it."""
@@ -121,11 +122,11 @@ class Report:
     def add_chunk(self, record: ChunkRecord) -> None:
         """Record a finished chunk; the oldest are forgotten when there are many."""
         self.chunks.append(record)
-        decisions = sum(one.plan.history_latents for one in self.chunks)
+        self._decisions += record.plan.history_latents
         while len(self.chunks) > _CHUNKS_KEPT or (
-            decisions > _DECISIONS_KEPT and len(self.chunks) > 1
+            self._decisions > _DECISIONS_KEPT and len(self.chunks) > 1
         ):
-            decisions -= self.chunks.popleft().plan.history_latents
+            self._decisions -= self.chunks.popleft().plan.history_latents
             self.chunks_forgotten += 1
 
     def open_session(self) -> int:

@@ -34,6 +34,7 @@ from .world import (
     is_free,
     make_room,
     render,
+    render_walls,
 )
 
 FPS = 20.0
@@ -95,7 +96,7 @@ class LiveWorld:
         self.model, self.codec = model or load()
         self.inner = inner
         self.size = (8 * self.model.config.rows, 8 * self.model.config.columns)
-        self._callable: dict[str, Contender] = {}
+        self._callable: dict[str, Callable] = {}
         self._texts: dict[Words, list[KeyValue]] = {}
 
     def compile(self, side: str, say: Callable[[str], None]) -> None:
@@ -109,7 +110,8 @@ class LiveWorld:
         for chunk, turn in enumerate(_WARM_UP):
             made.make(chunk, visit.go(turn), words, self.presets[0])
         made.close()
-        self._callable[side] = compiled
+        # Graphs know by now which sizes vary; marking all tensors again took 1 ms a chunk.
+        self._callable[side] = compiled.compiled
 
     def callable(self, side: str) -> Callable:
         """Return the model of a side, compiled if it is already."""
@@ -190,8 +192,7 @@ class LiveVisit:
         pitch = torch.tensor([pitch for _, pitch in places])
         w2c = invert(camera_to_world(position, yaw, pitch))
         # Bare walls have no edges to be missed by one ray a pixel, which takes 13 ms less a chunk.
-        bare_room = render(self._bare, w2c, [Attributes()], self.world.size[0], samples=1)[0]
-        walls = self.world.codec.encode(bare_room)
+        walls = self.world.codec.encode(render_walls(self._bare, w2c, self.world.size[0]))
         return Stretch(w2c, tuple(camera for camera, _ in places), walls)
 
 
@@ -223,7 +224,7 @@ class LiveSide:
             poses=self._w2c,
             query=stretch.w2c,
             latents=self._latents,
-            own_context=retrieve(self._w2c, stretch.w2c),
+            own_context=None if session.config.context else retrieve(self._w2c, stretch.w2c),
         ) as planned:
             before = _blocks()
             record, x = run_chunk(
@@ -362,8 +363,7 @@ def _density(before: tuple[int, int], after: tuple[int, int]) -> float:
 
 def _kind(frame: FrameDecision) -> str:
     """Name why a latent is read, by the first word of the reason."""
-    word = frame.reason.split()[0].strip(":")
-    return word if frame.kept else "dropped"
+    return frame.reason.split()[0].strip(":") if frame.kept else "dropped"
 
 
 def _plan(room: Room) -> dict[str, Any]:

@@ -218,6 +218,23 @@ def render(
     return [torch.cat(shot) for shot in shots]
 
 
+def render_walls(room: Room, w2c: Tensor, pixels: int) -> Tensor:
+    """Render a room of `bare` by one ray a pixel, to the bit as `render` does, in half the time.
+
+    Returns `[F, 3, pixels, pixels]` in 0..1, by day in clear air.
+    """
+    camera_rays = pixel_directions(pixels, pixels).reshape(-1, 3)
+    c2w = invert(w2c)
+    direction = torch.cat([camera_rays @ pose[:3, :3].T for pose in c2w])
+    origin = c2w[:, :3, 3].repeat_interleave(len(camera_rays), 0)
+    distance, _, surface = _cast(room, origin, direction)
+    # A wall is of one colour, and its light hangs on the axis of its normal.
+    lit = room.surfaces[:, :3] * _NORMAL_LIGHT[torch.arange(6) // 2][:, None]
+    metres = distance * direction.norm(dim=-1)
+    shown = _shade(lit[surface], metres, Attributes())
+    return shown.view(len(c2w), pixels, pixels, 3).permute(0, 3, 1, 2).contiguous()
+
+
 def _shade(lit: Tensor, metres: Tensor, attributes: Attributes) -> Tensor:
     light = torch.tensor(TIMES[attributes.time])
     clear = torch.exp(-AIRS[attributes.air] * metres)[:, None]

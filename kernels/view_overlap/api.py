@@ -104,6 +104,46 @@ def point_visibility(
     return inside_x.clamp_(0, 1).mul_(inside_y.clamp_(0, 1)).mul_(detail).mul_(z > 0)
 
 
+def may_see(
+    query_w2c: Tensor,
+    memory_w2c: Tensor,
+    hfov_deg: float,
+    vfov_deg: float,
+    near: float,
+    far: float,
+) -> Tensor:
+    """Tell cheaply which memory views may show a sampled point of any query view.
+
+    The points of a view lie within eight corners. Where all of these are beyond one side of a
+    memory view, none of the points scores there. Arguments as for `view_overlap`, without leading
+    dimensions.
+
+    Returns:
+        `[M]` bool; False only where `point_visibility` is exactly 0 throughout.
+    """
+    edge_x = math.tan(math.radians(hfov_deg) / 2)
+    edge_y = math.tan(math.radians(vfov_deg) / 2)
+    corners = query_w2c.new_tensor(
+        [
+            (x * depth, y * depth, depth)
+            for x in (-edge_x, edge_x)
+            for y in (-edge_y, edge_y)
+            for depth in (near, far)
+        ],
+        dtype=torch.float64,
+    )
+    query, memory = query_w2c.double(), memory_w2c.double()
+    world = (corners - query[:, None, :3, 3]) @ query[:, :3, :3]  # [Q, 8, 3]
+    seen = memory[:, :3, :3] @ world.flatten(0, 1).T + memory[:, :3, 3:]  # [M, 3, Q * 8]
+    x, y, z = seen.unflatten(2, (len(query), 8)).unbind(1)
+    # Ramps end half a cell beyond the edge; a little more, as scores are made in float32.
+    wide_x, wide_y = (edge * (1 + 2 / n) for edge, n in ((edge_x, COLUMNS), (edge_y, ROWS)))
+    beyond = torch.stack(
+        [x - wide_x * z, -x - wide_x * z, y - wide_y * z, -y - wide_y * z, -z - _ROUNDING * near]
+    )
+    return ~(beyond > 0).all(-1).any(0).all(-1)
+
+
 def _cell_middles(cells: int, device: torch.device) -> Tensor:
     """Middles of equal cells of [-1, 1], exactly symmetric about 0."""
     odd = torch.arange(1 - cells, cells, 2, device=device, dtype=torch.float64)

@@ -195,11 +195,12 @@ def plan_context(
     else:
         memory = choose_chunks(overlap, held, {*sink, *window}, options)
     reasons.update(memory)
-    frames = [FrameDecision(i, False, _NOT_HELD, None) for i in range(history)]
+    frames = {}
     for place, index in enumerate(held):
         reason, share = reasons[place], round(overlap[place], 4)
         frames[index] = FrameDecision(index, not reason.startswith("dropped"), reason, share)
-    return ContextPlan(tuple(frames), window_chunks, dynamics, power)
+    decided = (frames.get(i) or FrameDecision(i, False, _NOT_HELD, None) for i in range(history))
+    return ContextPlan(tuple(decided), window_chunks, dynamics, power)
 
 
 def window_length(dynamics: float | None, options: ContextOptions) -> int:

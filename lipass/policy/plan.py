@@ -155,13 +155,15 @@ def plan_chunk(
         revisit = Revisit(False, None, None, "step policy is off")
     if context is not None and held is not None and modes - {"adaptive"}:
         context = among(context, held)
-    own = held if own_context is None else own_context
-    asked = keep(history, own, "held" if own_context is None else "own_context")
-    chosen = asked if context is None else context
+    if context is None:
+        own = held if own_context is None else own_context
+        context = keep(history, own, "held" if own_context is None else "own_context")
+    elif own_context is not None:
+        indices_of(own_context, history, "own_context")
     return ChunkPlan(
         stream=stream,
         index=index,
-        context=chosen,
+        context=context,
         revisit=revisit or Revisit(False, None, None, "no history"),
         steps=None,
         dense_reason=dense_chunk(config.sparse, history // new),

@@ -229,8 +229,9 @@ class _Reading:
         looks = turns[:-1][moved][:, 2]
         if self._looked is not None:
             looks = np.concatenate([self._looked, looks])
-        aside = np.sqrt((np.cross(looks[1:], looks[:-1]) ** 2).sum(1))
-        turned = np.arctan2(aside, (looks[1:] * looks[:-1]).sum(1))
+        (x, y, z), (a, b, c) = looks[1:].T, looks[:-1].T
+        aside = np.sqrt((y * c - z * b) ** 2 + (z * a - x * c) ** 2 + (x * b - y * a) ** 2)
+        turned = np.arctan2(aside, x * a + y * b + z * c)
         self._turned += float(turned[turned > _TREMBLES].sum())
         self._looked = looks[-1:]
 

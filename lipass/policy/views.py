@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipass.kernels.view_overlap.api import point_visibility
+from lipass.kernels.view_overlap.api import may_see, point_visibility
 from lipass.options import ViewOptions
 
 # bf16 poses (HY-WorldPlay keeps them so) are orthonormal to about 0.01.
@@ -58,7 +58,13 @@ def score_points(poses: Tensor, query: Tensor, view: ViewOptions) -> Tensor:
     Returns:
         `[q, M, P]` float32 in [0, 1]; its mean over P is the view overlap.
     """
-    return point_visibility(query, poses, view.hfov_deg, view.vfov_deg, view.near, view.far)
+    camera = (view.hfov_deg, view.vfov_deg, view.near, view.far)
+    looks_on = may_see(query, poses, *camera).nonzero()[:, 0]
+    if len(looks_on) == len(poses):
+        return point_visibility(query, poses, *camera)
+    seen = point_visibility(query, poses[looks_on], *camera)
+    every = seen.new_zeros(len(query), len(poses), seen.shape[2])
+    return every.index_copy_(1, looks_on, seen)
 
 
 def _to_host(cameras: Tensor) -> Tensor:

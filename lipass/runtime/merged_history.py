@@ -118,13 +118,16 @@ class MergedHistories:
         self.anew = 0
         self._session = session
         self._sites: dict[tuple[str, str, MergeRule], _Site] = {}
+        self._answers: dict[str, Merge] = {}
         self._restored: dict[tuple[str, str, MergeRule], dict[str, Any]] = {}
 
     def answering(self, stream: str) -> AbstractContextManager[None]:
         """Answer the calls inside from what is kept of a stream and the branch of it."""
         branch = branch_name(self._session)
         name = f"{stream}/{branch}" if branch else stream
-        return registry.answer("merge_history", self._of_stream(name))
+        if name not in self._answers:
+            self._answers[name] = self._of_stream(name)
+        return registry.answer("merge_history", self._answers[name])
 
     def _of_stream(self, stream: str) -> Merge:
         @torch.inference_mode(False)
@@ -149,6 +152,7 @@ class MergedHistories:
     def clear(self) -> None:
         """Forget all; the counts stay."""
         self._sites.clear()
+        self._answers.clear()
         self._restored.clear()
 
     def state(self) -> dict[str, Any]:

@@ -67,6 +67,14 @@ def test_bare_room_shows_the_walls_of_a_room_and_nothing_else():
     assert frames[0, 0, 8].max() - frames[0, 0, 8].min() < 0.15
 
 
+@pytest.mark.parametrize("seed", [9001, 9004])
+def test_bare_walls_are_rendered_to_the_bit_in_one_go(seed):
+    plain = world.bare(make_room(seed))
+    poses = torch.stack([look(2.0 + 0.1 * i, 2.5, 80.0 * i) for i in range(5)])
+    whole = render(plain, poses, [Attributes()], 16, samples=1)[0]
+    assert torch.equal(world.render_walls(plain, poses, 16), whole)
+
+
 def test_same_pose_gives_the_same_picture():
     room = make_room(9001)
     frames = render(room, torch.stack([look(2, 2, 30.0)] * 2), [Attributes()], 16)[0]

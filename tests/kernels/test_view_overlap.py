@@ -54,6 +54,24 @@ def test_agrees_with_the_definition(yaw, pitch, roll, place):
     assert score(query, memory) == pytest.approx(expected, abs=2e-3)
 
 
+@settings(max_examples=40, deadline=None)
+@given(yaw=angles, pitch=st.floats(-89, 89), roll=angles, place=places, turn=st.floats(-9, 9))
+def test_view_that_is_ruled_out_shows_not_a_single_point(yaw, pitch, roll, place, turn):
+    queries = torch.stack([pose(5, -3, 2, (0.3, 0.1, -0.2)), pose(5 + turn, -3, 2, (0.3, 0.1, 0))])
+    memory = torch.stack([pose(yaw + 7 * i, pitch, roll, place) for i in range(52)])
+    may = api.may_see(queries, memory, HFOV, VFOV, NEAR, FAR)
+    seen = api.point_visibility(queries, memory, HFOV, VFOV, NEAR, FAR)
+    assert not seen[:, ~may].any()
+
+
+def test_most_views_to_other_sides_are_ruled_out():
+    memory = torch.stack([pose(yaw) for yaw in range(0, 360, 5)])
+    may = api.may_see(pose()[None], memory, HFOV, VFOV, NEAR, FAR)
+    seen = api.point_visibility(pose()[None], memory, HFOV, VFOV, NEAR, FAR)[0].amax(1) > 0
+    assert (may & ~seen).sum() <= 8
+    assert may.sum() < 36
+
+
 @pytest.mark.parametrize("turn", [60.0, 60.5, 75, 90, 180, -60, -90])
 def test_turned_by_the_field_of_view_or_more_scores_exactly_zero(turn):
     assert score(pose(), pose(turn)) == 0.0

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from lipass.config import Config
+from lipass.kernels.view_overlap.api import point_visibility
 from lipass.policy.trajectory import parse_trajectory
 from lipass.policy.views import check_poses, score_points
 
+VIEW = Config.resolve("context").context
 POSES = parse_trajectory("left-11")
 HISTORY, QUERY = POSES[:8], POSES[8:]
 
@@ -77,3 +79,12 @@ def test_points_average_to_the_overlap():
     assert points.shape[:2] == (4, 8)
     overlap = points.mean(-1)
     assert torch.equal(overlap.argmax(1), torch.full((4,), 7))
+
+
+def test_views_to_other_sides_score_as_if_nothing_was_ruled_out():
+    w2c = parse_trajectory("right-60, w-12, left-30", step_deg=6).double()
+    query, history = w2c[-4:], w2c[:-4]
+    seen = point_visibility(query, history, VIEW.hfov_deg, VIEW.vfov_deg, VIEW.near, VIEW.far)
+    assert torch.equal(score_points(history, query, VIEW), seen)
+    behind = history[:5]
+    assert score_points(behind, history[30:34], VIEW).shape == (4, 5, seen.shape[2])
