@@ -59,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--no-voice", action="store_true",
+        help="hear nobody; words can be spoken where pocketsphinx is installed",
+    )  # fmt: skip
+    parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
@@ -84,15 +88,20 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
     import uvicorn
 
     from lipass.play.connection import Limits
+    from lipass.play.film import Films
     from lipass.play.host import Host
     from lipass.play.keep import Keep
     from lipass.play.protocol import LONGEST_MESSAGE
     from lipass.play.server import application, is_loopback
+    from lipass.play.voice import Voice
 
     loopback = is_loopback(args.host)
     token = args.token or ("" if loopback else secrets.token_urlsafe(16))
-    keep = Keep(args.keep)
-    host = Host(load_world(args.target), args.visitors, threads=args.threads, keep=keep)
+    world, keep = load_world(args.target), Keep(args.keep)
+    hears = not args.no_voice and importlib.util.find_spec("pocketsphinx") is not None
+    voice = Voice(world.words) if hears else None
+    films = Films(world.fps) if importlib.util.find_spec("av") is not None else None
+    host = Host(world, args.visitors, threads=args.threads, voice=voice, films=films, keep=keep)
     app = application(host, token=token, loopback=loopback, limits=Limits(idle_s=args.idle))
     server = uvicorn.Server(
         uvicorn.Config(

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,20 +15,9 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from lipass.errors import LipassError
+from lipass.play.following import Following
 from lipass.play.host import Host, Status
-from lipass.play.protocol import (
-    Choose,
-    Compare,
-    Enter,
-    Fork,
-    Message,
-    Move,
-    Recall,
-    Refused,
-    Say,
-    pack,
-    read,
-)
+from lipass.play.protocol import Enter, Message, Refused, pack, read
 from lipass.play.visitor import Visitor
 from lipass.play.world import DENSE, FAST, Pixels
 
@@ -37,8 +25,6 @@ log = logging.getLogger(__name__)
 
 # Chunks on their way to a visitor; one more is made only when one has left.
 _CHUNKS_ON_THE_WAY = 4
-# A fork is a few megabytes, and kept for a while.
-_FORK_S = 2.0
 _POLICY, _FAILED, _LATER = 1008, 1011, 1013
 
 
@@ -91,7 +77,7 @@ class Connection:
         self._counted_at = time.monotonic()
         self._refusals = 0
         self._entering: asyncio.Future[Visitor | None] | None = None
-        self._forking: asyncio.Task[None] | None = None
+        self._following: Following | None = None
 
     async def run(self) -> None:
         """Serve it until either side ends it."""
@@ -105,7 +91,8 @@ class Connection:
                 elif error is not None and not isinstance(error, WebSocketDisconnect):
                     raise error
         finally:
-            await _cancelled([*tasks, *filter(None, [self._forking])])
+            under_way = () if self._following is None else self._following.tasks()
+            await _cancelled([*tasks, *under_way])
             # Who leaves while being let in has to be let out too.
             with contextlib.suppress(Exception):  # was told already
                 visitor = await self._entering if self._entering is not None else None
@@ -158,6 +145,7 @@ class Connection:
             raise _Closed(_FAILED, f"{type(error).__name__} at the entrance") from None
         if visitor is None:
             raise _Closed(_LATER, f"{self._host.visitors_max} visitors are in; try again later")
+        self._following = Following(self._host, visitor, self._tell)
         self._welcome(visitor)
         self._host.begin(visitor)
         while True:
@@ -166,7 +154,7 @@ class Connection:
                     message = await self._message()
             except TimeoutError:
                 raise _Closed(1000, f"nothing came for {self._limits.idle_s:.0f} s") from None
-            self._follow(visitor, message)
+            self._following.follow(message)
 
     async def _message(self) -> Message:
         """Wait for the next message that is understood."""
@@ -175,6 +163,13 @@ class Connection:
             if got["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(got.get("code", 1005))
             self._count()
+            audio = got.get("bytes")
+            if audio is not None and self._following is not None and self._following.listens:
+                try:
+                    self._following.hear(audio)
+                except ValueError as why:
+                    raise _Closed(_POLICY, str(why)) from None
+                continue
             try:
                 return read(got.get("text"), self._host.vocabulary)
             except Refused as why:
@@ -192,38 +187,6 @@ class Connection:
         if self._allowance < 0:
             raise _Closed(_POLICY, f"at most {rate:.0f} messages a second are read")
 
-    def _follow(self, visitor: Visitor, message: Message) -> None:
-        if isinstance(message, Move):
-            visitor.move(message)
-        elif isinstance(message, Say):
-            visitor.say(message)
-        elif isinstance(message, Choose):
-            visitor.choose(message)
-        elif isinstance(message, Compare):
-            visitor.compare(message)
-        elif isinstance(message, Recall):
-            self._tell({"do": "walk", "room": visitor.room, "walk": visitor.walked()})
-        elif isinstance(message, Fork):
-            self._fork(visitor)
-        else:
-            self._tell({"do": "refused", "why": "a visit has one room; open another socket"})
-
-    def _fork(self, visitor: Visitor) -> None:
-        """Keep the visit under a ticket of its own, when the chunks that are made now are."""
-        if not visitor.can_be_kept:
-            self._tell({"do": "refused", "why": "visits of this world do not go on elsewhere"})
-        elif self._forking is not None and not self._forking.done():
-            self._tell({"do": "refused", "why": "one ticket at a time"})
-        else:
-            ticket = secrets.token_urlsafe(16)
-
-            async def keep() -> None:
-                await asyncio.to_thread(self._host.store, visitor, ticket)
-                self._tell({"do": "forked", "ticket": ticket})
-                await asyncio.sleep(_FORK_S)
-
-            self._forking = asyncio.create_task(keep())
-
     def _welcome(self, visitor: Visitor) -> None:
         """Say what there is to see and to say, then show the first view."""
         world = self._host.world
@@ -232,6 +195,8 @@ class Connection:
                 "do": "welcome",
                 "title": world.title,
                 "room": visitor.room,
+                "voice": self._host.voice is not None,
+                "films": self._host.films is not None,
                 "ticket": visitor.ticket if visitor.can_be_kept else "",
                 "said": visitor.said[0],
                 "preset": visitor.said[1],

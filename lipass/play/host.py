@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from lipass.cli.failures import raised
 from lipass.errors import LipassError
+from lipass.play.film import Films
 from lipass.play.keep import Keep, Keeping
 from lipass.play.lane import Lane
 from lipass.play.protocol import Enter, Vocabulary
 from lipass.play.visitor import Out, Visitor, room_of
+from lipass.play.voice import Voice
 from lipass.play.world import DENSE, FAST, SIDES, World
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class Host:
         visitors_max: who comes later is asked to wait.
         beside: whether both sides have a lane of their own; None decides by cores and device.
         threads: of one lane; None shares the cores out.
+        voice: hears words of the world; None where nobody can speak to it.
+        films: makes films of visits; None where none are made.
         keep: where visits are kept for who comes back.
         keep_chunks: whether each chunk is kept at once, as where the keep outlives this process;
             else a visit is kept when it ends.
@@ -56,6 +60,8 @@ class Host:
         *,
         beside: bool | None = None,
         threads: int | None = None,
+        voice: Voice | None = None,
+        films: Films | None = None,
         keep: Keeping | None = None,
         keep_chunks: bool = False,
         tell: Callable[[Status], None] = lambda status: None,
@@ -71,6 +77,7 @@ class Host:
         self.visitors: set[Visitor] = set()
         self.keep: Keeping = Keep() if keep is None else keep
         self.tell = tell
+        self.voice, self.films = voice, films
         self._keep_chunks = keep_chunks
         self._lock = threading.Lock()
         self._entering = threading.Lock()
@@ -98,6 +105,10 @@ class Host:
         self._closing = True
         for visitor in tuple(self.visitors):
             self.leave(visitor)
+        if self.voice is not None:
+            self.voice.close()
+        if self.films is not None:
+            self.films.close()
         for lane in self._lanes:
             lane.close()
         if self._threads_before is not None:

@@ -59,6 +59,20 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Listen:
+    """Whether audio comes: bytes, 16 bit samples at 16 kHz, little endian, of one channel."""
+
+    on: bool
+
+
+@dataclass(frozen=True)
+class Film:
+    """Begins a film of both pictures, or ends it and asks for a ticket to fetch it with."""
+
+    on: bool
+
+
+@dataclass(frozen=True)
 class Recall:
     """Asks for the walk so far, for a link."""
 
@@ -78,7 +92,7 @@ class Enter:
     ticket: str = ""
 
 
-Message = Move | Say | Choose | Compare | Recall | Fork | Enter
+Message = Move | Say | Choose | Compare | Listen | Film | Recall | Fork | Enter
 
 
 @dataclass(frozen=True)
@@ -170,6 +184,14 @@ def _compare(data: dict[str, Any], known: Vocabulary) -> Compare:
     return Compare(on)
 
 
+def _listen(data: dict[str, Any], known: Vocabulary) -> Listen:
+    return Listen(_compare(data, known).on)
+
+
+def _film(data: dict[str, Any], known: Vocabulary) -> Film:
+    return Film(_compare(data, known).on)
+
+
 def _recall(data: dict[str, Any], known: Vocabulary) -> Recall:
     return Recall()
 
@@ -197,6 +219,8 @@ _READERS: dict[str, Callable[[dict[str, Any], Vocabulary], Message]] = {
     "say": _say,
     "choose": _choose,
     "compare": _compare,
+    "listen": _listen,
+    "film": _film,
     "walk": _recall,
     "fork": _fork,
     "enter": _enter,

@@ -27,7 +27,7 @@ from lipass.play.host import Host, Status
 
 log = logging.getLogger(__name__)
 
-_SCRIPTS = ("page.js", "film.js", "keys.js", "charts.js", "record.js")
+_SCRIPTS = ("page.js", "film.js", "keys.js", "charts.js", "record.js", "voice.js", "ear.js")
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -105,7 +105,17 @@ def application(
         finally:
             connections.discard(connection)
 
-    routes = [Route(path, page) for path in _PAGE]
+    async def film(request: Request) -> Response:
+        if why := _refusal(request, loopback):
+            return PlainTextResponse(why, 403, headers=_HEADERS)
+        found = host.films.take(request.path_params["ticket"]) if host.films else None
+        if found is None:
+            why = "a film is fetched once, and waits for a short while"
+            return PlainTextResponse(why, 404, headers=_HEADERS)
+        named = {"Content-Disposition": 'attachment; filename="walk.mp4"'}
+        return Response(found, media_type="video/mp4", headers=_HEADERS | named)
+
+    routes = [*(Route(path, page) for path in _PAGE), Route("/film/{ticket}", film)]
     return Starlette(routes=[*routes, WebSocketRoute("/socket", socket)], lifespan=lifespan)
 
 

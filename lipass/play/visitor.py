@@ -20,6 +20,7 @@ import torch
 
 from lipass.play.asked import Asked
 from lipass.play.figures import Rate, distance_db
+from lipass.play.film import Film
 from lipass.play.header import Stretch, header_of
 from lipass.play.keep import Keeping
 from lipass.play.protocol import Choose, Compare, Move, Say, Vocabulary
@@ -72,6 +73,7 @@ class Visitor:
 
     Attributes:
         ticket: with which the visit is kept.
+        film: that is being made of it.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class Visitor:
         self._dense_done = -1
         self._missed = 0
         self._shown = visit.first
+        self._beside = visit.first[None]
+        self.film: Film | None = None
         self._to_compare: OrderedDict[int, Pixels] = OrderedDict()
         self.closed = False
 
@@ -114,6 +118,10 @@ class Visitor:
         """Say words from the next chunk on."""
         self._asked.say(message)
         self._wake()
+
+    def hear(self, words: Words) -> None:
+        """Say words that were spoken."""
+        self.say(Say(self._asked.number, words))
 
     def choose(self, message: Choose) -> None:
         """Give the fast side another preset."""
@@ -243,6 +251,8 @@ class Visitor:
         self._chunks += 1
         made, seconds = self._timed(FAST, stretch)
         self._shown = made.frames[-1]
+        if (film := self.film) is not None:
+            film.add(made.frames, self._beside)
         self._out.chunk(self._told(FAST, stretch, made, seconds), made.frames)
         with self._lock:
             self._to_compare[stretch.chunk] = made.frames
@@ -257,6 +267,7 @@ class Visitor:
         self._missed += stretch.chunk - self._dense_done - 1
         self._dense_done = stretch.chunk
         made, seconds = self._timed(DENSE, stretch)
+        self._beside = made.frames
         with self._lock:
             other = self._to_compare.get(stretch.chunk)
             for chunk in [one for one in self._to_compare if one <= stretch.chunk]:

@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 
 
 @contextlib.contextmanager
-def browser(profile):
+def browser(profile, *options):
     """Start a browser and give its first page; skips where there is none."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
@@ -22,7 +22,7 @@ def browser(profile):
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
         "--no-first-run", "--disable-extensions", "--remote-debugging-port=0",
-        "--remote-allow-origins=*", "about:blank",
+        "--remote-allow-origins=*", *options, "about:blank",
     ]  # fmt: skip
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -25,8 +25,18 @@ def serve():
     """Return a function that serves a world and gives host and port; all end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def start(world, *, visitors=16, beside=True, token="", loopback=True, **limits):
-            host = Host(world, visitors, beside=beside, threads=1)
+        def start(
+            world,
+            *,
+            visitors=16,
+            beside=True,
+            token="",
+            loopback=True,
+            voice=None,
+            films=None,
+            **limits,
+        ):
+            host = Host(world, visitors, beside=beside, threads=1, voice=voice, films=films)
             app = application(host, token=token, loopback=loopback, limits=Limits(**limits))
             config = uvicorn.Config(
                 app, log_level="warning", ws="websockets-sansio", ws_max_size=LONGEST_MESSAGE

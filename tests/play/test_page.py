@@ -6,6 +6,8 @@ import pytest
 from browser import browser
 from painted import PaintedWorld
 
+from lipass.play.film import Films
+
 SEEN = "[...document.querySelectorAll('.screen canvas')].map((one) => one.toDataURL())"
 
 
@@ -135,4 +137,19 @@ def test_page_fits_its_window(page, serve, width):
     for left, right, shown in boxes:
         assert 0 <= left < right <= width
         assert shown > 100, json.dumps(boxes)
+    assert page.said == []
+
+
+def test_film_that_the_server_makes_is_fetched(page, serve):
+    pytest.importorskip("av")
+    _, port = serve(PaintedWorld(), films=Films(200.0))
+    entered(page, port)
+    record = "document.getElementById('record')"
+    page.ask(f"{record}.click()")
+    page.key("KeyW", down=True)
+    page.until("lipass.camera[1] > 20")
+    page.key("KeyW", down=False)
+    page.ask(f"{record}.click()")
+    assert page.until("lipass.film").startswith("film/")
+    assert page.ask(f"{record}.textContent") == "record a film"
     assert page.said == []

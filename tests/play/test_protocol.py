@@ -13,6 +13,9 @@ from lipass.play.protocol import (
     Choose,
     Compare,
     Enter,
+    Film,
+    Fork,
+    Listen,
     Move,
     Recall,
     Refused,
@@ -38,6 +41,10 @@ def test_every_kind_is_understood():
     assert said(do="choose", preset="exact") == Choose("exact")
     assert said(do="compare", on=False) == Compare(False)
     assert said(do="walk") == Recall()
+    assert said(do="fork") == Fork()
+    assert said(do="listen", on=True) == Listen(True)
+    assert said(do="film", on=False) == Film(False)
+    assert said(do="enter", ticket="t") == Enter(None, (), "", "t")
     assert said(do="enter", room=7, walk="w") == Enter(7, (Stride(Controls(1)),), "")
     assert said(do="enter") == Enter(None, (), "")
 

@@ -3,6 +3,7 @@ import { draw_chunks, draw_map } from "./charts.js";
 import { Film } from "./film.js";
 import { Keys } from "./keys.js";
 import { Recorder } from "./record.js";
+import { Voice } from "./voice.js";
 
 const element = (id) => document.getElementById(id);
 const SIDES = ["fast", "dense"];
@@ -59,6 +60,8 @@ function heard(told) {
   else if (told.do === "status") Object.assign(state, { ready: told.ready, doing: told.doing, since: Date.now() });
   else if (told.do === "bye") state.gone = told.why;
   else if (told.do === "walk") show_link(told);
+  else if (told.do === "heard") element("heard").textContent = told.words.length ? `heard: ${told.words.join(", ")}` : "nothing of this world was heard";
+  else if (told.do === "film") fetch_film(told);
   else if (told.do === "forked") open(address({ ticket: told.ticket }), "_blank", "noopener");
   else if (told.do === "refused") console.warn(told.why);
   say_status();
@@ -85,6 +88,9 @@ function welcome(told) {
   element("presets").replaceWith(presets);
   element("preset-name").textContent = told.preset;
   element("fork").hidden = !told.ticket;
+  // Browsers give a microphone to this machine's own pages and to those behind TLS.
+  element("spoken").hidden = !told.voice || !navigator.mediaDevices;
+  if (voice.on) send({ do: "listen", on: true });
   element("how").textContent = how(told);
   if (keys.held.size) keys.send(); // held while the socket was being opened
 }
@@ -259,6 +265,23 @@ element("room").addEventListener("change", ({ target }) => {
   enter(Math.max(0, Math.min(target.valueAsNumber || 0, Number(target.max))));
 });
 element("another").addEventListener("click", () => enter(9000 + Math.floor(Math.random() * 1000)));
+const voice = new Voice((audio) => socket?.readyState === 1 && state.welcome && socket.send(audio));
+element("speak").addEventListener("click", async ({ target }) => {
+  if (voice.on) {
+    voice.stop();
+    send({ do: "listen", on: false });
+  } else {
+    send({ do: "listen", on: true });
+    await voice.start().catch((error) => {
+      voice.stop();
+      send({ do: "listen", on: false });
+      element("heard").textContent = `the microphone cannot be used: ${error.message}`;
+    });
+  }
+  target.setAttribute("aria-pressed", String(voice.on));
+  target.textContent = voice.on ? "stop listening" : "speak";
+  if (voice.on) element("heard").textContent = "say words of this world, such as room at night in fog";
+});
 element("fork").addEventListener("click", () => send({ do: "fork" }));
 element("link").addEventListener("click", () => send({ do: "walk" }));
 const recorder = new Recorder(SIDES.map(element), (film, ending) => {
@@ -268,12 +291,21 @@ const recorder = new Recorder(SIDES.map(element), (film, ending) => {
   link.click();
   URL.revokeObjectURL(link.href);
 });
+// The server makes mp4 where it can; else the browser makes what it can.
 element("record").addEventListener("click", ({ target }) => {
-  if (recorder.on) recorder.stop();
-  else recorder.start();
-  target.setAttribute("aria-pressed", String(recorder.on));
-  target.textContent = recorder.on ? "end the film" : "record a film";
+  const on = target.getAttribute("aria-pressed") !== "true";
+  if (state.world.films) send({ do: "film", on });
+  else if (on) recorder.start();
+  else recorder.stop();
+  target.setAttribute("aria-pressed", String(on));
+  target.textContent = on ? "end the film" : "record a film";
 });
+
+function fetch_film({ ticket, frames }) {
+  const address = `film/${ticket}`;
+  state.film = frames && address;
+  if (frames) Object.assign(document.createElement("a"), { href: address, download: `walk-${state.world.room}.mp4` }).click();
+}
 element("compare").addEventListener("change", ({ target }) => {
   send({ do: "compare", on: target.checked });
   say_status();

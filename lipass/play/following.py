@@ -1,0 +1,136 @@
+"""Do what the messages of one visitor ask, once the visit has begun; lives in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lipass.play.host import Host
+from lipass.play.listening import Listening
+from lipass.play.protocol import (
+    Choose,
+    Compare,
+    Enter,
+    Film,
+    Fork,
+    Listen,
+    Message,
+    Move,
+    Recall,
+    Say,
+)
+from lipass.play.visitor import Visitor
+
+# A fork is a few megabytes, and kept for a while.
+_FORK_S = 2.0
+
+
+class Following:
+    """What a visitor asks for.
+
+    Args:
+        host: of the visit.
+        visitor: who asks.
+        tell: gets what the visitor is told.
+    """
+
+    def __init__(
+        self, host: Host, visitor: Visitor, tell: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._host, self._visitor, self._tell = host, visitor, tell
+        self._listening: Listening | None = None
+        if host.voice is not None:
+            self._listening = Listening(host.voice, visitor.hear, tell)
+        self._under_way: asyncio.Task[None] | None = None
+
+    def follow(self, message: Message) -> None:
+        """Do what a message asks."""
+        if isinstance(message, Move):
+            self._visitor.move(message)
+        elif isinstance(message, Say):
+            self._visitor.say(message)
+        elif isinstance(message, Choose):
+            self._visitor.choose(message)
+        elif isinstance(message, Compare):
+            self._visitor.compare(message)
+        elif isinstance(message, Recall):
+            walked = self._visitor.walked()
+            self._tell({"do": "walk", "room": self._visitor.room, "walk": walked})
+        elif isinstance(message, Enter):
+            self._refuse("a visit has one room; open another socket")
+        elif isinstance(message, Listen):
+            self._listen(message.on)
+        elif isinstance(message, Film):
+            self._film(message.on)
+        elif isinstance(message, Fork):
+            self._fork()
+
+    @property
+    def listens(self) -> bool:
+        """Whether bytes are audio."""
+        return self._listening is not None and self._listening.on
+
+    def hear(self, audio: bytes) -> None:
+        """Take audio.
+
+        Raises:
+            ValueError: it comes faster than anybody speaks.
+        """
+        assert self._listening is not None
+        self._listening.hear(audio)
+
+    def tasks(self) -> Iterator[asyncio.Task[None]]:
+        """List what is under way."""
+        if self._under_way is not None:
+            yield self._under_way
+        if self._listening is not None:
+            yield from self._listening.tasks
+
+    def _refuse(self, why: str) -> None:
+        self._tell({"do": "refused", "why": why})
+
+    def _listen(self, on: bool) -> None:
+        if self._listening is None:
+            self._refuse("nobody listens here; see docs of lipass play")
+        else:
+            self._listening.switch(on)
+
+    def _begin(self, task: Callable[[], Any]) -> None:
+        """Do one thing at a time that takes longer than a message."""
+        if self._under_way is not None and not self._under_way.done():
+            self._refuse("one fork or film at a time; ask again in a moment")
+        else:
+            self._under_way = asyncio.create_task(task())
+
+    def _fork(self) -> None:
+        """Keep the visit under a ticket of its own, when the chunks that are made now are."""
+        if not self._visitor.can_be_kept:
+            self._refuse("visits of this world do not go on elsewhere")
+            return
+
+        async def keep() -> None:
+            ticket = secrets.token_urlsafe(16)
+            await asyncio.to_thread(self._host.store, self._visitor, ticket)
+            self._tell({"do": "forked", "ticket": ticket})
+            await asyncio.sleep(_FORK_S)
+
+        self._begin(keep)
+
+    def _film(self, on: bool) -> None:
+        """Begin a film, or end it and tell where it can be fetched, once."""
+        films = self._host.films
+        if films is None:
+            self._refuse("no films are made here; see docs of lipass play")
+        elif on:
+            self._visitor.film = films.begin()
+        elif (film := self._visitor.film) is not None:
+            self._visitor.film = None
+
+            async def develop() -> None:
+                loop = asyncio.get_running_loop()
+                ticket = await loop.run_in_executor(films.thread, films.end, film)
+                self._tell({"do": "film", "ticket": ticket, "frames": film.frames})
+
+            self._begin(develop)
