@@ -1,10 +1,14 @@
 """Walk at random in a served world, and print what a visitor gets and what grows.
 
     python -m benchmarks.live_world [--seconds 60] [--visitors 1] [--inner inductor]
+    python -m benchmarks.live_world --curve [--seconds 60]   1, 2, 4, 8 and 16 visitors at once
+    python -m benchmarks.live_world --soak-minutes 30        by minute: chunk time and memory
 
 The server of `lipass play` runs in this process; each visitor is a socket that holds a key for a
 while, looks about, says a word now and then. Figures are those of visitors who move all the time;
-latency is from an input to the first frame that follows it, at the other end of the socket.
+latency is from an input to the first frame that follows it, at the other end of the socket. The
+curve leaves the dense side out: chunk times are what the server takes, waits what a visitor sees
+from one chunk to the next.
 """
 
 import argparse
@@ -15,8 +19,8 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +36,7 @@ from lipass.play.server import application
 
 _KEYS = ({"ahead": 1}, {"ahead": 1, "turn": 1}, {"ahead": 1, "turn": -1}, {"turn": 1},
          {"turn": -1}, {"ahead": -1}, {"aside": 1}, {"ahead": 1, "aside": -1})  # fmt: skip
+CURVE = (1, 2, 4, 8, 16)
 _HELD_S = 0.6
 _WARM_S = 5.0
 
@@ -67,8 +72,8 @@ class _Counted:
 class Walker:
     """A visitor who is never still."""
 
-    def __init__(self, port: int, seed: int, end: float) -> None:
-        self.port, self.end = port, end
+    def __init__(self, port: int, seed: int, end: float, compare: bool = True) -> None:
+        self.port, self.end, self.compare = port, end, compare
         self.random = random.Random(seed)
         self.asked: dict[int, float] = {}
         self.latencies: list[float] = []
@@ -79,6 +84,8 @@ class Walker:
         origin = f"http://127.0.0.1:{self.port}"
         with connect(f"ws://127.0.0.1:{self.port}/socket", origin=origin, max_size=None) as opened:
             opened.send(json.dumps({"do": "enter", "room": 9000 + self.random.randrange(100)}))
+            if not self.compare:
+                opened.send(json.dumps({"do": "compare", "on": False}))
             number, turn_at = itertools.count(1), 0.0
             while (now := time.monotonic()) < self.end:
                 if now >= turn_at:
@@ -113,18 +120,36 @@ class Walker:
                 self.latencies.append(now - self.asked.pop(number))
 
 
-def _serve(host: Host) -> tuple[uvicorn.Server, threading.Thread, int]:
-    app = application(host)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_level="warning", ws="websockets-sansio", ws_max_size=LONGEST_MESSAGE,
-            ws_per_message_deflate=False, timeout_graceful_shutdown=3,
-        )
-    )  # fmt: skip
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    return server, thread, listening.getsockname()[1]
+class Served:
+    """A world that is served by this process, compiled."""
+
+    def __init__(self, inner: str, visitors: int) -> None:
+        self.cpu: dict[str, list[float]] = {}
+        self.ready: dict[str, float] = {}
+        begin = time.monotonic()
+        self.host = Host(_Counted(LiveWorld(inner), self.cpu), visitors)
+        app = application(self.host)
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", ws="websockets-sansio", ws_max_size=LONGEST_MESSAGE,
+                ws_per_message_deflate=False, timeout_graceful_shutdown=3,
+            )
+        )  # fmt: skip
+        listening = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._server.run, args=([listening],))
+        self._thread.start()
+        self.port = listening.getsockname()[1]
+        while len(self.host.status.ready) < 2 and self.host.failure is None:
+            time.sleep(0.05)
+            for side in self.host.status.ready:
+                self.ready.setdefault(side, time.monotonic() - begin)
+        if self.host.failure is not None:
+            raise self.host.failure
+
+    def close(self) -> None:
+        """Send everybody away."""
+        self._server.should_exit = True
+        self._thread.join()
 
 
 def _side(walkers: list[Walker], side: str, since: float) -> dict[str, float | int]:
@@ -153,59 +178,117 @@ def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def measure(seconds: float, visitors: int, inner: str) -> dict[str, object]:
-    """Serve, walk, and count."""
-    begin = time.monotonic()
-    cpu: dict[str, list[float]] = {}
-    host = Host(_Counted(LiveWorld(inner), cpu), visitors)
-    server, thread, port = _serve(host)
-    ready: dict[str, float] = {}
-    while len(host.status.ready) < 2 and host.failure is None:
-        time.sleep(0.05)
-        for side in host.status.ready:
-            ready.setdefault(side, time.monotonic() - begin)
-    if host.failure is not None:
-        raise host.failure
-    for side in host.status.ready:
-        ready.setdefault(side, time.monotonic() - begin)
+class Walk(NamedTuple):
+    """What walkers have seen: since when it counts, and memory and medians by minute."""
+
+    walkers: list[Walker]
+    since: float
+    graphs: int
+    memory: list[float]
+
+
+def walk(served: Served, seconds: float, visitors: int, *, compare: bool = True) -> Walk:
+    """Let visitors walk at once, and note what grows."""
     start = time.monotonic()
-    walkers = [Walker(port, seed, start + seconds) for seed in range(visitors)]
+    walkers = [Walker(served.port, seed, start + seconds, compare) for seed in range(visitors)]
     threads = [threading.Thread(target=walker.run) for walker in walkers]
     for one in threads:
         one.start()
     time.sleep(min(_WARM_S, seconds / 2))
     graphs, memory = _graphs(), [resident_mb()]
-    cpu.clear()
+    served.cpu.clear()
     while time.monotonic() < start + seconds:
         time.sleep(max(0.0, min(5.0, start + seconds - time.monotonic())))
         memory.append(resident_mb())
     for one in threads:
         one.join()
-    graphs = _graphs() - graphs
     since = start + min(_WARM_S, seconds / 2)
+    return Walk(walkers, since, _graphs() - graphs, memory)
+
+
+def measure(seconds: float, visitors: int, inner: str) -> dict[str, object]:
+    """Serve, walk, and count."""
+    served = Served(inner, visitors)
+    walkers, since, graphs, memory = walk(served, seconds, visitors)
     fast, dense = (_side(walkers, side, since) for side in ("fast", "dense"))
     latencies = [1000 * one for w in walkers for one in w.latencies[3:]]
     missed = [w.chunks["dense"][-1][1]["missed"] for w in walkers if w.chunks["dense"]]
-    server.should_exit = True
-    thread.join()
+    served.close()
     return {
         "seconds": seconds,
         "visitors": visitors,
-        "beside": host.beside,
-        "threads_a_side": host.threads,
-        "ready_after_s": {side: round(at, 1) for side, at in ready.items()},
+        "beside": served.host.beside,
+        "threads_a_side": served.host.threads,
+        "ready_after_s": {side: round(at, 1) for side, at in served.ready.items()},
         "fast": fast,
         "dense": dense,
         "ratio_of_chunk_times": round(fast["own_fps"] / dense["own_fps"], 2) if dense else None,
         # What a chunk costs whatever else runs; true where a side has one thread.
-        "cpu_ms_p50": {name: round(1000 * statistics.median(c), 1) for name, c in cpu.items()},
+        "cpu_ms_p50": {
+            name: round(1000 * statistics.median(c), 1) for name, c in served.cpu.items()
+        },
         "latency_ms_p50": round(float(np.percentile(latencies, 50))) if latencies else None,
         "latency_ms_p95": round(float(np.percentile(latencies, 95))) if latencies else None,
         "dense_chunks_missed": sum(missed),
         "graphs_after_warm_up": graphs,
         "resident_mb": [round(memory[0]), round(memory[len(memory) // 2]), round(memory[-1])],
+        "by_minute": by_minute(walkers, since, memory) if seconds >= 120 else None,
         **environment(),
     }
+
+
+def by_minute(walkers: list[Walker], since: float, memory: list[float]) -> list[dict]:
+    """Give chunk time and memory of each minute, for what is to stay as it is."""
+    chunks = sorted((at, c["seconds"]) for w in walkers for at, c in w.chunks["fast"])
+    found = []
+    for minute in range(int((chunks[-1][0] - since) / 60)):
+        seconds = [s for at, s in chunks if minute <= (at - since) / 60 < minute + 1]
+        found.append(
+            {
+                "chunks": len(seconds),
+                "chunk_ms_p50": round(1000 * statistics.median(seconds), 1) if seconds else None,
+                "resident_mb": round(memory[min(12 * minute, len(memory) - 1)]),
+            }
+        )
+    return found
+
+
+def curve(seconds: float, inner: str, counts: Sequence[int] = CURVE) -> dict[str, object]:
+    """Serve one world to more and more visitors."""
+    served = Served(inner, max(counts))
+    points = []
+    for visitors in counts:
+        walkers, since, graphs, memory = walk(served, seconds, visitors, compare=False)
+        made = [[(at, c["seconds"]) for at, c in w.chunks["fast"] if at > since] for w in walkers]
+        taken = [1000 * s for one in made for _, s in one]
+        waits = [1000 * w for one in made for w in np.diff([at for at, _ in one])]
+        chunks = [len(one) for one in made]
+        points.append(
+            {
+                "visitors": visitors,
+                "chunks": sum(chunks),
+                "fewest_and_most_a_visitor": [min(chunks), max(chunks)],
+                "chunk_ms": _percentiles(taken),
+                "wait_ms": _percentiles(waits),
+                "graphs_after_warm_up": graphs,
+                "resident_mb": round(memory[-1]),
+            }
+        )
+    served.close()
+    return {
+        "seconds": seconds,
+        "threads_a_side": served.host.threads,
+        "curve": points,
+        **environment(),
+    }
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    """Give p50, p99 and their ratio."""
+    if not values:
+        return {}
+    p50, p99 = (float(np.percentile(values, at)) for at in (50, 99))
+    return {"p50": round(p50, 1), "p99": round(p99, 1), "ratio": round(p99 / p50, 2)}
 
 
 def main() -> None:
@@ -214,8 +297,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--visitors", type=int, default=1)
     parser.add_argument("--inner", default="inductor")
+    parser.add_argument("--curve", action="store_true", help="of visitors against chunk times")
+    parser.add_argument("--soak-minutes", type=float, help="in place of --seconds")
     args = parser.parse_args()
-    print(json.dumps(measure(args.seconds, args.visitors, args.inner), indent=1))
+    if args.curve:
+        found = curve(args.seconds, args.inner)
+    else:
+        seconds = args.seconds if args.soak_minutes is None else 60 * args.soak_minutes
+        found = measure(seconds, args.visitors, args.inner)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

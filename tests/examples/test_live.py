@@ -178,35 +178,36 @@ class Out:
         self.why = why
 
 
-def test_visitors_of_one_compiled_model_see_what_they_would_alone(compiled):
-    """Four visitors at once, side by side with the dense side, to the bit."""
-    walks = {9001: "2w,2r,2l,w", 9002: "3r,3l,d", 9003: "2ws,4wr~night,w", 9004: "w,6r@cache"}
-
-    def run(rooms):
-        host = Host(compiled, beside=True, threads=1)
-        for lane in host._lanes:
-            lane.start()
-        outs = {room: Out() for room in rooms}
-        for room, out in outs.items():
-            enter = Enter(room, parse_walk(walks[room], host.vocabulary), "")
-            host.begin(host.enter(enter, out))
-        end = time.monotonic() + 60
-        while any(len(out.frames["fast"]) < 7 for out in outs.values()):
-            assert time.monotonic() < end
-            assert {out.why for out in outs.values()} == {""}
-            time.sleep(0.01)
-        for lane in host._lanes:
-            lane.close()
-        for visitor in tuple(host.visitors):
-            host.leave(visitor)
-        return {
-            room: [frames for _, frames in out.frames["fast"][:7]] for room, out in outs.items()
-        }
-
-    together = run(walks)
-    for room in walks:
-        alone = run([room])[room]
-        assert all((a == b).all() for a, b in zip(together[room], alone, strict=True)), room
+def test_sixteen_visitors_of_one_compiled_model_see_what_they_would_alone(compiled, monkeypatch):
+    """All at once, side by side with the dense side, to the bit."""
+    monkeypatch.setattr(live, "_RECORDED", 8)
+    walks = ("2w,2r", "3r,l", "2ws,wr~night,w", "w,3r@cache")
+    walks = {9001 + i: f"{i + 1}y{i},{walks[i % 4]}" for i in range(16)}
+    host = Host(compiled, beside=True, threads=1)
+    for lane in host._lanes:
+        lane.start()
+    outs = {room: Out() for room in walks}
+    for room, out in outs.items():
+        walk = parse_walk(walks[room], host.vocabulary)[:4]
+        host.begin(host.enter(Enter(room, walk, ""), out))
+    end = time.monotonic() + 60
+    while any(len(out.frames["fast"]) < 4 for out in outs.values()):
+        assert time.monotonic() < end
+        assert {out.why for out in outs.values()} == {""}
+        time.sleep(0.01)
+    for lane in host._lanes:
+        lane.close()
+    for visitor in tuple(host.visitors):
+        host.leave(visitor)
+    for room, out in outs.items():
+        visit = compiled.visit(room)
+        side, words, preset = visit.side("fast"), WORDS, "all"
+        for chunk, stride in enumerate(parse_walk(walks[room], host.vocabulary)[:4]):
+            words = ("night", *WORDS[1:]) if "night" in stride.words else words
+            preset = stride.preset or preset
+            alone = side.make(chunk, visit.go(stride.controls), words, preset).frames
+            assert (alone == out.frames["fast"][chunk][1]).all(), (room, chunk)
+        side.close()
     assert threading.active_count() < 12
 
 
@@ -216,14 +217,17 @@ def test_long_random_walk_grows_nothing_and_compiles_nothing(compiled):
     visit = compiled.visit(9004)
     side = visit.side("fast")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    lengths, resident = [], []
+    lengths, resident, sizes = [], [], []
     for chunk in range(90):
         keys = Controls(*(choose.randrange(-1, 2) for _ in range(3)))
         words = (choose.choice(["day", "night"]), "clear", "plain")
         made = side.make(chunk, visit.go(keys), words, choose.choice(["all", "all", "context"]))
         lengths.append(len(made.memory))
         resident.append(resident_mb())
+        if chunk in (40, 89):
+            sizes.append(len(to_bytes(checked(side.state(), "a side"), "test", 1)))
     side.close()
+    assert sizes[1] < 1.02 * sizes[0]  # what a session knows does not grow either
     assert lengths[30:] == [live._HISTORY_LATENTS] * 60
     assert resident[-1] - resident[30] < 25
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
