@@ -8,6 +8,7 @@ import importlib.util
 import secrets
 import socket
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from lipass.cli import OK, UsageError
@@ -17,6 +18,7 @@ from lipass.cli.toolchain import check_compiler
 from lipass.errors import LipassError
 
 if TYPE_CHECKING:
+    from lipass.play.serving import Serving
     from lipass.play.world import World
 
 SUMMARY = "walk in a world while it is made, in a browser, dense and accelerated side by side"
@@ -59,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--ray", type=int, metavar="N",
+        help="serve as a deployment of Ray Serve with at most N replicas, a device each; "
+        "--visitors, --threads are of one replica",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-voice", action="store_true",
         help="hear nobody; words can be spoken where pocketsphinx is installed",
     )  # fmt: skip
@@ -79,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
             f"lipass play needs {', '.join(_NEEDED)}, got no {', '.join(missing)}; run "
             f"{sys.executable} -m pip install 'lipass[play]'"
         )
+    if args.ray is not None:
+        return _serve_on_ray(args)
     with _listen(args.host, args.port) as listening:
         check_compiler()
         return _serve(args, listening)
@@ -87,22 +96,12 @@ def run(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
     import uvicorn
 
-    from lipass.play.connection import Limits
-    from lipass.play.film import Films
-    from lipass.play.host import Host
     from lipass.play.keep import Keep
     from lipass.play.protocol import LONGEST_MESSAGE
-    from lipass.play.server import application, is_loopback
-    from lipass.play.voice import Voice
 
-    loopback = is_loopback(args.host)
-    token = args.token or ("" if loopback else secrets.token_urlsafe(16))
-    world, keep = load_world(args.target), Keep(args.keep)
-    hears = not args.no_voice and importlib.util.find_spec("pocketsphinx") is not None
-    voice = Voice(world.words) if hears else None
-    films = Films(world.fps) if importlib.util.find_spec("av") is not None else None
-    host = Host(world, args.visitors, threads=args.threads, voice=voice, films=films, keep=keep)
-    app = application(host, token=token, loopback=loopback, limits=Limits(idle_s=args.idle))
+    serving = _serving(args)
+    host = serving.host(load_world(args.target), keep=Keep(serving.keep_s))
+    app = serving.application(host)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -116,14 +115,53 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
     )
     host.ended = lambda: setattr(server, "should_exit", True)
     name, port = listening.getsockname()[:2]
-    behind = f"#token={token}" if token else ""
-    print(f"http://{_shown(name)}:{port}/{behind}", flush=True)
-    print("lipass play: open this address; Ctrl-C ends it", file=sys.stderr)
+    _print_address(name, port, serving.token)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
     if host.failure is not None:
         raise host.failure
     return OK
+
+
+def _serve_on_ray(args: argparse.Namespace) -> int:
+    from lipass.play import on_ray
+
+    serving, gpus = _serving(args), _gpus()
+    scale = on_ray.Scale(most=args.ray, cpus=1.0, gpus=1.0 if gpus else 0.0)
+    on_ray.deploy(args.target, serving, scale, args.host, args.port)
+    _print_address(args.host, args.port, serving.token)
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    on_ray.close()
+    return OK
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _serving(args: argparse.Namespace) -> Serving:
+    from lipass.play.server import is_loopback
+    from lipass.play.serving import Serving
+
+    loopback = is_loopback(args.host)
+    return Serving(
+        args.visitors,
+        args.token or ("" if loopback else secrets.token_urlsafe(16)),
+        loopback,
+        args.idle,
+        args.keep,
+        args.threads,
+        voice=not args.no_voice,
+    )
+
+
+def _print_address(name: str, port: int, token: str) -> None:
+    behind = f"#token={token}" if token else ""
+    print(f"http://{_shown(name)}:{port}/{behind}", flush=True)
+    print("lipass play: open this address; Ctrl-C ends it", file=sys.stderr)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -138,11 +176,14 @@ def _check(args: argparse.Namespace) -> None:
         ("idle", 1, 86_400),
         ("keep", 0, 86_400),
         ("threads", 1, 512),
+        ("ray", 1, 10_000),
     )
     for name, low, high in bounds:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UsageError(f"--{name} must be from {low} to {high}, got {value}; see --help")
+    if args.ray is not None and args.port == 0:
+        raise UsageError("--port must be a number of its own with --ray, got 0; leave it out")
 
 
 def _listen(host: str, port: int) -> socket.socket:

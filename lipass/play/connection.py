@@ -195,6 +195,7 @@ class Connection:
                 "do": "welcome",
                 "title": world.title,
                 "room": visitor.room,
+                "replica": self._host.name,
                 "voice": self._host.voice is not None,
                 "films": self._host.films is not None,
                 "ticket": visitor.ticket if visitor.can_be_kept else "",

@@ -38,6 +38,7 @@ class Host:
     """A world that is being served.
 
     Attributes:
+        name: of the process among others that serve the same world; "" where it is the only one.
         failure: what ended it, if something did; then `ended` is called.
 
     Args:
@@ -71,6 +72,7 @@ class Host:
         self.beside = _has_cores_for_both() if beside is None else beside
         self.threads = threads or max(1, _cores() // (len(SIDES) if self.beside else 1))
         self.vocabulary = Vocabulary(world.words, world.presets, world.rooms)
+        self.name = ""
         self.status = Status()
         self.failure: LipassError | None = None
         self.ended: Callable[[], None] = lambda: None

@@ -58,6 +58,9 @@ def said(capsys, *arguments):
         (("--port", "70000"), "--port must be from 0 to 65535, got 70000"),
         (("--visitors", "0"), "--visitors must be from 1 to 10000, got 0"),
         (("--idle", "0"), "--idle must be from 1"),
+        (("--keep", "-1"), "--keep must be from 0 to 86400"),
+        (("--ray", "0"), "--ray must be from 1 to 10000, got 0"),
+        (("--ray", "2", "--port", "0"), "--port must be a number of its own with --ray, got 0"),
         (("--threads", "0"), "--threads must be from 1"),
         (("nowhere.py:build",), "the file of TARGET must exist"),
     ],
@@ -113,3 +116,10 @@ def test_serves_until_it_is_interrupted(target):
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 0
     assert errors.splitlines() == ["lipass play: open this address; Ctrl-C ends it"]
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, line = said(capsys, "--ray", "2")
+    assert code == 1
+    assert "--ray needs Ray Serve, got none; run pip install 'lipass[ray]'" in line
