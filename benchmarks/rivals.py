@@ -23,6 +23,8 @@ Rival = Callable[[BlockPlan], Call]
 # SpargeAttn's blocks, queries and keys.
 _SPARGE_BLOCK = (128, 64)
 _WORKSPACE_BYTES = 128 * 1024 * 1024
+# Of the largest mask of elements that is made; prefill of released models would need up to 32 GB.
+_MASK_BYTES = 4 << 30
 
 
 def rivals(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Rival]:
@@ -50,7 +52,14 @@ def rivals(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Rival]:
 
 
 def _mask(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -> Call:
-    """Dense attention with a mask of elements."""
+    """Dense attention with a mask of elements.
+
+    Raises:
+        ValueError: if the mask would be larger than what is worth making.
+    """
+    size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if size > _MASK_BYTES:
+        raise ValueError(f"a mask of elements must fit {_MASK_BYTES} bytes, got {size}")
     mask = plan.to_dense_mask()
     return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 

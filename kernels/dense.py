@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lipass.kernels import registry
 from lipass.kernels.block_sparse import native
+from lipass.kernels.block_sparse.kind import kind_of
 from lipass.kernels.plan import ROLES, BlockGrid, BlockPlan, KvLayout, Segment
 from lipass.kernels.token_major import token_major
 
@@ -57,7 +58,7 @@ def attend_biased(
     module = name and registry.module_of("block_sparse", name)
     if tokens and name and module and not isinstance(module, str):
         plan = plan_of_all(*q.shape[:3], tokens, q.device)
-        if module.why_not(q, plan) is None:
+        if module.why_not(kind_of(q, plan.q_grid, plan.kv)) is None:
             out, log_sums = module.block_sparse_attention(
                 q, k, v, plan, scale=scale, key_bias=bias, return_lse=lse
             )

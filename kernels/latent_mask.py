@@ -50,6 +50,12 @@ def seen_keys(mask: Tensor, q_grid: BlockGrid, layout: KvLayout) -> Tensor:
     return _columns(rows, layout, [part.grid.tokens for part in layout.segments])[:, None]
 
 
+def seen_from(mask: Tensor, latent: int, layout: KvLayout) -> Tensor:
+    """Say which keys are seen from one latent of the queries, `[B or 1, 1, 1, Lk]` bool."""
+    rows = mask[:, latent : latent + 1]
+    return _columns(rows, layout, [part.grid.tokens for part in layout.segments])[:, None]
+
+
 def _columns(rows: Tensor, layout: KvLayout, sizes: list[int]) -> Tensor:
     """Spread latents over so many blocks or tokens of each segment."""
     parts, start = [], 0

@@ -30,12 +30,15 @@ Route = Literal["sparse", "dense"]
 # Best first. Modules are imported when they are asked, so that Triton loads only where it can run.
 _PROVIDERS = {
     ("pool", "cpu"): ("native", "vectorized", "reference"),
-    ("pool", "cuda"): ("triton", "vectorized", "reference"),
+    ("pool", "cuda"): ("triton", "vectorized"),
     ("select", "cpu"): ("vectorized", "reference"),
-    ("select", "cuda"): ("triton", "vectorized", "reference"),
+    ("select", "cuda"): ("triton", "vectorized"),
     ("block_sparse", "cpu"): ("native", "gather", "reference"),
-    ("block_sparse", "cuda"): ("triton", "reference"),
+    ("block_sparse", "cuda"): ("triton",),
 }
+# On other devices. No attention is computed block by block in Python there unless it is asked for
+# by name: calls that no kernel takes are dense.
+_ELSEWHERE: dict[str, tuple[str, ...]] = {"pool": ("vectorized",), "select": ("vectorized",)}
 
 
 class _Forced(NamedTuple):
@@ -165,6 +168,14 @@ class Choice(NamedTuple):
     """Provider and reason, best first."""
 
 
+class Refused(NamedTuple):
+    """That no provider takes a call."""
+
+    reason: str
+    refusals: list[tuple[str, str]]
+    """Provider and reason, best first."""
+
+
 def choose(
     operation: str,
     device: torch.device,
@@ -176,19 +187,49 @@ def choose(
     Raises:
         ValueError: if the named provider does not exist or refuses, or if all refuse.
     """
-    names = _PROVIDERS.get((operation, device.type), ("reference",))
+    names = _names(operation, device) if provider is None else (provider,)
+    found = _ask(operation, names, why_not)
+    if isinstance(found, Choice):
+        return found
+    said = _said(found, device)
+    others = [name for name in (*_names(operation, device), "reference") if name not in names]
+    remedy = f"try provider={others[0]!r}" if others else "build or install one of them"
+    if others == ["reference"]:
+        remedy += ", which takes every call, one block after the other"
+    raise ValueError(f"a provider of {operation} must take the call, got {said}; {remedy}")
+
+
+def find(
+    operation: str, device: torch.device, why_not: Callable[[ModuleType], str | None]
+) -> Choice | Refused:
+    """Pick the best provider for the device that does not refuse, or say why there is none."""
+    found = _ask(operation, _names(operation, device), why_not)
+    if isinstance(found, Choice):
+        return found
+    return Refused(f"no kernel takes it: {_said(found, device)}", found)
+
+
+def _names(operation: str, device: torch.device) -> tuple[str, ...]:
+    return _PROVIDERS.get((operation, device.type), _ELSEWHERE.get(operation, ()))
+
+
+def _ask(
+    operation: str, names: tuple[str, ...], why_not: Callable[[ModuleType], str | None]
+) -> Choice | list[tuple[str, str]]:
     refusals: list[tuple[str, str]] = []
-    for name in names if provider is None else (provider,):
+    for name in names:
         module = module_of(operation, name)
-        if isinstance(module, str):
-            refusals.append((name, module))
-            continue
-        reason = why_not(module)
+        reason = module if isinstance(module, str) else why_not(module)
         if reason is None:
+            assert not isinstance(module, str)
             return Choice(name, module, refusals)
         refusals.append((name, reason))
+    return refusals
+
+
+def _said(refusals: list[tuple[str, str]], device: torch.device) -> str:
     said = "; ".join(f"{name}: {reason}" for name, reason in refusals)
-    raise ValueError(f"a provider of {operation} must take the call, got {said}; try {names}")
+    return said or f"none for {device.type}"
 
 
 @functools.lru_cache(maxsize=64)

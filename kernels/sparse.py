@@ -7,22 +7,21 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lipass.kernels import cost, dense, registry
+from lipass.kernels import cost, registry
 from lipass.kernels.block_sparse import in_order
+from lipass.kernels.block_sparse.kind import kind_of
 from lipass.kernels.call import Call, check
+from lipass.kernels.dense_call import attend_densely, hidden
 from lipass.kernels.estimate import capturing, kept_mass
 from lipass.kernels.frames import attend_own_frame, without_frames
 from lipass.kernels.given import plan_as_given
-from lipass.kernels.latent_mask import seen_keys
 from lipass.kernels.nearest.order import among_frames
 from lipass.kernels.nearest.plan import Buckets, in_rows, plan_in_order
-from lipass.kernels.pieces import attend_to_all
 from lipass.kernels.plan import BlockPlan
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
-from lipass.kernels.token_major import empty_token_major, token_major
+from lipass.kernels.token_major import empty_token_major
 
 Attended = tuple[Tensor, Tensor | None]
 
@@ -51,7 +50,7 @@ def attend(call: Call, *, lse: bool) -> Attended:
     uniform = bool((keep.any(0) == keep.all(0)).all())
     smaller = call._replace(
         sink_latents=int((kept < call.sink_latents).sum()),
-        keep_frames=None if uniform else keep.index_select(1, kept),
+        keep_frames=None if uniform else keep.index_select(1, kept).to(call.q.device),
     )
     if dropped == 0:
         return _attend(smaller, total, 0, lse)
@@ -76,7 +75,7 @@ def _attend_in_order(call: Call, buckets: Buckets, lse: bool) -> Attended:
             call = call._replace(sink_latents=int((kept < call.sink_latents).sum()))
             buckets = buckets._replace(order=order)
     elif keep is not None:
-        call = call._replace(key_bias=_hidden(call, number, keep))
+        call = call._replace(key_bias=hidden(call, keep))
     layout, q_grid = in_rows(call.layout, call.q_grid)
     per_latent = grid.tokens // max(grid.grid[0], 1)
     call = call._replace(
@@ -89,25 +88,16 @@ def _attend_in_order(call: Call, buckets: Buckets, lse: bool) -> Attended:
     return _attend(call, total, dropped, lse)
 
 
-def _hidden(call: Call, number: int, keep: Tensor) -> Tensor:
-    """Add to the bias what hides keys of dropped frames, `[B, H or 1, Lk]`."""
-    span, tokens = call.layout.token_range(number), call.layout.tokens
-    grid = call.layout.segments[number].grid
-    frames = keep.to(call.q.device).repeat_interleave(grid.tokens // max(grid.grid[0], 1), 1)
-    bias = call.q.new_zeros(keep.shape[0], 1, tokens, dtype=torch.float32)
-    bias[:, 0, span.start : span.stop].masked_fill_(~frames, -math.inf)
-    return bias if call.key_bias is None else bias + call.key_bias.float()
-
-
 def _attend_prefill_without(
     call: Call, smaller: Call, kept: Tensor, total: int, lse: bool
 ) -> Attended:
     """Attend where queries are dropped too; their rows see text and their own frame."""
     assert call.keep_frames is not None
-    lost = (~call.keep_frames.any(0)).nonzero()[:, 0]
+    lost = (~call.keep_frames.any(0)).nonzero()[:, 0].to(call.q.device)
     parts: list[tuple[Tensor, Attended]] = [(lost, attend_own_frame(call, lost))]
     if kept.numel():
-        parts.append((kept, _attend(without_frames(smaller, kept), total, lost.numel(), lse)))
+        rest = _attend(without_frames(smaller, kept), total, lost.numel(), lse)
+        parts.append((kept.to(call.q.device), rest))
     out = empty_token_major(call.q)
     log_sums = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
     for whole, index in ((out, 0), (log_sums, 1)):
@@ -127,18 +117,18 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
         total=total_blocks,
         dropped_latents=dropped_latents,
     )
-    reason = _why_dense(call)
-    if reason:
+    kind = kind_of(call.q, call.q_grid, call.layout)
+    chosen = registry.find("block_sparse", kind.device, lambda module: module.why_not(kind))
+    reason = _why_dense(call, chosen)
+    if not reason or isinstance(chosen, registry.Refused):
+        for name, refusal in chosen.refusals:
+            registry.record_refusal(call.site, name, refusal)
+    if reason or isinstance(chosen, registry.Refused):
         visited = call.q.shape[0] * call.q.shape[1] * call.q_grid.blocks * call.layout.blocks
-        out, log_sums, provider = _dense(call, lse)
+        out, log_sums, provider = attend_densely(call, lse)
         count(provider=provider, visited=visited, kept_dense=reason)
         return out, log_sums
-    plan = _plan(call, call.budget)
-    chosen = registry.choose(
-        "block_sparse", call.q.device, None, lambda module: module.why_not(call.q, plan)
-    )
-    for name, refusal in chosen.refusals:
-        registry.record_refusal(call.site, name, refusal)
+    plan = _plan(call)
     mass = None
     if registry.is_sampled(call.site) and not capturing():
         mass = kept_mass(call.q, call.k, plan, call.scale, call.key_bias)
@@ -160,7 +150,7 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
     return out, log_sums if lse else None
 
 
-def _plan(call: Call, budget: float) -> BlockPlan:
+def _plan(call: Call) -> BlockPlan:
     if call.given is not None:
         return plan_as_given(call.given, call.q, call.layout, call.q_grid)
     if call.buckets is not None:
@@ -170,34 +160,37 @@ def _plan(call: Call, budget: float) -> BlockPlan:
             call.layout,
             call.q_grid,
             call.buckets,
-            budget=budget,
+            budget=call.budget,
             scale=call.scale,
             first=call.sink_latents,
             means=call.history_means,
         )
+    mask = call.latent_mask
     return plan_attention(
         call.q,
         call.k,
         call.layout,
         call.q_grid,
-        budget=budget,
+        budget=call.budget,
         scale=call.scale,
         role=call.role,
         sink_latents=call.sink_latents,
         keep_frames=call.keep_frames,
         candidate_means=call.history_means,
         planner=call.planner,
-        latent_mask=call.latent_mask,
+        latent_mask=None if mask is None else mask.to(call.q.device, non_blocking=True),
     )
 
 
-def _why_dense(call: Call) -> str:
+def _why_dense(call: Call, chosen: registry.Choice | registry.Refused) -> str:
     """Give the reason to run dense attention over the kept keys, or nothing."""
     route = registry.forced_route(call.role)
     if route == "dense":
         return registry.forced_reason()
     if call.given is None and call.budget >= 1.0 and call.latent_mask is None:
         return "budget 1.0 visits every block"
+    if isinstance(chosen, registry.Refused):
+        return chosen.reason
     if route == "sparse":
         return ""
     if call.given is not None:
@@ -221,26 +214,3 @@ def _seen_share(width: int, mask: Tensor) -> int:
     if mask.device.type != "cpu" or mask.numel() == 0:
         return width
     return math.ceil(width * float(mask.float().mean()))
-
-
-def _dense(call: Call, lse: bool) -> tuple[Tensor, Tensor | None, str]:
-    """Attend to every kept key."""
-    if call.keep_frames is None and call.latent_mask is None:
-        if call.key_bias is None and not lse:
-            out, provider = attend_to_all(call.q, call.k, call.v, call.scale)
-            return out, None, provider
-        return dense.attend_biased(call.q, call.k, call.v, call.scale, call.key_bias, lse=lse)
-    if call.latent_mask is not None:
-        mask = seen_keys(call.latent_mask, call.q_grid, call.layout)
-    else:
-        mask = _plan(call._replace(sink_latents=0, history_means=None), 1.0).to_dense_mask()
-    k, v = torch.cat(call.k, 2), torch.cat(call.v, 2)
-    if call.key_bias is not None or lse:
-        bias = mask.new_zeros((), dtype=torch.float32)
-        if call.key_bias is not None:
-            bias = call.key_bias.float()[:, :, None]
-        shift = torch.where(mask, bias, -torch.inf)
-        out, log_sums = dense.attend_plainly(call.q, k, v, call.scale, shift)
-        return out, log_sums if lse else None, "plain"
-    out = F.scaled_dot_product_attention(call.q, k, v, attn_mask=mask, scale=call.scale)
-    return token_major(out), None, "sdpa"

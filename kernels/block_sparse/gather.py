@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lipass.kernels.block_sparse.kind import Kind
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 from lipass.kernels.token_major import token_major
 
@@ -39,11 +40,11 @@ class _Gather(NamedTuple):
     bias: Tensor | None  # [B * H, Nq, keys] fp32 added to the scores; None where it would be all 0
 
 
-def why_not(q: Tensor, plan: BlockPlan) -> str | None:
+def why_not(kind: Kind) -> str | None:
     """Refuse what is not on the CPU."""
-    if q.device.type != "cpu":
-        return f"runs on CPU tensors, got {q.device.type}"
-    if torch.is_grad_enabled() and q.requires_grad:
+    if kind.device.type != "cpu":
+        return f"runs on CPU tensors, got {kind.device.type}"
+    if kind.records:
         return "has no backward, and q requires one"
     return None
 

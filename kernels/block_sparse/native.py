@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lipass.kernels.block_sparse.kind import Kind
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 from lipass.kernels.select.vectorized import Rule
 
@@ -36,13 +37,13 @@ _loaded = False
 _failure: str | None = None
 
 
-def why_not(q: Tensor, plan: BlockPlan) -> str | None:
+def why_not(kind: Kind) -> str | None:
     """Refuse what is not on the CPU, and everything while the kernel is not built."""
-    if q.device.type != "cpu":
-        return f"runs on CPU tensors, got {q.device.type}"
-    if q.dtype not in DTYPES:
-        return f"computes in fp32, bf16 and fp16, got {q.dtype}"
-    if torch.is_grad_enabled() and q.requires_grad:
+    if kind.device.type != "cpu":
+        return f"runs on CPU tensors, got {kind.device.type}"
+    if kind.dtype not in DTYPES:
+        return f"computes in fp32, bf16 and fp16, got {kind.dtype}"
+    if kind.records:
         return "has no backward, and q requires one"
     return why_not_loaded()
 

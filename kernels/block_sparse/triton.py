@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lipass.kernels import chip
+from lipass.kernels.block_sparse.kind import Kind
 from lipass.kernels.plan import BlockPlan, KvLayout
 from lipass.kernels.token_major import empty_token_major
 
@@ -34,7 +35,7 @@ _LAUNCH = {8: (64, 128, 8, 2), 9: (128, 64, 8, 3), 10: (128, 64, 8, 3), 12: (64,
 _SEGMENTS = 3
 
 # The interpreter multiplies bf16 matrices wrongly (triton 3.7.1), and takes any head dim.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = chip.INTERPRETED
 
 
 class Launch(NamedTuple):
@@ -46,18 +47,19 @@ class Launch(NamedTuple):
     stages: int
 
 
-def why_not(q: Tensor, plan: BlockPlan) -> str | None:
+@functools.lru_cache(maxsize=512)
+def why_not(kind: Kind) -> str | None:
     """Give the reason why the kernel cannot take a call, or None."""
-    volumes = (plan.q_grid.block_tokens, plan.kv.block_tokens)
-    if not (q.is_cuda or _INTERPRETED):
-        return f"runs on CUDA tensors, got {q.device.type}"
-    if q.dtype not in (torch.bfloat16, torch.float16) and not _INTERPRETED:
-        return f"takes bf16 and fp16, got {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS and not _INTERPRETED:
-        return f"takes head dims {HEAD_DIMS}, got {q.shape[-1]}"
+    if why := chip.why_not(kind.device):
+        return why
+    if kind.dtype not in (torch.bfloat16, torch.float16) and not _INTERPRETED:
+        return f"takes bf16 and fp16, got {kind.dtype}"
+    if kind.dim not in HEAD_DIMS and not _INTERPRETED:
+        return f"takes head dims {HEAD_DIMS}, got {kind.dim}"
+    volumes = (kind.q_volume, kind.k_volume)
     if any(volume not in TILE_VOLUMES for volume in volumes):
         return f"takes tile volumes {TILE_VOLUMES}, got {volumes[0]} queries, {volumes[1]} keys"
-    if torch.is_grad_enabled() and q.requires_grad:
+    if kind.records:
         return "has no backward, and q requires one"
     return None
 
@@ -80,7 +82,9 @@ def block_sparse_attention(
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     bias = _bias(plan, key_bias)
     indices, counts = plan.indices.contiguous(), plan.counts.contiguous()
-    launch = launch_options(plan.q_grid.block_tokens, plan.kv.block_tokens, _capability(q.device))
+    launch = launch_options(
+        plan.q_grid.block_tokens, plan.kv.block_tokens, chip.capability(q.device)[0]
+    )
     parts = plan.q_grid.block_tokens // launch.rows
     grid = (plan.q_grid.blocks * parts, batch * heads)
     # Triton launches on the current device.
@@ -130,11 +134,6 @@ def launch_options(q_volume: int, k_volume: int, capability: int) -> Launch:
     rows, columns, warps, stages = _LAUNCH.get(capability, _LAUNCH[8])
     rows, columns = min(rows, q_volume), min(columns, k_volume)
     return Launch(rows, columns, warps if rows * columns >= 64 * 128 else 4, stages)
-
-
-@functools.lru_cache(maxsize=16)
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @functools.lru_cache(maxsize=512)

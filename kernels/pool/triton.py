@@ -7,13 +7,12 @@ sums run slot by slot in fp32, in one order.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lipass.kernels import chip
 from lipass.kernels.plan import BlockGrid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,13 +21,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NUMBERS = 4096
 WARPS = 4
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 
 def why_not(x: Tensor, grid: BlockGrid) -> str | None:
     """Give the reason why the kernel cannot take a call, or None."""
-    if not (x.is_cuda or _INTERPRETED):
-        return f"runs on CUDA tensors, got {x.device.type}"
+    if why := chip.why_not(x.device):
+        return why
     if x.dtype not in DTYPES:
         return f"takes bf16, fp16 and fp32, got {x.dtype}"
     if torch.is_grad_enabled() and x.requires_grad:

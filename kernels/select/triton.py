@@ -9,13 +9,12 @@ them will do, and to count for each how many are better would take the square of
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lipass.kernels import chip
 from lipass.kernels.plan import BlockGrid, KvLayout
 from lipass.kernels.select.vectorized import rule_of
 
@@ -24,7 +23,6 @@ from lipass.kernels.select.vectorized import rule_of
 ROWS, COLUMNS, DEPTH, SCAN = 8, 32, 32, 128
 WARPS = 4
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _INT_MIN = tl.constexpr(torch.iinfo(torch.int32).min)
 _INT_MAX = tl.constexpr(torch.iinfo(torch.int32).max)
@@ -34,8 +32,8 @@ def why_not(
     q_mean: Tensor, k_mean: Tensor, keep_frames: Tensor | None, seen: Tensor | None = None
 ) -> str | None:
     """Give the reason why the kernel cannot take a call, or None."""
-    if not (q_mean.is_cuda or _INTERPRETED):
-        return f"runs on CUDA tensors, got {q_mean.device.type}"
+    if why := chip.why_not(q_mean.device):
+        return why
     if q_mean.dtype != torch.float32 or k_mean.dtype != torch.float32:
         return f"takes fp32 means, got {q_mean.dtype} and {k_mean.dtype}"
     if keep_frames is not None or seen is not None:

@@ -67,6 +67,7 @@ def _predict(call: SparseCall) -> SitePrediction:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from lipass.kernels import cost, registry
+    from lipass.kernels.block_sparse.kind import Kind
     from lipass.kernels.select.api import selected_blocks
     from lipass.passes.graph.compat import hint, value
 
@@ -87,7 +88,15 @@ def _predict(call: SparseCall) -> SitePrediction:
                 shape, query.dtype, query.device, layout, grid, width, sorts=sorts
             )
         dense = found.why_dense
-    if dense:
+    volumes = grid.block_tokens, layout.block_tokens
+    kind = Kind(query.device, query.dtype, hint(query.shape[3]), *volumes, False)
+    # On a CPU the best is built when the model is compiled.
+    built_later = query.device.type == "cpu"
+    chosen = registry.find(
+        "block_sparse", kind.device, lambda module: None if built_later else module.why_not(kind)
+    )
+    if not dense and isinstance(chosen, registry.Refused):
+        dense = chosen.reason
+    if dense or isinstance(chosen, registry.Refused):
         return SitePrediction("sdpa", 1.0, dense)
-    provider = registry.choose("block_sparse", query.device, None, lambda module: None).name
-    return SitePrediction(provider, width / layout.blocks, "")
+    return SitePrediction(chosen.name, width / layout.blocks, "")

@@ -73,9 +73,11 @@ def test_refusals_name_the_reason():
     from kernel_cases import make_case
 
     from lipass.kernels.block_sparse import triton as provider
+    from lipass.kernels.block_sparse.kind import kind_of
 
     case = make_case("decode", 2, (4, 4), 3, (1, 4, 4))
-    assert "runs on CUDA tensors, got cpu" in provider.why_not(case.q, case.plan())
+    kind = kind_of(case.q, case.q_grid, case.layout)
+    assert provider.why_not(kind) == "runs on CUDA tensors, got cpu"
 
 
 @pytest.mark.needs_gpu

@@ -1,0 +1,40 @@
+"""Say which GPUs the Triton kernels are made for."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton interprets its kernels, on tensors of the host."""
+
+# bf16 and the shared memory that the kernels take; all chips from here on are compiled in tests.
+_OLDEST = (8, 0)
+
+
+@functools.lru_cache(maxsize=16)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a GPU; under the interpreter that of Hopper."""
+    if device.type != "cuda":
+        return (9, 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    return major, minor
+
+
+@functools.lru_cache(maxsize=16)
+def why_not(device: torch.device) -> str | None:
+    """Give the reason why no Triton kernel of this project runs on a device, or None."""
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"runs on CUDA tensors, got {device.type}"
+    if torch.version.hip:
+        return f"is made for NVIDIA GPUs, got ROCm {torch.version.hip}"
+    if (found := capability(device)) < _OLDEST:
+        return (
+            f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]}, which bf16 does too, got "
+            f"{found[0]}.{found[1]}"
+        )
+    return None
