@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lipass.kernels import registry
 from lipass.kernels.block_sparse import native
-from lipass.kernels.block_sparse.kind import kind_of
+from lipass.kernels.block_sparse.kind import asking
 from lipass.kernels.plan import ROLES, BlockGrid, BlockPlan, KvLayout, Segment
 from lipass.kernels.token_major import token_major
 
@@ -49,20 +49,17 @@ def attend_biased(
     """Attend to every key with a bias `[B or 1, H or 1, Lk]`, or where the log-sum-exp is needed.
 
     Returns:
-        Token-major output, the log-sum-exp `[B, H, Lq]` fp32 or None, and what ran: `native` or
-        `triton` with a plan over all blocks, `sdpa`, or `plain`, in order of preference.
+        Token-major output, the log-sum-exp `[B, H, Lq]` fp32 or None, and what ran: a compiled
+        kernel with a plan over all blocks, `sdpa`, or `plain`, in order of preference.
     """
     k, v = ([part for part in parts if part.shape[2]] for parts in (k, v))
     tokens = tuple([part.shape[2] for part in k])
-    name = {"cpu": "native", "cuda": "triton"}.get(q.device.type)
-    module = name and registry.module_of("block_sparse", name)
-    if tokens and name and module and not isinstance(module, str):
+    if tokens and (chosen := _kernel_of_all(q, k, v, tokens, bias)) is not None:
         plan = plan_of_all(*q.shape[:3], tokens, q.device)
-        if module.why_not(kind_of(q, plan.q_grid, plan.kv)) is None:
-            out, log_sums = module.block_sparse_attention(
-                q, k, v, plan, scale=scale, key_bias=bias, return_lse=lse
-            )
-            return out, log_sums if lse else None, name
+        out, log_sums = chosen.module.block_sparse_attention(
+            q, k, v, plan, scale=scale, key_bias=bias, return_lse=lse
+        )
+        return out, log_sums if lse else None, chosen.name
     key, value = (torch.cat(parts, 2) if parts else q[:, :, :0] for parts in (k, v))
     shift = None if bias is None else bias.float()[:, :, None]
     # Only a CPU takes a mask that is more precise than the queries; log m in bf16 is 1 % off.
@@ -71,6 +68,18 @@ def attend_biased(
         return token_major(out), None, "sdpa"
     out, log_sums = attend_plainly(q, key, value, scale, shift)
     return out, log_sums if lse else None, "plain"
+
+
+def _kernel_of_all(
+    q: Tensor, k: list[Tensor], v: list[Tensor], tokens: tuple[int, ...], bias: Tensor | None
+) -> registry.Choice | None:
+    """Find a kernel that reads keys where they lie; gathering all of them is no gain."""
+    plan = plan_of_all(*q.shape[:3], tokens, q.device)
+    why_not = asking(q, k, v, plan.q_grid, plan.kv, bias is not None)
+    found = registry.find("block_sparse", q.device, why_not)
+    if isinstance(found, registry.Refused) or found.name in ("gather", "reference"):
+        return None
+    return found
 
 
 def attend_plainly(

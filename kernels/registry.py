@@ -34,7 +34,7 @@ _PROVIDERS = {
     ("select", "cpu"): ("vectorized", "reference"),
     ("select", "cuda"): ("triton", "vectorized"),
     ("block_sparse", "cpu"): ("native", "gather", "reference"),
-    ("block_sparse", "cuda"): ("triton",),
+    ("block_sparse", "cuda"): ("tma", "triton"),
 }
 # On other devices. No attention is computed block by block in Python there unless it is asked for
 # by name: calls that no kernel takes are dense.
@@ -228,7 +228,10 @@ def _ask(
 
 
 def _said(refusals: list[tuple[str, str]], device: torch.device) -> str:
-    said = "; ".join(f"{name}: {reason}" for name, reason in refusals)
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refusals:
+        by_reason.setdefault(reason, []).append(name)
+    said = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
     return said or f"none for {device.type}"
 
 

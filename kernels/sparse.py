@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lipass.kernels import cost, registry
 from lipass.kernels.block_sparse import in_order
-from lipass.kernels.block_sparse.kind import kind_of
+from lipass.kernels.block_sparse.kind import asking
 from lipass.kernels.call import Call, check
 from lipass.kernels.dense_call import attend_densely, hidden
 from lipass.kernels.estimate import capturing, kept_mass
@@ -117,8 +117,9 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
         total=total_blocks,
         dropped_latents=dropped_latents,
     )
-    kind = kind_of(call.q, call.q_grid, call.layout)
-    chosen = registry.find("block_sparse", kind.device, lambda module: module.why_not(kind))
+    biased = call.key_bias is not None or call.keep_frames is not None
+    why_not = asking(call.q, call.k, call.v, call.q_grid, call.layout, biased)
+    chosen = registry.find("block_sparse", call.q.device, why_not)
     reason = _why_dense(call, chosen)
     if not reason or isinstance(chosen, registry.Refused):
         for name, refusal in chosen.refusals:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lipass.kernels import registry
 from lipass.kernels.block_sparse import in_order
-from lipass.kernels.block_sparse.kind import kind_of
+from lipass.kernels.block_sparse.kind import asking
 from lipass.kernels.block_sparse.reference import merge_partials
 from lipass.kernels.plan import BlockPlan
 
@@ -53,10 +53,9 @@ def block_sparse_attention(
         reason = _unfit(q, keys, values, plan, key_bias)
         if reason:
             raise ValueError(reason)
-    kind = kind_of(q, plan.q_grid, plan.kv)
-    chosen = registry.choose(
-        "block_sparse", q.device, provider, lambda module: module.why_not(kind)
-    )
+    biased = key_bias is not None or plan.key_keep is not None
+    why_not = asking(q, keys, values, plan.q_grid, plan.kv, biased)
+    chosen = registry.choose("block_sparse", q.device, provider, why_not)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if key_bias is not None and key_bias.dim() == 2:
         key_bias = key_bias[:, None]

@@ -136,9 +136,12 @@ def kernels(monkeypatch, *names):
         if operation != "block_sparse" or name not in names:
             return "not available: pretended"
         module = real(operation, name)
-        return SimpleNamespace(
+        made = SimpleNamespace(
             why_not=module.why_not.__wrapped__, block_sparse_attention=attend(name)
         )
+        if name == "tma":
+            made.why_not_laid = module.why_not_laid
+        return made
 
     monkeypatch.setattr(chip, "why_not", lambda device: None)
     monkeypatch.setattr(chip, "capability", lambda device: (9, 0))

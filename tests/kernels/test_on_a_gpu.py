@@ -15,9 +15,9 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def ran(monkeypatch):
-    """Let the Triton kernel run, by its definition; give the list of its calls."""
+    """Let the Triton kernels run, by their definition; give the list of their calls."""
     registry.reset_telemetry()
-    return kernels(monkeypatch, "triton")
+    return kernels(monkeypatch, "tma", "triton")
 
 
 def attend(case, lse=False, **changes):
@@ -46,20 +46,21 @@ def test_what_no_kernel_takes_is_dense_and_says_why(name, route, ran):
     assert (ran, seen.reads) == ([], [])
     counts = registry.telemetry()["site"]
     assert (counts.dense_calls, counts.provider) == (1, "sdpa")
-    assert counts.reason.startswith("no kernel takes it: triton: ")
+    assert counts.reason.startswith("no kernel takes it: tma")
     assert reason in counts.reason
-    assert list(counts.refusals) == [counts.reason.removeprefix("no kernel takes it: ")]
+    assert [line.partition(":")[0] for line in counts.refusals] == ["tma", "triton"]
 
 
-def test_what_a_kernel_takes_runs_there(ran):
-    case = make_case("decode", 6, (4, 8), 5, (1, 4, 8), dtype=BF16, dim=64)
+@pytest.mark.parametrize(("tile", "provider"), [((2, 4, 8), "tma"), ((1, 4, 8), "triton")])
+def test_what_a_kernel_takes_runs_there(tile, provider, ran):
+    case = make_case("decode", 6, (4, 8), 5, tile, dtype=BF16, dim=64)
     expected = masked_dense(case, case.plan())[0]
     on_gpu(case)
     with watched() as seen, registry.force("sparse"):
         out = attend(case)
     torch.testing.assert_close(out.held.double(), expected, atol=2e-2, rtol=2e-2)
-    assert (ran, seen.reads) == (["triton"], [])
-    assert registry.telemetry()["site"].provider == "triton"
+    assert (ran, seen.reads) == ([provider], [])
+    assert registry.telemetry()["site"].provider == provider
 
 
 def test_gradients_are_recorded_by_dense_attention():
@@ -76,7 +77,7 @@ def test_definition_runs_on_a_gpu_only_where_it_is_asked_for():
     plan = type(plan)(on_gpu(plan.indices), on_gpu(plan.counts), plan.q_grid, plan.kv)
     call = (case.q, case.keys, case.values, plan)
     with watched():
-        message = "got triton: takes bf16 and fp16, got torch.float32; try provider='reference'"
+        message = "tma, triton: takes bf16 and fp16, got torch.float32; try provider='reference'"
         with pytest.raises(ValueError, match=message):
             block_sparse_attention(*call)
         out = block_sparse_attention(*call, provider="reference")
