@@ -260,7 +260,7 @@ class BlockPlan:
     uniform: bool = False
     """Whether the host knows that every count equals `S`."""
     shared_segments: tuple[int, ...] = ()
-    """Segments that every query block is known to visit whole."""
+    """Segments that every query block is known to visit whole; kernels read no ids of theirs."""
     order: Order | None = None
     """Where queries and keys are sorted; by default they stand as they lie."""
 

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lipass.kernels import chip
 from lipass.kernels.block_sparse.kind import Kind
+from lipass.kernels.block_sparse.visits import visits_by_segment
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 from lipass.kernels.token_major import empty_token_major
 
@@ -340,20 +341,9 @@ def tma_kernel(
     plan = pair.to(tl.int64) * q_blocks + q_block
     visits = tl.load(count_ptr + plan)
     ids = index_ptr + plan * width
-    # Blocks are numbered over the segments and ids ascend, so each segment has a run of them.
-    if CHOSEN[0] and (CHOSEN[1] or CHOSEN[2]):
-        visits_a = _count_below(ids, visits, a_blocks)
-    elif CHOSEN[0]:
-        visits_a = visits - b_blocks - c_blocks
-    else:
-        visits_a = a_blocks
-    if CHOSEN[1] and CHOSEN[2]:
-        visits_b = _count_below(ids, visits, a_blocks + b_blocks) - visits_a
-    elif CHOSEN[1]:
-        visits_b = visits - visits_a - c_blocks
-    else:
-        visits_b = b_blocks
-    visits_c = visits - visits_a - visits_b
+    visits_a, visits_b, visits_c = visits_by_segment(
+        ids, visits, a_blocks, b_blocks, c_blocks, CHOSEN
+    )
 
     if HAS[0]:
         peak, total, acc = _walk(
@@ -439,13 +429,3 @@ def _walk(
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
         peak = peak_new
     return peak, total, acc
-
-
-@triton.jit
-def _count_below(ids, visits, bound):
-    """Count the ids of a row that are below a bound."""
-    found = tl.zeros([128], tl.int32)
-    for start in range(0, visits, 128):
-        place = start + tl.arange(0, 128)
-        found += tl.load(ids + place, mask=place < visits, other=bound) < bound
-    return tl.sum(found, 0)

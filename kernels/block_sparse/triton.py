@@ -2,17 +2,19 @@
 
 Text, history and current keys are read where they lie and never joined: copying all keys in front
 of a call costs a share of what visiting a fifth of them does. One program takes up to 128 queries
-of one query block and walks the plan. A key block id is turned into tokens by arithmetic on the
-grids of the segments, not by a table: a second load in front of K and V would cost one level of
-the software pipeline. Differs from the kernel of arXiv 2605.31158 in: tails are masked, any tile
-volume from 32 to 256, 64-bit addresses, per-key bias, log-sum-exp.
+of one query block and walks the plan, one segment after the other. A key block id is turned into
+tokens by arithmetic on the grid of its segment, not by a table: a second load in front of K and V
+would cost one level of the software pipeline. Where a slot lies from the first one of its block is
+kept as one number a row: kept as addresses, it spilled on sm_80. Differs from the kernel of arXiv
+2605.31158 in: tails are masked, any tile volume from 32 to 256, 64-bit addresses, per-key bias,
+log-sum-exp.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from lipass.kernels import chip
 from lipass.kernels.block_sparse.kind import Kind
+from lipass.kernels.block_sparse.visits import visits_by_segment
 from lipass.kernels.plan import BlockPlan, KvLayout
 from lipass.kernels.token_major import empty_token_major
 
@@ -79,7 +82,9 @@ def block_sparse_attention(
     q = _dense_rows(q)
     k, v = _segments(keys, plan.kv), _segments(values, plan.kv)
     out = empty_token_major(q)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    lse = None
+    if return_lse:
+        lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     bias = _bias(plan, key_bias)
     indices, counts = plan.indices.contiguous(), plan.counts.contiguous()
     launch = launch_options(
@@ -94,7 +99,7 @@ def block_sparse_attention(
             *k,
             *v,
             out,
-            lse,
+            counts if lse is None else lse,
             indices,
             counts,
             bias if bias is not None else counts,
@@ -108,19 +113,20 @@ def block_sparse_attention(
             *(stride for part in k + v for stride in part.stride()[:3]),
             *plan.q_grid.grid,
             *segment_fields(plan.kv),
+            **segment_constants(plan.kv, plan.shared_segments),
             D=dim,
             BLOCK_D=triton.next_power_of_2(dim),
             ROWS=launch.rows,
             COLUMNS=launch.columns,
             Q_TILE=plan.q_grid.tile,
-            K_TILE=_key_tile(plan.kv),
             TAILS=not (plan.kv.is_full and plan.q_grid.is_full),
             BIAS=bias is not None,
+            LSE=return_lse,
             UPCAST=_INTERPRETED,
             num_warps=launch.warps,
             num_stages=launch.stages,
         )
-    return out, lse if return_lse else None
+    return out, lse
 
 
 def launch_options(q_volume: int, k_volume: int, capability: int) -> Launch:
@@ -138,22 +144,32 @@ def launch_options(q_volume: int, k_volume: int, capability: int) -> Launch:
 
 @functools.lru_cache(maxsize=512)
 def segment_fields(layout: KvLayout) -> tuple[int, ...]:
-    """Describe three segments to the kernel, 8 numbers each; unused ones match no block."""
+    """Describe three segments to the kernel, 7 numbers each; unused ones have no block."""
     fields: list[int] = []
     for number, segment in enumerate(layout.segments):
         grid = segment.grid
-        first = (layout.block_range(number).start, layout.token_range(number).start)
         _, block_y, block_x = grid.block_shape
         # At least one, because the kernel divides by them; an empty segment has no block anyway.
         shape = (max(block_y, 1), max(block_x, 1))
-        fields += [*first, *grid.grid, *shape, int(segment.role == "text")]
-    none = [torch.iinfo(torch.int32).max, 0, 0, 0, 0, 1, 1, 0]
+        fields += [grid.blocks, layout.token_range(number).start, *grid.grid, *shape]
+    none = [0, 0, 0, 1, 1, 1, 1]
     return (*fields, *none * (_SEGMENTS - len(layout.segments)))
 
 
-def _key_tile(layout: KvLayout) -> tuple[int, int, int]:
-    tiles = [segment.grid.tile for segment in layout.segments if segment.role != "text"]
-    return tiles[0] if tiles else layout.segments[0].grid.tile
+def segment_constants(layout: KvLayout, shared: tuple[int, ...]) -> dict[str, Any]:
+    """Say what the compiler knows of segments: their tiles, and of which blocks are chosen.
+
+    Args:
+        layout: the key segments.
+        shared: those that every query block is known to visit whole.
+    """
+    tiles = [segment.grid.tile for segment in layout.segments]
+    missing = _SEGMENTS - len(tiles)
+    tiles += tiles[:1] * missing
+    chosen = tuple(n not in shared for n in range(len(layout.segments))) + (False,) * missing
+    has = tuple(segment.grid.blocks > 0 for segment in layout.segments) + (False,) * missing
+    names = ("A_TILE", "B_TILE", "C_TILE")
+    return {**dict(zip(names, tiles, strict=True)), "CHOSEN": chosen, "HAS": has}
 
 
 def _segments(parts: list[Tensor], layout: KvLayout) -> list[Tensor]:
@@ -193,7 +209,7 @@ _PLAIN = [
     *(
         f"{segment}{field}"
         for segment in "abc"
-        for field in ("0", "_first", "_t", "_y", "_x", "_ny", "_nx", "_text")
+        for field in ("_blocks", "_first", "_t", "_y", "_x", "_ny", "_nx")
     ),
 ]
 
@@ -243,48 +259,49 @@ def block_sparse_kernel(
     size_t,
     size_y,
     size_x,
-    a0,
+    a_blocks,
     a_first,
     a_t,
     a_y,
     a_x,
     a_ny,
     a_nx,
-    a_text,
-    b0,
+    b_blocks,
     b_first,
     b_t,
     b_y,
     b_x,
     b_ny,
     b_nx,
-    b_text,
-    c0,
+    c_blocks,
     c_first,
     c_t,
     c_y,
     c_x,
     c_ny,
     c_nx,
-    c_text,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     Q_TILE: tl.constexpr,
-    K_TILE: tl.constexpr,
+    A_TILE: tl.constexpr,
+    B_TILE: tl.constexpr,
+    C_TILE: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    HAS: tl.constexpr,
     TAILS: tl.constexpr,
     BIAS: tl.constexpr,
+    LSE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Attend from `ROWS` queries of one query block to the key blocks of its plan.
 
-    `a`, `b` and `c` are the segments: keys and values with their strides, first block and token,
-    grid, blocks along y and x, whether it is text. As arguments they stay in constant memory;
-    loaded they would fill registers.
+    `a`, `b` and `c` are the segments: keys and values with their strides, blocks, first token,
+    grid, blocks along y and x. As arguments they stay in constant memory; loaded they would fill
+    registers. Of those that are `CHOSEN` the ids of blocks are read, others are visited whole.
     """
     Q_PARTS: tl.constexpr = Q_TILE[0] * Q_TILE[1] * Q_TILE[2] // ROWS
-    K_PARTS: tl.constexpr = K_TILE[0] * K_TILE[1] * K_TILE[2] // COLUMNS
     q_block = tl.program_id(0) // Q_PARTS
     head = tl.program_id(1) % heads
     batch = tl.program_id(1) // heads
@@ -306,80 +323,108 @@ def block_sparse_kernel(
         q = q.to(tl.float32)
 
     item, of = batch.to(tl.int64), head.to(tl.int64)
-    k_a = k_a_ptr + item * k_a_stride_b + of * k_a_stride_h
-    k_b = k_b_ptr + item * k_b_stride_b + of * k_b_stride_h
-    k_c = k_c_ptr + item * k_c_stride_b + of * k_c_stride_h
-    v_a = v_a_ptr + item * v_a_stride_b + of * v_a_stride_h
-    v_b = v_b_ptr + item * v_b_stride_b + of * v_b_stride_h
-    v_c = v_c_ptr + item * v_c_stride_b + of * v_c_stride_h
-    bias_base = bias_ptr + item * bias_stride_b + of * bias_stride_h
     plan = tl.program_id(1).to(tl.int64) * q_blocks + q_block
     visits = tl.load(count_ptr + plan)
     ids = index_ptr + plan * width
-    k_slot = tl.arange(0, COLUMNS)
+    visits_a, visits_b, visits_c = visits_by_segment(
+        ids, visits, a_blocks, b_blocks, c_blocks, CHOSEN
+    )
 
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for step in range(0, visits * K_PARTS):
-        block = tl.load(ids + step // K_PARTS)
-        # Which segment: scalars only, so that the vectors below are computed once.
-        a1 = block >= b0
-        a2 = block >= c0
-        local = block - tl.where(a2, c0, tl.where(a1, b0, a0))
-        first_token = tl.where(a2, c_first, tl.where(a1, b_first, a_first))
-        k_t = tl.where(a2, c_t, tl.where(a1, b_t, a_t))
-        k_y = tl.where(a2, c_y, tl.where(a1, b_y, a_y))
-        k_x = tl.where(a2, c_x, tl.where(a1, b_x, a_x))
-        n_y = tl.where(a2, c_ny, tl.where(a1, b_ny, a_ny))
-        n_x = tl.where(a2, c_nx, tl.where(a1, b_nx, a_nx))
-        k_base = tl.where(a2, k_c, tl.where(a1, k_b, k_a))
-        v_base = tl.where(a2, v_c, tl.where(a1, v_b, v_a))
-        k_stride_l = tl.where(a2, k_c_stride_l, tl.where(a1, k_b_stride_l, k_a_stride_l))
-        v_stride_l = tl.where(a2, v_c_stride_l, tl.where(a1, v_b_stride_l, v_a_stride_l))
-        text = tl.where(a2, c_text, tl.where(a1, b_text, a_text)) == 1
-        from_t = local // (n_x * n_y) * K_TILE[0]
-        from_y = local // n_x % n_y * K_TILE[1]
-        from_x = local % n_x * tl.where(text, K_PARTS * COLUMNS, K_TILE[2])
-        if K_PARTS == 1:
-            place = k_slot
+    if HAS[0]:
+        peak, total, acc = _walk(
+            q, k_a_ptr + item * k_a_stride_b + of * k_a_stride_h,
+            v_a_ptr + item * v_a_stride_b + of * v_a_stride_h,
+            bias_ptr + item * bias_stride_b + of * bias_stride_h + a_first,
+            ids, 0, visits_a, k_a_stride_l, v_a_stride_l, a_t, a_y, a_x, a_ny,
+            a_nx, peak, total, acc, scale_log2, A_TILE, COLUMNS, D, BLOCK_D,
+            CHOSEN[0], TAILS, BIAS, UPCAST,
+        )  # fmt: skip
+    if HAS[1]:
+        peak, total, acc = _walk(
+            q, k_b_ptr + item * k_b_stride_b + of * k_b_stride_h,
+            v_b_ptr + item * v_b_stride_b + of * v_b_stride_h,
+            bias_ptr + item * bias_stride_b + of * bias_stride_h + b_first,
+            ids + visits_a, a_blocks, visits_b, k_b_stride_l, v_b_stride_l, b_t, b_y, b_x, b_ny,
+            b_nx, peak, total, acc, scale_log2, B_TILE, COLUMNS, D, BLOCK_D,
+            CHOSEN[1], TAILS, BIAS, UPCAST,
+        )  # fmt: skip
+    if HAS[2]:
+        peak, total, acc = _walk(
+            q, k_c_ptr + item * k_c_stride_b + of * k_c_stride_h,
+            v_c_ptr + item * v_c_stride_b + of * v_c_stride_h,
+            bias_ptr + item * bias_stride_b + of * bias_stride_h + c_first,
+            ids + visits_a + visits_b, a_blocks + b_blocks, visits_c, k_c_stride_l, v_c_stride_l,
+            c_t, c_y, c_x, c_ny, c_nx, peak, total, acc, scale_log2, C_TILE, COLUMNS, D, BLOCK_D,
+            CHOSEN[2], TAILS, BIAS, UPCAST,
+        )  # fmt: skip
+
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    at = (batch.to(tl.int64) * q_tokens + row) * heads + head
+    tl.store(out_ptr + at[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), q_mask)
+    if LSE:
+        flat = tl.program_id(1).to(tl.int64) * q_tokens + row
+        lse = (peak + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse_ptr + flat, tl.where(total == 0.0, float("-inf"), lse), row_exists)
+
+
+@triton.jit
+def _walk(
+    q, k_ptr, v_ptr, bias_ptr, ids, first, visits, k_stride, v_stride, size_t, size_y, size_x,
+    blocks_y, blocks_x, peak, total, acc, scale_log2, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHOSEN: tl.constexpr, TAILS: tl.constexpr,
+    BIAS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Visit blocks of one segment, whose first one has the id `first`."""
+    PARTS: tl.constexpr = TILE[0] * TILE[1] * TILE[2] // COLUMNS
+    slot = tl.arange(0, COLUMNS)
+    in_t = slot // (TILE[1] * TILE[2])
+    in_y = slot // TILE[2] % TILE[1]
+    in_x = slot % TILE[2]
+    # Where a slot lies from the first one of its part is the same in every block.
+    place = (in_t * size_y + in_y) * size_x + in_x
+    dims = tl.arange(0, BLOCK_D)
+    for step in range(0, visits * PARTS):
+        if CHOSEN:
+            local = tl.load(ids + step // PARTS) - first
         else:
-            place = step % K_PARTS * COLUMNS + k_slot
-        in_t = tl.where(text, 0, place // (K_TILE[1] * K_TILE[2]))
-        in_y = tl.where(text, 0, place // K_TILE[2] % K_TILE[1])
-        in_x = tl.where(text, place, place % K_TILE[2])
-        exists = (in_t < k_t - from_t) & (in_y < k_y - from_y) & (in_x < k_x - from_x)
-        token = (from_t * k_y + from_y) * k_x + from_x
-        token += (in_t * k_y + in_y) * k_x + in_x
-        at = token.to(tl.int64)
+            local = step // PARTS
+        # All sizes of a tile are powers of two, so the slots of a part are those of the first,
+        # moved along the axes.
+        part = step % PARTS * COLUMNS
+        from_t = local // (blocks_x * blocks_y) * TILE[0] + part // (TILE[1] * TILE[2])
+        from_y = local // blocks_x % blocks_y * TILE[1] + part // TILE[2] % TILE[1]
+        from_x = local % blocks_x * TILE[2] + part % TILE[2]
+        at = ((from_t * size_y + from_y) * size_x + from_x + place).to(tl.int64)
+        if TAILS or BIAS:
+            exists = (in_t < size_t - from_t) & (in_y < size_y - from_y) & (in_x < size_x - from_x)
         if TAILS:
-            kv_mask = exists[:, None] & (dims < D)[None, :]
+            mask = exists[:, None] & (dims < D)[None, :]
         else:
-            kv_mask = (dims < D)[None, :]
-        k = tl.load(k_base + at[:, None] * k_stride_l + dims[None, :], mask=kv_mask, other=0.0)
-        v = tl.load(v_base + at[:, None] * v_stride_l + dims[None, :], mask=kv_mask, other=0.0)
+            mask = (dims < D)[None, :]
+        k = tl.load(k_ptr + at[:, None] * k_stride + dims[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + at[:, None] * v_stride + dims[None, :], mask=mask, other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         if BIAS:
-            bias = tl.load(bias_base + first_token + at, mask=exists, other=float("-inf"))
+            bias = tl.load(bias_ptr + at, mask=exists, other=float("-inf"))
             score += bias[None, :] * 1.4426950408889634
         elif TAILS:
             score = tl.where(exists[None, :], score, float("-inf"))
         peak_new = tl.maximum(peak, tl.max(score, 1))
-        # A row that has seen no key yet keeps -inf; 0 stands in, so that no -inf - -inf arises.
-        base = tl.where(peak_new == float("-inf"), 0.0, peak_new)
+        base = peak_new
+        if BIAS or PARTS > 1:
+            # A row that has seen no key yet, as a part may lie outside of the grid, keeps -inf;
+            # 0 stands in, so that no -inf - -inf arises.
+            base = tl.where(peak_new == float("-inf"), 0.0, peak_new)
         shrink = tl.exp2(peak - base)
         weight = tl.exp2(score - base[:, None])
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
         peak = peak_new
-
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    at = (batch.to(tl.int64) * q_tokens + row) * heads + head
-    tl.store(out_ptr + at[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty), q_mask)
-    flat = tl.program_id(1).to(tl.int64) * q_tokens + row
-    lse = (peak + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse_ptr + flat, tl.where(total == 0.0, float("-inf"), lse), row_exists)
+    return peak, total, acc

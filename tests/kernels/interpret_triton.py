@@ -64,7 +64,8 @@ causal = torch.ones(1, 3, 3, dtype=torch.bool).tril()
 check("latents that see those in front of them", case, case.plan(latent_mask=causal))
 
 case = make_case("decode", 2, (4, 4), 0, (2, 4, 4), heads=1, dim=16)
-none = dataclasses.replace(case.plan(), counts=torch.zeros_like(case.plan().counts))
+plan = case.plan()
+none = dataclasses.replace(plan, counts=torch.zeros_like(plan.counts), shared_segments=())
 check("rows without a key", case, none)
 
 case = make_case("decode", 8, (8, 8), 9, (4, 8, 8), heads=1, dim=16, new_frames=4, sink_latents=0)

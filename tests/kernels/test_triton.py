@@ -6,6 +6,8 @@ import pytest
 import torch
 from triton_cases import SHARED_KIB, compile_for, interpret, stack_bytes
 
+from lipass.kernels.plan import KvLayout
+
 pytest.importorskip("triton", reason="needs Triton")
 
 # The tensor core instruction that must appear.
@@ -31,15 +33,17 @@ def compiled(chip, head_dim, tails, bias, dtype="bf16", tile=TILE):
     from lipass.kernels.block_sparse import triton as provider
 
     kernel = provider.block_sparse_kernel
+    grids = (1, 1, 929), (8, 30, 52), (4, 30, 52)
+    layout = KvLayout.build(("text", "history", "current"), grids, tile)
     volume = tile[0] * tile[1] * tile[2]
     launch = provider.launch_options(volume, volume, chip // 10)
     pointers = {p.name: f"*{dtype}" for p in kernel.params if p.name.endswith("_ptr")}
     pointers |= {"index_ptr": "*i32", "count_ptr": "*i32", "bias_ptr": "*fp32", "lse_ptr": "*fp32"}
     constants = {
         "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
-        "ROWS": launch.rows, "COLUMNS": launch.columns, "Q_TILE": tile, "K_TILE": tile,
-        "TAILS": tails, "BIAS": bias, "UPCAST": False,
-    }  # fmt: skip
+        "ROWS": launch.rows, "COLUMNS": launch.columns, "Q_TILE": tile,
+        "TAILS": tails, "BIAS": bias, "LSE": bias, "UPCAST": False,
+    } | provider.segment_constants(layout, (0, 2))  # fmt: skip
     return compile_for(
         chip, kernel, pointers, constants, r"(q|[kv]_[abc])_stride_[bhl]",
         num_warps=launch.warps, num_stages=launch.stages,
