@@ -66,11 +66,8 @@ dump: $(READY) ## numbered graphs and diffs of a script in build/dump (EX=exampl
 	@test -n "$(EX)" || { echo "make dump needs a script, got none; run make dump EX=examples/x.py"; exit 2; }
 	LIPASS_DUMP=build/dump $(BIN)/python $(EX)
 
-gpu-day: $(READY) ## everything worth running on a machine with a GPU; results in benchmarks/results
-	$(MAKE) test-gpu
-	mkdir -p benchmarks/results
-	$(BIN)/python -m benchmarks.run --json $(ARGS) > benchmarks/results/kernels_gpu.json
-	$(BIN)/lipass demo --full --json > benchmarks/results/demo_gpu.json
+gpu-day: ## what only a GPU can answer, in 9 minutes; needs torch and Triton, installs nothing
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 results: $(READY) ## figures of DESIGN.md on this machine, in benchmarks/results; half an hour
 	mkdir -p benchmarks/results

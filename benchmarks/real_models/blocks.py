@@ -108,7 +108,7 @@ def time_block(
     """
     torch.manual_seed(0)
     block = Block(family).to(dtype).eval().requires_grad_(False)
-    trial = _Trial(family, latent_grid or grid_of(family), dtype)
+    trial = Trial(family, latent_grid or grid_of(family), dtype)
     runs: dict[str, Callable[[], Chunk]] = {}
     times: dict[str, list[float]] = {preset: [] for preset in PRESETS}
     done: dict[str, dict[str, int]] = {}
@@ -142,22 +142,38 @@ def time_block(
     }
 
 
-class _Trial:
-    """One chunk of a family, what it is given, and the loop over its steps."""
+class Trial:
+    """One chunk of a family, what it is given, and the loop over its steps.
 
-    def __init__(self, family: Family, latent_grid: tuple[int, int], dtype: torch.dtype) -> None:
+    Args:
+        family: its widths, and what a chunk reads.
+        latent_grid: tokens of one latent.
+        dtype: of latents.
+        device: of latents; cameras stay on the host.
+        layers: blocks of a stack, each with keys of its own; None is one block by itself.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        latent_grid: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        layers: int | None = None,
+    ) -> None:
         self.family, self.latent_grid = family, latent_grid
         self.new = min(family.chunk_latents, _NEW)
         self.history = min(family.reads_latents, _HISTORY) // 2 * 2
         self.steps = min(family.steps, _STEPS if self.history else _STEPS_OF_A_CLIP)
-        draw = functools.partial(torch.randn, dtype=dtype)
+        draw = functools.partial(torch.randn, dtype=dtype, device=device)
         self._old = draw(1, family.width, self.history, *latent_grid)
         self._noise = draw(1, family.width, self.new, *latent_grid)
         self._text = draw(1, family.text_tokens, family.width)
         tokens = latent_grid[0] * latent_grid[1]
         self._rays = draw(1, (self.history + self.new) * tokens, family.width)
         kept = (family.streams, family.heads, self.history * tokens, family.head_dim)
-        self._kept = draw(kept), draw(kept)
+        held = draw(kept), draw(kept)
+        self._kept = held if layers is None else [held] * layers
         self._cut: dict[int, Tensor] = {}
         self._asked: dict[str, Tensor | None] = {"latents": torch.empty(0, 1)}
         if self.history:

@@ -1,0 +1,152 @@
+"""Run every part on the GPU of this machine, in order of what is worth knowing.
+
+    python -m benchmarks.gpu                 nine minutes at most; make gpu-day is the same
+    python -m benchmarks.gpu --only speed    parts whose names begin so
+    python -m benchmarks.gpu --dry           on a CPU: tiny shapes, stand-ins for kernels
+
+Needs a checkout, torch and Triton; nothing is installed. Each part is a process of its own with a
+limit of its own, and writes what it knows row by row, so that a hang costs that part alone.
+Results go to `$OUT`, or to `benchmarks/results/gpu`: a document a part, and `day.json` that says
+which ran. What is timed later is compiled first, beside what is checked: both keep cores busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+_FOLDERS = ("kernels", "passes", "examples")
+# Kept for writing down what was found.
+_SPARE_S = 10.0
+
+
+class Part(NamedTuple):
+    """One process: `python -m benchmarks.gpu.<module> <arguments>`."""
+
+    name: str
+    module: str
+    limit_s: float
+    """Of its wall clock; the last one gets what is left."""
+    arguments: tuple[str, ...] = ()
+    beside: bool = False
+    """Whether it runs beside the part in front of it: none of them is timed."""
+
+
+PARTS = (
+    Part("about", "about", 45),
+    Part("right_tma", "right", 100, ("tma",)),
+    Part("right_triton", "right", 100, ("triton",), beside=True),
+    Part("right_planning", "right", 100, ("planning",), beside=True),
+    Part("right_operator", "right", 100, ("operator",), beside=True),
+    Part("warm_speed", "speed", 100, ("--warm",), beside=True),
+    Part("warm_worldplay", "blocks", 100, ("hy-worldplay", "--warm"), beside=True),
+    Part("warm_matrix_game", "blocks", 100, ("matrix-game-3", "--warm"), beside=True),
+    Part("speed", "speed", 150),
+    Part("blocks_worldplay", "blocks", 80, ("hy-worldplay",)),
+    Part("blocks_matrix_game", "blocks", 60, ("matrix-game-3",)),
+    Part("train", "train", 1e9),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts and write `day.json`; fail if one of them did."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=530.0, help="of all parts together")
+    parser.add_argument("--only", default="", help="parts whose names begin so")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, no figure")
+    parser.add_argument("--out", type=Path, default=_out(), help="folder of the documents")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    begin, day = time.monotonic(), {"dry": args.dry, "commit": _commit(), "parts": {}}
+    with tempfile.TemporaryDirectory() as links:
+        path = _importable(Path(links))
+        for group in _groups([part for part in PARTS if part.name.startswith(args.only)]):
+            left = args.seconds - _SPARE_S - (time.monotonic() - begin)
+            for part, said in _run(group, left, args.out, args.dry, path).items():
+                day["parts"][part] = said
+                print(f"{part}: {said['state']}, {said['seconds']:.0f} s", flush=True)
+                if said["state"] != "done":
+                    print(said["tail"], flush=True)
+            (args.out / "day.json").write_text(json.dumps(day, indent=1) + "\n")
+    return int(any(said["state"] != "done" for said in day["parts"].values()))
+
+
+def _run(group: list[Part], left: float, out: Path, dry: bool, path: str) -> dict[str, dict]:
+    """Run parts beside each other; none may take longer than it has, or than what is left."""
+    said: dict[str, dict] = {}
+    running = []
+    for part in group:
+        limit = min(part.limit_s, left)
+        if limit <= 0:
+            said[part.name] = {"state": "no time was left", "seconds": 0.0, "tail": ""}
+            continue
+        log = (out / f"{part.name}.log").open("w")
+        command = [sys.executable, "-m", f"benchmarks.gpu.{part.module}", *part.arguments]
+        command += ["--out", str(out / f"{part.name}.json"), "--seconds", str(limit)]
+        process = subprocess.Popen(
+            command + ["--dry"] * dry,
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        running.append((part, process, log, time.monotonic(), limit))
+    for part, process, log, start, limit in running:
+        try:
+            process.wait(max(limit - (time.monotonic() - start), 0.1))
+            state = "done" if process.returncode == 0 else f"failed with {process.returncode}"
+        except subprocess.TimeoutExpired:
+            state = f"stopped after {limit:.0f} s"
+        with contextlib.suppress(ProcessLookupError):  # what it started itself goes too
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+        tail = (out / f"{part.name}.log").read_text(errors="replace")[-1500:]
+        said[part.name] = {"state": state, "seconds": time.monotonic() - start, "tail": tail}
+    return said
+
+
+def _groups(parts: list[Part]) -> list[list[Part]]:
+    groups: list[list[Part]] = []
+    for part in parts:
+        if part.beside and groups:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
+def _importable(links: Path) -> str:
+    """Let the folders of this checkout be imported as installing it would; give PYTHONPATH."""
+    package = links / "lipass"
+    package.mkdir()
+    for path in [*(ROOT / "lipass").iterdir(), *(ROOT / name for name in _FOLDERS)]:
+        (package / path.name).symlink_to(path)
+    rest = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    return os.pathsep.join([str(links), str(ROOT), *rest])
+
+
+def _out() -> Path:
+    return Path(os.environ.get("OUT") or ROOT / "benchmarks/results/gpu")
+
+
+def _commit() -> str:
+    """Name the commit; a machine that was sent a copy of the tree may have no git."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ.get("COMMIT", "unknown")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The day on a GPU, tried on a CPU: every part on tiny shapes with stand-ins for its kernels."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import __main__ as day
+from benchmarks.gpu import about, blocks, right, speed, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(main, tmp_path, *arguments):
+    out = tmp_path / "part.json"
+    code = main([*arguments, "--out", str(out), "--seconds", "60", "--dry"])
+    document = json.loads(out.read_text())
+    assert document["dry"] is True
+    return code, document
+
+
+@pytest.mark.parametrize("name", ["tma", "triton", "planning", "operator"])
+def test_what_is_checked_is_right_by_its_stand_in(name, tmp_path):
+    code, document = rows(right.main, tmp_path, name)
+    assert code == 0
+    assert all(row["right"] for row in document["rows"])
+
+
+def test_a_kernel_that_is_wrong_fails_the_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(right.Problem, "expected", lambda p, *_: (p.q.double(), p.q[..., 0]))
+    monkeypatch.setattr(right, "CALLS", dict(list(right.CALLS.items())[:1]))
+    code, document = rows(right.main, tmp_path, "tma")
+    assert code == 1
+    assert not any(row["right"] for row in document["rows"])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_speed_has_a_row_for_each_form_of_a_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "CASES", dict(list(speed.CASES.items())[:2]))
+    code, document = rows(speed.main, tmp_path)
+    assert code == 0
+    dense, sparse, *_ = document["rows"]
+    assert dense["form"] == "dense"
+    assert list(dense["failed"]) == ["cudnn"]  # what cannot run is told, and the rest is timed
+    assert sparse["failed"] == {}
+    assert {"flex", "flex_tma", "flex_flash", "reference, tiles", "reference, runs"} == set(
+        sparse["ratio"]
+    )
+    assert {"plan", "plan, known means", "operator"} < set(sparse["ms"])
+
+
+def test_warming_up_times_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "CASES", dict(list(speed.CASES.items())[:1]))
+    code, document = rows(speed.main, tmp_path, "--warm")
+    assert code == 0
+    assert len(document["rows"]) == 2
+
+
+@pytest.mark.parametrize("name", ["hy-worldplay", "matrix-game-3"])
+def test_blocks_have_a_row_for_each_preset(name, tmp_path, monkeypatch):
+    presets = ["all" if name == "hy-worldplay" else "sparse"]
+    monkeypatch.setattr(blocks, "PRESETS", presets)
+    code, document = rows(blocks.main, tmp_path, name)
+    assert code == 0
+    assert [row["preset"] for row in document["rows"]] == presets
+    assert document["rows"][-1]["ran"]
+
+
+def test_what_cannot_be_trained_says_why(tmp_path):
+    code, document = rows(train.main, tmp_path)
+    (row,) = document["rows"]
+    assert (code, row["trained"]) == (0, False)
+    assert row["reason"]
+
+
+def test_machine_is_described(tmp_path):
+    _, document = rows(about.main, tmp_path)
+    assert {"python", "torch"} <= set(document["versions"])
+
+
+HANGING = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_part_that_hangs_costs_only_itself(tmp_path, monkeypatch):
+    package = tmp_path / "benchmarks/gpu"
+    package.mkdir(parents=True)
+    (package / "hangs.py").write_text(HANGING)
+    (package / "fails.py").write_text("raise SystemExit('no such device')")
+    (package / "works.py").write_text("import sys; print(sys.argv)")
+    monkeypatch.setattr(day, "_importable", lambda links: str(tmp_path))
+    monkeypatch.setattr(day, "ROOT", tmp_path)
+    parts = (day.Part("hangs", "hangs", 1.5), day.Part("fails", "fails", 20, beside=True),
+             day.Part("works", "works", 20), day.Part("late", "works", 20))  # fmt: skip
+    monkeypatch.setattr(day, "PARTS", parts)
+    begin = time.monotonic()
+    assert day.main(["--out", str(tmp_path / "out"), "--seconds", "30"]) == 1
+    assert time.monotonic() - begin < 25
+    found = json.loads((tmp_path / "out/day.json").read_text())["parts"]
+    assert {name: said["state"] for name, said in found.items()} == {
+        "hangs": "stopped after 2 s", "fails": "failed with 1", "works": "done", "late": "done",
+    }  # fmt: skip
+    assert "no such device" in found["fails"]["tail"]
+    assert "begun" in found["hangs"]["tail"]
+
+
+def test_parts_without_time_are_left_out(tmp_path):
+    assert day.main(["--only", "about", "--out", str(tmp_path), "--seconds", "1"]) == 1
+    found = json.loads((tmp_path / "day.json").read_text())
+    assert found["parts"]["about"]["state"] == "no time was left"
+
+
+BARE = """
+import sys
+for name in ("rich", "matplotlib", "PIL", "safetensors", "diffusers", "einops", "transformers",
+             "pytest", "hypothesis", "peft", "av", "starlette"):
+    sys.modules[name] = None
+from benchmarks.gpu import about, blocks, right, speed, train
+import lipass
+print(lipass.__file__)
+"""
+
+
+def test_a_checkout_is_enough(tmp_path):
+    """Nothing is installed on the machine but torch and what torch needs."""
+    path = day._importable(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", BARE], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "lipass/__init__.py")
