@@ -80,7 +80,7 @@ def check(call: Call) -> None:
         if call.buckets is not None:
             layout, _ = in_rows(layout, call.q_grid)
         check_means(call.history_means, call.q, layout, call.candidate)
-    why = None
+    why: str | None = None
     if call.given is not None:
         why = unfit_blocks(call.given, call.q, call.layout, call.q_grid)
     if why is None and call.key_bias is not None:
@@ -105,7 +105,7 @@ def _unfit_mask(call: Call, mask: Tensor) -> str | None:
 
 
 def _unfit_tokens(call: Call) -> str | None:
-    tokens = [segment.grid.tokens for segment in call.layout.segments]
+    tokens = call.layout.segment_tokens
     for name, parts in (("k", call.k), ("v", call.v)):
         found = [part.shape[2] for part in parts]
         if found != tokens:

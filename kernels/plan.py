@@ -183,6 +183,11 @@ class KvLayout:
         return sum(segment.grid.tokens for segment in self.segments)
 
     @functools.cached_property
+    def segment_tokens(self) -> list[int]:
+        """Keys of each segment."""
+        return [segment.grid.tokens for segment in self.segments]
+
+    @functools.cached_property
     def blocks(self) -> int:
         """Blocks over all segments, `Nk`."""
         return sum(segment.grid.blocks for segment in self.segments)
@@ -205,9 +210,11 @@ class KvLayout:
 
     def candidate_segment(self, role: str) -> int | None:
         """Segment whose blocks are chosen: the history in decode, otherwise the current."""
-        wanted = "history" if role == "decode" else "current"
-        found = [n for n, segment in enumerate(self.segments) if segment.role == wanted]
-        return found[0] if found else None
+        return self._by_role.get("history" if role == "decode" else "current")
+
+    @functools.cached_property
+    def _by_role(self) -> dict[str, int]:
+        return {segment.role: n for n, segment in enumerate(self.segments)}
 
     def block_range(self, segment: int) -> range:
         """Block ids of a segment."""
@@ -267,10 +274,13 @@ class BlockPlan:
     @property
     def segment_tokens(self) -> list[int]:
         """Keys of each segment, those that an order leaves out among them."""
-        tokens = [segment.grid.tokens for segment in self.kv.segments]
-        if self.order is not None:
-            tokens[self.order.segment] = self.order.held
-        return tokens
+        tokens = self.kv.segment_tokens
+        if self.order is None:
+            return tokens
+        return [
+            self.order.held if n == self.order.segment else length
+            for n, length in enumerate(tokens)
+        ]
 
     def visited(self) -> Tensor:
         """Whether a query block visits a key block, `[B, H, Nq, Nk]` bool. Not for hot loops."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -110,13 +109,6 @@ def _attend_prefill_without(
 
 def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> Attended:
     """Run one call sparse or dense, whichever the gate says, and count it."""
-    count = functools.partial(
-        registry.record_call,
-        call.site,
-        role=call.role,
-        total=total_blocks,
-        dropped_latents=dropped_latents,
-    )
     biased = call.key_bias is not None or call.keep_frames is not None
     why_not = asking(call.q, call.k, call.v, call.q_grid, call.layout, biased)
     chosen = registry.find("block_sparse", call.q.device, why_not)
@@ -127,27 +119,24 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
     if reason or isinstance(chosen, registry.Refused):
         visited = call.q.shape[0] * call.q.shape[1] * call.q_grid.blocks * call.layout.blocks
         out, log_sums, provider = attend_densely(call, lse)
-        count(provider=provider, visited=visited, kept_dense=reason)
+        registry.record_call(
+            call.site, role=call.role, total=total_blocks, dropped_latents=dropped_latents,
+            provider=provider, visited=visited, kept_dense=reason,
+        )  # fmt: skip
         return out, log_sums
     plan = _plan(call)
     mass = None
     if registry.is_sampled(call.site) and not capturing():
         mass = kept_mass(call.q, call.k, plan, call.scale, call.key_bias)
-    count(
-        mass=mass,
-        provider=chosen.name,
+    registry.record_call(
+        call.site, role=call.role, total=total_blocks, dropped_latents=dropped_latents,
+        provider=chosen.name, mass=mass,
         visited=plan.indices.numel() if plan.uniform else plan.counts.sum(),
-    )
+    )  # fmt: skip
     out, log_sums = in_order.attend(
-        chosen.module,
-        call.q,
-        call.k,
-        call.v,
-        plan,
-        scale=call.scale,
-        key_bias=call.key_bias,
+        chosen.module, call.q, call.k, call.v, plan, scale=call.scale, key_bias=call.key_bias,
         return_lse=lse,
-    )
+    )  # fmt: skip
     return out, log_sums if lse else None
 
 

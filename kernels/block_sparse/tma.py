@@ -34,7 +34,10 @@ _Y_BITS, _X_BITS = 10, 11
 _LARGEST = ((1 << 10) - 1, (1 << _Y_BITS) - 1, (1 << _X_BITS) - 1)
 # The TMA unit takes addresses and strides that are multiples of 16 bytes.
 _ALIGNED = 16
+_LOG2_E = math.log2(math.e)
 _SEGMENTS = 3
+# Descriptors of the kernel: queries, output, keys and values of each segment.
+_PLACES = 2 + 2 * _SEGMENTS
 # Keys and values of so many blocks at once: 160 KiB of shared memory for 128 slots of 128 numbers.
 STAGES = 2
 
@@ -74,19 +77,11 @@ def why_not_laid(
     """
     if biased:
         return "adds no bias and masks no key inside a block"
-    if why := _unfit_grids(q_grid, kv):
-        return why
     for x in (q, *keys, *values):
-        if x.numel() == 0:
-            continue
         if x.data_ptr() % _ALIGNED:
             return "takes tensors that begin at multiples of 16 bytes"
-        if _fold(x.shape, x.stride(), x.element_size()) is None:
-            return (
-                "takes heads that lie side by side or apart by one stride, with strides that are "
-                f"multiples of 16 bytes, got shape {tuple(x.shape)} and strides {x.stride()}"
-            )
-    return None
+    laid = _laid(q, keys, values, q_grid, kv)
+    return laid if isinstance(laid, str) else None
 
 
 def block_sparse_attention(
@@ -104,41 +99,36 @@ def block_sparse_attention(
     assert plan.key_keep is None
     batch, heads, tokens, dim = q.shape
     made = geometry(plan.q_grid, plan.kv, plan.shared_segments, q.device)
+    laid = _laid(q, keys, values, plan.q_grid, plan.kv)
+    assert isinstance(laid, Laid)
     if len(keys) == 1 and len(plan.kv.segments) > 1:
         keys, values = _by_segment(keys[0], plan.kv), _by_segment(values[0], plan.kv)
     out = empty_token_major(q)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32) if return_lse else plan.counts
-    q_desc, q_fold = _describe(q, made.q_grid)
-    descriptors: list[TensorDescriptor] = []
-    folds = [q_fold]
-    for number, grid in made.segments:
-        for x in (keys[number], values[number]):
-            found, fold = _describe(x, grid)
-            descriptors.append(found)
-            folds.append(fold)
-    missing = _SEGMENTS - len(made.segments)
-    descriptors += (descriptors[:2] or [q_desc, q_desc]) * missing
-    folds += [1, 1] * missing
+    placed = [q, out]
+    for number in laid.order:
+        placed += [keys[number], values[number]]
+    descriptors = list(map(_describe, placed, laid.fields))
+    if missing := _PLACES - len(descriptors):
+        descriptors += descriptors[:1] * missing
     indices, counts = plan.indices.contiguous(), plan.counts.contiguous()
     programs = (plan.q_grid.blocks, batch * heads)
     # Triton launches on the current device.
     with torch.cuda.device_of(q):
         tma_kernel[programs](
-            q_desc,
-            _describe(out, made.q_grid)[0],
             *descriptors,
             lse,
             indices,
             counts,
             made.corners,
-            scale * math.log2(math.e),
+            scale * _LOG2_E,
             heads,
             plan.q_grid.blocks,
             indices.shape[-1],
             tokens,
             *made.numbers,
             D=dim,
-            FOLDS=tuple(folds),
+            FOLDS=laid.folds,
             STAGES=STAGES,
             LSE=return_lse,
             UPCAST=chip.INTERPRETED,
@@ -152,9 +142,6 @@ def block_sparse_attention(
 class Geometry(NamedTuple):
     """What follows from grids alone, whatever the tensors hold."""
 
-    q_grid: BlockGrid
-    segments: tuple[tuple[int, BlockGrid], ...]
-    """Number and grid of each segment that has a block."""
     corners: Tensor
     """Where each block begins, `t << 21 | y << 11 | x`, `[Nk]` int32."""
     numbers: tuple[int, ...]
@@ -183,7 +170,7 @@ def geometry(
     corners = torch.cat([_corners(grid) for grid in grids] or [torch.zeros(1).int()])
     blocks = tuple(grid.blocks for grid in padded)
     numbers = (*blocks, *q_grid.grid, *(size for grid in padded for size in grid.grid))
-    return Geometry(q_grid, tuple(found), corners.to(device), numbers, constants)
+    return Geometry(corners.to(device), numbers, constants)
 
 
 def _is_row(grid: BlockGrid) -> bool:
@@ -200,7 +187,67 @@ def _corners(grid: BlockGrid) -> Tensor:
     return (at_t << (_Y_BITS + _X_BITS) | at_y << _X_BITS | at_x).int()
 
 
-@functools.lru_cache(maxsize=512)
+def _by_segment(x: Tensor, kv: KvLayout) -> list[Tensor]:
+    return list(x.split([segment.grid.tokens for segment in kv.segments], 2))
+
+
+class Laid(NamedTuple):
+    """How the tensors of a call lie in memory, as the kernel is told it."""
+
+    order: tuple[int, ...]
+    """Numbers of the segments that have a block."""
+    fields: list[dict[str, Any]]
+    """Of the descriptors of queries, output, and keys and values, but for the tensors."""
+    folds: tuple[int, ...]
+
+
+def _laid(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], q_grid: BlockGrid, kv: KvLayout
+) -> Laid | str:
+    """Describe tensors to the TMA unit, or say why that cannot be."""
+    strides = tuple([x.stride() for x in (*keys, *values)])
+    return _lay(q.shape, q.dtype, q.stride(), strides, q_grid, kv)
+
+
+@functools.lru_cache(maxsize=1024)
+def _lay(
+    q_shape: torch.Size,
+    dtype: torch.dtype,
+    q_stride: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    q_grid: BlockGrid,
+    kv: KvLayout,
+) -> Laid | str:
+    """Do so once for all tensors that lie alike: checking descriptors takes 5 us each."""
+    if why := _unfit_grids(q_grid, kv):
+        return why
+    batch, heads, tokens, dim = q_shape
+    if tokens == 0:
+        return "takes a query at least, got none"
+    segments = len(kv.segments)
+    if len(strides) < 2 * segments:
+        strides = (strides[0],) * segments + (strides[1],) * segments
+    order = tuple(n for n, part in enumerate(kv.segments) if part.grid.blocks)
+    row = heads * dim
+    placed = [(q_stride, q_grid), ((tokens * row, dim, row, 1), q_grid)]
+    for n in order:
+        grid = kv.segments[n].grid
+        placed += [(strides[n], grid), (strides[segments + n], grid)]
+    fields, folds = [], []
+    for stride, grid in placed:
+        fold = _fold(batch, heads, grid.tokens, dim, stride, dtype.itemsize)
+        if fold is None:
+            shape = (batch, heads, grid.tokens, dim)
+            return (
+                "takes heads that lie side by side or apart by one stride, with strides that are "
+                f"multiples of 16 bytes, got shape {shape} and strides {stride}"
+            )
+        fields.append(_fields(batch, heads, dim, stride, dtype, grid, fold))
+        folds.append(fold)
+    del folds[1]  # the output's
+    return Laid(order, fields, (*folds, *[1] * (_PLACES - 1 - len(folds))))
+
+
 def _unfit_grids(q_grid: BlockGrid, kv: KvLayout) -> str | None:
     for grid in (q_grid, *(segment.grid for segment in kv.segments)):
         if not _is_row(grid) and any(
@@ -212,14 +259,10 @@ def _unfit_grids(q_grid: BlockGrid, kv: KvLayout) -> str | None:
     return None
 
 
-def _by_segment(x: Tensor, kv: KvLayout) -> list[Tensor]:
-    return list(x.split([segment.grid.tokens for segment in kv.segments], 2))
-
-
-@functools.lru_cache(maxsize=2048)
-def _fold(shape: torch.Size, stride: tuple[int, ...], number_bytes: int) -> int | None:
+def _fold(
+    batch: int, heads: int, tokens: int, dim: int, stride: tuple[int, ...], number_bytes: int
+) -> int | None:
     """Say how heads fit a descriptor: 1 side by side, 0 folded into the batch, None not at all."""
-    batch, heads, tokens, dim = shape
     per_batch, per_head, per_token, last = stride
     apart = [per_batch] * (batch > 1) + [per_head] * (heads > 1) + [per_token] * (tokens > 1)
     if last != 1 or any(step <= 0 or step * number_bytes % _ALIGNED for step in apart):
@@ -229,15 +272,12 @@ def _fold(shape: torch.Size, stride: tuple[int, ...], number_bytes: int) -> int 
     return 0 if batch == 1 or per_batch == heads * per_head else None
 
 
-@functools.lru_cache(maxsize=2048)
-def _described(
-    shape: torch.Size, stride: tuple[int, ...], number_bytes: int, grid: BlockGrid
-) -> tuple[list[int], list[int], list[int], int]:
+def _fields(
+    batch: int, heads: int, dim: int, stride: tuple[int, ...], dtype: torch.dtype,
+    grid: BlockGrid, fold: int,
+) -> dict[str, Any]:  # fmt: skip
     """Spell `[B, H, T*Y*X, D]` in five axes: batch (and heads), t, y, x, a row (of all heads)."""
-    batch, heads, _, dim = shape
     (t, y, x), row = grid.grid, stride[2]
-    fold = _fold(shape, stride, number_bytes)
-    assert fold is not None
     if grid.tokens == 1:
         row = heads * dim  # a stride over one token is anything
     rows = [y * x * row, x * row, row, 1]
@@ -247,12 +287,17 @@ def _described(
         sizes, outer = [batch * heads, t, y, x, dim], stride[1]
     if sizes[0] == 1:
         outer = t * rows[0]
-    return sizes, [outer, *rows], [1, *grid.tile, dim], fold
+    empty = torch.empty(0, dtype=dtype, device="cpu")
+    fields = vars(TensorDescriptor(empty, sizes, [outer, *rows], [1, *grid.tile, dim]))
+    return {name: field for name, field in fields.items() if name != "base"}
 
 
-def _describe(x: Tensor, grid: BlockGrid) -> tuple[TensorDescriptor, int]:
-    sizes, strides, box, fold = _described(x.shape, x.stride(), x.element_size(), grid)
-    return TensorDescriptor(x, sizes, strides, box), fold
+def _describe(x: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    """Describe a tensor by fields that have been checked."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(fields)
+    made.base = x
+    return made
 
 
 # Sizes that change from chunk to chunk must not compile anew when one happens to be 1 or 16.

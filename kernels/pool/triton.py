@@ -7,6 +7,8 @@ sums run slot by slot in fp32, in one order.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,7 @@ def pool_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
     """Average the tokens of each block; see `lipass.kernels.pool.api`."""
     batch, heads, _, dim = x.shape
     means = torch.empty((batch, heads, grid.blocks, dim), dtype=torch.float32, device=x.device)
-    block_d = triton.next_power_of_2(dim)
+    block_d, slots = _widths(dim, grid.block_tokens)
     # Triton launches on the current device.
     with torch.cuda.device_of(x):
         pool_kernel[(grid.blocks, batch * heads)](
@@ -48,11 +50,18 @@ def pool_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
             *grid.grid,
             D=dim,
             BLOCK_D=block_d,
-            SLOTS=slots_at_once(grid.block_tokens, block_d),
+            SLOTS=slots,
             TILE=grid.tile,
             num_warps=WARPS,
         )
     return means
+
+
+@functools.lru_cache(maxsize=64)
+def _widths(dim: int, volume: int) -> tuple[int, int]:
+    """Choose how many numbers of a token and how many slots are read at once."""
+    block_d = triton.next_power_of_2(dim)
+    return block_d, slots_at_once(volume, block_d)
 
 
 def slots_at_once(volume: int, block_d: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -148,6 +150,7 @@ def check_options(
         raise ValueError(reason)
 
 
+@functools.lru_cache(maxsize=512)
 def _bad_options(
     layout: KvLayout, q_grid: BlockGrid, budget: float, scale: float, role: str
 ) -> str | None:

@@ -9,6 +9,8 @@ them will do, and to count for each how many are better would take the square of
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -64,17 +66,15 @@ def select_blocks(
     width = layout.blocks - candidates + rule.wanted
     shape = (batch, heads, q_blocks)
     indices = torch.empty((*shape, width), dtype=torch.int32, device=q_mean.device)
-    counts = torch.empty(shape, dtype=torch.int32, device=q_mean.device)
     order = torch.empty((*shape, candidates), dtype=torch.int32, device=q_mean.device)
     # Triton launches on the current device.
     with torch.cuda.device_of(q_mean):
-        select_kernel[(triton.cdiv(q_blocks, ROWS), batch * heads)](
+        select_kernel[(-(-q_blocks // ROWS), batch * heads)](
             q_mean.contiguous(),
             k_mean.contiguous(),
             order if protected is None else protected,
             order,
             indices,
-            counts,
             q_blocks,
             candidates,
             rule.candidates.start,
@@ -89,7 +89,14 @@ def select_blocks(
             SCAN=SCAN,
             num_warps=WARPS,
         )
-    return indices, counts
+    return indices, _full_counts(shape, width, q_mean.device)
+
+
+@functools.lru_cache(maxsize=512)
+@torch.inference_mode(False)
+def _full_counts(shape: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Rows of one length; nobody writes to the counts of a plan."""
+    return torch.full(shape, width, dtype=torch.int32, device=device)
 
 
 # Sizes that change from chunk to chunk must not compile anew when one happens to be 1 or 16.
@@ -103,7 +110,6 @@ def select_kernel(
     protected_ptr,
     order_ptr,
     index_ptr,
-    count_ptr,
     q_blocks,
     candidates,
     first,
@@ -189,7 +195,6 @@ def select_kernel(
         always = (place < first) | (behind & (place < width))
         block = tl.broadcast_to(block[None, :], [ROWS, SCAN])
         tl.store(ids + place[None, :], block, mask=exists[:, None] & always[None, :])
-    tl.store(count_ptr + plan, tl.zeros([ROWS], tl.int32) + width, mask=exists)
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def test_pooling_compiles_within_the_chip(chip, dtype, head_dim, tile):
 @pytest.mark.parametrize(("head_dim", "protected"), [(64, False), (96, True), (128, True)])
 def test_selection_compiles_within_the_chip(chip, head_dim, protected):
     pointers = {"q_ptr": "*fp32", "k_ptr": "*fp32", "protected_ptr": "*i1"}
-    pointers |= {f"{name}_ptr": "*i32" for name in ("order", "index", "count")}
+    pointers |= {f"{name}_ptr": "*i32" for name in ("order", "index")}
     binary = compile_for(
         chip, select.select_kernel, pointers,
         {
