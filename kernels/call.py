@@ -80,7 +80,7 @@ def check(call: Call) -> None:
         if call.buckets is not None:
             layout, _ = in_rows(layout, call.q_grid)
         check_means(call.history_means, call.q, layout, call.candidate)
-    why: str | None = None
+    why = None
     if call.given is not None:
         why = unfit_blocks(call.given, call.q, call.layout, call.q_grid)
     if why is None and call.key_bias is not None:
