@@ -18,6 +18,7 @@ from lipass.option_kinds import coerced
 from lipass.options import (
     ContextOptions,
     SparseOptions,
+    SteeringOptions,
     StepOptions,
     ViewOptions,
     check,
@@ -27,7 +28,7 @@ from lipass.presets import ADAPTIVE, PRESETS, SECTIONS_OF
 
 INNERS = ("inductor", "aot_eager", "eager")
 VERIFY = ("off", "first")
-SECTIONS = ("context", "sparse", "steps", "merge")
+SECTIONS = ("context", "sparse", "steps", "merge", "steering")
 
 _NO_PRESET = "use 'all', or 'exact' where nothing may change"
 ONE_SIDED = ("preset", "inner", "strict", "verify")
@@ -50,6 +51,7 @@ class Config:
             torch counts, so not through `Tensor.data` or numpy; projected prompts are then kept
             from call to call of a session.
         context, sparse, steps, merge: options of the approximations; None is off.
+        steering: lets attention weigh prompts and older history as a session says; None is off.
         passes: options of single passes, `("pass-name.option", value)` in the order of the names.
     """
 
@@ -64,6 +66,7 @@ class Config:
     sparse: SparseOptions | None
     steps: StepOptions | None
     merge: MergeOptions | None
+    steering: SteeringOptions | None
     passes: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
@@ -174,6 +177,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "sparse": SparseOptions,
     "steps": StepOptions,
     "merge": MergeOptions,
+    "steering": SteeringOptions,
 }
 
 # True of a walk under any preset, so that one can be put in place of another and the rest stays.

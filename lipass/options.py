@@ -252,6 +252,14 @@ class StepOptions(ViewOptions):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SteeringOptions:
+    """Attention weighs the prompts of a change and older history as a session says.
+
+    There is nothing to choose: what weighs how much is up to `Session.steer`.
+    """
+
+
 def check(holds: bool, rule: str, value: object, remedy: str) -> None:
     """Raise ValueError with rule, value and remedy unless something holds."""
     if not holds:

@@ -55,6 +55,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "reuse": "middle",
     },
     "merge": {"threshold": 0.7, "kv_tokens": None, "sink_latents": 1},
+    "steering": {},
 }
 
 # Light Interaction's release for HY-WorldPlay: 12 context latents (4 sink, 4 retrieved, 4 recent),
@@ -93,6 +94,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
         "reuse": (1, 2),
     },
     "merge": ADAPTIVE["merge"],
+    "steering": ADAPTIVE["steering"],
 }
 
 # Its release for Matrix-Game-3.0: threshold 0.45, the sink and up to four retrieved latents, tile
@@ -120,6 +122,7 @@ REFERENCE_MATRIX_GAME: dict[str, dict[str, Any]] = {
         "reuse": (1,),
     },
     "merge": ADAPTIVE["merge"],
+    "steering": ADAPTIVE["steering"],
 }
 
 _TOP: dict[str, Any] = {
@@ -130,9 +133,12 @@ _TOP: dict[str, Any] = {
     "disable": (),
     "counted_writes": False,
 }
-_OFF: dict[str, Any] = {"context": None, "sparse": None, "steps": None, "merge": None}
-# No preset merges: how much may be merged depends on what a model keeps in its cache.
-_UNMERGED: dict[str, Any] = {"merge": None}
+_OFF: dict[str, Any] = {
+    "context": None, "sparse": None, "steps": None, "merge": None, "steering": None,
+}  # fmt: skip
+# No preset merges: how much may be merged depends on what a model keeps in its cache. None steers:
+# a row of zeros on the scores keeps attention from its fastest kernels.
+_LEFT_OUT: dict[str, Any] = {"merge": None, "steering": None}
 
 SECTIONS_OF = {"reference": REFERENCE, "reference-matrix-game": REFERENCE_MATRIX_GAME}
 """Preset name to its own defaults of the sections; those of the others are `ADAPTIVE`."""
@@ -143,7 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "context": {**_TOP, **_OFF, "context": ADAPTIVE["context"]},
     "sparse": {**_TOP, **_OFF, "sparse": ADAPTIVE["sparse"]},
     "cache": {**_TOP, **_OFF, "steps": ADAPTIVE["steps"]},
-    "all": {**_TOP, **ADAPTIVE, **_UNMERGED},
-    "reference": {**_TOP, **REFERENCE, **_UNMERGED},
-    "reference-matrix-game": {**_TOP, **REFERENCE_MATRIX_GAME, **_UNMERGED},
+    "all": {**_TOP, **ADAPTIVE, **_LEFT_OUT},
+    "reference": {**_TOP, **REFERENCE, **_LEFT_OUT},
+    "reference-matrix-game": {**_TOP, **REFERENCE_MATRIX_GAME, **_LEFT_OUT},
 }

@@ -48,6 +48,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "sparse-attention": _load("approx.sparse_attention", "SparseAttention"),
     "attend-pieces": _load("exact.attend_pieces", "AttendPieces"),
     "guard-steps": _load("approx.guard_steps", "GuardSteps"),
+    "steer-prompt": _load("approx.steer_prompt", "SteerPrompt"),
     "share-blocks": _load("exact.share_blocks", "ShareBlocks"),
 }
 """Pass name to a thunk that imports and returns its class."""
@@ -79,7 +80,10 @@ FACTS = "canonicalize,find-attention,find-poses,find-steps"
 _FIRST = f"{FACTS},collapse-keys,hoist-rows,hoist-steps"
 _LAST = "carry-floats,avoid-faults,hoist-calls,share-blocks"
 _SPARSE = "sparse-attention,nearest-blocks,pool-history,attend-pieces"
-_ALL = f"{_FIRST},merge-history,prune-context,{_SPARSE},guard-steps,{_LAST}"
+_ALL = (
+    f"{_FIRST},merge-history,prune-context,sparse-attention,nearest-blocks,pool-history,"
+    f"steer-prompt,attend-pieces,guard-steps,{_LAST}"
+)
 
 PIPELINES: dict[str, str] = {
     "off": "",

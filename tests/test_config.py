@@ -4,7 +4,13 @@ import pytest
 
 from lipass.config import SECTIONS, Config
 from lipass.merge_options import MergeOptions
-from lipass.options import ContextOptions, SparseOptions, StepOptions, ViewOptions
+from lipass.options import (
+    ContextOptions,
+    SparseOptions,
+    SteeringOptions,
+    StepOptions,
+    ViewOptions,
+)
 from lipass.presets import ADAPTIVE, PRESETS, REFERENCE, REFERENCE_MATRIX_GAME
 
 SECTIONS_ON = {
@@ -55,7 +61,7 @@ def test_reference_for_matrix_game_holds_the_released_numbers():
 
 @pytest.mark.parametrize("kind", [ContextOptions, SparseOptions, StepOptions, MergeOptions])
 def test_every_field_has_a_default_in_both_tables_and_a_line_in_the_docstring(kind):
-    kinds = (ContextOptions, SparseOptions, StepOptions, MergeOptions)
+    kinds = (ContextOptions, SparseOptions, StepOptions, MergeOptions, SteeringOptions)
     name = dict(zip(kinds, SECTIONS, strict=True))[kind]
     fields = {field.name for field in dataclasses.fields(kind)}
     for defaults in (ADAPTIVE, REFERENCE, REFERENCE_MATRIX_GAME):

@@ -41,7 +41,7 @@ def known_options() -> list[dict[str, Any]]:
     """Return name, default, meaning and other defaults of presets, in the order of the classes."""
     from lipass.config import SECTIONS, SHORTHANDS, Config
     from lipass.merge_options import MergeOptions
-    from lipass.options import ContextOptions, SparseOptions, StepOptions
+    from lipass.options import ContextOptions, SparseOptions, SteeringOptions, StepOptions
     from lipass.presets import ADAPTIVE, PRESETS
 
     top = _meanings(Config)
@@ -62,6 +62,7 @@ def known_options() -> list[dict[str, Any]]:
         "sparse": SparseOptions,
         "steps": StepOptions,
         "merge": MergeOptions,
+        "steering": SteeringOptions,
     }
     for section in SECTIONS:
         said = _meanings(kinds[section])
@@ -80,6 +81,8 @@ def known_options() -> list[dict[str, Any]]:
         found.append({"name": name, "default": None, "meaning": meaning, "others": {}})
     for section in SECTIONS:
         meaning = f"whether {section}.* holds: True or False; the preset decides"
+        if not dataclasses.fields(kinds[section]):
+            meaning = f"whether {_first_line(kinds[section])}; no preset has it on"
         found.append({"name": section, "default": None, "meaning": meaning, "others": {}})
     return [*found, *_of_passes({one["name"] for one in found})]
 
@@ -119,6 +122,11 @@ def _texts_below(kind: type) -> dict[str, str]:
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             found[field.target.id] = " ".join(str(text.value.value).split())
     return found
+
+
+def _first_line(kind: type) -> str:
+    line = (inspect.getdoc(kind) or "").partition("\n")[0]
+    return line[:1].lower() + line[1:].rstrip(".")
 
 
 def _meanings(kind: type) -> dict[str, str]:
