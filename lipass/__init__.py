@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lipass.config import Config
     from lipass.eager.attend import attend
     from lipass.errors import LipassError, LipassWarning
+    from lipass.policy.steering import Steering
     from lipass.receipt import report
     from lipass.runtime.snapshot import Snapshot
     from lipass.session import Session
@@ -31,6 +32,7 @@ __all__ = [
     "Snapshot",
     "Stage",
     "Stages",
+    "Steering",
     "__version__",
     "adopt",
     "attend",
@@ -46,6 +48,7 @@ _HOME = {
     "Snapshot": "lipass.runtime.snapshot",
     "Stage": "lipass.stages.stage",
     "Stages": "lipass.stages.front",
+    "Steering": "lipass.policy.steering",
     "adopt": "lipass.adapters.adopt",
     "attend": "lipass.eager.attend",
     "disabled": "lipass.switch",

@@ -181,11 +181,17 @@ def _chunks(report: Report) -> str:
         rows.append((where, str(plan.index), context, read, window, steps, reused, *done))
     head = ("session", "chunk", "context", "read", "window", "steps", "reused")
     lines = _grid((*head, "looked up", "missed"), rows)
-    reasons = ["\n".join(_wrapped(_why_steps(one, report))) for one in chunks]
+    reasons = ["\n".join(_below(one, report)) for one in chunks]
     lines[1:] = [f"{a}\n{b}" for a, b in zip(lines[1:], reasons, strict=True)]
     if forgotten:
         lines.append(f"({forgotten} earlier chunks not shown)")
     return "\n".join(lines)
+
+
+def _below(record: ChunkRecord, report: Report) -> list[str]:
+    blend = record.plan.steering
+    prompt = _wrapped(blend.said()) if blend is not None and blend.changes else []
+    return [*prompt, *_wrapped(_why_steps(record, report))]
 
 
 def _why_steps(record: ChunkRecord, report: Report) -> str:

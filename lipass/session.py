@@ -26,6 +26,7 @@ from lipass.parallel.agree import Alone, Ranks
 from lipass.policy.holding import least_needed
 from lipass.policy.latents import check_latents
 from lipass.policy.plan import ChunkPlan, plan_chunk
+from lipass.policy.steering import DEFAULT, Steering
 from lipass.policy.views import check_poses
 from lipass.receipt import current_report
 from lipass.runtime.chunk import Chunk
@@ -33,6 +34,7 @@ from lipass.runtime.effect import Effect
 from lipass.runtime.events import Events, Sink
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.merged_history import MergedHistories
+from lipass.runtime.prompts import Prompts
 from lipass.runtime.replay import Replay
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
@@ -96,6 +98,7 @@ class Session(Resumable):
         self.invariants = Invariants()
         self.histories = MergedHistories(self)
         self.written = WrittenSlots()
+        self.prompts = Prompts()
         self.recorded: Replay | None = None
         self._blocks: list[Block] = []
 
@@ -113,7 +116,7 @@ class Session(Resumable):
             config: for what plans do not hold (steps of a plan recorded before `Chunk.steps`).
         """
         session = cls(config) if config is not None else cls(preset="off")
-        session.recorded = Replay(plans)
+        session.recorded, session.prompts = Replay(plans), Prompts(recorded=True)
         return session
 
     def chunk(
@@ -181,9 +184,32 @@ class Session(Resumable):
             )
             history = [len(one) for one in (poses, latents) if one is not None]
             plan = self.ranks.plan(decide, stream=stream, chunk=index, history=history)
+            plan = self.prompts.plan(plan, held)
             self.turns.check_history(stream, plan.history_latents)
             self.given.weigh(plan.context.power)
             return Chunk(self, plan, held)
+
+    def steer(
+        self, text: Any, over_chunks: int = 4, policy: str | Steering = DEFAULT, *,
+        stream: str = "main",
+    ) -> None:  # fmt: skip
+        """Change the prompt from the next chunk on; `chunk.text` is what to pass to the model.
+
+        Args:
+            text: as the model takes it: embeddings, or keys and values, in lists, tuples or dicts.
+                The first one is shown from the first chunk on; a replay takes nothing else.
+            over_chunks: chunks that the change takes.
+            policy: one of `Steering.policy`; or a `lipass.Steering`, which says all.
+            stream: name of the request.
+
+        Raises:
+            TypeError, ValueError: what is no text, unlike the one before, or no change.
+            LipassError: the session is closed, or has made chunks without a prompt.
+        """
+        index = self.turns.upcoming(stream)
+        if not isinstance(policy, Steering):
+            policy = Steering(policy=policy, over_chunks=over_chunks)
+        self.prompts.steer(text, policy, stream, index)
 
     def least_needed(self, poses: Tensor) -> int:
         """Say which chunk a full cache can spare: the one whose views the others show best.
@@ -234,6 +260,7 @@ class Session(Resumable):
         self.invariants.clear()
         self.histories.clear()
         self.written.clear()
+        self.prompts.clear()
         self.recorded = None
         if not self.turns.closed:
             self.turns.closed = True
@@ -245,6 +272,7 @@ class Session(Resumable):
         stream = chunk.plan.stream
         self.turns.finish(chunk)
         self.given.finished(stream)
+        self.prompts.finished(chunk.plan)
         if self.recorded is not None:
             self.recorded.finished(stream)
 

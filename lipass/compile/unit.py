@@ -15,6 +15,7 @@ import torch.fx
 import lipass.kernels.chosen_latents
 import lipass.kernels.merged_history
 import lipass.kernels.ops
+import lipass.kernels.steering_bias
 import lipass.kernels.view_overlap.api  # noqa: F401
 from lipass import kernels
 from lipass.compile.cut_graph import compile_parts, outlined
@@ -98,6 +99,7 @@ class CompiledUnit:
             if chunk is None:
                 return self.compiled(*args)
             scopes.enter_context(chunk.session.histories.answering(chunk.plan.stream))
+            scopes.enter_context(chunk.session.prompts.scores.answering(chunk))
             if self.twin is not None and chosen is None:
                 why = self.twin.why_dense(chunk, reading.dense_reason)
                 if why is not None:

@@ -16,6 +16,7 @@ from lipass.policy.context import ContextPlan, among, keep, plan_context, plan_w
 from lipass.policy.indices import indices_of
 from lipass.policy.reference import history_latents, plan_as_released
 from lipass.policy.revisit import Revisit, decide_revisit
+from lipass.policy.steering import Blend
 from lipass.policy.steps import StepPlan
 from lipass.policy.views import score_points
 
@@ -33,6 +34,7 @@ class ChunkPlan:
         revisit: whether denoising steps may be reused.
         steps: which steps compute; None until `Chunk.steps` has told how many there are.
         dense_reason: why attention stays dense in this chunk; None where the budgets decide.
+        steering: what its prompt is made of; None where the session was told none.
     """
 
     stream: str
@@ -41,6 +43,7 @@ class ChunkPlan:
     revisit: Revisit
     steps: StepPlan | None
     dense_reason: str | None
+    steering: Blend | None = None
 
     @property
     def history_latents(self) -> int:
@@ -57,6 +60,7 @@ class ChunkPlan:
             "revisit": self.revisit.to_dict(),
             "steps": None if self.steps is None else self.steps.to_dict(),
             "dense_reason": self.dense_reason,
+            "steering": None if self.steering is None else self.steering.to_dict(),
         }
 
     @classmethod
@@ -83,6 +87,7 @@ class ChunkPlan:
             Revisit(**data["revisit"]),
             None if data["steps"] is None else StepPlan.from_dict(data["steps"]),
             data["dense_reason"],
+            Blend.from_dict(data["steering"]) if data.get("steering") else None,
         )
 
     def to_json(self) -> str:

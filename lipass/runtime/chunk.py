@@ -75,6 +75,36 @@ class Chunk:
         """History latents that the model reads, ascending."""
         return self.plan.context.indices
 
+    @property
+    def text(self) -> Any:
+        """What to pass as the prompt, from what `Session.steer` was told; an object a blend.
+
+        Raises:
+            LipassError: nothing was said.
+        """
+        return self.session.prompts.text(self.plan)
+
+    @property
+    def memory(self) -> list[tuple[Any, list[int]]]:
+        """`context` in runs, in order, each with the text under which its latents were made.
+
+        A loop that encodes its context anew for each chunk encodes each run with its own text:
+        what was made under one prompt and is encoded with another tells the model to stay.
+        """
+        return self.session.prompts.memory(self.plan)
+
+    @property
+    def recache(self) -> tuple[int, ...]:
+        """History latents that a loop with a cache encodes anew, with `text`, before the steps."""
+        return self.plan.steering.recache if self.plan.steering is not None else ()
+
+    @property
+    def given_up(self) -> list[int]:
+        """Latents that no chunk reads from here on, though the loop holds them."""
+        blend = self.plan.steering
+        flush = None if blend is None else blend.flush
+        return [] if flush is None else [i for i in self.held if flush[0] <= i < flush[1]]
+
     def steps(self, sigmas: Sequence[float] | Tensor | Any) -> StepSequence:
         """Iterate over the denoising steps that the sampler takes.
 
@@ -233,6 +263,8 @@ class Chunk:
         self.forget()
         if not self.session.turns.leave(self):
             return  # closed under way: the chunk may be tried again
+        if kind is None and not is_off():
+            self.session.prompts.scores.check_asked(self)
         seconds = time.perf_counter() - self._began
         record = ChunkRecord(
             self.session.number,

@@ -210,6 +210,14 @@ def chunk_attributes(
             "lipass.steps.reused": record.steps_skipped,
             "lipass.steps.form": steps.form,
         }
+    if (blend := plan.steering) is not None:
+        attributes |= {
+            "lipass.prompt.number": blend.new,
+            "lipass.prompt.policy": blend.policy,
+            "lipass.prompt.weight": round(blend.weight, 6),
+            "lipass.prompt.chunk": blend.place,
+            "lipass.prompt.chunks": blend.of,
+        }
     if error is not None:
         attributes["error.type"] = error.__qualname__
     # OpenTelemetry has no null: what is not known is not there.

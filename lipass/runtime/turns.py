@@ -46,6 +46,20 @@ class Turns:
             )
         return self._done.get(stream, 0)
 
+    def upcoming(self, stream: object) -> int:
+        """Return the index of the chunk that is made next, behind one that is open.
+
+        Raises:
+            TypeError: a stream that is no name.
+            ValueError: an empty name.
+            LipassError: the session is closed.
+        """
+        check_stream(stream)
+        assert isinstance(stream, str)
+        if self.closed:
+            raise LipassError("a prompt needs an open session, got a closed one; make a new one")
+        return self._done.get(stream, 0) + (stream in self.open)
+
     def check_history(self, stream: str, latents: int) -> None:
         """Refuse a history that has become shorter, of which indices would mean other latents.
 

@@ -1,0 +1,255 @@
+"""Hold what the streams of a session were told to show, and how far a change of it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from lipass.errors import LipassError
+from lipass.policy.blending import check_blends, check_like, check_text, doubled, mixed
+from lipass.policy.plan import ChunkPlan
+from lipass.policy.steered_plan import steered
+from lipass.policy.steering import Blend, Steering
+from lipass.runtime.steering_scores import SteeringScores
+from lipass.switch import is_off
+
+# The text of a chunk, those of what it remembers, and what they are mixed of.
+_MADE_MAX = 8
+# Texts that are held for what was made under them; beyond, the oldest memory counts as younger.
+_RUNS_MAX = 64
+
+
+@dataclass
+class _Change:
+    """The latest change of a stream's prompt."""
+
+    steering: Steering
+    old: int | Blend | None
+    new: int
+    first: int
+    """Index of its first chunk."""
+    since: int = 0
+    """Latents of the history when it began."""
+    blend: Blend | None = None
+    """What the latest chunk was made of; None before its first."""
+
+
+@dataclass
+class _Told:
+    """What one stream was told.
+
+    Attributes:
+        texts: by number.
+        count: how many there were.
+        change: the latest.
+        runs: first latent, and prompt under which it and those behind it were made.
+        flushed: first and last latents, as for `range`, that are read no more.
+        made: the latest mixed texts, by what they are made of.
+    """
+
+    texts: dict[int, Any] = field(default_factory=dict)
+    count: int = 0
+    change: _Change | None = None
+    runs: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
+    flushed: list[tuple[int, int]] = field(default_factory=list)
+    made: dict[Any, Any] = field(default_factory=dict)
+
+
+class Prompts:
+    """The prompts of one session, by stream.
+
+    Args:
+        recorded: whether plans say what chunks are made of, as in a replay.
+
+    Attributes:
+        scores: what attention is told.
+    """
+
+    def __init__(self, *, recorded: bool = False) -> None:
+        self._told: dict[str, _Told] = {}
+        self._recorded = recorded
+        self.scores = SteeringScores()
+
+    def steer(self, text: Any, steering: Steering, stream: str, index: int) -> None:
+        """Change the prompt of a stream from its chunk `index` on.
+
+        Raises:
+            TypeError: no text.
+            ValueError: a text that does not fit the policy or the one before.
+            LipassError: chunks were made, and nobody has said under which prompt.
+        """
+        told = self._told.get(stream)
+        check_text(text)
+        if steering.blends:
+            check_blends(text, steering.policy)
+        if told is None:
+            if index and not self._recorded:
+                raise LipassError(
+                    "a change of the prompt needs the prompt before it, got none for the "
+                    f"{index} chunks of stream {stream!r}; call session.steer(text) before the "
+                    "first chunk, and pass chunk.text to the model"
+                )
+            told = self._told[stream] = _Told()
+        else:
+            check_like(text, told.texts[told.count - 1])
+        number, told.count = told.count, told.count + 1
+        told.texts[number] = text
+        told.change = _Change(steering, _older(told), number, index)
+        self._forget(told)
+
+    def plan(self, plan: ChunkPlan, held: Sequence[int] | None = None) -> ChunkPlan:
+        """Enter the prompt of a chunk into its plan, with what follows for context and steps."""
+        told = self._told.get(plan.stream)
+        if told is None or told.change is None:
+            return plan
+        change = told.change
+        place = max(1, plan.index - change.first + 1)
+        steering, count = change.steering, change.steering.over_chunks
+        if change.old is None or place > count:
+            kept = change.old if steering.policy == "two-prompt" else None
+            blend = Blend(steering.policy, kept, change.new, since=change.since)
+        else:
+            if place == 1:
+                change.since = plan.history_latents
+            blend = Blend(
+                steering.policy,
+                change.old,
+                change.new,
+                steering.weights()[place - 1],
+                place,
+                count,
+                steering.history_weight,
+                change.since,
+            )
+        return steered(plan, blend, steering, told.flushed, held, off=is_off())
+
+    def text(self, plan: ChunkPlan) -> Any:
+        """Return the text of a chunk; the same object as long as it is made of the same.
+
+        Raises:
+            LipassError: the stream was told none, or, in a replay, fewer than were recorded.
+        """
+        told, blend = self._of(plan)
+        if not blend.doubled:
+            return _text(told, blend)
+        # While all is off nobody weighs two texts against each other.
+        return told.texts[blend.new] if is_off() else _twice(told, _before(blend), blend.new)
+
+    def memory(self, plan: ChunkPlan) -> list[tuple[Any, list[int]]]:
+        """Return the context in runs, each with the text under which its latents were made.
+
+        Raises:
+            LipassError: as for `text`.
+        """
+        told, blend = self._of(plan)
+        runs = _anew(told.runs, blend)
+        groups = groupby(plan.context.indices, lambda latent: _made_under(runs, latent))
+        return [
+            (
+                _twice(told, number, number)
+                if blend.doubled and not is_off()
+                else told.texts[number],
+                list(latents),
+            )
+            for number, latents in groups
+        ]
+
+    def finished(self, plan: ChunkPlan) -> None:
+        """Remember what a chunk was made of, and how far the change was in it."""
+        told, blend = self._told.get(plan.stream), plan.steering
+        if told is None or blend is None:
+            return
+        told.runs = _anew(told.runs, blend)
+        if told.runs[-1][1] != blend.main:
+            told.runs.append((plan.history_latents, blend.main))
+            if len(told.runs) > _RUNS_MAX:
+                told.runs[:2] = [(0, told.runs[1][1])]
+        if blend.flush is not None:
+            told.flushed.append(blend.flush)
+        if told.change is not None and plan.index >= told.change.first:
+            told.change.blend = blend
+        self._forget(told)
+
+    def clear(self) -> None:
+        """Forget all texts."""
+        self._told.clear()
+        self.scores.clear()
+
+    def _of(self, plan: ChunkPlan) -> tuple[_Told, Blend]:
+        blend, told = plan.steering, self._told.get(plan.stream)
+        if blend is None or told is None:
+            raise LipassError(
+                f"a chunk has a text where one was said, got none for stream {plan.stream!r}; "
+                "call session.steer(text) before session.chunk(...)"
+            )
+        if missing := sorted(blend.numbers - told.texts.keys()):
+            raise LipassError(
+                f"a replay needs the texts that were said, got {told.count} of them for prompt "
+                f"{missing[0]}; call session.steer(text) for each, in the order of the recording"
+            )
+        return told, blend
+
+    def _forget(self, told: _Told) -> None:
+        """Drop texts that no later chunk is made of; a replay may ask for any."""
+        if self._recorded or told.change is None:
+            return
+        change = told.change
+        used = {change.new, *(number for _, number in told.runs)}
+        for one in (change.old, change.blend):
+            used |= one.numbers if isinstance(one, Blend) else set() if one is None else {one}
+        told.texts = {number: text for number, text in told.texts.items() if number in used}
+
+
+def _before(blend: Blend) -> int | Blend:
+    """Return what a text of two prompts has in front; where there is one, it comes twice."""
+    return blend.new if blend.old is None else blend.old
+
+
+def _older(told: _Told) -> int | Blend | None:
+    """Return what the next change starts from."""
+    change = told.change
+    if change is None:
+        return None
+    if change.blend is not None:
+        return change.blend.as_old()
+    # No chunk was made since: what was said meanwhile was never shown.
+    return change.new if change.old is None else change.old
+
+
+def _anew(runs: list[tuple[int, int]], blend: Blend) -> list[tuple[int, int]]:
+    """Return under which prompts the history counts as made, once some of it is encoded anew."""
+    if not blend.recache:
+        return runs
+    first = blend.recache[0]
+    before = [run for run in runs if run[0] < first]
+    return [*before, (first, blend.new)]
+
+
+def _made_under(runs: list[tuple[int, int]], latent: int) -> int:
+    return next(number for first, number in reversed(runs) if first <= latent)
+
+
+def _text(told: _Told, blend: Blend | int) -> Any:
+    if isinstance(blend, int):
+        return told.texts[blend]
+    new, old = told.texts[blend.new], blend.old
+    if old is None or blend.weight == 1:
+        return new
+    key = (blend.policy == "slerp", old, blend.new, blend.weight)
+    return _once(told, key, lambda: mixed(blend.policy, _text(told, old), new, blend.weight))
+
+
+def _twice(told: _Told, old: int | Blend, new: int) -> Any:
+    make = lambda: doubled(_text(told, old), told.texts[new])  # noqa: E731
+    return _once(told, ("both", old, new), make)
+
+
+def _once(told: _Told, key: Any, make: Callable[[], Any]) -> Any:
+    """Mix a text where it was not made lately: what is kept of it is known by the object."""
+    made = told.made.pop(key) if key in told.made else make()
+    told.made[key] = made
+    while len(told.made) > _MADE_MAX:
+        told.made.pop(next(iter(told.made)))
+    return made

@@ -1,0 +1,78 @@
+import json
+import math
+
+import pytest
+
+from lipass.policy.steering import POLICIES, Blend, Steering
+
+
+def test_a_change_walks_straight_and_ends_with_the_new_prompt_alone():
+    assert Steering(policy="lerp").weights() == (0.25, 0.5, 0.75, 1.0)
+    assert Steering(policy="hard", over_chunks=2).weights() == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("curve", [lambda x: x * x, [0.0625, 0.25, 0.5625, 1.0]])
+def test_a_curve_is_a_function_or_a_weight_a_chunk(curve):
+    assert Steering(curve=curve).weights() == (0.0625, 0.25, 0.5625, 1.0)
+
+
+def test_only_history_bias_weighs_older_history_by_itself():
+    weighed = {p: Steering(policy=p).history_weight for p in POLICIES}
+    assert weighed.pop("history-bias") == 0.3
+    assert set(weighed.values()) == {1.0}
+    assert Steering(policy="lerp", alpha=0.5).history_weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"policy": "lrep"}, ValueError, "'lrep'.*did you mean 'lerp'"),
+        ({"over_chunks": 0}, ValueError, "over_chunks must be >= 1, got 0; use 4"),
+        ({"over_chunks": 2.5}, TypeError, "over_chunks must be an int, got 2.5"),
+        ({"over_chunks": True}, TypeError, "over_chunks must be an int, got True"),
+        ({"alpha": 0.0}, ValueError, r"alpha must be in \(0, 1\], got 0.0; .*flush"),
+        ({"alpha": math.nan}, ValueError, "alpha must be in .*got nan"),
+        ({"curve": [0.5, 1.0]}, ValueError, "weight for each of over_chunks 4 chunks, got"),
+        ({"curve": [0.5, 0.4, 0.8, 1.0]}, ValueError, "never fall, in chunk 2 of 4, got 0.4"),
+        ({"curve": [0.5, 1.5, 1.0, 1.0]}, ValueError, r"stay in \[0, 1\].*chunk 2 of 4, got 1.5"),
+        ({"curve": [-0.1, 0.4, 0.8, 1.0]}, ValueError, "in chunk 1 of 4, got -0.1"),
+        ({"curve": [math.nan, 0.4, 0.8, 1.0]}, ValueError, "in chunk 1 of 4, got nan"),
+        ({"curve": [0.1, 0.4, 0.8, 0.9]}, ValueError, "must end at 1, .*got 0.9"),
+        ({"curve": lambda x: "all"}, TypeError, "a curve must give numbers, got 'all'"),
+        ({"curve": 0.5}, TypeError, "a function or a list of numbers, got 0.5"),
+        ({"curve": "1111"}, TypeError, "a function or a list of numbers, got '1111'"),
+        ({"newest_latents": 0}, ValueError, "newest_latents must be >= 1"),
+        ({"grow_latents": 0}, ValueError, "grow_latents must be >= 1"),
+        ({"sink_latents": -1}, ValueError, "sink_latents must be >= 0"),
+    ],
+    ids=lambda one: str(one) if isinstance(one, dict) else "",
+)
+def test_what_no_change_can_be_is_refused(wrong, error, said):
+    with pytest.raises(error, match=said):
+        Steering(**wrong)
+
+
+def test_a_blend_comes_back_from_its_log():
+    first = Blend("slerp", 0, 1, 0.5, 2, 4, 1.0, 12)
+    blend = Blend("lerp", first, 2, 0.25, 1, 4, 0.3, 20, (16, 17), (1, 8))
+    assert Blend.from_dict(json.loads(json.dumps(blend.to_dict()))) == blend
+    assert blend.numbers == {0, 1, 2}
+
+
+def test_memory_belongs_to_the_prompt_that_weighed_most():
+    first = Blend("lerp", 0, 1, 0.25)
+    assert first.main == 0
+    assert Blend("lerp", 0, 1, 0.5).main == 1
+    assert Blend("lerp", first, 2, 0.25).main == 0
+
+
+def test_changes_that_never_end_are_no_log_that_grows_without_end():
+    blend = Blend("lerp", None, 0)
+    for number in range(1, 200):
+        blend = Blend("lerp", blend.as_old(), number, 0.25, 1, 4)
+    assert len(blend.numbers) < 20
+
+
+def test_limits_hide_a_text_altogether():
+    assert Blend("two-prompt", 0, 1, 1.0).logs() == (-math.inf, 0.0, 0.0)
+    assert Blend("two-prompt", 0, 1, 0.0).logs() == (0.0, -math.inf, 0.0)

@@ -1,0 +1,216 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lipass
+from lipass.errors import LipassError
+from lipass.receipt import current_report, reset_report
+
+POLICY = "two-prompt"
+EYE = torch.eye(4).expand(16, 4, 4)
+
+
+class World(nn.Module):
+    """Latents attend to a prompt that the graph projects, then to a history and themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 32), nn.Linear(16, 32), nn.Linear(16, 32)
+        self.back = nn.Linear(32, 8)
+
+    def forward(self, latents, sigma, prompt, history):
+        x = latents.permute(0, 2, 3, 4, 1).flatten(1, 3)
+        q, k, v = (
+            project(tokens).unflatten(-1, (2, 16)).transpose(1, 2)
+            for project, tokens in ((self.query, x), (self.key, prompt), (self.value, prompt))
+        )
+        told = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q = (x + self.back(told))[:, None]
+        keys = torch.cat([history, q], 2)
+        out = F.scaled_dot_product_attention(q, keys, keys)[:, 0]
+        out = out.unflatten(1, latents.shape[2:]).permute(0, 4, 1, 2, 3)
+        return out * sigma[:, None, :, None, None]
+
+
+def drawn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LATENTS, HISTORY, LEVEL = (
+    drawn(0, 1, 8, 4, 4, 4),
+    drawn(1, 1, 1, 4 * 16, 8),
+    torch.full((1, 4), 0.9),
+)
+DAY, NIGHT = drawn(2, 1, 6, 16), drawn(3, 1, 6, 16)
+
+
+@pytest.fixture
+def world():
+    reset_report()
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    return World().eval()
+
+
+def compiled(model, preset="exact", **options):
+    options = {"preset": preset, "inner": "eager", "steering": True, **options}
+    options["find-attention.segments"] = ("history", "current")
+    return torch.compile(model, backend="light_interaction", options=options)
+
+
+@torch.no_grad()
+def rolled(model, session, said, chunks, history=HISTORY):
+    """Call the model once a chunk, on the same latents and history."""
+    outputs = []
+    for index in range(chunks):
+        for change in said.get(index, ()):
+            session.steer(*change)
+        with session.chunk(poses=EYE[:4], query=EYE[4:8]) as chunk:
+            outputs.append(model(LATENTS, LEVEL, chunk.text, history))
+    return outputs
+
+
+def two_prompts(model, weight):
+    """Attend to both prompts as the definition says: mix the exponentials of their scores."""
+    x = LATENTS.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    q = model.query(x).unflatten(-1, (2, 16)).transpose(1, 2)
+    top = bottom = 0
+    for prompt, share in ((DAY, 1 - weight), (NIGHT, weight)):
+        k, v = (
+            project(prompt).unflatten(-1, (2, 16)).transpose(1, 2)
+            for project in (model.key, model.value)
+        )
+        scores = share * (q @ k.mT / 4).exp()
+        top, bottom = top + scores @ v, bottom + scores.sum(-1, keepdim=True)
+    told = (top / bottom).transpose(1, 2).flatten(2)
+    q = (x + model.back(told))[:, None]
+    keys = torch.cat([HISTORY, q], 2)
+    out = F.scaled_dot_product_attention(q, keys, keys)[:, 0]
+    return out.unflatten(1, (4, 4, 4)).permute(0, 4, 1, 2, 3) * LEVEL[:, None, :, None, None]
+
+
+def test_two_prompts_are_a_mixture_and_each_limit_is_a_prompt_alone(world):
+    said = {0: [(DAY, 4, POLICY)], 1: [(NIGHT, 4, POLICY)]}
+    outputs = rolled(compiled(world), lipass.Session(preset="off"), said, 6)
+    with torch.no_grad():
+        plain = [world(LATENTS, LEVEL, prompt, HISTORY) for prompt in (DAY, NIGHT)]
+        expected = [two_prompts(world, weight) for weight in (0.25, 0.5, 0.75)]
+    for one, other in zip(outputs, [plain[0], *expected, plain[1], plain[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_compiled_anew_while_weights_change(world):
+    model, session = compiled(world), lipass.Session(preset="off")
+    rolled(model, session, {0: [(DAY, 4, POLICY)]}, 1)
+    graphs = current_report().graphs
+    steering = lipass.Steering(policy=POLICY, over_chunks=6, alpha=0.5)
+    rolled(model, session, {0: [(NIGHT, 4, steering)], 5: [(DAY, 3, POLICY)]}, 10)
+    assert current_report().graphs == graphs
+
+
+def test_a_chunk_of_a_change_costs_no_product_of_its_text(world):
+    options = {"counted_writes": True, "hoist-calls.work_min": 0}
+    model, session = compiled(world, **options), lipass.Session(preset="off")
+    rolled(model, session, {0: [(DAY, 4, POLICY)]}, 1)
+    rolled(model, session, {0: [(NIGHT, 4, POLICY)]}, 1)
+    computed = current_report().invariants_computed
+    assert computed
+    first, *others = rolled(model, session, {}, 4)
+    assert current_report().invariants_computed == computed
+    assert current_report().invariants_kept
+    assert not torch.equal(first, others[0])
+
+
+def test_older_history_weighs_alpha(world):
+    said = {0: [(DAY,)], 1: [(DAY, 1, lipass.Steering(policy="history-bias", over_chunks=1))]}
+    _, made = rolled(compiled(world), lipass.Session(preset="off"), said, 2)
+    with torch.no_grad():
+        x = LATENTS.permute(0, 2, 3, 4, 1).flatten(1, 3)
+        q, k, v = (
+            project(tokens).unflatten(-1, (2, 16)).transpose(1, 2)
+            for project, tokens in ((world.query, x), (world.key, DAY), (world.value, DAY))
+        )
+        told = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q = (x + world.back(told))[:, None]
+        keys = torch.cat([HISTORY, q], 2)
+        share = (q @ keys.mT / 8**0.5).exp()
+        share[..., :64] *= 0.3
+        expected = (share @ keys / share.sum(-1, keepdim=True))[:, 0]
+    got = (made / LEVEL[:, None, :, None, None]).permute(0, 2, 3, 4, 1).flatten(1, 3)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["history-bias", POLICY])
+def test_alpha_one_and_the_same_prompt_change_nothing(world, policy):
+    steering = lipass.Steering(policy=policy, alpha=1.0)
+    said = {0: [(DAY, 4, steering)], 1: [(DAY, 4, steering)]}
+    outputs = rolled(compiled(world), lipass.Session(preset="off"), said, 5)
+    with torch.no_grad():
+        expected = world(LATENTS, LEVEL, DAY, HISTORY)
+    for one in outputs:
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-5)
+
+
+def test_sparse_calls_weigh_them_too(world):
+    """At budget 1.0 the block-sparse call is dense attention, with what is added to scores."""
+    steering = lipass.Steering(policy=POLICY, alpha=0.5)
+    said = {0: [(DAY, 4, POLICY)], 1: [(NIGHT, 4, steering)]}
+    sparse = {"sparse.budget": 1.0, "sparse.dense_tokens": 0, "sparse.tile": (1, 4, 4)}
+    dense = rolled(compiled(world), lipass.Session(preset="off"), said, 4)
+    torch._dynamo.reset()
+    session = lipass.Session(preset="sparse", **sparse)
+    outputs = rolled(compiled(world, "sparse", **sparse), session, said, 4)
+    assert any(site.action == "rewritten" for site in current_report().sites.values())
+    for one, other in zip(outputs, dense, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_reused_steps_answer_within_one_blend_only(world):
+    """Each chunk of a change computes anew; within a chunk the kept output is of its blend."""
+    options = {"steps.form": "lookup", "steps.overlap_min": 0.0}
+    model, session = compiled(world, "cache", **options), lipass.Session(preset="cache", **options)
+    shown = []
+    for index in range(4):
+        if index < 2:
+            session.steer((DAY, NIGHT)[index], 2, POLICY)
+        with torch.no_grad(), session.chunk(poses=EYE[:4], query=EYE[4:8]) as chunk:
+            steps = [
+                model(LATENTS, torch.full((1, 4), step.sigma), chunk.text, HISTORY)
+                for step in chunk.steps([1.0, 0.9, 0.8, 0.5, 0.0])
+            ]
+        assert chunk.lookups == (0 if chunk.plan.steering.changes else 2)
+        shown.append(steps[0])
+    assert all(
+        not torch.equal(one, other) for one, other in zip(shown[:3], shown[1:3], strict=False)
+    )
+    assert torch.equal(shown[2], shown[3])
+
+
+def test_a_model_that_nobody_compiled_with_steering_is_refused(world):
+    session = lipass.Session(preset="off")
+    with pytest.raises(LipassError, match=r"needs attention that weighs the prompts.*'steering'"):
+        rolled(world, session, {0: [(DAY, 4, POLICY)]}, 1)
+    session.steer(DAY, 1, "hard")
+    rolled(world, session, {}, 1)
+
+
+def test_a_history_of_unknown_latents_is_refused(world):
+    session = lipass.Session(preset="off")
+    model = compiled(world)
+    rolled(model, session, {0: [(DAY,)]}, 1)
+    longer = torch.cat([HISTORY, HISTORY], 2)
+    session.steer(NIGHT, 4, "history-bias")
+    with pytest.raises(LipassError, match=r"got 128 tokens of 16 a latent, for 4 chosen"):
+        rolled(model, session, {}, 1, longer)
+    rolled(model, session, {}, 1)
+
+
+def test_nothing_is_weighed_where_lipass_is_off(world):
+    model, session = compiled(world), lipass.Session(preset="off")
+    rolled(model, session, {0: [(DAY, 4, POLICY)]}, 1)
+    session.steer(NIGHT, 4, POLICY)
+    with lipass.disabled():
+        (made,) = rolled(model, session, {}, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(made, world(LATENTS, LEVEL, NIGHT, HISTORY))
