@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = ("inductor", "off", "exact", "context", "sparse", "cache", "all", "reference",
+           "2 steps", "2 steps, 12 latents", "2 steps, 8 latents", "2 steps, 8 random",
            "no-memory", "copy-last")  # fmt: skip
 PATHS = ("left/right", "forward/back", "loop")
 REGIMES = ("explored", "free")
@@ -28,9 +29,13 @@ MEANINGS = {
     "exact": "nothing but rounding",
     "context": "history frames are left out, by camera poses and latent dynamics",
     "sparse": "attention visits the blocks that matter",
-    "cache": "denoising steps of revisited views are reused",
+    "cache": "denoising steps are reused",
     "all": "the three together",
     "reference": "the three as in the paper's release",
+    "2 steps": "plain Inductor with two of the four steps",
+    "2 steps, 12 latents": "that, and the loop's own retrieval cut from 20 latents",
+    "2 steps, 8 latents": "the same",
+    "2 steps, 8 random": "that, and random latents behind the latest chunk",
 }
 # What a page's examination does not say: tests/models and tests/adapters hold it.
 NOTED = {
@@ -46,10 +51,11 @@ STREAM_METHODS = {
     "window 10": "the same of 9 chunks",
     "window 16": "the same of 15 chunks",
     "merge-history": "`merge`: keys that correspond become one",
-    "keep-kv": "`context`: chunks that poses choose",
-    "keep-kv by latents": "`context`: latents that poses choose of 32 chunks that are held",
-    "keep-kv, 32 chunks held": "`context`: chunks that poses choose of 32 that are held",
-    "all": "`all`, of 32 chunks that are held",
+    "keep-kv": "`context`: 8 chunks that poses choose",
+    "keep-kv by latents": "`context`: 8 latents that poses choose of 32 chunks that are held",
+    "keep-kv, 32 chunks held": "`context`: 8 chunks that poses choose of 32 that are held",
+    "all": "`all`, 8 of 32 chunks that are held",
+    "all, 20 chunks": "`all`, 20 of 32 chunks that are held",
 }
 _EXAMINED = {
     "blocks": r"all: key blocks skipped: [1-9]",
@@ -122,9 +128,9 @@ def place_of(results: str, regime: str) -> tuple[int, int]:
 def presets_table(results: str) -> str:
     """Write the short table: speed and what it cost against the renderer, over the paths."""
     lines = [
-        "| preset | what may change | speed, explored | dB to the renderer "
-        "| speed, free | dB to the renderer |",
-        "|---|---|---|---|---|---|",
+        "| preset | what may change | speed, explored | dB to `off` | dB to the renderer "
+        "| speed, free | dB to `off` | dB to the renderer |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     shown = {regime: list(recorded(results, regime)) for regime in REGIMES}
     for preset, meaning in MEANINGS.items():
@@ -135,23 +141,31 @@ def presets_table(results: str) -> str:
     return "\n".join(lines)
 
 
-def recorded(results: str, regime: str) -> Iterator[tuple[str, str, str, str]]:
-    """Read path, preset, speed and dB to the renderer back from a long table."""
+def recorded(results: str, regime: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """Read path, preset, speed, and dB to `off` and to the renderer back from a long table."""
     begin, end = place_of(results, regime)
     for text in results[begin:end].splitlines()[2:]:
-        path, preset, speed, _, truth, *_ = (cell.strip() for cell in text.strip("|").split("|"))
-        yield path, preset.strip("`"), speed, truth
+        path, preset, speed, near, truth, *_ = (
+            cell.strip() for cell in text.strip("|").split("|")
+        )
+        yield path, preset.strip("`"), speed, near, truth
 
 
-def _cost(rows: list[tuple[str, str, str, str]], preset: str) -> list[str]:
-    dense = {path: float(truth) for path, name, _, truth in rows if name == "off"}
-    mine = [(path, speed, truth) for path, name, speed, truth in rows if name == preset]
+def _cost(rows: list[tuple[str, str, str, str, str]], preset: str) -> list[str]:
+    dense = {path: float(truth) for path, name, *_, truth in rows if name == "off"}
+    mine = [row for row in rows if row[1] == preset]
     if not mine:
-        return ["", ""]
-    speeds = [float(speed.rstrip("x")) for _, speed, _ in mine]
+        return ["", "", ""]
+    speeds = [float(speed.rstrip("x")) for _, _, speed, *_ in mine]
+    same = all(near == "same" for *_, near, _ in mine)
+    near = [SAME_DB if near == "same" else float(near) for *_, near, _ in mine]
     # Zero is written without a sign, and tenths are taken as they are in the long table.
-    changes = [round(float(truth) - dense[path], 1) + 0.0 for path, _, truth in mine]
-    return [span(speeds, "{:.1f}x"), span(changes, "{:+.1f}").replace("+0.0", "0.0")]
+    changes = [round(float(truth) - dense[path], 1) + 0.0 for path, *_, truth in mine]
+    return [
+        span(speeds, "{:.1f}x"),
+        "same" if same else span(near, "{:.0f}"),
+        span(changes, "{:+.1f}").replace("+0.0", "0.0"),
+    ]
 
 
 def span(values: Iterable[float], form: str) -> str:

@@ -23,6 +23,7 @@ from .compare import INDUCTOR, Contender, Run, baselines, compare
 from .model import CHUNK_LATENTS, tokenize
 from .report import mp4_left_out, table, write_report
 from .report.pictures import side_by_side
+from .rivals import RIVALS, rivals
 from .scenario import PATHS, Scenario, make_scenario
 from .train_batches import prompt_of
 from .weights import load
@@ -41,6 +42,7 @@ class Scope:
     repeats: int
     inner: str
     with_baselines: bool
+    with_rivals: bool = False
 
 
 _EXPLORED = tuple((path, "explored") for path in PATHS)
@@ -52,7 +54,7 @@ SCOPES = {
     ),
     "full": Scope(
         (INDUCTOR, "off", "exact", "context", "sparse", "cache", "all", "reference"),
-        _EXPLORED + _FREE, (9001, 9002), 3, "inductor", True,
+        _EXPLORED + _FREE, (9001, 9002), 3, "inductor", True, True,
     ),
 }  # fmt: skip
 # What is made once a machine: the CPU kernel and the fonts of the report.
@@ -134,13 +136,16 @@ def _measure(
     rows: list[dict] = []
     rollouts: list[dict] = []
     frames: dict[tuple, Any] = {}
-    total = len(job.presets) * (1 + len(scenes) * job.repeats)
+    compared = len(job.presets) + len(RIVALS) * job.with_rivals
+    total = len(job.presets) + compared * len(scenes) * job.repeats
     with progress("demo", total) as advance:
         contenders, presets = _compile(job, model, scenes[0], text, codec, out, advance)
+        dense = next(one for one in contenders if one.preset == "off")
+        loops = rivals(dense) if job.with_rivals else []
         sites: dict[tuple, dict] = {}
         for scene in scenes:
             new, runs = compare(
-                contenders, scene, text, codec, job.repeats,
+                [*contenders, *loops], scene, text, codec, job.repeats,
                 lambda preset, scene=scene: advance(f"{scene.path} {preset}"),
             )  # fmt: skip
             rows += new

@@ -6,7 +6,7 @@ with a `lipass.Session` the session says which history latents stay and which st
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -126,13 +126,14 @@ def roll_out(
     seed: int,
     session=None,
     retriever: Callable[[Tensor, Tensor], list[int]] = retrieve,
+    sigmas: Sequence[float] = SIGMAS,
     progress: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Generate the latents after `given [M, C, Y, X]` along `w2c [F, 4, 4]`.
 
     `walls [F, C, Y, X]` are latents of the bare room, for a model that is to know its plan.
     `session` is a `lipass.Session` or None; `retriever` is the loop's own choice of context, used
-    where no session or its context policy is on.
+    where no session or its context policy is on. `sigmas` are the noise levels of a chunk.
     """
     latents = list(given)
     out = Rollout(given)
@@ -141,13 +142,13 @@ def roll_out(
         noise = chunk_noise(seed, start, (1, given.shape[1], CHUNK_LATENTS, *given.shape[2:]))
         own = retriever(w2c[:start], query)
         if session is None:
-            steps = [Step(*pair, False) for pair in itertools.pairwise(SIGMAS)]
+            steps = [Step(*pair, False) for pair in itertools.pairwise(sigmas)]
             record, x = run_chunk(model, text, latents, w2c, walls, start, noise, own, steps)
         else:
             with session.chunk(
                 poses=w2c[:start], query=query, latents=torch.stack(latents), own_context=own
             ) as chunk:
-                steps = chunk.steps(SIGMAS)
+                steps = chunk.steps(sigmas)
                 record, x = run_chunk(
                     model, text, latents, w2c, walls, start, noise, chunk.context, steps
                 )

@@ -33,7 +33,10 @@ from .world import Attributes, make_room, render
 _VIEW = {"hfov_deg": FOV_DEG, "vfov_deg": FOV_DEG}
 _ENDS = {"context.sink_latents": 1, "context.window_chunks_max": 1}
 _CHUNKS = {**_VIEW, **_ENDS, "context.memory_chunks": 8}
+_MORE_CHUNKS = {**_CHUNKS, "context.memory_chunks": 20}
 _LATENTS = {**_VIEW, **_ENDS, "context.memory_latents": 8}
+# What poses have chosen is not thinned a second time: tiles of it cost more than they save.
+_UNTHINNED = {"sparse.dense_tokens": 8192}
 HELD_CHUNKS = 32
 DENSE = "dense"
 # Windows that read less than that, as much, and more; their first chunk is a sink.
@@ -68,7 +71,8 @@ METHODS = {
         Method("keep-kv", {"preset": "context", **_CHUNKS}),
         Method("keep-kv, 32 chunks held", {"preset": "context", **_CHUNKS}, HELD_CHUNKS),
         Method("keep-kv by latents", {"preset": "context", **_LATENTS}, HELD_CHUNKS),
-        Method("all", {"preset": "all", **_CHUNKS}, HELD_CHUNKS),
+        Method("all", {"preset": "all", **_CHUNKS, **_UNTHINNED}, HELD_CHUNKS),
+        Method("all, 20 chunks", {"preset": "all", **_MORE_CHUNKS, **_UNTHINNED}, HELD_CHUNKS),
         Method("merge-history", {"preset": "exact", "merge": True, "merge.threshold": 0.7}),
     )
 }
