@@ -6,13 +6,11 @@ import pytest
 # The processes of a line find `made` here: they get the path of the one that starts them.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lipass import Stage, Stages
+from made import obedient
+
+from lipass import Stages
 
 ONE_THREAD = {"threads": 1}
-
-
-def obedient(*names, **options):
-    return [Stage(n, "made:Obedient", {"name": n, **options}, threads=1) for n in names]
 
 
 @pytest.fixture(scope="package")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import obedient
+from made import obedient
 
 from lipass import LipassError, Stage, Stages
 from lipass.stages import StageError

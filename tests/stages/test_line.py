@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import obedient
+from made import obedient
 
 import lipass
 from lipass import LipassError, Stage, Stages
