@@ -12,6 +12,7 @@ import lipass
 from lipass.adapters.adoption import Adoption
 from lipass.runtime.chunk import Chunk
 from lipass.runtime.step import Step
+from lipass.stages import Stages
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -31,6 +32,7 @@ _OBJECTS = {
     "chunk": Chunk,
     "step": Step,
     "adoption": Adoption,
+    "stages": Stages,
 }
 
 
