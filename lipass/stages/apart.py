@@ -73,11 +73,11 @@ class Apart(Line):
             while not self._over:
                 if not self._move():
                     self._listen()
-        except (RuntimeError, OSError, EOFError) as error:  # of a transfer: an end was lost
-            if not self._over:
-                self._fail(self._ended(error))
         except LipassError as error:
             self._fail(error)
+        except Exception as error:  # of a transfer, mostly: its other end was lost
+            if not self._over:
+                self._fail(self._ended(error))
 
     @property
     def _over(self) -> bool:

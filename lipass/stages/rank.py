@@ -83,7 +83,11 @@ class _Say:
 
 
 class _Desk:
-    """What lies between both threads: items to compute, and one result to be fetched."""
+    """What lies between both threads: items to compute, and one result to be fetched.
+
+    Nothing is said while it is locked: the caller may have more to say than a pipe holds, and is
+    heard by the other thread, which needs the desk.
+    """
 
     def __init__(self, say: _Say) -> None:
         self.say = say
@@ -102,22 +106,23 @@ class _Desk:
             if self._ended:
                 return None
             number, packet = self._waiting.popleft()
-            self._job = Job(number)
+            job = self._job = Job(number)
             forget, self._forget = self._forget, None
-            self.say("began", number)
-            return self._job, packet, forget
+        self.say("began", number)
+        return job, packet, forget
 
     def done(self, job: Job, found: Packet | Failure) -> None:
         """Lay down a result, unless nobody wants it."""
         with self._cond:
             self._job = None
-            if job.stale:
-                self.say("stale", job.number)
-            elif isinstance(found, Failure):
-                self.say("failed", job.number, found.kind, found.told)
-            else:
+            if isinstance(found, Packet) and not job.stale:
                 self._held = (job.number, found)
-                self.say("done", job.number, found.text)
+        if job.stale:
+            self.say("stale", job.number)
+        elif isinstance(found, Failure):
+            self.say("failed", job.number, found.kind, found.told)
+        else:
+            self.say("done", job.number, found.text)
 
     def add(self, number: int, packet: Packet) -> None:
         """Lay down an item."""
