@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -129,9 +130,11 @@ def _serve_on_ray(args: argparse.Namespace) -> int:
     serving, gpus = _serving(args), _gpus()
     scale = on_ray.Scale(most=args.ray, cpus=1.0, gpus=1.0 if gpus else 0.0)
     on_ray.deploy(args.target, serving, scale, args.host, args.port)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # as containers are stopped too
+        signal.signal(number, lambda *_: ended.set())
     _print_address(args.host, args.port, serving.token)
-    with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
+    ended.wait()
     on_ray.close()
     return OK
 

@@ -89,7 +89,11 @@ class Client:
     def __init__(self, port, **options):
         origin = options.pop("origin", f"http://127.0.0.1:{port}")
         self._opened = connect(
-            f"ws://127.0.0.1:{port}/socket", origin=origin, max_size=None, **options
+            f"ws://127.0.0.1:{port}/socket",
+            origin=origin,
+            max_size=None,
+            close_timeout=1,
+            **options,
         )
         self.socket = self._opened.__enter__()
 

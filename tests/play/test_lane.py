@@ -361,11 +361,18 @@ def test_each_chunk_is_kept_at_once_where_the_keep_lives_longer():
         host.close()
 
 
+def test_who_comes_back_before_the_broken_socket_is_noticed_goes_on(enter):
+    host, visitor, out = enter(PaintedWorld())
+    walk_on(visitor, out, 2)
+    back = host.enter(Enter(None, (), "", visitor.ticket), Out())
+    assert (back.first == out.of("fast")[-1]["frames"][-1]).all()
+    assert len(host.visitors) == 2
+
+
 def test_ticket_that_is_not_known_any_more_is_refused(enter):
-    host, visitor, _ = enter(PaintedWorld())
-    for ticket in (visitor.ticket, "no such one"):
-        with pytest.raises(LipassError, match="a visit that is kept, got an old one"):
-            host.enter(Enter(None, (), "", ticket), Out())
+    host, *_ = enter(PaintedWorld())
+    with pytest.raises(LipassError, match="a visit that is kept, got an old one"):
+        host.enter(Enter(None, (), "", "no such one"), Out())
 
 
 def test_keep_forgets_what_is_old_or_too_much():

@@ -221,9 +221,14 @@ def test_strangers_leave_a_walk_as_it_is(serve, visit):
     gone = half_open(port)
     vandal = visit(port)
     vandal.enter()
-    for text in malformed(random.Random(1), 1000):
+    for number, text in enumerate(malformed(random.Random(1), 1000)):
         with contextlib.suppress(ConnectionClosed):
             vandal.socket.send(text)
+            if number % 50 == 0:  # not asked for, and cut anywhere
+                vandal.socket.send(bytes(number))
+                vandal.send(do="listen", on=True)
+                vandal.send(do="fork")
+                vandal.send(do="film", on=False)
     made = walk(visit(port))
     assert [one["chunk"] for one in made] == [one["chunk"] for one in alone]
     for one, other in zip(made, alone, strict=True):
