@@ -78,6 +78,7 @@ class Connection:
         self._refusals = 0
         self._entering: asyncio.Future[Visitor | None] | None = None
         self._following: Following | None = None
+        self._patience: asyncio.Timeout | None = None
 
     async def run(self) -> None:
         """Serve it until either side ends it."""
@@ -145,16 +146,22 @@ class Connection:
             raise _Closed(_FAILED, f"{type(error).__name__} at the entrance") from None
         if visitor is None:
             raise _Closed(_LATER, f"{self._host.visitors_max} visitors are in; try again later")
-        self._following = Following(self._host, visitor, self._tell)
+        self._following = Following(self._host, visitor, self._tell, self._be_patient)
         self._welcome(visitor)
         self._host.begin(visitor)
         while True:
             try:
-                async with asyncio.timeout(self._limits.idle_s):
+                async with asyncio.timeout(self._limits.idle_s) as self._patience:
                     message = await self._message()
             except TimeoutError:
                 raise _Closed(1000, f"nothing came for {self._limits.idle_s:.0f} s") from None
             self._following.follow(message)
+
+    def _be_patient(self) -> None:
+        """Begin to wait anew: somebody spoke. An open microphone alone is nobody."""
+        if self._patience is not None:
+            with contextlib.suppress(RuntimeError):  # it is over just now
+                self._patience.reschedule(self._loop.time() + self._limits.idle_s)
 
     async def _message(self) -> Message:
         """Wait for the next message that is understood."""

@@ -22,6 +22,7 @@ from lipass.play.protocol import (
     Say,
 )
 from lipass.play.visitor import Visitor
+from lipass.play.world import Words
 
 # A fork is a few megabytes, and kept for a while.
 _FORK_S = 2.0
@@ -34,15 +35,20 @@ class Following:
         host: of the visit.
         visitor: who asks.
         tell: gets what the visitor is told.
+        spoke: is called when words were heard, which no message says.
     """
 
     def __init__(
-        self, host: Host, visitor: Visitor, tell: Callable[[dict[str, Any]], None]
+        self,
+        host: Host,
+        visitor: Visitor,
+        tell: Callable[[dict[str, Any]], None],
+        spoke: Callable[[], None],
     ) -> None:
-        self._host, self._visitor, self._tell = host, visitor, tell
+        self._host, self._visitor, self._tell, self._spoke = host, visitor, tell, spoke
         self._listening: Listening | None = None
         if host.voice is not None:
-            self._listening = Listening(host.voice, visitor.hear, tell)
+            self._listening = Listening(host.voice, self._say, tell)
         self._under_way: asyncio.Task[None] | None = None
 
     def follow(self, message: Message) -> None:
@@ -87,6 +93,10 @@ class Following:
             yield self._under_way
         if self._listening is not None:
             yield from self._listening.tasks
+
+    def _say(self, words: Words) -> None:
+        self._visitor.hear(words)
+        self._spoke()
 
     def _refuse(self, why: str) -> None:
         self._tell({"do": "refused", "why": why})

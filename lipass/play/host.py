@@ -156,8 +156,11 @@ class Host:
         """Let a visitor go and free all of it; waits for chunks that are being made."""
         for lane in self._lanes:
             lane.remove(visitor)
-        if visitor.can_be_kept and not visitor.closed and not self._closing:
-            self.store(visitor, visitor.ticket)
+        try:
+            if visitor.can_be_kept and not visitor.closed and not self._closing:
+                self.store(visitor, visitor.ticket)
+        except Exception:
+            log.exception("a visit could not be kept")
         visitor.close()
         with self._lock:
             self.visitors.discard(visitor)

@@ -85,7 +85,7 @@ def deploy(target: str, serving: Serving, scale: Scale, host: str, port: int) ->
         serving: who may come; `visitors` are those of one replica.
         scale: how many replicas.
         host: address to listen at.
-        port: 0 is refused by Ray.
+        port: a number of its own; Ray takes no free one.
 
     Raises:
         LipassError: Ray Serve is not installed.

@@ -169,7 +169,6 @@ class Visitor:
                 "visit": visit.state(),
                 "asked": self._asked.state(),
                 "chunks": self._chunks,
-                "camera": list(self._visit.camera),
                 "shown": torch.from_numpy(np.ascontiguousarray(self._shown)),
             }
         else:
@@ -226,8 +225,11 @@ class Visitor:
                 self.closed = True
                 self._out.failed(f"{type(error).__name__} in the {side} side")
                 return
-            if self._keep is not None:
-                self._keep.put(self.ticket, {side: self._part(side)})
+            if self._keep is not None and self.can_be_kept:
+                try:
+                    self._keep.put(self.ticket, {side: self._part(side)})
+                except Exception:  # who keeps it may be away: the visit goes on here
+                    log.exception("a chunk could not be kept")
 
     def close(self) -> None:
         """Free both sides, behind the chunks that are being made."""

@@ -406,3 +406,22 @@ def test_world_that_does_not_say_how_visits_go_on_keeps_none(enter):
     host.leave(visitor)
     assert not visitor.can_be_kept
     assert not host.keep.get(visitor.ticket)
+
+
+def test_keep_that_is_away_ends_no_visit(enter):
+    class Away:
+        def put(self, ticket, parts):
+            raise ConnectionError("nobody there")
+
+        get = dict
+
+    world = PaintedWorld()
+    host = Host(world, beside=True, threads=1, keep=Away(), keep_chunks=True)
+    _, visitor, out = enter(world, host=host)
+    host.start()
+    visitor.move(Move(1, WALKS))
+    wait(lambda: len(out.of("fast")) > 5)
+    host.leave(visitor)
+    host.close()
+    assert not out.why
+    assert world.open_sides == 0

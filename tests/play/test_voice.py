@@ -1,6 +1,7 @@
 """Words of a world are heard, and no more audio is taken than somebody speaks."""
 
 import contextlib
+import time
 import wave
 
 import numpy as np
@@ -11,7 +12,7 @@ pytest.importorskip("espeakng_loader")
 
 from browser import browser
 from painted import PaintedWorld
-from speech import speech
+from speech import RATE, speech
 from websockets.exceptions import ConnectionClosed
 
 from lipass.errors import LipassError
@@ -104,6 +105,21 @@ def test_spoken_words_change_what_is_made(serve, visit):
     assert heard["words"] == ["night", "fog"]
     spoken = client.until(do="chunk", side="fast", words=["night", "fog", "plain"])
     assert spoken["words"] == ["night", "fog", "plain"]
+
+
+def test_who_speaks_is_not_idle_and_an_open_microphone_is(serve, visit):
+    _, port = serve(SpokenWorld(), voice=Voice(WORDS), idle_s=3.0)
+    client = visit(port)
+    client.enter()
+    client.send(do="listen", on=True)
+    begin, pcm = time.monotonic(), speech("fog").tobytes()
+    for part in (bytes(2 * RATE), pcm):
+        time.sleep(0.7)
+        client.socket.send(part)
+    assert client.until(do="heard")["words"] == ["fog"]
+    bye = client.until(do="bye", seconds=20)
+    assert bye["why"] == "nothing came for 3 s"
+    assert time.monotonic() - begin > 4
 
 
 def test_audio_is_refused_where_nobody_listens(serve, visit):
