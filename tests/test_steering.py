@@ -140,7 +140,7 @@ def test_memory_is_encoded_with_the_text_that_it_was_made_under():
     with chunk_of(session, 4) as chunk:
         shown = [(text, latents) for text, latents in chunk.memory]
     assert [latents for _, latents in shown] == [
-        list(range(4)), list(range(4, 12)), list(range(12, 16)),
+        list(range(8)), list(range(8, 12)), list(range(12, 16)),
     ]  # fmt: skip
     assert [text for text, _ in shown] == [DAY, NIGHT, DAY]
 
@@ -272,3 +272,13 @@ def test_texts_that_nothing_is_made_of_any_more_are_let_go():
             _ = chunk.memory, chunk.text
         session.steer([DAY[0] + index], 1, "hard")
     assert len(session.prompts._told["main"].texts) < 70
+
+
+def test_a_loop_that_drops_latents_says_so():
+    session = lipass.Session(preset="off")
+    run(session, 4, {0: [(DAY,)], 2: [(NIGHT, 1, "hard")]})
+    session.prompts.moved([*range(4), *range(8, 16)])
+    query = WAY_BACK[16:20]
+    with session.chunk(poses=torch.cat([WAY_BACK[:4], WAY_BACK[8:16]]), query=query) as chunk:
+        assert [latents[0] for _, latents in chunk.memory] == [0, 4]
+        assert chunk.plan.steering.since == 4

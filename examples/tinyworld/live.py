@@ -6,6 +6,7 @@ with. Keys become cameras, walls stop them, and each side goes on by itself.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -207,6 +208,9 @@ class LiveSide:
         self._w2c, self._walls = visit.recorded.w2c, visit.recorded.walls
         self._cameras = list(visit.recorded.cameras)
         self._seed = visit.room.seed
+        self._words = tuple(group[0] for group in world.words.values())
+        # What each latent shows: the model is told of its memory what that was told.
+        self._shown = [self._words] * len(self._latents)
         self._preset = ""
         self._session: lipass.Session | None = None
 
@@ -214,6 +218,9 @@ class LiveSide:
     def make(self, chunk: int, stretch: Stretch, words: Words, preset: str) -> Made:
         """Generate a chunk, and remember it."""
         session = self._open("off" if self._name == DENSE else preset)
+        if words != self._words:
+            self._words = words
+            session.steer(self._world.text(words))
         model = self._model or self._world.callable(self._name)
         history = len(self._latents)
         w2c = torch.cat([self._w2c, stretch.w2c])
@@ -227,9 +234,11 @@ class LiveSide:
             own_context=None if session.config.context else retrieve(self._w2c, stretch.w2c),
         ) as planned:
             before = _blocks()
+            runs = groupby(planned.context, self._shown.__getitem__)
             record, x = run_chunk(
-                model, self._world.text(words), list(self._latents), w2c, walls, history, noise,
+                model, planned.text, list(self._latents), w2c, walls, history, noise,
                 planned.context, planned.steps(SIGMAS),
+                [(self._world.text(shown), list(kept)) for shown, kept in runs],
             )  # fmt: skip
             density = _density(before, _blocks())
         new = x[0].transpose(0, 1)
@@ -237,6 +246,8 @@ class LiveSide:
             Remembered(camera, _kind(frame))
             for camera, frame in zip(self._cameras, planned.plan.context.frames, strict=True)
         ]
+        changed = planned.plan.steering is None or planned.plan.steering.weight == 1
+        self._shown += [words if changed else self._shown[-1]] * CHUNK_LATENTS
         self._remember(new, w2c, walls, stretch.cameras)
         return Made(
             pixels(self._world.codec.decode(new)),
@@ -253,7 +264,7 @@ class LiveSide:
             self._session.close()
         self._session = None
         self._latents = self._w2c = self._walls = torch.empty(0)
-        self._cameras = []
+        self._cameras, self._shown = [], []
 
     def state(self) -> dict[str, Any]:
         """Give the history, and what the session knows of it."""
@@ -283,6 +294,7 @@ class LiveSide:
             if self._session is not None:
                 self._session.close()
             self._preset, self._session = preset, self._world.session(preset)
+            self._session.steer(self._world.text(self._words))
         return self._session
 
     def _remember(
@@ -294,6 +306,9 @@ class LiveSide:
         keep = kept(w2c, _HISTORY_LATENTS)
         self._latents, self._w2c, self._walls = latents[keep], w2c[keep], walls[keep]
         self._cameras = [everything[i] for i in keep]
+        self._shown = [self._shown[i] for i in keep]
+        if self._session is not None and len(keep) < len(latents):
+            self._session.prompts.moved(keep)
 
 
 def kept(w2c: Tensor, most: int) -> list[int]:

@@ -118,7 +118,7 @@ class Rollout:
 @torch.no_grad()
 def roll_out(
     model: Callable,
-    text: list[KeyValue],
+    text: list[KeyValue] | None,
     given: Tensor,
     w2c: Tensor,
     walls: Tensor | None = None,
@@ -132,8 +132,9 @@ def roll_out(
     """Generate the latents after `given [M, C, Y, X]` along `w2c [F, 4, 4]`.
 
     `walls [F, C, Y, X]` are latents of the bare room, for a model that is to know its plan.
-    `session` is a `lipass.Session` or None; `retriever` is the loop's own choice of context, used
-    where no session or its context policy is on. `sigmas` are the noise levels of a chunk.
+    `session` is a `lipass.Session` or None; where it is steered, `text` is None. `retriever` is
+    the loop's own choice of context, used where no session or its context policy is on. `sigmas`
+    are the noise levels of a chunk.
     """
     latents = list(given)
     out = Rollout(given)
@@ -148,9 +149,10 @@ def roll_out(
             with session.chunk(
                 poses=w2c[:start], query=query, latents=torch.stack(latents), own_context=own
             ) as chunk:
-                steps = chunk.steps(sigmas)
+                steps, kept = chunk.steps(sigmas), chunk.context
+                said, memory = (text, None) if text is not None else (chunk.text, chunk.memory)
                 record, x = run_chunk(
-                    model, text, latents, w2c, walls, start, noise, chunk.context, steps
+                    model, said, latents, w2c, walls, start, noise, kept, steps, memory
                 )
         out.chunks.append(record)
         latents.extend(x[0].transpose(0, 1))
@@ -170,6 +172,7 @@ def run_chunk(
     noise: Tensor,
     context: list[int],
     steps: Iterable,
+    memory: list[tuple[list[KeyValue], list[int]]] | None = None,
 ) -> tuple[ChunkRecord, Tensor]:
     """Generate the chunk behind `start` latents, and say what it used and cost.
 
@@ -183,20 +186,32 @@ def run_chunk(
         noise: `[1, C, 4, Y, X]`.
         context: latents of the history that are read.
         steps: denoising steps.
+        memory: the context in runs, each with the prompt that it was made under, where that
+            changes: the model was trained on contexts that are encoded with their own prompt.
 
     Returns:
         The record, and the latents of the chunk `[1, C, 4, Y, X]`.
     """
-    clean = torch.stack([latents[i] for i in context], 1)[None]
-    poses = torch.cat([w2c[context], w2c[start : start + CHUNK_LATENTS]])
-    poses = relative_to(poses, w2c[start])[None]
-    seen = query = None
-    if walls is not None:
-        seen = walls[context].transpose(0, 1)[None]
-        query = walls[start : start + CHUNK_LATENTS].transpose(0, 1)[None]
+    here = slice(start, start + CHUNK_LATENTS)
+
+    def cameras(kept: list[int]) -> Tensor:
+        return relative_to(torch.cat([w2c[kept], w2c[here]]), w2c[start])[None]
+
+    def encoded(said: list[KeyValue], kept: list[int]) -> list[KeyValue]:
+        if len(kept) == 1 and start > 1:
+            # A graph that is compiled for any number is not for one; a neighbour is none too many.
+            pairs = encoded(said, [kept[0] - 1 if kept[0] else 1, kept[0]])
+            return [(k.chunk(2, 2)[1], v.chunk(2, 2)[1]) for k, v in pairs]
+        clean = torch.stack([latents[i] for i in kept], 1)[None]
+        seen = None if walls is None else walls[kept].transpose(0, 1)[None]
+        return model(clean, torch.zeros(1, len(kept)), cameras(kept), said, None, seen)
+
+    query = None if walls is None else walls[here].transpose(0, 1)[None]
     begin = time.perf_counter()
-    history = model(clean, torch.zeros(1, len(context)), poses, text, None, seen)
+    runs = [encoded(said, kept) for said, kept in memory or [(text, context)]]
+    history = runs[0] if len(runs) == 1 else [joined(pairs) for pairs in zip(*runs, strict=True)]
     middle = time.perf_counter()
+    poses = cameras(context)
     x, computed = noise, 0
     for step in steps:
         level = torch.full((1, CHUNK_LATENTS), step.sigma)
@@ -207,3 +222,9 @@ def run_chunk(
     kv_bytes = sum(t.numel() * t.element_size() for pair in history for t in pair)
     record = ChunkRecord(start, context, computed, middle - begin, end - middle, kv_bytes)
     return record, x
+
+
+def joined(pairs: Iterable[KeyValue]) -> KeyValue:
+    """Put the keys and values of runs of latents one behind the other."""
+    keys, values = zip(*pairs, strict=True)
+    return torch.cat(keys, 2), torch.cat(values, 2)

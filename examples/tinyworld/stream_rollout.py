@@ -68,6 +68,18 @@ class GrownCache:
         ]
         self.held = [self.held[i] for i in kept]
 
+    def forget(self, latents: Sequence[int]) -> None:
+        """Give up latents, for good or until they are encoded anew."""
+        if not latents:
+            return
+        lost = set(latents)
+        kept = [i for i, latent in enumerate(self.held) if latent not in lost]
+        tokens = self.pairs[0][0].shape[2] // len(self.held)
+        rows = torch.tensor(kept, dtype=torch.int64).repeat_interleave(tokens) * tokens
+        rows += torch.arange(tokens).repeat(len(kept))
+        self.pairs = [(k[:, :, rows], v[:, :, rows]) for k, v in self.pairs]
+        self.held = [self.held[i] for i in kept]
+
 
 def _without(x: Tensor, start: int, end: int) -> Tensor:
     return torch.cat([x[:, :, :start], x[:, :, end:]], 2)
@@ -103,6 +115,18 @@ class RingCache:
         self.written += 1
         return None
 
+    def forget(self, latents: Sequence[int]) -> None:
+        """Refuse to give up single latents: what lies in a ring has no place of its own.
+
+        Raises:
+            ValueError: there are some.
+        """
+        if latents:
+            raise ValueError(
+                f"a ring gives up the oldest chunk, got latents {latents} to forget; use a grown "
+                "cache for policies that flush or recache"
+            )
+
     def make_room(self, w2c: Tensor, least_needed: Callable[[Tensor], int] | None) -> None:
         """Nothing to do: the next chunk takes the oldest one's place."""
 
@@ -133,7 +157,7 @@ class StreamedChunk(NamedTuple):
 @torch.no_grad()
 def chunks_of(
     model: Callable,
-    text: list[KeyValue],
+    text: list[KeyValue] | None,
     given: Tensor,
     w2c: Tensor,
     walls: Tensor | None = None,
@@ -146,7 +170,7 @@ def chunks_of(
 
     Args:
         model: decodes and refreshes.
-        text: encoded prompt, one (k, v) a block.
+        text: encoded prompt, one (k, v) a block; None where the session is steered.
         given: recorded latents `[B, C, M, Y, X]`, which enter by a refresh each.
         w2c: cameras `[B, F, 4, 4]`.
         walls: latents of the bare room `[B, C, F, Y, X]`, for a model that is to know its plan.
@@ -156,16 +180,18 @@ def chunks_of(
     """
     b, channels, recorded, *grid = given.shape
     past = given[0, :, :0].transpose(0, 1)
-    for start in range(0, w2c.shape[1], CHUNK_LATENTS):
+    said = text
+
+    def run(x: Tensor, sigma: float, refresh: bool, start: int) -> Tensor | None:
         here = slice(start, start + CHUNK_LATENTS)
         told = None if walls is None else walls[:, :, here].contiguous()
         # A slice has the stride of the whole walk, and graphs are compiled for strides.
         poses = w2c[:, here].clone(memory_format=torch.contiguous_format)
+        level = torch.full((b, CHUNK_LATENTS), sigma, device=x.device)
+        return cache.forward(model, x, level, poses, said, walls=told, refresh=refresh)
 
-        def run(x: Tensor, sigma: float, refresh: bool, poses=poses, told=told) -> Tensor | None:
-            level = torch.full((b, CHUNK_LATENTS), sigma, device=x.device)
-            return cache.forward(model, x, level, poses, text, walls=told, refresh=refresh)
-
+    for start in range(0, w2c.shape[1], CHUNK_LATENTS):
+        here = slice(start, start + CHUNK_LATENTS)
         begin, computed = time.perf_counter(), 0
         opened = nullcontext(_PlainChunk(list(cache.held)))
         if session is not None:
@@ -176,14 +202,21 @@ def chunks_of(
                 held=cache.held,
             )
         with opened as chunk:
+            if text is None:
+                said = chunk.text
+                cache.forget([*chunk.given_up, *chunk.recache])
+                for again in chunk.recache[::CHUNK_LATENTS]:
+                    cache.written = again
+                    known = past[again : again + CHUNK_LATENTS].transpose(0, 1)[None]
+                    run(known, 0.0, True, again)
             if start < recorded:
                 x = given[:, :, here].contiguous()
             else:
                 x = chunk_noise(seed, start, (b, channels, CHUNK_LATENTS, *grid)).to(given)
                 for step in chunk.steps(SIGMAS):
-                    x = x + (step.sigma_next - step.sigma) * run(x, step.sigma, False)
+                    x = x + (step.sigma_next - step.sigma) * run(x, step.sigma, False, start)
                     computed += not step.reused
-            run(x, 0.0, True)
+            run(x, 0.0, True, start)
             read = chunk.context
         chooses = session is not None and session.config.context is not None
         cache.make_room(w2c[0], session.least_needed if chooses else None)
@@ -193,7 +226,7 @@ def chunks_of(
 
 def stream(
     model: Callable,
-    text: list[KeyValue],
+    text: list[KeyValue] | None,
     given: Tensor,
     w2c: Tensor,
     walls: Tensor | None = None,

@@ -194,8 +194,12 @@ class Blend:
 
     @property
     def main(self) -> int:
-        """Number of the prompt that weighs most, the newer one of two that weigh alike."""
-        if self.old is None or self.weight >= 0.5:
+        """Number of the prompt under which a latent counts as made.
+
+        It is the new one where nothing of the old is left: what shows some of the old still, and
+        is remembered as the new, tells a model that the new looks so.
+        """
+        if self.old is None or self.weight == 1:
             return self.new
         return self.old.main if isinstance(self.old, Blend) else self.old
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -155,6 +156,26 @@ class Prompts:
             )
             for number, latents in groups
         ]
+
+    def moved(self, kept: Sequence[int], stream: str = "main") -> None:
+        """Follow a loop that drops latents from its history, so that the others move up.
+
+        Args:
+            kept: latents of the history, by their index so far, ascending.
+            stream: name of the stream.
+        """
+        told = self._told.get(stream)
+        if told is None:
+            return
+
+        def moved(latent: int) -> int:
+            return bisect_left(kept, latent)
+
+        runs = {moved(first): number for first, number in told.runs}
+        told.runs = list(runs.items())
+        told.flushed = [(moved(first), moved(last)) for first, last in told.flushed]
+        if told.change is not None:
+            told.change.since = moved(told.change.since)
 
     def finished(self, plan: ChunkPlan) -> None:
         """Remember what a chunk was made of, and how far the change was in it."""

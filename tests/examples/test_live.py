@@ -242,3 +242,32 @@ def test_both_sides_run_one_model_when_nothing_is_left_out(compiled):
         assert abs(exact.astype(int) - off.astype(int)).max() <= 1
     fast.close()
     dense.close()
+
+
+@pytest.mark.filterwarnings("ignore:an approximate session must leave something out")
+def test_a_word_is_walked_to_and_memory_keeps_its_own(world, monkeypatch):
+    """Chunks of a change count as made under the word before, until nothing of it is left."""
+    monkeypatch.setattr(live, "_HISTORY_LATENTS", live._RECORDED + 24)
+    asked = []
+    run_chunk = live.run_chunk
+
+    def watched(*args):
+        asked.append([len(kept) for _, kept in args[-1]])
+        return run_chunk(*args)
+
+    monkeypatch.setattr(live, "run_chunk", watched)
+    visit = world.visit(9004)
+    side = visit.side("fast")
+    night = ("night", *WORDS[1:])
+    weights = []
+    for chunk in range(9):
+        side.make(chunk, visit.go(Controls()), night if chunk else WORDS, "exact")
+        blend = side._session.prompts._told["main"].change.blend
+        weights.append(blend.weight)
+    assert weights == [1.0, *live.lipass.Steering().weights(), 1.0, 1.0, 1.0, 1.0]
+    assert side._shown[: live._RECORDED] == [WORDS] * live._RECORDED
+    assert side._shown.count(night) == 4 * 5
+    assert asked[4] == [20]
+    assert asked[5] == [16, 4]
+    assert blend.since < live._RECORDED + 4
+    side.close()

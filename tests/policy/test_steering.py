@@ -59,10 +59,10 @@ def test_a_blend_comes_back_from_its_log():
     assert blend.numbers == {0, 1, 2}
 
 
-def test_memory_belongs_to_the_prompt_that_weighed_most():
-    first = Blend("lerp", 0, 1, 0.25)
+def test_memory_belongs_to_a_prompt_once_it_shows_nothing_of_the_one_before():
+    first = Blend("lerp", 0, 1, 0.75)
     assert first.main == 0
-    assert Blend("lerp", 0, 1, 0.5).main == 1
+    assert Blend("lerp", 0, 1, 1.0).main == 1
     assert Blend("lerp", first, 2, 0.25).main == 0
 
 
