@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -14,48 +13,13 @@ from lipass.policy.plan import ChunkPlan
 from lipass.policy.steered_plan import steered
 from lipass.policy.steering import Blend, Steering
 from lipass.runtime.steering_scores import SteeringScores
+from lipass.runtime.told import Change, Told
 from lipass.switch import is_off
 
 # The text of a chunk, those of what it remembers, and what they are mixed of.
 _MADE_MAX = 8
 # Texts that are held for what was made under them; beyond, the oldest memory counts as younger.
 _RUNS_MAX = 64
-
-
-@dataclass
-class _Change:
-    """The latest change of a stream's prompt."""
-
-    steering: Steering
-    old: int | Blend | None
-    new: int
-    first: int
-    """Index of its first chunk."""
-    since: int = 0
-    """Latents of the history when it began."""
-    blend: Blend | None = None
-    """What the latest chunk was made of; None before its first."""
-
-
-@dataclass
-class _Told:
-    """What one stream was told.
-
-    Attributes:
-        texts: by number.
-        count: how many there were.
-        change: the latest.
-        runs: first latent, and prompt under which it and those behind it were made.
-        flushed: first and last latents, as for `range`, that are read no more.
-        made: the latest mixed texts, by what they are made of.
-    """
-
-    texts: dict[int, Any] = field(default_factory=dict)
-    count: int = 0
-    change: _Change | None = None
-    runs: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
-    flushed: list[tuple[int, int]] = field(default_factory=list)
-    made: dict[Any, Any] = field(default_factory=dict)
 
 
 class Prompts:
@@ -69,7 +33,7 @@ class Prompts:
     """
 
     def __init__(self, *, recorded: bool = False) -> None:
-        self._told: dict[str, _Told] = {}
+        self._told: dict[str, Told] = {}
         self._recorded = recorded
         self.scores = SteeringScores()
 
@@ -92,12 +56,12 @@ class Prompts:
                     f"{index} chunks of stream {stream!r}; call session.steer(text) before the "
                     "first chunk, and pass chunk.text to the model"
                 )
-            told = self._told[stream] = _Told()
+            told = self._told[stream] = Told()
         else:
             check_like(text, told.texts[told.count - 1])
         number, told.count = told.count, told.count + 1
         told.texts[number] = text
-        told.change = _Change(steering, _older(told), number, index)
+        told.change = Change(steering, _older(told), number, index)
         self._forget(told)
 
     def plan(self, plan: ChunkPlan, held: Sequence[int] | None = None) -> ChunkPlan:
@@ -198,7 +162,17 @@ class Prompts:
         self._told.clear()
         self.scores.clear()
 
-    def _of(self, plan: ChunkPlan) -> tuple[_Told, Blend]:
+    def state(self) -> dict[str, Any]:
+        """Give what was said as plain data and tensors; `restore` takes it back."""
+        told = {stream: one.state() for stream, one in self._told.items()}
+        return {"recorded": self._recorded, "told": told}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a `state` was given; mixed texts are mixed again."""
+        self._recorded = state["recorded"]
+        self._told = {stream: Told.restored(one) for stream, one in state["told"].items()}
+
+    def _of(self, plan: ChunkPlan) -> tuple[Told, Blend]:
         blend, told = plan.steering, self._told.get(plan.stream)
         if blend is None or told is None:
             raise LipassError(
@@ -212,7 +186,7 @@ class Prompts:
             )
         return told, blend
 
-    def _forget(self, told: _Told) -> None:
+    def _forget(self, told: Told) -> None:
         """Drop texts that no later chunk is made of; a replay may ask for any."""
         if self._recorded or told.change is None:
             return
@@ -228,7 +202,7 @@ def _before(blend: Blend) -> int | Blend:
     return blend.new if blend.old is None else blend.old
 
 
-def _older(told: _Told) -> int | Blend | None:
+def _older(told: Told) -> int | Blend | None:
     """Return what the next change starts from."""
     change = told.change
     if change is None:
@@ -252,7 +226,7 @@ def _made_under(runs: list[tuple[int, int]], latent: int) -> int:
     return next(number for first, number in reversed(runs) if first <= latent)
 
 
-def _text(told: _Told, blend: Blend | int) -> Any:
+def _text(told: Told, blend: Blend | int) -> Any:
     if isinstance(blend, int):
         return told.texts[blend]
     new, old = told.texts[blend.new], blend.old
@@ -262,12 +236,12 @@ def _text(told: _Told, blend: Blend | int) -> Any:
     return _once(told, key, lambda: mixed(blend.policy, _text(told, old), new, blend.weight))
 
 
-def _twice(told: _Told, old: int | Blend, new: int) -> Any:
+def _twice(told: Told, old: int | Blend, new: int) -> Any:
     make = lambda: doubled(_text(told, old), told.texts[new])  # noqa: E731
     return _once(told, ("both", old, new), make)
 
 
-def _once(told: _Told, key: Any, make: Callable[[], Any]) -> Any:
+def _once(told: Told, key: Any, make: Callable[[], Any]) -> Any:
     """Mix a text where it was not made lately: what is kept of it is known by the object."""
     made = told.made.pop(key) if key in told.made else make()
     told.made[key] = made

@@ -32,7 +32,8 @@ from lipass.runtime.turns import Turns
 
 SCHEMA_VERSION = 1
 _KIND = "lipass.session"
-_PARTS = ("turns", "given", "effect", "events", "invariants", "histories", "written")
+_PARTS = ("turns", "given", "effect", "events", "invariants", "histories", "written",
+          "prompts")  # fmt: skip
 _SAMPLED = 16
 
 

@@ -14,8 +14,10 @@ from lipass.errors import LipassError, LipassWarning
 from lipass.kernels import registry
 from lipass.kernels.merge.running import MergeRule
 from lipass.passes.graph.marks import StepInputs
+from lipass.policy.steering import POLICIES
 from lipass.policy.trajectory import parse_trajectory
 from lipass.receipt import current_report, reset_report
+from lipass.runtime.steering_scores import SteeringScores
 from lipass.runtime.tree_file import from_bytes, to_bytes
 from lipass.runtime.written_slots import Placed
 from lipass.session import Session, current_step
@@ -389,3 +391,61 @@ def test_files_need_safetensors(monkeypatch, written):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(LipassError, match="run pip install safetensors"):
         lipass.Snapshot.from_bytes(written)
+
+
+def text_of(seed):
+    """Keys and values of one block, a mask, and a name."""
+    made = torch.Generator().manual_seed(seed)
+    pair = tuple(torch.randn(1, 6, 8, generator=made) for _ in range(2))
+    return {"blocks": [pair], "mask": torch.ones(1, 6, dtype=torch.bool)}
+
+
+def steered(session, chunks, said):
+    """Say texts in front of some chunks; gives the texts and plans of all."""
+    texts, plans = [], []
+    for index in chunks:
+        for change in said.get(index, ()):
+            session.steer(*change)
+        start = 4 * index
+        with session.chunk(
+            poses=WAY_BACK[:start] if start else None, query=WAY_BACK[start : start + 4]
+        ) as chunk:
+            texts.append(chunk.text)
+        plans.append(chunk.plan.to_json())
+    return texts, plans
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prompt_that_is_changing_goes_on_changing(policy, monkeypatch):
+    """Said twice, the second time before the first change was over, and cut in both."""
+    # No model is called here, so no attention asks what prompts weigh.
+    monkeypatch.setattr(SteeringScores, "check_asked", lambda self, chunk: None)
+    said = {
+        0: [(text_of(0),)],
+        2: [(text_of(1), 4, policy)],
+        4: [(text_of(2), 4, lipass.Steering(policy=policy, curve=lambda share: share**2))],
+    }
+    with Session(preset="context") as session:
+        texts, plans = steered(session, range(8), said)
+    with Session(preset="context") as session:
+        mine, before = steered(session, range(3), said)
+        snapshot = through_a_file(session.snapshot())
+    with Session.resume(snapshot) as session:
+        middle, between = steered(session, range(3, 5), said)
+        snapshot = through_a_file(session.snapshot())
+    with Session.resume(snapshot) as session:
+        rest, after = steered(session, range(5, 8), {})
+    assert before + between + after == plans
+    torch.testing.assert_close([*mine, *middle, *rest], texts, rtol=0, atol=0)
+    assert type(rest[-1]["blocks"][0]) is tuple
+
+
+def test_a_text_of_another_kind_is_refused_with_the_remedy():
+    class Encoding(dict):
+        pass
+
+    with Session(preset="context") as session:
+        session.steer(Encoding(text_of(0)))
+        with pytest.raises(TypeError, match="lists, tuples and dicts, got Encoding; say such"):
+            session.snapshot()
+        steered(session, range(2), {})
