@@ -132,7 +132,7 @@ def measure(dtype: torch.dtype, dim: int, compiled: bool, sorts: bool = False) -
             for name, ms in zip(names, best, strict=True):
                 work[name].append(case.work(name, compiled))
                 times_ms[name].append(ms)
-    forms = {name: _fit(work[name], times_ms[name]) for name in names}
+    forms = {name: fit(work[name], times_ms[name]) for name in names}
     return Rates(forms["joined"], forms.get("apart"), forms["sparse"])
 
 
@@ -225,7 +225,7 @@ def _best_ms(calls: list[Callable[[], object]], rounds: int = _ROUNDS) -> list[f
     return [max(seconds, 1e-9) * 1e3 for seconds in best]
 
 
-def _fit(work: list[tuple[float, float]], times_ms: list[float]) -> Form:
+def fit(work: list[tuple[float, float]], times_ms: list[float]) -> Form:
     """Draw the line with the least relative error; what would count negative costs nothing."""
     ms = torch.tensor(times_ms, dtype=torch.float64, device="cpu")
     ones = torch.ones_like(ms)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 
 import torch
@@ -21,6 +22,29 @@ def capability(device: torch.device) -> tuple[int, int]:
         return (9, 0)
     major, minor = torch.cuda.get_device_capability(device)
     return major, minor
+
+
+@functools.lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Return how many programs of a large kernel run at once."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache(maxsize=16)
+def name(device: torch.device) -> str:
+    """Return what a GPU is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def triton_version() -> str:
+    """Return the version of Triton, or nothing where there is none."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.lru_cache(maxsize=16)

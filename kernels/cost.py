@@ -4,8 +4,8 @@
 ms = fixed + flops / rate + bytes / bandwidth        for each form
 ```
 
-FLOPs and bytes are counted (`formulas.py`); on a CPU the constants are measured
-(`calibration.py`), so that they hold for whatever machine and build this is.
+FLOPs and bytes are counted (`formulas.py`); the constants are measured (`calibration.py`,
+`gpu_calibration.py`), so that they hold for whatever machine and build this is.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import NamedTuple
 
 import torch
 
-from lipass.kernels import calibration
+from lipass.kernels import calibration, chip, gpu_calibration
 from lipass.kernels.calibration import Form, Rates
 from lipass.kernels.formulas import work_of
+from lipass.kernels.gpu_calibration import GpuKind
 from lipass.kernels.plan import BlockGrid, KvLayout
 
-# Assumed, not measured: launches, half of the dense bf16 peak of an H200 for dense calls and 0.7
-# of that for the block-sparse kernel; copies are not seen beside them.
-_CUDA_RATES = Rates(
-    joined=Form(0.02, 400e9, float("inf")),
+# Of a GPU that nobody has measured, assumed from published figures of an H100: dense attention by
+# cuDNN, two thirds of its rate for the block-sparse kernel, copies at half the memory's bandwidth.
+ASSUMED = Rates(
+    joined=Form(0.02, 600e9, 1.3e9),
     apart=None,
-    sparse=Form(0.15, 0.7 * 400e9, float("inf")),
+    sparse=Form(0.12, 400e9, 2.6e9),
 )
 
 
@@ -72,13 +73,17 @@ def predict(
             keys once a chunk.
     """
     batch, heads, _, dim = q_shape
-    rates, compiled = _CUDA_RATES, True
+    compiled, gpu = True, None
     if device.type == "cpu":
         rates_of = calibration.sorted_rates if sorts else calibration.cpu_rates
         rates = rates_of(dtype, dim, torch.get_num_threads())
         compiled = rates.apart is not None
+    else:
+        kind = GpuKind(device, dtype, dim, layout.block_tokens)
+        rates = gpu_calibration.rates_of(kind) or ASSUMED
+        gpu = batch * heads * q_grid.blocks, chip.processors(device)
     rows = batch * heads * dim
-    return _predict(rates, compiled, rows, dtype.itemsize, layout, q_grid, visited_blocks)
+    return _predict(rates, compiled, rows, dtype.itemsize, layout, q_grid, visited_blocks, gpu)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -90,11 +95,14 @@ def _predict(
     layout: KvLayout,
     q_grid: BlockGrid,
     visited_blocks: int,
+    gpu: tuple[int, int] | None,
 ) -> Prediction:
     def ms(name: str, form: Form | None) -> float:
         if form is None:
             return float("inf")
-        flops, moved = work_of(rows, number_bytes, layout, q_grid, name, visited_blocks, compiled)
+        flops, moved = work_of(
+            rows, number_bytes, layout, q_grid, name, visited_blocks, compiled, gpu
+        )
         return form.fixed_ms + flops / form.flops_per_ms + moved / form.bytes_per_ms
 
     return Prediction(

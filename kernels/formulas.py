@@ -6,6 +6,7 @@ bytes = number_bytes * rows * (2 * copied + pooled)
 
           q_slots           visited   copied                           pooled
 joined    Lq                Lk        Lk                               -
+on a GPU  slots, in waves   slots     -                                Lq + Lk
 apart     Lq and idle lanes Lk        Lk, as tiles of the kernel       -
 sparse    Lq and idle lanes Lv        what its provider cannot read    Lq + Lk
                                       where it lies
@@ -53,6 +54,7 @@ def work_of(
     form: str,
     visited_blocks: int,
     compiled: bool,
+    gpu: tuple[int, int] | None = None,
 ) -> tuple[float, float]:
     """Count FLOPs and bytes of a call.
 
@@ -64,6 +66,7 @@ def work_of(
         form: `joined`, `apart` or `sparse`.
         visited_blocks: blocks that each query block visits; read for `sparse` only.
         compiled: whether `sparse` is the compiled kernel or gathers.
+        gpu: programs of the kernel and processors of the GPU that runs it; None is a CPU.
     """
     if form == "joined":
         copied = layout.tokens if len(layout.segments) > 1 else 0
@@ -73,7 +76,14 @@ def work_of(
         sizes = Sizes(rows, number_bytes, slots, layout.tokens, layout.tokens, 0)
     else:
         pooled = q_grid.tokens + layout.tokens
-        if compiled:
+        if gpu is not None:
+            # Whole tiles are computed, slots without a token too, and read where they lie; the
+            # last wave of programs takes as long as a full one.
+            programs, processors = gpu
+            waves = -(-programs // processors) * processors / max(programs, 1)
+            visited, copied = visited_blocks * layout.block_tokens, 0
+            slots = round(q_grid.blocks * q_grid.block_tokens * waves)
+        elif compiled:
             visited = visited_blocks * layout.tokens // layout.blocks
             slots = sum(n * _with_idle_lanes(tokens) for tokens, n in _block_sizes(q_grid))
             copied = 0 if _lies_in_runs(layout) else min(q_grid.blocks * visited, layout.tokens)

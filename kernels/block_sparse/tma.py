@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lipass.kernels import chip
 from lipass.kernels.block_sparse.kind import Kind
-from lipass.kernels.block_sparse.visits import visits_by_segment
+from lipass.kernels.block_sparse.triton import visits_by_segment
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
 from lipass.kernels.token_major import empty_token_major
 
@@ -38,7 +38,8 @@ _LOG2_E = math.log2(math.e)
 _SEGMENTS = 3
 # Descriptors of the kernel: queries, output, keys and values of each segment.
 _PLACES = 2 + 2 * _SEGMENTS
-# Keys and values of so many blocks at once: 160 KiB of shared memory for 128 slots of 128 numbers.
+# Keys and values of so many blocks at once: 128 KiB of shared memory for 128 slots of 128 numbers,
+# as queries stay in registers.
 STAGES = 2
 
 

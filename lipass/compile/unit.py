@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +40,10 @@ from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates, sorted_rates
+from lipass.kernels.gpu_calibration import GpuKind, calibrate
 from lipass.passes import runner
 from lipass.passes.attention.site import OVER_LATENTS
+from lipass.passes.attention.sparse_call import SparseCall
 from lipass.passes.core import PassContext, PassError, PassPipeline
 from lipass.passes.graph.compat import start_again_with_constants, undisturbed
 from lipass.passes.graph.frame import is_recompile
@@ -213,12 +216,11 @@ def _has_operators(gm: torch.fx.GraphModule) -> bool:
 
 
 def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
-    """Build and measure what runs on the CPU: everybody waits for a compilation, not a frame."""
+    """Build and measure what runs: everybody waits for a compilation, not for a frame."""
+    nodes = [node for graph in graphs_of(gm) for node in graph.nodes if node.target in _ATTENTION]
+    _measure_gpus(nodes)
     calls = [
-        (node.meta["example_value"], node.kwargs.get("planner") == "buckets")
-        for graph in graphs_of(gm)
-        for node in graph.nodes
-        if node.target in _ATTENTION
+        (node.meta["example_value"], node.kwargs.get("planner") == "buckets") for node in nodes
     ]
     kinds = {
         (out.dtype, int(out.shape[3]), sorts) for out, sorts in calls if out.device.type == "cpu"
@@ -229,6 +231,18 @@ def _prepare_kernels(gm: torch.fx.GraphModule) -> None:
     with undisturbed():
         for dtype, dim, sorts in kinds:
             (sorted_rates if sorts else cpu_rates)(dtype, dim, torch.get_num_threads())
+
+
+def _measure_gpus(nodes: list[torch.fx.Node]) -> None:
+    """Measure attention on the GPUs of sparse calls, once for each kind of them."""
+    kinds = set()
+    for node in filter(SparseCall.is_one, nodes):
+        out, tile = node.meta["example_value"], SparseCall.of(node).tile[:3]
+        if out.device.type == "cuda":
+            kinds.add(GpuKind(out.device, out.dtype, int(out.shape[3]), math.prod(tile)))
+    with undisturbed():
+        for kind in kinds:
+            calibrate(kind)
 
 
 def _log(model: str, records: list[SiteRecord], seconds: float, again: bool) -> None:

@@ -93,13 +93,13 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(monkeypatch, tm
 def test_line_through_exact_times():
     work = [(0.0, 0.0), (1e6, 0.0), (1e6, 1e6), (4e6, 2e6)]
     times = [0.5 + flops / 2e6 + moved / 4e6 for flops, moved in work]
-    assert calibration._fit(work, times) == pytest.approx((0.5, 2e6, 4e6))
+    assert calibration.fit(work, times) == pytest.approx((0.5, 2e6, 4e6))
 
 
 def test_what_would_count_negative_costs_nothing():
     work = [(1e6, 0.0), (2e6, 3e6), (3e6, 1e6), (4e6, 2e6)]
     times = [5.0 + flops / 1e6 - moved / 1e7 for flops, moved in work]
-    found = calibration._fit(work, times)
+    found = calibration.fit(work, times)
     assert found.bytes_per_ms == float("inf")
     assert found.flops_per_ms > 0
 
