@@ -38,7 +38,7 @@ def rivals(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Rival]:
     """
     found: dict[str, Rival] = {
         "mask": lambda plan: _mask(q, k, v, scale, plan),
-        "flex": lambda plan: _flex(q, k, v, scale, plan),
+        "flex": lambda plan: flex(q, k, v, scale, plan),
     }
     if q.device.type == "cpu":
         found["gather"] = lambda plan: (
@@ -64,21 +64,38 @@ def _mask(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -> Cal
     return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -> Call:
-    """FlexAttention, compiled, with a block mask that is equal to the plan."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -> Call:
+    """FlexAttention, compiled, over the blocks of the plan.
+
+    Its blocks are runs of tokens, so tokens are put into the slots of the tiles first; blocks that
+    lack a token are partial to it.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     attend = torch.compile(flex_attention, dynamic=False)
-    visited = plan.visited()
-    q_block = plan.q_grid.block_of_token(q.device)
-    k_block = plan.kv.block_of_token(q.device)
+    q_slots, k_slots = plan.q_grid.token_index(q.device), plan.kv.token_index(q.device)
+    rows, keys, values = (
+        x.index_select(2, slots.flatten().clamp(min=0)).contiguous()
+        for x, slots in ((q, q_slots), (k, k_slots), (v, k_slots))
+    )
+    exists, visited, whole = k_slots.flatten() >= 0, plan.visited(), (k_slots >= 0).all(1)
+    volumes = plan.q_grid.block_tokens, plan.kv.block_tokens
 
     def mask(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
-        return visited[b, h, q_block[q_at], k_block[k_at]]
+        return visited[b, h, q_at // volumes[0], k_at // volumes[1]] & exists[k_at]
 
-    shape = (*q.shape[:2], q.shape[2], k.shape[2])
-    blocks = create_block_mask(mask, *shape, device=q.device.type)
-    return lambda: attend(q, k, v, block_mask=blocks, scale=scale)
+    blocks = BlockMask.from_kv_blocks(
+        *_lists(visited & ~whole), *_lists(visited & whole),
+        BLOCK_SIZE=volumes, mask_mod=mask,
+        seq_lengths=(rows.shape[2], keys.shape[2]),
+    )  # fmt: skip
+    return lambda: attend(rows, keys, values, block_mask=blocks, scale=scale)
+
+
+def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the blocks of each row of a mask, and name them in front of the others."""
+    order = mask.int().argsort(dim=-1, descending=True, stable=True)
+    return mask.sum(-1).int(), order.int().contiguous()
 
 
 def flashinfer(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: BlockPlan) -> Call:

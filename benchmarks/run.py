@@ -234,7 +234,10 @@ def _time_case(
                 with torch.inference_mode():
                     call()
                 calls[name] = call
-            except (ValueError, torch.OutOfMemoryError) as error:
+            except (
+                ValueError,
+                RuntimeError,
+            ) as error:  # too little memory, and what is not compiled
                 reason = f"{name} at budget {budget:.2f}: {str(error)[:200]}"
                 refused.append({"case": case.name, "dtype": str(dtype)[6:], "reason": reason})
                 print(f"{case.name}: {reason}", file=sys.stderr)

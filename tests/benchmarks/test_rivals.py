@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.rivals import flashinfer, rivals, sparge
+from benchmarks.rivals import flashinfer, flex, rivals, sparge
 from lipass.kernels import BlockGrid, KvLayout, plan_attention
 
 SCALE = 0.25
@@ -94,3 +94,14 @@ def test_sparge_is_given_the_plan(call, monkeypatch):
     q, k, v, plan = call((6, 4, 4), (1, 4, 4))
     with pytest.raises(ValueError, match="whole blocks of 128 tokens, got \\(16, 16\\)"):
         sparge(q, k, v, plan)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("grid", [(6, 4, 4), (5, 3, 5)])
+def test_flex_is_given_the_plan_in_the_order_of_its_tiles(call, grid, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    q, k, v, plan = call(grid, (1, 2, 4))
+    out = flex(q, k, v, SCALE, plan)()
+    slots = plan.q_grid.token_index().flatten()
+    wanted = expected(q, k, v, plan)[:, :, slots[slots >= 0]]
+    torch.testing.assert_close(out[:, :, slots >= 0], wanted)
