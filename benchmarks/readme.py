@@ -3,9 +3,10 @@
     lipass demo --full --json > build/full.json && python benchmarks/readme.py build/full.json
 
 puts the rows of a full demo into docs/results.md, as means over the rooms, and says whether each
-target of the demo is met. Without a document only README.md is written anew: its table of presets
-from docs/results.md, that of the streaming world from benchmarks/results/long_context.json, and
-that of models from docs/models and benchmarks/results/real_models.json.
+target of the demo is met. Without a document only the tables of steering there are written anew,
+from benchmarks/results/steering.json, and README.md: its table of presets from docs/results.md,
+that of the streaming world from benchmarks/results/long_context.json, and that of models from
+docs/models and benchmarks/results/real_models.json.
 """
 
 import argparse
@@ -246,6 +247,41 @@ def stream_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def steering_table(rows: list[Row]) -> str:
+    """Write a line for each way to change a prompt, means over rooms."""
+    changes = list(dict.fromkeys(row["change"] for row in rows))
+    lines = [
+        "| policy | "
+        + " | ".join(f"{name}: chunks | dB below | jump" for name in changes)
+        + " | edges |",
+        "|---" * (3 * len(changes) + 2) + "|",
+    ]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        own = [row for row in rows if row["way"] == way]
+        cells = [_way(way)]
+        for name in changes:
+            at = [row for row in own if row["change"] == name]
+            took = [row["chunks_to_settled"] for row in at]
+            chunks = "never" if None in took else span(took, "{:d}")
+            below = (mean(at, "db_below_settled") or 0.0) + 0.0
+            cells += [chunks, f"{below:.1f}".replace("-0.0", "0.0"), f"{mean(at, 'jump'):.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {mean(own, 'objects'):.2f} |")
+    return "\n".join(lines)
+
+
+def _way(way: str) -> str:
+    policy, comma, rest = way.partition(",")
+    return f"`{policy}`{comma}{rest}"
+
+
+def steered(results: str, rows: list[Row]) -> str:
+    """Return docs/results.md with the tables of steering written anew."""
+    for model in ("small", "stream"):
+        own = [row for row in rows if row["model"] == model]
+        results = between(results, f"steering {model}", steering_table(own))
+    return results
+
+
 def between(readme: str, name: str, text: str) -> str:
     """Put a table between its two comments."""
     begin = readme.index(f"<!-- {name} -->\n") + len(f"<!-- {name} -->\n")
@@ -301,6 +337,8 @@ def main() -> None:
         print("\n".join(summary(document)))
     counts = json.loads((args.root / "benchmarks/results/real_models.json").read_text())["rows"]
     streamed = json.loads((args.root / "benchmarks/results/long_context.json").read_text())["rows"]
+    rows = json.loads((args.root / "benchmarks/results/steering.json").read_text())["rows"]
+    results.write_text(steered(results.read_text(), rows))
     pages = args.root / "docs" / "models"
     readme.write_text(readme_of(readme.read_text(), results.read_text(), pages, counts, streamed))
 

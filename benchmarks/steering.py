@@ -25,6 +25,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -107,6 +108,17 @@ class Small:
             progress=lambda start: say((start - first) // CHUNK_LATENTS + 1, session),
         )  # fmt: skip
         return self.codec.decode(made.latents[first:])
+
+
+class OneText(Small):
+    """The same, whose memory is encoded under the text of the chunk, whatever it shows."""
+
+    def frames(self, walk: Walk, session: lipass.Session, say: Said) -> Tensor:
+        """Generate the other half."""
+        prompts = session.prompts
+        one_run = lambda plan: [(prompts.text(plan), plan.context.indices)]  # noqa: E731
+        with mock.patch.object(prompts, "memory", one_run):
+            return super().frames(walk, session, say)
 
 
 class Stream:
@@ -301,6 +313,9 @@ def main(argv: list[str] | None = None) -> None:
     for kind in (Small, Stream):
         if kind.name in args.models:
             rows += measure(kind(), args.rooms, ways)
+    if "small" in args.models and "hard" in ways:
+        one_text = measure(OneText(), args.rooms, {"hard, memory under one text": WAYS["hard"]})
+        rows = [*one_text, *rows]
     document = {"environment": environment(), "over_chunks": OVER, "rows": rows}
     if args.json:
         args.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -191,10 +191,31 @@ def test_steps_are_not_reused_for_a_view_that_was_made_under_another_prompt():
     assert not any(plan.revisit.allowed for plan in plans)
     assert plans[back[0]].revisit.reason.startswith("the prompt changes, chunk 1 of 1, so all is")
     reason = plans[back[0] + 1].revisit.reason
-    assert "was made under the prompt before, so all is computed (revisits" in reason
+    assert "was made under another prompt, so all is computed (revisits" in reason
     assert all(not plan.steps.reused for plan in plans)
     table = " ".join(current_report().table().split())
-    assert "was made under the prompt before" in table
+    assert "was made under another prompt" in table
+
+
+def test_steps_are_not_reused_for_a_view_that_was_made_half_way():
+    plain = lipass.Session(preset="cache")
+    _, plans = run(plain, 8, {0: [(DAY,)]})
+    seen = [(plan.index, plan.revisit.latent // 4) for plan in plans if plan.revisit.allowed]
+    back, first = next((b, f) for b, f in seen if f and b > f + 2)
+    steered = lipass.Session(preset="cache")
+    _, plans = run(steered, back + 1, {0: [(DAY,)], first: [(NIGHT, 2, "lerp")]})
+    assert plans[back].revisit.latent // 4 == first
+    assert "was made under another prompt" in plans[back].revisit.reason
+
+
+def test_steps_are_reused_again_where_the_prompt_is_the_one_of_the_memory():
+    plain = lipass.Session(preset="cache")
+    _, plans = run(plain, 8, {0: [(DAY,)]})
+    back = next(plan.index for plan in plans if plan.revisit.allowed)
+    steered = lipass.Session(preset="cache")
+    said = {0: [(DAY,)], back - 2: [(NIGHT, 1, "hard")], back - 1: [(DAY, 1, "hard")]}
+    _, plans = run(steered, back + 1, said)
+    assert plans[back].revisit.allowed
 
 
 def test_the_receipt_says_what_each_chunk_was_made_of():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lipass.policy.context import ContextPlan
@@ -16,6 +16,7 @@ def steered(
     blend: Blend,
     steering: Steering,
     flushed: list[tuple[int, int]],
+    as_new: Callable[[int], bool],
     held: Sequence[int] | None = None,
     *,
     off: bool = False,
@@ -27,6 +28,7 @@ def steered(
         blend: what the prompt is made of.
         steering: how the change goes that it is part of.
         flushed: ranges of latents that earlier changes gave up.
+        as_new: tells whether a latent was made under the text that is new now.
         held: latents that the model holds; None is all of the history.
         off: whether nothing may be left out.
     """
@@ -44,7 +46,8 @@ def steered(
         end = plan.history_latents - blend.place * steering.grow_latents
         hidden = [(steering.sink_latents, end)]
         context = _without(context, hidden, "dropped: older than the window that grows")
-    return replace(plan, steering=blend, context=context, revisit=_revisit(plan.revisit, blend))
+    revisit = _revisit(plan.revisit, blend, as_new)
+    return replace(plan, steering=blend, context=context, revisit=revisit)
 
 
 def _without(context: ContextPlan, hidden: list[tuple[int, int]], reason: str) -> ContextPlan:
@@ -58,14 +61,14 @@ def _without(context: ContextPlan, hidden: list[tuple[int, int]], reason: str) -
     return replace(context, frames=frames)
 
 
-def _revisit(revisit: Revisit, blend: Blend) -> Revisit:
+def _revisit(revisit: Revisit, blend: Blend, as_new: Callable[[int], bool]) -> Revisit:
     """Have steps computed where what would be seen again was made under another prompt."""
     if not revisit.allowed:
         return revisit
-    if blend.changes:
+    if blend.weight < 1 or blend.place == 1:
         why = f"the prompt changes, chunk {blend.place} of {blend.of}"
-    elif revisit.latent is not None and revisit.latent < blend.since:
-        why = f"latent {revisit.latent} was made under the prompt before"
+    elif revisit.latent is not None and not as_new(revisit.latent):
+        why = f"latent {revisit.latent} was made under another prompt"
     else:
         return revisit
     return replace(revisit, allowed=False, reason=f"{why}, so all is computed ({revisit.reason})")

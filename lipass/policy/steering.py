@@ -24,7 +24,7 @@ from typing import Any
 from lipass.options import check, check_choice
 
 POLICIES = ("hard", "lerp", "slerp", "two-prompt", "history-bias", "recache", "flush")
-DEFAULT = "lerp"
+DEFAULT = "slerp"
 
 Curve = Callable[[float], float] | Sequence[float]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -88,7 +89,15 @@ class Prompts:
                 steering.history_weight,
                 change.since,
             )
-        return steered(plan, blend, steering, told.flushed, held, off=is_off())
+        return steered(
+            plan,
+            blend,
+            steering,
+            told.flushed,
+            partial(_is_as_new, told),
+            held,
+            off=is_off(),
+        )
 
     def text(self, plan: ChunkPlan) -> Any:
         """Return the text of a chunk; the same object as long as it is made of the same.
@@ -224,6 +233,14 @@ def _anew(runs: list[tuple[int, int]], blend: Blend) -> list[tuple[int, int]]:
 
 def _made_under(runs: list[tuple[int, int]], latent: int) -> int:
     return next(number for first, number in reversed(runs) if first <= latent)
+
+
+def _is_as_new(told: Told, latent: int) -> bool:
+    """Whether a latent was made under the text that was said last, now or an earlier time."""
+    assert told.change is not None
+    new = told.change.new
+    number = _made_under(told.runs, latent)
+    return number == new or told.texts.get(number) is told.texts[new]
 
 
 def _text(told: Told, blend: Blend | int) -> Any:

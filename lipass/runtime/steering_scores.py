@@ -55,7 +55,8 @@ class SteeringScores:
             return
         asked = self._written.get(chunk, set())
         roles = {role for layout in asked for role in layout[1]}
-        wanted = {"history"} if blend.alpha < 1 and blend.since else set()
+        older = blend.alpha < 1 and any(latent < blend.since for latent in chunk.context)
+        wanted = {"history"} if older else set()
         wanted |= {"text"} if blend.doubled else set()
         if missing := sorted(wanted - roles):
             weighs = "the prompts of a change" if "text" in missing else "older history"

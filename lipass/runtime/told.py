@@ -72,8 +72,12 @@ class Told:
 
     def state(self) -> dict[str, Any]:
         """Give all but mixed texts as plain data and tensors; `restored` takes it back."""
+        # A text that was said twice stays one: views made under it are known by the object.
+        once = {id(text): text for text in self.texts.values()}
+        places = {key: place for place, key in enumerate(once)}
         return {
-            "texts": [[number, packed(text)] for number, text in self.texts.items()],
+            "texts": [packed(text) for text in once.values()],
+            "said": [[number, places[id(text)]] for number, text in self.texts.items()],
             "count": self.count,
             "change": None if self.change is None else self.change.state(),
             "runs": self.runs,
@@ -83,8 +87,9 @@ class Told:
     @classmethod
     def restored(cls, state: dict[str, Any]) -> Told:
         """Rebuild what a `state` was given of."""
+        once = [unpacked(text) for text in state["texts"]]
         return cls(
-            texts={number: unpacked(text) for number, text in state["texts"]},
+            texts={number: once[place] for number, place in state["said"]},
             count=state["count"],
             change=None if state["change"] is None else Change.restored(state["change"]),
             runs=[(first, number) for first, number in state["runs"]],

@@ -91,6 +91,24 @@ def test_streams_are_compared_with_dense_ones_of_the_same_length(readme):
     assert "| 832 | 8.0x | 30.0x | 26.0, 24.0 | 76 MB |" in table
 
 
+def test_a_way_to_steer_that_a_room_never_follows_is_never_there(readme):
+    def steered(room, change, chunks, below):
+        way = {"model": "small", "room": room, "change": change, "way": "hard, one text"}
+        scores = {"chunks_to_settled": chunks, "db_below_settled": below, "jump": 4.0}
+        return way | scores | {"objects": 0.5}
+
+    rows = [steered(1, "night", 1, -0.2), steered(2, "night", 3, 0.2), steered(1, "fog", None, 9)]
+    head, _, line = readme.steering_table(rows).splitlines()
+    assert head.startswith("| policy | night: chunks | dB below | jump | fog: chunks |")
+    assert line == "| `hard`, one text | 1 to 3 | 0.0 | 4.0 | never | 9.0 | 4.0 | 0.50 |"
+
+
+def test_results_have_what_was_recorded_of_steering(readme):
+    rows = json.loads((ROOT / "benchmarks/results/steering.json").read_text())["rows"]
+    results = (ROOT / "docs/results.md").read_text()
+    assert readme.steered(results, rows) == results, "run make pages"
+
+
 def test_readme_has_what_was_recorded(readme):
     text = (ROOT / "README.md").read_text()
     counts = json.loads((ROOT / "benchmarks/results/real_models.json").read_text())["rows"]

@@ -139,6 +139,32 @@ def test_attention_by_hand_of_the_first_hour_is_attention(code):
     assert names["out"].shape == names["q"].shape
 
 
+@block_of("docs/steering.md", 0)
+def test_a_change_of_the_prompt_runs(code):
+    texts = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    told = []
+
+    def denoise(x, sigma, text, cache):
+        told.append((float(text.mean()), [float(one) for one in cache]))
+        return x
+
+    names = {"day": texts[0], "night": texts[1], "denoise": denoise, "SIGMAS": (1.0, 0.5, 0.0)}
+    names |= {"encode": lambda latents, text: text.mean(), "x": torch.ones(1, 8, 4, 4, 4)}
+    names["w2c"] = own_model.parse_trajectory("left-27")
+    with lipass.Session(preset="off") as session:
+        exec(code, {**names, "session": session})
+    assert [text for text, _ in told[::2]] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert [cache for _, cache in told[::2]][-1] == [0, 1]
+
+
+@block_of("docs/steering.md", 1)
+def test_all_of_a_change_can_be_told(code):
+    night, fog = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
+    with lipass.Session(preset="off") as session:
+        session.steer(fog)
+        exec(code, {"lipass": lipass, "session": session, "night": night, "fog": fog})
+
+
 @block_of("docs/writing-a-pass.md", 1)
 def test_tests_of_a_pass_of_ones_own_run(monkeypatch, code):
     monkeypatch.syspath_prepend(str(ROOT / "examples/own_pass"))

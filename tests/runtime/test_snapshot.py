@@ -440,6 +440,19 @@ def test_a_prompt_that_is_changing_goes_on_changing(policy, monkeypatch):
     assert type(rest[-1]["blocks"][0]) is tuple
 
 
+def test_a_prompt_that_was_said_twice_stays_one():
+    day, night = text_of(0), text_of(1)
+    with Session(preset="context") as session:
+        steered(session, range(6), {0: [(day,)], 2: [(night, 1, "hard")], 4: [(day, 1, "hard")]})
+        snapshot = through_a_file(session.snapshot())
+    texts = snapshot.parts["prompts"]["told"]["main"]["texts"]
+    assert len(texts) == 2
+    with Session.resume(snapshot) as session:
+        (text,), _ = steered(session, [6], {})
+        first, *_, last = session.prompts._told["main"].texts.values()
+        assert text is first is last
+
+
 def test_a_text_of_another_kind_is_refused_with_the_remedy():
     class Encoding(dict):
         pass

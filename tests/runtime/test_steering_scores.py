@@ -181,7 +181,7 @@ def test_reused_steps_answer_within_one_blend_only(world):
                 model(LATENTS, torch.full((1, 4), step.sigma), chunk.text, HISTORY)
                 for step in chunk.steps([1.0, 0.9, 0.8, 0.5, 0.0])
             ]
-        assert chunk.lookups == (0 if chunk.plan.steering.changes else 2)
+        assert chunk.lookups == (0 if index == 1 else 2)
         shown.append(steps[0])
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(shown[:3]))
     assert torch.equal(shown[2], shown[3])
@@ -193,6 +193,17 @@ def test_a_model_that_nobody_compiled_with_steering_is_refused(world):
         rolled(world, session, {0: [(DAY, 4, POLICY)]}, 1)
     session.steer(DAY, 1, "hard")
     rolled(world, session, {}, 1)
+
+
+def test_a_model_that_pads_prompts_inside_is_refused(world):
+    """Which of its tokens are whose is not known, so nothing is guessed."""
+
+    def padding(latents, sigma, prompt, history):
+        padded = torch.cat([prompt, prompt.new_zeros(1, 20 - prompt.shape[1], 16)], 1)
+        return world(latents, sigma, padded, history)
+
+    with pytest.raises(LipassError, match="weighs the prompts of a change, got a chunk in which"):
+        rolled(compiled(padding), lipass.Session(preset="off"), {0: [(DAY, 4, POLICY)]}, 1)
 
 
 def test_a_history_of_unknown_latents_is_refused(world):
