@@ -202,7 +202,7 @@ def chunks_of(
                 held=cache.held,
             )
         with opened as chunk:
-            if text is None:
+            if text is None and not isinstance(chunk, _PlainChunk):
                 said = chunk.text
                 cache.forget([*chunk.given_up, *chunk.recache])
                 for again in chunk.recache[::CHUNK_LATENTS]:
