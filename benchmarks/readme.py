@@ -276,7 +276,7 @@ def _way(way: str) -> str:
 
 def steered(results: str, rows: list[Row]) -> str:
     """Return docs/results.md with the tables of steering written anew."""
-    for model in ("small", "stream"):
+    for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         results = between(results, f"steering {model}", steering_table(own))
     return results
