@@ -233,7 +233,9 @@ def measure(world: World, rooms: list[int], ways: dict[str, Steering]) -> list[d
             known[attributes] = world.model.text(tokenize(prompt_of(attributes))[None])
         return known[attributes]
 
-    goals = {room: compared(world, room, texts) for room in rooms}
+    # Memory under one text is compared with what it should have become.
+    goal_world = Small() if isinstance(world, OneText) else world
+    goals = {room: compared(goal_world, room, texts) for room in rooms}
     rows = []
     # Texts of one length a compilation: one that varies could be a history.
     for needs in ("nothing", "one text", "two texts"):
