@@ -45,7 +45,7 @@ def test_only_history_bias_weighs_older_history_by_itself():
         ({"grow_latents": 0}, ValueError, "grow_latents must be >= 1"),
         ({"sink_latents": -1}, ValueError, "sink_latents must be >= 0"),
     ],
-    ids=lambda one: str(one) if isinstance(one, dict) else "",
+    ids=lambda one: " ".join(one) if isinstance(one, dict) else "",
 )
 def test_what_no_change_can_be_is_refused(wrong, error, said):
     with pytest.raises(error, match=said):
