@@ -36,7 +36,6 @@ MEANINGS = {
     "2 steps": "plain Inductor with two of the four steps",
     "2 steps, 12 latents": "that, and the loop's own retrieval cut from 20 latents",
     "2 steps, 8 latents": "the same",
-    "2 steps, 8 random": "that, and random latents behind the latest chunk",
 }
 # What a page's examination does not say: tests/models and tests/adapters hold it.
 NOTED = {
@@ -48,15 +47,11 @@ COUNTED = {"diffusers": ("wan-2.1-14b", "hunyuan-video")}
 STREAM_SHORTEST = 16
 STREAM_METHODS = {
     "dense": "all of it",
-    "window 4": "the first chunk and a window of 3 chunks",
-    "window 10": "the same of 9 chunks",
-    "window 20": "the same of 19 chunks",
-    "merge-history": "`merge`: keys that correspond become one",
-    "keep-kv": "`context`: 8 chunks that poses choose",
-    "keep-kv by latents": "`context`: 8 latents that poses choose of 32 chunks that are held",
+    "window 10": "the first chunk and a window of 9 chunks",
+    "window 16": "the same of 15 chunks",
     "keep-kv, 32 chunks held": "`context`: 8 chunks that poses choose of 32 that are held",
     "all": "`all`, 8 of 32 chunks that are held",
-    "all, 20 chunks": "`all`, 20 of 48 chunks that are held",
+    "all, 20 chunks": "`all`, 20 of 32 chunks that are held",
 }
 _EXAMINED = {
     "blocks": r"all: key blocks skipped: [1-9]",

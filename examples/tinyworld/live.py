@@ -274,6 +274,8 @@ class LiveSide:
             "w2c": self._w2c,
             "walls": self._walls,
             "cameras": self._cameras,
+            "words": self._words,
+            "shown": self._shown,
             "preset": self._preset,
             "session": None if opened is None else opened.snapshot(records=False).to_tree(),
         }
@@ -282,6 +284,8 @@ class LiveSide:
         """Go on behind the history of a `state`."""
         self._latents, self._w2c, self._walls = state["latents"], state["w2c"], state["walls"]
         self._cameras = [Camera(*camera) for camera in state["cameras"]]
+        self._words = tuple(state["words"])
+        self._shown = [tuple(words) for words in state["shown"]]
         self._preset = state["preset"]
         if state["session"] is not None:
             snapshot = lipass.Snapshot.from_tree(state["session"])

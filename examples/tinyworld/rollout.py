@@ -209,7 +209,8 @@ def run_chunk(
     query = None if walls is None else walls[here].transpose(0, 1)[None]
     begin = time.perf_counter()
     runs = [encoded(said, kept) for said, kept in memory or [(text, context)]]
-    history = runs[0] if len(runs) == 1 else [joined(pairs) for pairs in zip(*runs, strict=True)]
+    # One run is copied too: what is joined lies differently, and graphs are compiled for that.
+    history = runs[0] if memory is None else [joined(pairs) for pairs in zip(*runs, strict=True)]
     middle = time.perf_counter()
     poses = cameras(context)
     x, computed = noise, 0

@@ -8,7 +8,7 @@ does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,8 @@ def text_tensors(text: Any) -> list[Tensor]:
 def _pairwise(mix: Callable[[Tensor, Tensor, float], Tensor], a: Any, b: Any, w: float) -> Any:
     if isinstance(b, Tensor):
         mixes = _floats(b) or mix not in (_lerp, _slerp)
-        return mix(a, b, w) if mixes and b.dim() else b
+        made = mix(a, b, w) if mixes and b.dim() else b
+        return laid_out(made, b.stride()) if made.shape == b.shape else made
     if isinstance(b, tuple) and hasattr(b, "_fields"):
         return type(b)(*(_pairwise(mix, x, y, w) for x, y in zip(a, b, strict=True)))
     if isinstance(b, tuple | list):
@@ -114,6 +115,18 @@ def _pairwise(mix: Callable[[Tensor, Tensor, float], Tensor], a: Any, b: Any, w:
     if isinstance(b, dict):
         return {key: _pairwise(mix, a[key], b[key], w) for key in b}
     return b
+
+
+def laid_out(made: Tensor, strides: Sequence[int]) -> Tensor:
+    """Return a tensor with other strides: graphs are compiled for those of what they were shown.
+
+    Where elements would lie on each other, it stays as it is.
+    """
+    if made.stride() == tuple(strides) or 0 in strides:
+        return made
+    return torch.empty_strided(
+        made.shape, tuple(strides), dtype=made.dtype, device=made.device
+    ).copy_(made)
 
 
 def _lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:

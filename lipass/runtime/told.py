@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lipass.policy.blending import laid_out
 from lipass.policy.steering import Blend, Steering
 
 
@@ -103,7 +104,9 @@ def packed(text: Any) -> Any:
     Raises:
         TypeError: tensors in something else than lists, tuples and dicts.
     """
-    if isinstance(text, Tensor) or text is None or type(text) in (bool, int, float, str):
+    if isinstance(text, Tensor):
+        return ["tensor", [list(text.stride()), text]]
+    if text is None or type(text) in (bool, int, float, str):
         return text
     if type(text) in (list, tuple):
         return [type(text).__name__, [packed(one) for one in text]]
@@ -120,6 +123,8 @@ def unpacked(told: Any) -> Any:
     if not isinstance(told, list):
         return told
     kind, parts = told
+    if kind == "tensor":
+        return laid_out(parts[1], parts[0])
     if kind == "dict":
         return {name: unpacked(one) for name, one in parts}
     made = [unpacked(one) for one in parts]

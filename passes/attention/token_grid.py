@@ -67,11 +67,11 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
     """Find `(T, Y, X)` with `T * Y * X == tokens`, proven for all sizes of the graph.
 
     Walks up, nearest first and without crossing an attention or an exchange with other processes,
-    to a reshape that merges three
-    neighbouring axes `(T, Y, X)` into the tokens, at once (`[B, C, T, Y, X] -> [B, C, L]`) or
-    in two steps (`(Y, X)` first, where T may stand apart or in the batch). The order of the
-    axes is the order of the tokens. Without a T the grid is `(1, Y, X)`, of frames that attend to
-    themselves alone, if a convolution over single frames made them.
+    to a reshape that merges three neighbouring axes `(T, Y, X)` into the tokens, at once
+    (`[B, C, T, Y, X] -> [B, C, L]`) or in two steps (`(Y, X)` first, where T may stand apart or in
+    the batch). The order of the axes is the order of the tokens. Without a T the grid is
+    `(1, Y, X)`, of frames that attend to themselves alone, if a convolution over single frames
+    made them.
 
     Args:
         tokens_of: a tensor made from the tokens, such as q.
@@ -134,7 +134,7 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
 
 def _hides_order(node: Node) -> bool:
     """Whether the tokens of a node are not those of its inputs, in their order."""
-    return is_attention(node) or is_collective(node) or _is_made_like(node)
+    return is_attention(node) or _is_exchanged(node)
 
 
 def _is_made_like(node: Node) -> bool:

@@ -1,5 +1,6 @@
 """Hold a user's file with a decode call in miniature, and a fresh Dynamo for every test."""
 
+import sys
 import textwrap
 
 import pytest
@@ -49,3 +50,9 @@ def world(tmp_path):
 @pytest.fixture(autouse=True)
 def _fresh(fresh_dynamo):
     pass
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch):
+    """Forget folders of targets: processes of later tests would import from them."""
+    monkeypatch.setattr(sys, "path", [*sys.path])

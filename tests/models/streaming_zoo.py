@@ -139,6 +139,7 @@ def _self_forcing(options: dict[str, Any] | None) -> Iterator[Roll]:
 
 @functools.cache
 def _rolled_pipeline():
+    _forget_modules()
     pipeline = build(_CONTRACT, layers=1).pipeline
     attention = pipeline.generator.model.requires_grad_(False).blocks[0].self_attn
     attention.local_attn_size, attention.sink_size = 3 * CHUNK, 1
@@ -151,8 +152,17 @@ def forget_checkout():
     _rolled_pipeline.cache_clear()
     if str(_CONTRACT) in sys.path:
         sys.path.remove(str(_CONTRACT))
+    _forget_modules()
+
+
+def _forget_modules():
+    """Drop modules of those names, whoever imported them, and Dynamo's names for them."""
     for name in [one for one in sys.modules if one.partition(".")[0] in _ROOTS]:
         del sys.modules[name]
+    aliases = tuple(f"__import_{root}" for root in _ROOTS)
+    for module in list(sys.modules.values()):
+        for name in [one for one in getattr(module, "__dict__", ()) if one.startswith(aliases)]:
+            delattr(module, name)
 
 
 _ROOTS = ("wan", "pipeline", "utils")

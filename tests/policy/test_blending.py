@@ -82,3 +82,13 @@ def test_what_is_no_text_is_refused(text, error, said):
 def test_what_cannot_take_the_place_of_a_text_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
         check_like(text, A)
+
+
+@pytest.mark.parametrize("policy", ["lerp", "slerp"])
+def test_what_is_mixed_lies_as_the_texts_do(policy):
+    """A model compiled for the strides of its prompt would be compiled anew for others."""
+    day, night = (torch.randn(1, 6, 3, 8).transpose(1, 2) for _ in range(2))
+    made = mixed(policy, [day], [night], 0.5)[0]
+    assert made.stride() == night.stride() != made.contiguous().stride()
+    wide = torch.randn(1, 6, 1).expand(1, 6, 8)
+    assert mixed(policy, [wide], [wide.clone()], 0.5)[0].shape == wide.shape

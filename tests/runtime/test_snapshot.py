@@ -396,7 +396,7 @@ def test_files_need_safetensors(monkeypatch, written):
 def text_of(seed):
     """Keys and values of one block, a mask, and a name."""
     made = torch.Generator().manual_seed(seed)
-    pair = tuple(torch.randn(1, 6, 8, generator=made) for _ in range(2))
+    pair = tuple(torch.randn(1, 8, 6, generator=made).mT for _ in range(2))
     return {"blocks": [pair], "mask": torch.ones(1, 6, dtype=torch.bool)}
 
 
@@ -437,7 +437,10 @@ def test_a_prompt_that_is_changing_goes_on_changing(policy, monkeypatch):
         rest, after = steered(session, range(5, 8), {})
     assert before + between + after == plans
     torch.testing.assert_close([*mine, *middle, *rest], texts, rtol=0, atol=0)
-    assert type(rest[-1]["blocks"][0]) is tuple
+    pair = rest[-1]["blocks"][0]
+    assert type(pair) is tuple
+    if policy != "two-prompt":  # two prompts behind each other lie in a tensor of their own
+        assert [one.stride() for one in pair] == [one.stride() for one in text_of(2)["blocks"][0]]
 
 
 def test_a_prompt_that_was_said_twice_stays_one():
