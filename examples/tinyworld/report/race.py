@@ -10,7 +10,7 @@ from .palette import preset_colour
 RACERS = {"off": "torch.compile alone", "all": "with lipass, preset all"}
 # A race that takes longer is played faster; the time that it shows is the real one.
 LONGEST_S = 6.0
-_TICK_S, _HOLD_S = 0.08, 2.0
+_TICK_S, _HOLD_S = 0.04, 2.0
 _TILE_PX, _GAP_PX, _TOP_PX, _BOTTOM_PX = 300, 12, 30, 40
 _PAPER, _INK, _SOFT, _TRACK = (250, 250, 248), (28, 32, 36), (96, 100, 108), (227, 228, 232)
 
