@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ class StageError(LipassError):
         )
 
 
-class Line:
+class Line(ABC):
     """Items by number: given, under way, there to be taken, taken or forgotten."""
 
     def __init__(self, stages: tuple[Stage, ...], depth: int) -> None:
@@ -132,24 +133,25 @@ class Line:
         """Whether an item may be put: every stage can compute one and have `depth` in front."""
         return self.under_way < len(self.stages) * (self.depth + 1) + self.depth
 
+    @abstractmethod
     def works(self) -> bool:
         """Whether a stage is computing, or will without anybody's help."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accept(self, number: int, packet: Packet) -> None:
         """Take over an item."""
-        raise NotImplementedError
 
+    @abstractmethod
     def taken(self) -> None:
         """Learn that a result has left."""
 
+    @abstractmethod
     def gave_up(self) -> None:
         """Learn that everything in front of `given` is stale."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """End it; a second call does nothing."""
-        raise NotImplementedError
 
 
 class Here(Line):
@@ -172,6 +174,9 @@ class Here(Line):
 
     def accept(self, number: int, packet: Packet) -> None:  # noqa: D102
         self._waiting[number] = packet
+
+    def taken(self) -> None:
+        """Nothing waits for that here."""
 
     def gave_up(self) -> None:  # noqa: D102
         self._waiting.clear()
