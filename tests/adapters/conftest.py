@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from lipass.adapters.checkouts import imports
+from lipass.testing.modules import forget_modules
 
 _OF_CHECKOUTS = {
     "hyvideo", "wan", "pipeline", "utils", "attention", "dit", "rotary_embedding_torch",
@@ -21,15 +22,6 @@ def _own_checkout():
 
 
 def forget():
-    """Drop modules of checkouts, and the empty ones that stood in for what they import.
-
-    Dynamo's names for them too: it keeps them in the globals of the frame that it traces, and
-    would guard on a module of the same name that is gone.
-    """
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in _OF_CHECKOUTS or isinstance(module, imports._Empty):
-            del sys.modules[name]
-    aliases = tuple(f"__import_{root}" for root in _OF_CHECKOUTS)
-    for module in list(sys.modules.values()):
-        for name in [n for n in getattr(module, "__dict__", ()) if n.startswith(aliases)]:
-            delattr(module, name)
+    """Drop modules of checkouts, and the empty ones that stood in for what they import."""
+    stood_in = {name for name, one in sys.modules.items() if isinstance(one, imports._Empty)}
+    forget_modules({*_OF_CHECKOUTS, *(name.partition(".")[0] for name in stood_in)})

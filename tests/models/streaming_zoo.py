@@ -23,6 +23,7 @@ from lipass.examples.tinyworld.rollout import SIGMAS
 from lipass.examples.tinyworld.stream import StreamWorld
 from lipass.examples.tinyworld.stream_rollout import GrownCache, RingCache
 from lipass.policy.trajectory import parse_trajectory
+from lipass.testing.modules import forget_modules
 
 Roll = Callable[..., Iterator[torch.Tensor]]
 _CONTRACT = Path(__file__).parents[1] / "adapters" / "contracts" / "self_forcing"
@@ -139,7 +140,7 @@ def _self_forcing(options: dict[str, Any] | None) -> Iterator[Roll]:
 
 @functools.cache
 def _rolled_pipeline():
-    _forget_modules()
+    forget_modules(_ROOTS)
     pipeline = build(_CONTRACT, layers=1).pipeline
     attention = pipeline.generator.model.requires_grad_(False).blocks[0].self_attn
     attention.local_attn_size, attention.sink_size = 3 * CHUNK, 1
@@ -152,17 +153,7 @@ def forget_checkout():
     _rolled_pipeline.cache_clear()
     if str(_CONTRACT) in sys.path:
         sys.path.remove(str(_CONTRACT))
-    _forget_modules()
-
-
-def _forget_modules():
-    """Drop modules of those names, whoever imported them, and Dynamo's names for them."""
-    for name in [one for one in sys.modules if one.partition(".")[0] in _ROOTS]:
-        del sys.modules[name]
-    aliases = tuple(f"__import_{root}" for root in _ROOTS)
-    for module in list(sys.modules.values()):
-        for name in [one for one in getattr(module, "__dict__", ()) if one.startswith(aliases)]:
-            delattr(module, name)
+    forget_modules(_ROOTS)
 
 
 _ROOTS = ("wan", "pipeline", "utils")
