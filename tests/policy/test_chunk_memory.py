@@ -86,6 +86,13 @@ def test_a_window_that_ends_inside_a_chunk_leaves_its_rest_a_candidate():
     assert chosen([0.9] * 8, taken=[0, 6, 7]) == [1, 2, 3, 4, 5]
 
 
+def test_budgets_of_latents_and_of_chunks_are_apart():
+    assert plan(116, memory_latents=0) == plan(116, memory_latents=9)
+    latents = plan(116, memory_chunks=None, memory_latents=3)
+    assert sum(frame.reason.startswith("memory") for frame in latents.frames) <= 3
+    assert latents == plan(116, memory_chunks=None)
+
+
 def test_a_negative_budget_is_refused():
     words = r"context\.memory_chunks must be None or >= 0.*-1.*use 8"
     with pytest.raises(ValueError, match=words):
