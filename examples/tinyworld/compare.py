@@ -31,8 +31,8 @@ _TILE, _QUERY_TILE = (1, 8, 8), (4, 8, 8)
 # This model predicts medians: two of four steps give nearly the same pictures anywhere, so steps
 # are reused in every chunk and not on revisits only.
 _REVISIT_OVERLAP = 0.0
-# What is imagined hangs on the first latents, which are real. Two of them and three of memory were
-# above every loop of the same cost in rooms 9501 and 9502, explored and free.
+# What is imagined hangs on the first latents, which are real. With two of them and three of memory
+# means stay above those of loops that read as much, explored and free (`benchmarks.loop_choice`).
 _SINK_LATENTS, _MEMORY_LATENTS = 2, 3
 # Its newest latents are much alike: a longer window costs time and shows nothing new.
 _WINDOW_CHUNKS_MAX = 1

@@ -16,7 +16,7 @@ from .model import CHUNK_LATENTS, KeyValue
 from .rollout import SIGMAS, retrieve, roll_out
 from .scenario import Scenario
 
-# Of lists of two levels the one that stayed closest to four, in rooms 9501 and 9502.
+# Of lists of two levels the one that stays closest to four (`benchmarks.loop_choice`).
 TWO_SIGMAS = (1.0, 0.625, 0.0)
 
 
