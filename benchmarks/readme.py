@@ -48,10 +48,10 @@ STREAM_SHORTEST = 16
 STREAM_METHODS = {
     "dense": "all of it",
     "window 10": "the first chunk and a window of 9 chunks",
-    "window 16": "the same of 15 chunks",
+    "window 20": "the same of 19 chunks",
     "keep-kv, 32 chunks held": "`context`: 8 chunks that poses choose of 32 that are held",
     "all": "`all`, 8 of 32 chunks that are held",
-    "all, 20 chunks": "`all`, 20 of 32 chunks that are held",
+    "all, 20 of 48 chunks": "`all`, 20 of 48 chunks that are held",
 }
 _EXAMINED = {
     "blocks": r"all: key blocks skipped: [1-9]",

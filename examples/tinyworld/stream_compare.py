@@ -38,9 +38,10 @@ _LATENTS = {**_VIEW, **_ENDS, "context.memory_latents": 8}
 # What poses have chosen is not thinned a second time: tiles of it cost more than they save.
 _UNTHINNED = {"sparse.dense_tokens": 8192}
 HELD_CHUNKS = 32
+MORE_HELD_CHUNKS = 48
 DENSE = "dense"
 # Windows that read less than that, as much, and more; their first chunk is a sink.
-WINDOWS_CHUNKS = 4, 10, 16
+WINDOWS_CHUNKS = 4, 10, 20
 # Chunks whose times are one figure: the median of the first of them that are generated, or last.
 _TIMED_CHUNKS = 4
 
@@ -72,7 +73,11 @@ METHODS = {
         Method("keep-kv, 32 chunks held", {"preset": "context", **_CHUNKS}, HELD_CHUNKS),
         Method("keep-kv by latents", {"preset": "context", **_LATENTS}, HELD_CHUNKS),
         Method("all", {"preset": "all", **_CHUNKS, **_UNTHINNED}, HELD_CHUNKS),
-        Method("all, 20 chunks", {"preset": "all", **_MORE_CHUNKS, **_UNTHINNED}, HELD_CHUNKS),
+        Method(
+            "all, 20 of 48 chunks",
+            {"preset": "all", **_MORE_CHUNKS, **_UNTHINNED},
+            MORE_HELD_CHUNKS,
+        ),
         Method("merge-history", {"preset": "exact", "merge": True, "merge.threshold": 0.7}),
     )
 }
