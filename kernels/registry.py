@@ -83,6 +83,8 @@ class SiteCounts:
     visited_blocks: int = 0
     """Block pairs visited, over batch, heads and query blocks; dense calls count all pairs."""
     total_blocks: int = 0
+    kept_plans: int = 0
+    """Sparse calls that visited blocks which an earlier call chose."""
     dropped_latents: int = 0
     """Latent frames that `keep_frames` took out, summed over calls."""
     kept_mass: float = 0.0
@@ -302,10 +304,12 @@ def record_call(
     kept_dense: str = "",
     dropped_latents: int = 0,
     mass: Tensor | None = None,
+    kept_plan: bool = False,
 ) -> None:
     """Count one call; `kept_dense` is the reason if dense attention ran instead.
 
-    `mass` is what its visited keys held of the attention mass, where that was looked at.
+    `mass` is what its visited keys held of the attention mass, where that was looked at;
+    `kept_plan` whether an earlier call chose them.
     """
     counts = _counts(site)
     counts.role = role
@@ -319,6 +323,7 @@ def record_call(
         counts.pending.append(visited)
     else:
         counts.visited_blocks += visited
+    counts.kept_plans += kept_plan
     if not kept_dense:
         counts.sparse_calls += 1
         return

@@ -36,7 +36,9 @@ def attend(call: Call, *, lse: bool) -> Attended:
         return _attend_in_order(call, call.buckets, lse)
     total = call.q.shape[0] * call.q.shape[1] * call.q_grid.blocks * call.layout.blocks
     keep = call.keep_frames
-    if keep is None or call.candidate is None:
+    if keep is None:
+        return _attend(call, total, 0, lse)
+    if call.candidate is None:
         return _attend(call._replace(keep_frames=None), total, 0, lse)
     if keep.device.type != "cpu":
         return _attend(call, total, 0, lse)
@@ -124,13 +126,13 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
             provider=provider, visited=visited, kept_dense=reason,
         )  # fmt: skip
         return out, log_sums
-    plan = _plan(call)
+    plan, kept = _planned(call)
     mass = None
     if registry.is_sampled(call.site) and not capturing():
         mass = kept_mass(call.q, call.k, plan, call.scale, call.key_bias)
     registry.record_call(
         call.site, role=call.role, total=total_blocks, dropped_latents=dropped_latents,
-        provider=chosen.name, mass=mass,
+        provider=chosen.name, mass=mass, kept_plan=kept,
         visited=plan.indices.numel() if plan.uniform else plan.counts.sum(),
     )  # fmt: skip
     out, log_sums = in_order.attend(
@@ -138,6 +140,12 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
         return_lse=lse,
     )  # fmt: skip
     return out, log_sums if lse else None
+
+
+def _planned(call: Call) -> tuple[BlockPlan, bool]:
+    """Plan a call, or follow a plan that was made before; `registry.answer("block_plan", ..)`."""
+    known = None if call.given is not None else registry.answer_of("block_plan")
+    return (_plan(call), False) if known is None else known(call, _plan)
 
 
 def _plan(call: Call) -> BlockPlan:

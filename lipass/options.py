@@ -153,6 +153,10 @@ class SparseOptions:
             context that is this short has been chosen, and has no blocks to spare.
         dense_steps: attention stays dense in so many first denoising steps of a chunk, in which it
             is settled what is where.
+        plan_every: of so many layers that follow each other in a graph the first chooses the
+            blocks that all visit.
+        plan_once: blocks of a history are chosen in the first sparse step of a chunk, and visited
+            in all steps behind it; with an open session that has the steps.
     """
 
     tile: tuple[int, int, int]
@@ -168,6 +172,8 @@ class SparseOptions:
     dense_chunks: int
     dense_tokens: int
     dense_steps: int
+    plan_every: int
+    plan_once: bool
 
     def __post_init__(self) -> None:
         volume = math.prod(self.tile)
@@ -195,6 +201,8 @@ class SparseOptions:
         for name in ("sink_latents", "dense_chunks", "dense_tokens", "dense_steps"):
             value = getattr(self, name)
             check(value >= 0, f"sparse.{name} must be >= 0", value, "use 0 to switch it off")
+        least = "use 1 to let each layer choose"
+        check(self.plan_every >= 1, "sparse.plan_every must be >= 1", self.plan_every, least)
         check_choice("sparse.ranking", self.ranking, RANKINGS)
         check_choice("sparse.choose", self.choose, CHOICES)
         check(

@@ -45,6 +45,8 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         # says why.
         "dense_tokens": 640,
         "dense_steps": 0,
+        "plan_every": 1,
+        "plan_once": False,
     },
     "steps": {
         **_VIEW,

@@ -199,6 +199,8 @@ def _measured(key: str, site: SiteRecord) -> SiteRecord:
     reason, calls = site.reason, counts.calls
     if counts.dense_calls:
         reason += f"; {counts.dense_calls} of {calls} calls dense: {counts.reason}"
+    if counts.kept_plans:
+        reason += f"; blocks chosen in {counts.sparse_calls - counts.kept_plans} of {calls} calls"
     # Attention over keys in pieces is dense by design.
     dense = 0 if counts.role == "dense" else counts.dense_calls
     measured = replace(site, provider=counts.provider, density=counts.density, reason=reason)

@@ -109,6 +109,8 @@ def counts(**changed):
             "role": "decode",
             "calls": 8,
             "dense_calls": 0,
+            "sparse_calls": 8,
+            "kept_plans": 0,
             "score_errors": None,
             "provider": "cpu",
             "density": 0.41,
@@ -137,6 +139,14 @@ def test_report_tells_calls_that_ran_dense(monkeypatch):
     monkeypatch.setitem(sys.modules, "lipass.kernels.registry", registry)
     current_report().add_site(SITE)
     assert report().sites[SITE.name].reason.endswith("; 2 of 8 calls dense: dense is faster")
+
+
+def test_report_tells_how_often_blocks_were_chosen(monkeypatch):
+    counted = {SITE.name: counts(kept_plans=6, sparse_calls=7)}
+    registry = SimpleNamespace(telemetry=lambda: counted)
+    monkeypatch.setitem(sys.modules, "lipass.kernels.registry", registry)
+    current_report().add_site(SITE)
+    assert report().sites[SITE.name].reason.endswith("; blocks chosen in 1 of 8 calls")
 
 
 def test_old_chunks_are_forgotten_and_counted():

@@ -51,6 +51,7 @@ from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.policy.blocks import roles_that_stay_sparse
 from lipass.receipt import PassRecord, SiteRecord, current_report
 from lipass.runtime.chosen_context import chosen_by_caller
+from lipass.runtime.kept_plans import KeptPlans
 from lipass.runtime.merged_history import unmerged
 from lipass.runtime.scope import current_chunk, current_step
 from lipass.switch import is_off
@@ -75,6 +76,7 @@ class CompiledUnit:
             answer from what an earlier one returned; None for graphs that always compute.
         twin: what runs instead where nothing is left out; None where nothing ever is.
         reading: what its calls read of the history, compared with what a session decided.
+        plans: what its calls may follow; None where each chooses its own blocks.
     """
 
     def __init__(self, compiled: Compiled, inputs: StepInputs | None = None) -> None:
@@ -82,6 +84,7 @@ class CompiledUnit:
         self.inputs = inputs
         self.twin: DenseTwin | None = None
         self.reading: GraphReading | None = None
+        self.plans: KeptPlans | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph, or answer from what is kept."""
@@ -99,6 +102,8 @@ class CompiledUnit:
         chosen = reading.chosen
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(registry.one_call())
+            if self.plans is not None:
+                scopes.enter_context(self.plans.answering(chunk))
             if chunk is None:
                 return self.compiled(*args)
             scopes.enter_context(chunk.session.histories.answering(chunk.plan.stream))
@@ -178,6 +183,7 @@ def compile_unit(
         compiled.twin = DenseTwin(twin.compiled if isinstance(twin, CompiledUnit) else twin, gm)
     if isinstance(compiled, CompiledUnit):
         compiled.reading = GraphReading(config, pipeline, gm, found)
+        compiled.plans = KeptPlans.of(config.sparse)
     if watches:
         compiled = watched(compiled, len(found), whole=is_whole(why))
     seconds, again = time.perf_counter() - begin, is_recompile()

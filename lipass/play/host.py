@@ -90,7 +90,7 @@ class Host:
         )
         self._coming = 0
         groups = [(FAST,), (DENSE,)] if self.beside else [SIDES]
-        self._lanes = [Lane(sides) for sides in groups]
+        self._lanes = [Lane(sides, yields=sides == (DENSE,)) for sides in groups]
 
     def start(self) -> None:
         """Run in threads from now on; what is not compiled yet runs as it is."""

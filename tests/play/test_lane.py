@@ -1,6 +1,8 @@
 """Lanes: one chunk a turn, nobody twice in a row, and a fast side that waits for nobody."""
 
 import itertools
+import os
+import sys
 import threading
 import time
 
@@ -65,6 +67,34 @@ def test_one_lane_takes_turns_between_sides():
     wait(lambda: not both.chunks)
     lane.close()
     assert turns == ["fast", "dense"] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
+@pytest.mark.parametrize("yields", [False, True], ids=["keeps", "yields"])
+def test_a_lane_that_yields_is_the_only_thread_of_lower_priority(yields):
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    lane, found = Lane(["dense"], yields=yields), []
+
+    class Asks(Worker):
+        def make(self, side):
+            super().make(side)
+            found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    asks = Asks("", [], 1)
+    lane.add(asks)
+    lane.start()
+    wait(lambda: not asks.chunks)
+    lane.close()
+    assert (found[0] > before) == yields
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_only_the_dense_side_yields_and_only_in_a_lane_of_its_own():
+    beside, together = (Host(PaintedWorld(), beside=one)._lanes for one in (True, False))
+    assert [(lane.sides, lane._yields) for lane in beside] == [
+        (("fast",), False), (("dense",), True),
+    ]  # fmt: skip
+    assert [lane._yields for lane in together] == [False]
 
 
 class Out:
