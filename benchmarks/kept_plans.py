@@ -2,15 +2,17 @@
 
     python -m benchmarks.kept_plans > benchmarks/results/kept_plans.json
 
-Attention of all of the history is sparse; who chooses blocks differs. Figures: dB to dense over the
-way back, the share of the attention mass that visited keys held (sampled), and how much of the CPU
-time inside of attention went into choosing. Graphs run without Inductor.
+Attention of all of the history is sparse; who chooses blocks differs. Figures: dB to dense over
+the way back, the share of the attention mass that visited keys held (sampled), and how much of the
+CPU time inside of attention went into choosing. Graphs run without Inductor.
 """
 
 import json
 import time
 from typing import Any
 from unittest import mock
+
+import torch
 
 from benchmarks.environment import environment
 from lipass.examples.tinyworld.stream_compare import (
@@ -53,6 +55,7 @@ class _Timed:
 
 def main() -> None:
     """Print one document."""
+    torch._dynamo.config.recompile_limit = 8 * len(CHOOSERS)
     model, codec = load_stream()
     text, walk = text_of(model), make_walk(ROOM, CHUNKS, codec)
     dense = Run(StreamContender(METHODS[DENSE], model, "eager"), walk, text)

@@ -107,13 +107,12 @@ def _unfit_mask(call: Call, mask: Tensor) -> str | None:
 def _unfit_tokens(call: Call) -> str | None:
     tokens = call.layout.segment_tokens
     for name, parts in (("k", call.k), ("v", call.v)):
-        found = [part.shape[2] for part in parts]
-        if found != tokens:
+        if [part.size(2) for part in parts] != tokens:
             return (
-                f"{name} must hold {tokens} tokens by segment as kv_grids say, got {found}; "
-                "pass one tensor per role, in order"
+                f"{name} must hold {tokens} tokens by segment as kv_grids say, got "
+                f"{[part.size(2) for part in parts]}; pass one tensor per role, in order"
             )
-    if call.q.shape[2] != call.q_grid.tokens:
+    if call.q.size(2) != call.q_grid.tokens:
         return (
             f"q must hold {call.q_grid.tokens} tokens as q_grid {call.q_grid.grid} says, got "
             f"{call.q.shape[2]}; pass the grid of these queries"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -13,6 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # bf16 and the shared memory that the kernels take; all chips from here on are compiled in tests.
 _OLDEST = (8, 0)
+_NOTHING = contextlib.nullcontext()
 
 
 @functools.lru_cache(maxsize=16)
@@ -22,6 +25,19 @@ def capability(device: torch.device) -> tuple[int, int]:
         return (9, 0)
     major, minor = torch.cuda.get_device_capability(device)
     return major, minor
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[None]:
+    """Make a device the current one inside, on which Triton launches; nothing where it is."""
+    if device.type != "cuda" or _only_one():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+@functools.cache
+def _only_one() -> bool:
+    # Entering and leaving a device takes 1 us, three times a call.
+    return torch.cuda.device_count() == 1
 
 
 @functools.lru_cache(maxsize=16)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lipass.kernels import registry
 from lipass.kernels.block_sparse import native
-from lipass.kernels.block_sparse.kind import asking
+from lipass.kernels.block_sparse.kind import Asking
 from lipass.kernels.plan import ROLES, BlockGrid, BlockPlan, KvLayout, Segment
 from lipass.kernels.token_major import token_major
 
@@ -75,8 +75,8 @@ def _kernel_of_all(
 ) -> registry.Choice | None:
     """Find a kernel that reads keys where they lie; gathering all of them is no gain."""
     plan = plan_of_all(*q.shape[:3], tokens, q.device)
-    why_not = asking(q, k, v, plan.q_grid, plan.kv, bias is not None)
-    found = registry.find("block_sparse", q.device, why_not)
+    asking = Asking(q, k, v, plan.q_grid, plan.kv, bias is not None)
+    found = registry.find("block_sparse", q.device, asking)
     if isinstance(found, registry.Refused) or found.name in ("gather", "reference"):
         return None
     return found

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lipass.kernels import chip, dense, registry
 from lipass.kernels.block_sparse import native
-from lipass.kernels.block_sparse.kind import Kind, asking
+from lipass.kernels.block_sparse.kind import Asking, Kind
 from lipass.kernels.calibration import Form, Rates, fit
 from lipass.kernels.formulas import work_of
 from lipass.kernels.plan import BlockGrid, KvLayout
@@ -135,8 +135,8 @@ class _Case:
         """Return one call, planning included."""
         if form == "joined":
             return lambda: dense.attend_joined(self.q, self.k, self.v, self.scale)
-        why_not = asking(self.q, self.k, self.v, self.q_grid, self.layout, False)
-        chosen = registry.choose("block_sparse", self.q.device, None, why_not)
+        asking = Asking(self.q, self.k, self.v, self.q_grid, self.layout, False)
+        chosen = registry.choose("block_sparse", self.q.device, None, asking)
 
         def attend() -> object:
             plan = plan_attention(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -252,8 +253,7 @@ class Order:
     """Keys of the segment, those that are left out among them."""
 
 
-@dataclass(frozen=True, eq=False)
-class BlockPlan:
+class BlockPlan(NamedTuple):
     """Say which key blocks each query block visits. Lives on the device; never read back."""
 
     indices: Tensor

@@ -35,6 +35,7 @@ def plan_attention(
     planner: str = "mean",
     given: GivenBlocks | None = None,
     latent_mask: Tensor | None = None,
+    means_checked: bool = False,
 ) -> BlockPlan:
     """Choose what each query block visits; arguments as in `select_blocks`.
 
@@ -53,6 +54,7 @@ def plan_attention(
         planner: one of `PLANNERS`.
         given: the choice itself, for planner `"given"`, which reads no other option.
         latent_mask: `[B or 1, Tq, Tk]` bool, which latents see which; all by default.
+        means_checked: the caller has called `check_means`.
 
     Raises:
         ValueError: if an option is out of range, or something does not fit the layout.
@@ -67,7 +69,7 @@ def plan_attention(
             raise ValueError(why)
         return plan_as_given(given, q, layout, q_grid)
     candidate = layout.candidate_segment(role)
-    if candidate_means is not None:
+    if candidate_means is not None and not means_checked:
         check_means(candidate_means, q, layout, candidate)
     if planner == "cosine" and candidate is not None:
         candidate_means = _directions(keys[candidate], layout, candidate, candidate_means)
@@ -186,7 +188,7 @@ def _plan_by_triton(
     pool, select = registry.module_of("pool", "triton"), registry.module_of("select", "triton")
     if isinstance(pool, str) or isinstance(select, str):
         return None
-    if pool.why_not(q, q_grid) or pool.why_not(candidates, q_grid):
+    if pool.why_not(q, q_grid) or (candidate_means is None and pool.why_not(candidates, q_grid)):
         return None
     check_options(layout, q_grid, budget, scale, role)
     number = layout.candidate_segment(role)

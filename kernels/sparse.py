@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lipass.kernels import cost, registry
 from lipass.kernels.block_sparse import in_order
-from lipass.kernels.block_sparse.kind import asking
+from lipass.kernels.block_sparse.kind import Asking
 from lipass.kernels.call import Call, check
 from lipass.kernels.dense_call import attend_densely, hidden
 from lipass.kernels.estimate import capturing, kept_mass
@@ -112,8 +112,8 @@ def _attend_prefill_without(
 def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> Attended:
     """Run one call sparse or dense, whichever the gate says, and count it."""
     biased = call.key_bias is not None or call.keep_frames is not None
-    why_not = asking(call.q, call.k, call.v, call.q_grid, call.layout, biased)
-    chosen = registry.find("block_sparse", call.q.device, why_not)
+    asking = Asking(call.q, call.k, call.v, call.q_grid, call.layout, biased)
+    chosen = registry.find("block_sparse", call.q.device, asking)
     reason = _why_dense(call, chosen)
     if not reason or isinstance(chosen, registry.Refused):
         for name, refusal in chosen.refusals:
@@ -137,7 +137,7 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
     )  # fmt: skip
     out, log_sums = in_order.attend(
         chosen.module, call.q, call.k, call.v, plan, scale=call.scale, key_bias=call.key_bias,
-        return_lse=lse,
+        return_lse=lse, laid=asking.laid,
     )  # fmt: skip
     return out, log_sums if lse else None
 
@@ -177,6 +177,7 @@ def _plan(call: Call) -> BlockPlan:
         candidate_means=call.history_means,
         planner=call.planner,
         latent_mask=None if mask is None else mask.to(call.q.device, non_blocking=True),
+        means_checked=True,
     )
 
 

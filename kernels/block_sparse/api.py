@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lipass.kernels import registry
 from lipass.kernels.block_sparse import in_order
-from lipass.kernels.block_sparse.kind import asking
+from lipass.kernels.block_sparse.kind import Asking
 from lipass.kernels.block_sparse.reference import merge_partials
 from lipass.kernels.plan import BlockPlan
 
@@ -54,14 +54,15 @@ def block_sparse_attention(
         if reason:
             raise ValueError(reason)
     biased = key_bias is not None or plan.key_keep is not None
-    why_not = asking(q, keys, values, plan.q_grid, plan.kv, biased)
-    chosen = registry.choose("block_sparse", q.device, provider, why_not)
+    asking = Asking(q, keys, values, plan.q_grid, plan.kv, biased)
+    chosen = registry.choose("block_sparse", q.device, provider, asking)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if key_bias is not None and key_bias.dim() == 2:
         key_bias = key_bias[:, None]
     out, lse = in_order.attend(
-        chosen.module, q, keys, values, plan, scale=scale, key_bias=key_bias, return_lse=return_lse
-    )
+        chosen.module, q, keys, values, plan, scale=scale, key_bias=key_bias,
+        return_lse=return_lse, laid=asking.laid,
+    )  # fmt: skip
     if not return_lse:
         return out
     assert lse is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +22,20 @@ def attend(
     scale: float,
     key_bias: Tensor | None,
     return_lse: bool,
+    laid: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Call a provider; arguments as in `lipass.kernels.block_sparse.api`.
+
+    `laid` is what the provider has found of the tensors when it was asked, if it looked.
 
     Providers with `READS_ORDER` take the order as it is. The others get sorted queries and keys,
     and their rows are put back.
     """
     order = plan.order
     if order is None or getattr(module, "READS_ORDER", False):
+        known = {} if laid is None else {"laid": laid}
         out, lse = module.block_sparse_attention(
-            q, keys, values, plan, scale=scale, key_bias=key_bias, return_lse=return_lse
+            q, keys, values, plan, scale=scale, key_bias=key_bias, return_lse=return_lse, **known
         )
         return out, lse
     if key_bias is not None:
@@ -40,7 +44,7 @@ def attend(
         rows_at(q, order.queries),
         _in_segment(keys, order),
         _in_segment(values, order),
-        dataclasses.replace(plan, order=None),
+        plan._replace(order=None),
         scale=scale,
         key_bias=key_bias,
         return_lse=return_lse,

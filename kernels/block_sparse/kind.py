@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +39,12 @@ def kind_of(q: Tensor, q_grid: BlockGrid, kv: KvLayout) -> Kind:
     return Kind(q.device, q.dtype, q.shape[3], *volumes, records)
 
 
-def asking(
-    q: Tensor, keys: list[Tensor], values: list[Tensor], q_grid: BlockGrid, kv: KvLayout,
-    biased: bool,
-) -> Callable[[ModuleType], str | None]:  # fmt: skip
-    """Return what asks a provider why it cannot take a call.
+class Asking:
+    """Ask providers why they cannot take a call.
+
+    Attributes:
+        laid: how the provider that was asked last found the tensors to lie, for its call; None
+            where it does not look.
 
     Args:
         q: queries `[B, H, Lq, D]`.
@@ -54,12 +54,22 @@ def asking(
         kv: the key segments.
         biased: whether scores get a bias, or keys inside a visited block are masked.
     """
-    kind = kind_of(q, q_grid, kv)
 
-    def why_not(module: ModuleType) -> str | None:
-        why: str | None = module.why_not(kind)
-        if why is None and (laid := getattr(module, "why_not_laid", None)):
-            why = laid(q, keys, values, q_grid, kv, biased)
+    def __init__(
+        self, q: Tensor, keys: list[Tensor], values: list[Tensor], q_grid: BlockGrid,
+        kv: KvLayout, biased: bool,
+    ) -> None:  # fmt: skip
+        self.laid: Any = None
+        self._call = (q, keys, values, q_grid, kv, biased)
+        self._kind = kind_of(q, q_grid, kv)
+
+    def __call__(self, module: ModuleType) -> str | None:
+        """Give the reason why a provider cannot take the call, or None."""
+        self.laid = None
+        why: str | None = module.why_not(self._kind)
+        if why is None and (lay := getattr(module, "lay", None)):
+            found = lay(*self._call)
+            if isinstance(found, str):
+                return found
+            self.laid = found
         return why
-
-    return why_not

@@ -62,11 +62,11 @@ def why_not(kind: Kind) -> str | None:
     return None
 
 
-def why_not_laid(
+def lay(
     q: Tensor, keys: list[Tensor], values: list[Tensor], q_grid: BlockGrid, kv: KvLayout,
     biased: bool,
-) -> str | None:  # fmt: skip
-    """Give the reason why tensors cannot be described to the TMA unit, or None.
+) -> Laid | str:  # fmt: skip
+    """Describe tensors to the TMA unit, or give the reason why that cannot be.
 
     Args:
         q: queries `[B, H, Lq, D]`.
@@ -81,8 +81,8 @@ def why_not_laid(
     for x in (q, *keys, *values):
         if x.data_ptr() % _ALIGNED:
             return "takes tensors that begin at multiples of 16 bytes"
-    laid = _laid(q, keys, values, q_grid, kv)
-    return laid if isinstance(laid, str) else None
+    strides = tuple([x.stride() for x in (*keys, *values)])
+    return _lay(q.shape, q.dtype, q.stride(), strides, q_grid, kv)
 
 
 def block_sparse_attention(
@@ -94,14 +94,17 @@ def block_sparse_attention(
     scale: float,
     key_bias: Tensor | None,
     return_lse: bool = False,
+    laid: Laid | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend; see `lipass.kernels.block_sparse.api`. Takes what `why_not_laid` does not refuse."""
+    """Attend; see `lipass.kernels.block_sparse.api`. `laid` is what `lay` said of the tensors."""
     assert key_bias is None
     assert plan.key_keep is None
     batch, heads, tokens, dim = q.shape
     made = geometry(plan.q_grid, plan.kv, plan.shared_segments, q.device)
-    laid = _laid(q, keys, values, plan.q_grid, plan.kv)
-    assert isinstance(laid, Laid)
+    if laid is None:
+        found = lay(q, keys, values, plan.q_grid, plan.kv, False)
+        assert isinstance(found, Laid)
+        laid = found
     if len(keys) == 1 and len(plan.kv.segments) > 1:
         keys, values = _by_segment(keys[0], plan.kv), _by_segment(values[0], plan.kv)
     out = empty_token_major(q)
@@ -114,8 +117,7 @@ def block_sparse_attention(
         descriptors += descriptors[:1] * missing
     indices, counts = plan.indices.contiguous(), plan.counts.contiguous()
     programs = (plan.q_grid.blocks, batch * heads)
-    # Triton launches on the current device.
-    with torch.cuda.device_of(q):
+    with chip.launching_on(q.device):
         tma_kernel[programs](
             *descriptors,
             lse,
@@ -200,14 +202,6 @@ class Laid(NamedTuple):
     fields: list[dict[str, Any]]
     """Of the descriptors of queries, output, and keys and values, but for the tensors."""
     folds: tuple[int, ...]
-
-
-def _laid(
-    q: Tensor, keys: list[Tensor], values: list[Tensor], q_grid: BlockGrid, kv: KvLayout
-) -> Laid | str:
-    """Describe tensors to the TMA unit, or say why that cannot be."""
-    strides = tuple([x.stride() for x in (*keys, *values)])
-    return _lay(q.shape, q.dtype, q.stride(), strides, q_grid, kv)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -296,8 +290,7 @@ def _fields(
 def _describe(x: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
     """Describe a tensor by fields that have been checked."""
     made = object.__new__(TensorDescriptor)
-    made.__dict__.update(fields)
-    made.base = x
+    made.__dict__ = {**fields, "base": x}
     return made
 
 

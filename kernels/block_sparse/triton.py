@@ -91,8 +91,7 @@ def block_sparse_attention(
     )
     parts = plan.q_grid.block_tokens // launch.rows
     grid = (plan.q_grid.blocks * parts, batch * heads)
-    # Triton launches on the current device.
-    with torch.cuda.device_of(q):
+    with chip.launching_on(q.device):
         block_sparse_kernel[grid](
             q,
             *k,

@@ -40,8 +40,7 @@ def pool_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
     batch, heads, _, dim = x.shape
     means = torch.empty((batch, heads, grid.blocks, dim), dtype=torch.float32, device=x.device)
     block_d, slots = _widths(dim, grid.block_tokens)
-    # Triton launches on the current device.
-    with torch.cuda.device_of(x):
+    with chip.launching_on(x.device):
         pool_kernel[(grid.blocks, batch * heads)](
             x,
             means,

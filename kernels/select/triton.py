@@ -67,8 +67,7 @@ def select_blocks(
     shape = (batch, heads, q_blocks)
     indices = torch.empty((*shape, width), dtype=torch.int32, device=q_mean.device)
     order = torch.empty((*shape, candidates), dtype=torch.int32, device=q_mean.device)
-    # Triton launches on the current device.
-    with torch.cuda.device_of(q_mean):
+    with chip.launching_on(q_mean.device):
         select_kernel[(-(-q_blocks // ROWS), batch * heads)](
             q_mean.contiguous(),
             k_mean.contiguous(),

@@ -4,7 +4,6 @@ Run by test_tma.py in a process of its own, as TRITON_INTERPRET must be set befo
 imported.
 """
 
-import dataclasses
 import os
 
 import torch
@@ -21,11 +20,11 @@ torch.manual_seed(0)
 
 def check(label, case, plan=None, *, tolerance=1e-5):
     plan = plan or case.plan()
-    why = tma.why_not_laid(case.q, case.keys, case.values, plan.q_grid, plan.kv, False)
-    assert why is None, why
+    laid = tma.lay(case.q, case.keys, case.values, plan.q_grid, plan.kv, False)
+    assert isinstance(laid, tma.Laid), laid
     out, lse = tma.block_sparse_attention(
         case.q, case.keys, case.values, plan, scale=case.options["scale"], key_bias=None,
-        return_lse=True,
+        return_lse=True, laid=laid,
     )  # fmt: skip
     expected, expected_lse = masked_dense(case, plan)
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
@@ -67,14 +66,12 @@ check(
 )
 case = make_case("decode", 3, (4, 4), 5, (2, 4, 4), heads=1, dim=16)
 plan = case.plan()
-check("no segment known to be whole", case, dataclasses.replace(plan, shared_segments=()))
-none = dataclasses.replace(plan, counts=torch.zeros_like(plan.counts), shared_segments=())
+check("no segment known to be whole", case, plan._replace(shared_segments=()))
+none = plan._replace(counts=torch.zeros_like(plan.counts), shared_segments=())
 check("rows without a key", case, none)
 
 case = make_case("decode", 130, (1, 4), 5, (1, 1, 4), heads=1, dim=16, new_frames=1, budget=0.9)
-check(
-    "more ids than are counted at once", case, dataclasses.replace(case.plan(), shared_segments=())
-)
+check("more ids than are counted at once", case, case.plan()._replace(shared_segments=()))
 
 case = make_case("decode", 2, (4, 4), 5, (2, 4, 4), heads=2, dim=16)
 grids = [BlockGrid((1, 1, s.grid.tokens), (1, 1, 32)) for s in case.layout.segments]

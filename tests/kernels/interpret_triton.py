@@ -4,7 +4,6 @@ A process of its own, because TRITON_INTERPRET must be set before Triton is firs
 interpreter takes some 0.1 s per program, hence few and small grids.
 """
 
-import dataclasses
 import os
 
 import torch
@@ -65,7 +64,7 @@ check("latents that see those in front of them", case, case.plan(latent_mask=cau
 
 case = make_case("decode", 2, (4, 4), 0, (2, 4, 4), heads=1, dim=16)
 plan = case.plan()
-none = dataclasses.replace(plan, counts=torch.zeros_like(plan.counts), shared_segments=())
+none = plan._replace(counts=torch.zeros_like(plan.counts), shared_segments=())
 check("rows without a key", case, none)
 
 case = make_case("decode", 8, (8, 8), 9, (4, 8, 8), heads=1, dim=16, new_frames=4, sink_latents=0)

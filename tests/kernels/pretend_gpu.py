@@ -117,7 +117,7 @@ def kernels(monkeypatch, *names):
     calls = []
 
     def attend(name):
-        def run(q, keys, values, plan, *, scale, key_bias, return_lse=False):
+        def run(q, keys, values, plan, *, scale, key_bias, return_lse=False, laid=None):
             calls.append(name)
             held = [x.held for x in (plan.indices, plan.counts)]
             keep = None if plan.key_keep is None else plan.key_keep.held
@@ -140,7 +140,7 @@ def kernels(monkeypatch, *names):
             why_not=module.why_not.__wrapped__, block_sparse_attention=attend(name)
         )
         if name == "tma":
-            made.why_not_laid = module.why_not_laid
+            made.lay = module.lay
         return made
 
     monkeypatch.setattr(chip, "why_not", lambda device: None)

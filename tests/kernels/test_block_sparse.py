@@ -1,6 +1,5 @@
 """Block-sparse attention: the CPU providers against dense attention, masked and whole."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -139,7 +138,7 @@ def test_rows_without_a_key_are_zero(provider):
     plan = case.plan()
     counts = plan.counts.clone()
     counts[:, 0, 0] = 0
-    plan = dataclasses.replace(plan, counts=counts, uniform=False)
+    plan = plan._replace(counts=counts, uniform=False)
     out, lse = attend(case, plan, provider, return_lse=True)
     empty = plan.q_grid.block_of_token() == 0
     assert (out[:, 0, empty] == 0).all()
@@ -156,7 +155,7 @@ def test_merged_partials_equal_the_whole(provider):
     outputs, lses = [], []
     for part in (plan.indices[..., :3], plan.indices[..., 3:]):
         counts = torch.full_like(plan.counts, part.shape[-1])
-        some = dataclasses.replace(plan, indices=part, counts=counts, shared_segments=())
+        some = plan._replace(indices=part, counts=counts, shared_segments=())
         out, lse = attend(case, some, provider, return_lse=True)
         outputs.append(out)
         lses.append(lse)
