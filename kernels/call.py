@@ -38,6 +38,8 @@ class Call(NamedTuple):
     given: GivenBlocks | None
     latent_mask: Tensor | None
     buckets: Buckets | None = None
+    ramp: Tensor | None = None
+    """`[1, 1, Tq, Lk]`, in place of `key_bias`: a row for each latent of the queries."""
 
     @property
     def candidate(self) -> int | None:
@@ -80,8 +82,8 @@ def check(call: Call) -> None:
         if call.buckets is not None:
             layout, _ = in_rows(layout, call.q_grid)
         check_means(call.history_means, call.q, layout, call.candidate)
-    why = None
-    if call.given is not None:
+    why = _unfit_ramp(call) if call.ramp is not None else None
+    if why is None and call.given is not None:
         why = unfit_blocks(call.given, call.q, call.layout, call.q_grid)
     if why is None and call.key_bias is not None:
         why = unfit_bias(call.key_bias, call.q, call.layout.tokens)
@@ -91,6 +93,18 @@ def check(call: Call) -> None:
         why = unfit_buckets(call.buckets, call.q, call.layout, call.role)
     if why is not None:
         raise ValueError(why)
+
+
+def _unfit_ramp(call: Call) -> str | None:
+    assert call.ramp is not None
+    expected = (1, 1, call.q_grid.grid[0], call.layout.tokens)
+    if call.ramp.shape == expected and call.latent_mask is None:
+        return None
+    beside = "" if call.latent_mask is None else " with a latent_mask"
+    return (
+        f"key_bias for each latent must be {list(expected)} without a latent_mask, got "
+        f"{list(call.ramp.shape)}{beside}; give one row [1, 1, Lk] for all"
+    )
 
 
 def _unfit_mask(call: Call, mask: Tensor) -> str | None:

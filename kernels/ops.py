@@ -18,6 +18,7 @@ from lipass.kernels.nearest.plan import Buckets
 from lipass.kernels.plan import BlockGrid
 from lipass.kernels.pool.api import pool_blocks
 from lipass.kernels.sparse import attend
+from lipass.kernels.steered import added
 from lipass.kernels.token_major import empty_token_major
 
 _ARGUMENTS = (
@@ -80,7 +81,8 @@ def _call(
         history_means: result of `lipass::pool_blocks` on the history, in decode; otherwise the
             call computes it.
         key_bias: added to the scores of each key, over all segments in order, `[B or 1, Lk]` or
-            `[B or 1, H or 1, Lk]` floats. Blocks are chosen without it.
+            `[B or 1, H or 1, Lk]` floats. Blocks are chosen without it. Or what
+            `lipass::steering_bias` says for each latent of the queries `[1, 1, Tq, Lk]`.
         planner: who chooses blocks: `"mean"` by products of means over blocks, `"cosine"` by
             their cosines, `"buckets"` as the first, over blocks of like keys; as many as the
             budget says. `"given"` takes `blocks`, whatever the budget.
@@ -95,8 +97,13 @@ def _call(
         history_basis: result of `lipass::key_basis` that `history_order` was made with.
     """
     layout, grid = resolve_layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
+    ramp = None
     if key_bias is not None and key_bias.dim() == 2:
         key_bias = key_bias[:, None]
+    elif key_bias is not None and key_bias.dim() == 4:
+        rows = added(key_bias)
+        ramp = None if rows is None or rows.shape[2] == 1 else rows
+        key_bias = None if rows is None or ramp is not None else rows[:, :, 0].float()
     given = None if blocks is None else GivenBlocks(blocks, block_counts)
     buckets = None
     if history_order is not None and history_basis is not None:
@@ -119,6 +126,7 @@ def _call(
         given,
         latent_mask,
         buckets,
+        ramp,
     )
 
 

@@ -20,7 +20,8 @@ from lipass.kernels.nearest.plan import Buckets, in_rows, plan_in_order
 from lipass.kernels.plan import BlockPlan
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
-from lipass.kernels.token_major import empty_token_major
+from lipass.kernels.steered import attend_by_latent
+from lipass.kernels.token_major import empty_token_major, token_major
 
 Attended = tuple[Tensor, Tensor | None]
 
@@ -32,6 +33,8 @@ def attend(call: Call, *, lse: bool) -> Attended:
         ValueError: if the call does not fit together or an option is out of range.
     """
     check(call)
+    if call.ramp is not None:
+        return _attend_by_latent(call, call.ramp, lse)
     if call.buckets is not None:
         return _attend_in_order(call, call.buckets, lse)
     total = call.q.shape[0] * call.q.shape[1] * call.q_grid.blocks * call.layout.blocks
@@ -58,6 +61,25 @@ def attend(call: Call, *, lse: bool) -> Attended:
     if call.role == "decode":
         return _attend(without_frames(smaller, kept), total, dropped, lse)
     return _attend_prefill_without(call, smaller, kept, total, lse)
+
+
+def _attend_by_latent(call: Call, ramp: Tensor, lse: bool) -> Attended:
+    """Attend to every kept key, each latent of the queries with a row of its own."""
+    if lse:
+        raise ValueError(
+            "a log-sum-exp is of calls in which all latents have one bias, got a row for each; "
+            "let the prompt change by policy 'slerp'"
+        )
+    if call.keep_frames is not None and call.candidate is not None:
+        ramp = ramp + hidden(call._replace(key_bias=None), call.keep_frames)[:, :, None]
+    k, v = torch.cat(call.k, 2), torch.cat(call.v, 2)
+    out = token_major(attend_by_latent(call.q, k, v, ramp, call.scale))
+    blocks = call.q.shape[0] * call.q.shape[1] * call.q_grid.blocks * call.layout.blocks
+    registry.record_call(
+        call.site, role=call.role, total=blocks, provider="sdpa", visited=blocks,
+        kept_dense="the prompt changes from latent to latent",
+    )  # fmt: skip
+    return out, None
 
 
 def _attend_in_order(call: Call, buckets: Buckets, lse: bool) -> Attended:

@@ -26,7 +26,7 @@ from lipass.parallel.agree import Alone, Ranks
 from lipass.policy.holding import least_needed
 from lipass.policy.latents import check_latents
 from lipass.policy.plan import ChunkPlan, plan_chunk
-from lipass.policy.steering import DEFAULT, Steering
+from lipass.policy.steering import DEFAULT, DEFAULT_WITH_ATTENTION, Steering
 from lipass.policy.views import check_poses
 from lipass.receipt import current_report
 from lipass.runtime.chunk import Chunk
@@ -190,7 +190,7 @@ class Session(Resumable):
             return Chunk(self, plan, held)
 
     def steer(
-        self, text: Any, over_chunks: int = 4, policy: str | Steering = DEFAULT, *,
+        self, text: Any, over_chunks: int = 4, policy: str | Steering | None = None, *,
         stream: str = "main",
     ) -> None:  # fmt: skip
         """Change the prompt from the next chunk on; `chunk.text` is what to pass to the model.
@@ -199,7 +199,9 @@ class Session(Resumable):
             text: as the model takes it: embeddings, or keys and values, in lists, tuples or dicts.
                 The first one is shown from the first chunk on; a replay takes nothing else.
             over_chunks: chunks that the change takes.
-            policy: one of `Steering.policy`; or a `lipass.Steering`, which says all.
+            policy: one of `Steering.policy`; or a `lipass.Steering`, which says all. None is the
+                best that was measured: "two-prompt" where this session has the option `steering`,
+                as the graphs that it calls, and else "slerp".
             stream: name of the request.
 
         Raises:
@@ -207,6 +209,8 @@ class Session(Resumable):
             LipassError: the session is closed, or has made chunks without a prompt.
         """
         index = self.turns.upcoming(stream)
+        if policy is None:
+            policy = DEFAULT if self.config.steering is None else DEFAULT_WITH_ATTENTION
         if not isinstance(policy, Steering):
             policy = Steering(policy=policy, over_chunks=over_chunks)
         self.prompts.steer(text, policy, stream, index)

@@ -65,7 +65,7 @@ def _revisit(revisit: Revisit, blend: Blend, as_new: Callable[[int], bool]) -> R
     """Have steps computed where what would be seen again was made under another prompt."""
     if not revisit.allowed:
         return revisit
-    if blend.weight < 1 or blend.place == 1:
+    if blend.weight < 1 or blend.ramps or blend.place == 1:
         why = f"the prompt changes, chunk {blend.place} of {blend.of}"
     elif revisit.latent is not None and not as_new(revisit.latent):
         why = f"latent {revisit.latent} was made under another prompt"

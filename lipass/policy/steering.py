@@ -6,7 +6,8 @@ A change takes `over_chunks` chunks. In chunk k of n the new prompt has the weig
     hard          nothing: the new prompt at once
     lerp          the texts are mixed, element by element
     slerp         the same on the sphere: directions turn, norms go straight
-    two-prompt    attention reads both texts, with log(1 - weight) and log(weight) on their scores
+    two-prompt    attention reads both texts, with log(1 - weight) and log(weight) on their scores;
+                  it goes on from latent to latent, and has arrived when the last chunk begins
     history-bias  the new prompt at once, and log(alpha) on the scores of what is older
     recache       the new prompt at once, and the latest latents are encoded anew under it
     flush         the new prompt at once, and of what is older only sink and newest stay
@@ -25,6 +26,8 @@ from lipass.options import check, check_choice
 
 POLICIES = ("hard", "lerp", "slerp", "two-prompt", "history-bias", "recache", "flush")
 DEFAULT = "slerp"
+DEFAULT_WITH_ATTENTION = "two-prompt"
+"""The same where attention can be told what weighs how much."""
 
 Curve = Callable[[float], float] | Sequence[float]
 
@@ -91,8 +94,23 @@ class Steering:
         """Whether chunks of the change have weights in between."""
         return self.policy in ("lerp", "slerp", "two-prompt")
 
+    @property
+    def ramps(self) -> bool:
+        """Whether weights go on within chunks, from latent to latent."""
+        return self.policy == "two-prompt"
+
+    def before(self, place: int) -> float | None:
+        """Return the weight in front of a chunk from which it goes on within it, if it does.
+
+        Args:
+            place: which chunk of the change, from 1. The last has the new prompt alone.
+        """
+        if not self.ramps or place >= self.over_chunks:
+            return None
+        return self.weights()[place - 2] if place > 1 else 0.0
+
     def weights(self) -> tuple[float, ...]:
-        """Return the weight of the new prompt in each chunk of the change.
+        """Return the weight of the new prompt in each chunk of the change, at its end.
 
         Raises:
             TypeError: a curve that is neither a function nor numbers.
@@ -111,10 +129,13 @@ class Steering:
 
     def _told(self) -> Iterator[float]:
         count, curve = self.over_chunks, self.curve
+        # What ramps has arrived when its last chunk begins.
+        steps = max(count - 1, 1) if self.ramps else count
+        shares = [min(place / steps, 1.0) for place in range(1, count + 1)]
         if curve is None:
-            yield from (place / count for place in range(1, count + 1))
+            yield from shares
         elif callable(curve):
-            yield from (_number(curve(place / count)) for place in range(1, count + 1))
+            yield from (_number(curve(share)) for share in shares)
         elif isinstance(curve, Sequence) and not isinstance(curve, str):
             rule = f"a curve must have a weight for each of over_chunks {count} chunks"
             check(len(curve) == count, rule, list(curve), "add weights, or change over_chunks")
@@ -158,6 +179,8 @@ class Blend:
         since: latents of the history from before the change.
         recache: history latents that are encoded anew before this chunk.
         flush: first and last latents, as for `range`, that are given up before this chunk.
+        before: weight from which that of the new prompt goes on within the chunk, to `weight` in
+            its last latent; None where all latents have one.
     """
 
     policy: str
@@ -170,6 +193,7 @@ class Blend:
     since: int = 0
     recache: tuple[int, ...] = ()
     flush: tuple[int, int] | None = None
+    before: float | None = None
 
     @property
     def changes(self) -> bool:
@@ -203,16 +227,34 @@ class Blend:
             return self.new
         return self.old.main if isinstance(self.old, Blend) else self.old
 
-    def logs(self) -> tuple[float, float, float]:
-        """Return what is added to scores of the old text, the new one, and older history."""
-        return _log(1 - self.weight), _log(self.weight), _log(self.alpha)
+    @property
+    def ramps(self) -> bool:
+        """Whether the weight goes on within the chunk, from latent to latent."""
+        return self.before is not None and self.before < self.weight
+
+    @property
+    def log_alpha(self) -> float:
+        """What is added to scores of history from before the change."""
+        return _log(self.alpha)
+
+    def logs(self, latents: int = 1) -> tuple[list[float], list[float]]:
+        """Return what is added to scores of the old text and of the new one, for each latent.
+
+        Each has the weight of its middle; one row for all that of the middle of the chunk.
+        """
+        begin = self.weight if self.before is None else self.before
+        shares = [(place + 0.5) / latents for place in range(latents)]
+        weights = [begin + (self.weight - begin) * share for share in shares]
+        return [_log(1 - weight) for weight in weights], [_log(weight) for weight in weights]
 
     def said(self) -> str:
         """Put it into a line for the receipt."""
         if not self.changes:
             return f"prompt {self.new}"
         parts = [f"prompt {self.new}: {self.policy}, chunk {self.place} of {self.of}"]
-        if self.weight < 1:
+        if self.ramps:
+            parts.append(f"weight {self.before:.2f} to {self.weight:.2f}")
+        elif self.weight < 1:
             parts.append(f"weight {self.weight:.2f}")
         if self.alpha < 1:
             parts.append(f"{self.since} older latents weigh {self.alpha:g}")

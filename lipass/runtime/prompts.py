@@ -88,6 +88,7 @@ class Prompts:
                 count,
                 steering.history_weight,
                 change.since,
+                before=steering.before(place),
             )
         return steered(
             plan,

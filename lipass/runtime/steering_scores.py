@@ -17,13 +17,13 @@ from lipass.policy.steering import Blend
 if TYPE_CHECKING:
     from lipass.runtime.chunk import Chunk
 
-_Layout = tuple[tuple[int, ...], tuple[str, ...], int, torch.dtype, torch.device]
+_Layout = tuple[tuple[int, ...], tuple[str, ...], int, int, torch.dtype, torch.device]
 
 
 class SteeringScores:
     """What is added to scores in the chunks of one session.
 
-    A row is a tensor of the session, written anew in the first call of each chunk, so that who
+    Rows are a tensor of the session, written anew in the first call of each chunk, so that who
     records what runs on a device reads what holds now.
     """
 
@@ -31,18 +31,27 @@ class SteeringScores:
         self._rows: dict[tuple[str, _Layout], Tensor] = {}
         self._written: weakref.WeakKeyDictionary[Chunk, set[_Layout]] = weakref.WeakKeyDictionary()
 
-    def answering(self, chunk: Chunk) -> contextlib.AbstractContextManager[None]:
+    def answering(self, chunk: Chunk) -> contextlib.AbstractContextManager[object]:
         """Answer the calls inside for a chunk."""
         blend = chunk.plan.steering
         if blend is None or not blend.needs_attention:
             return contextlib.nullcontext()
 
-        def row(
-            q: Tensor, tokens: tuple[int, ...], roles: tuple[str, ...], per_latent: int
+        def rows(
+            q: Tensor,
+            tokens: tuple[int, ...],
+            roles: tuple[str, ...],
+            per_latent: int,
+            latents: int,
         ) -> Tensor | None:
-            return self._row(chunk, blend, (tokens, roles, per_latent, q.dtype, q.device))
+            asked = (tokens, roles, per_latent, latents, q.dtype, q.device)
+            return self._rows_of(chunk, blend, asked)
 
-        return registry.answer("steering_bias", row)
+        said = contextlib.ExitStack()
+        said.enter_context(registry.answer("steering_bias", rows))
+        if blend.ramps:
+            said.enter_context(registry.answer("steering_ramps", lambda: True))
+        return said
 
     def check_asked(self, chunk: Chunk) -> None:
         """Refuse a chunk whose prompts or older history nobody has weighed.
@@ -71,24 +80,24 @@ class SteeringScores:
         self._rows.clear()
         self._written.clear()
 
-    def _row(self, chunk: Chunk, blend: Blend, layout: _Layout) -> Tensor | None:
+    def _rows_of(self, chunk: Chunk, blend: Blend, layout: _Layout) -> Tensor | None:
         written = self._written.setdefault(chunk, set())
-        tokens, _, _, dtype, device = layout
+        tokens, _, _, latents, dtype, device = layout
         key = chunk.plan.stream, layout
         if layout not in written or key not in self._rows:
             parts = _parts(chunk, blend, layout)
             if parts is None:
                 return None
-            row = self._rows.get(key)
-            if row is None:
-                row = torch.zeros(1, 1, 1, sum(tokens), dtype=dtype, device=device)
+            rows = self._rows.get(key)
+            if rows is None:
+                rows = torch.zeros(1, 1, latents, sum(tokens), dtype=dtype, device=device)
                 # Lengths of a history that grows come once.
                 while len(self._rows) >= _ROWS_MAX:
                     self._rows.pop(next(iter(self._rows)))
-                self._rows[key] = row
-            row.zero_()
+                self._rows[key] = rows
+            rows.zero_()
             for start, end, added in parts:
-                row[..., start:end] = added
+                rows[..., start:end] = rows.new_tensor(added)[:, None]
             written.add(layout)
         return self._rows[key].clone()  # the graph may write to what it gets
 
@@ -96,11 +105,18 @@ class SteeringScores:
 _ROWS_MAX = 16
 
 
-def _parts(chunk: Chunk, blend: Blend, layout: _Layout) -> list[tuple[int, int, float]] | None:
-    """Return what is added to which keys; None where the text of a call is another one."""
-    tokens, roles, per_latent, _, _ = layout
-    of_old, of_new, of_history = blend.logs()
-    parts: list[tuple[int, int, float]] = []
+_Part = tuple[int, int, list[float]]
+
+
+def _parts(chunk: Chunk, blend: Blend, layout: _Layout) -> list[_Part] | None:
+    """Return what is added to which keys, for each latent of the queries or for all.
+
+    None where the text of a call is another one.
+    """
+    tokens, roles, per_latent, of_queries, _, _ = layout
+    of_old, of_new = blend.logs(of_queries)
+    of_history = [blend.log_alpha]
+    parts: list[_Part] = []
     start = 0
     for count, role in zip(tokens, roles, strict=True):
         if role == "text" and blend.doubled:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, Node
 
 # The imports register operators that the pass inserts and knows.
 import lipass.kernels.distinct
+import lipass.kernels.steered
 import lipass.kernels.steering_bias  # noqa: F401
 from lipass.passes.attention.match import Refusal, attention
 from lipass.passes.attention.site import SDPA, AttentionSite, set_site, sites
@@ -19,10 +20,11 @@ from lipass.passes.attention.sparse_call import SparseCall
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.arguments import arguments
 from lipass.passes.graph.calls import is_call
-from lipass.passes.graph.compat import value
+from lipass.passes.graph.compat import known_true, value
 from lipass.passes.graph.emit import Emitter, refuse_grid, refuse_rewrite
 
 _COLLAPSED = torch.ops.lipass.attend_distinct.default
+_STEERED = torch.ops.lipass.attend_steered.default
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,20 @@ class SteerPrompt(Pass):
 
         %o = scaled_dot_product_attention(%q, %key, %value)
 
-        %bias: f32[1, 1, 1, n + 320] = lipass.steering_bias(%q, [64, n, 256],
-               'text,history,current', 64)
-        %o = scaled_dot_product_attention(%q, %key, %value, attn_mask=%bias)
+        %bias: f32[1, 1, 4, n + 320] = lipass.steering_bias(%q, [64, n, 256],
+               'text,history,current', 64, 4)
+        %o = lipass.attend_steered(%q, %key, %value, %bias)
 
     While a prompt changes a session passes both texts as one, so that their keys are computed once
     for all chunks of the change. `log(1 - weight)` and `log(weight)` on their scores are attention
-    over a mixture of both; at 0 and 1 it is either text alone. `log(alpha)` on older history makes
-    it weigh alpha. Both are asked for in each call: nothing is compiled anew while they change.
-    Where nobody says anything, zeros are added.
+    over a mixture of both; at 0 and 1 it is either text alone. The weight goes on from latent to
+    latent: each has a row of the bias. `log(alpha)` on older history makes it weigh alpha. All is
+    asked for in each call: nothing is compiled anew while it changes. Where nobody says anything,
+    nothing is added.
 
     In `lipass::sparse_attention` it is the `key_bias`. Equal keys at the end of a prompt are not
-    merged then.
+    merged then. Calls that have a mask, and queries of no known grid, get one row for all, and
+    zeros where nobody says anything.
 
     Keeps: causal calls; queries that hold text too; several runs of text, of which one may be no
     prompt; runs of keys in pieces; merged histories; sites of role other and text, such as those
@@ -77,7 +81,7 @@ class SteerPrompt(Pass):
         return changed
 
 
-_Asked = tuple[Node, list[int | Node], str, int]
+_Asked = tuple[Node, list[int | Node], str, int, int]
 
 
 def _asked(node: Node, site: AttentionSite, emit: Emitter) -> _Asked | Refusal:
@@ -110,7 +114,32 @@ def _asked(node: Node, site: AttentionSite, emit: Emitter) -> _Asked | Refusal:
     tokens = _tokens(site, keys, emit)
     if tokens is None:
         return Refusal("several of its runs of keys vary in length, and are joined out of sight")
-    return q, tokens, ",".join(roles), per_latent
+    return q, tokens, ",".join(roles), per_latent, _latents(node, site)
+
+
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def _given(node: Node) -> dict[str, Any]:
+    """Return the arguments of a call by the names that `scaled_dot_product_attention` has."""
+    if node.target is _COLLAPSED:
+        given = arguments(node)
+        same = dict(zip(_NAMES, (given["q"], given["k"], given["v"]), strict=False))
+        return same | {"scale": given["scale"]}
+    return dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _latents(node: Node, site: AttentionSite) -> int:
+    """Return how many latents of the queries get a row each; 1 gives all queries one."""
+    if site.q_grid is None or not isinstance(site.q_grid[0], int):
+        return 1
+    if SparseCall.is_one(node):
+        call = SparseCall.of(node)
+        alone = call.key_bias is None and call.latent_mask is None
+    else:
+        given = _given(node)
+        alone = all(not given.get(name) for name in ("attn_mask", "dropout_p", "enable_gqa"))
+    return site.q_grid[0] if alone else 1
 
 
 def _unweighed(site: AttentionSite, roles: tuple[str, ...]) -> str:
@@ -145,19 +174,25 @@ def _tokens(site: AttentionSite, keys: tuple[Node, ...], emit: Emitter) -> list[
 
 
 def _rewrite(node: Node, site: AttentionSite, bias: Node, emit: Emitter) -> None:
-    """Add a row `[1, 1, 1, Lk]` to the scores of a call."""
+    """Add rows `[1, 1, T or 1, Lk]` to the scores of a call."""
+    by_latent = not known_true(value(bias).shape[2] == 1)
     if SparseCall.is_one(node):
         call = SparseCall.of(node)
+        if by_latent:
+            replace(call, key_bias=bias).write(node)
+            return
         row = emit.method("float", emit.method("squeeze", bias, 2))
         if (own := call.key_bias) is not None:
             own = own if value(own).dim() == 3 else emit.method("unsqueeze", own, 1)
             row = emit(operator.add, row, own)
         replace(call, key_bias=row).write(node)
         return
-    if node.target is _COLLAPSED:
-        given = arguments(node)
-        q, k, v = (given[name] for name in ("q", "k", "v"))
-        made = emit(SDPA, q, k, v, attn_mask=bias, scale=given["scale"])
+    given = _given(node)
+    q, k, v, scale = (given.get(name) for name in ("query", "key", "value", "scale"))
+    if by_latent:
+        made = emit(_STEERED, q, k, v, bias, scale)
+    elif node.target is _COLLAPSED:
+        made = emit(SDPA, q, k, v, attn_mask=bias, scale=scale)
     else:
         mask = node.kwargs.get("attn_mask")
         if isinstance(mask, Node) and value(mask).dtype == torch.bool:

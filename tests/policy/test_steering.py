@@ -73,6 +73,35 @@ def test_changes_that_never_end_are_no_log_that_grows_without_end():
     assert len(blend.numbers) < 20
 
 
+def test_two_prompts_have_changed_when_the_last_chunk_begins():
+    steering = Steering(policy="two-prompt", over_chunks=4)
+    assert steering.weights() == pytest.approx((1 / 3, 2 / 3, 1, 1))
+    assert [steering.before(place) for place in (1, 2, 3, 4)] == [
+        0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), None,
+    ]  # fmt: skip
+    told = Steering(policy="two-prompt", over_chunks=3, curve=[0.2, 0.4, 1.0])
+    assert [told.before(place) for place in (1, 2, 3)] == [0.0, 0.2, None]
+    at_once = Steering(policy="two-prompt", over_chunks=1)
+    assert (at_once.weights(), at_once.before(1)) == ((1.0,), None)
+
+
+@pytest.mark.parametrize("policy", [one for one in POLICIES if one != "two-prompt"])
+def test_other_policies_have_one_weight_a_chunk(policy):
+    assert Steering(policy=policy).before(2) is None
+
+
+def test_a_ramp_goes_on_by_latents_and_is_said():
+    blend = Blend("two-prompt", 0, 1, 0.5, 2, 4, before=0.25)
+    assert blend.ramps
+    of_old, of_new = blend.logs(2)
+    assert [math.exp(x) for x in of_new] == pytest.approx([0.3125, 0.4375])
+    assert [math.exp(x) for x in of_old] == pytest.approx([0.6875, 0.5625])
+    assert "weight 0.25 to 0.50" in blend.said()
+    assert Blend.from_dict(blend.to_dict()) == blend
+    still = Blend("two-prompt", 0, 1, 0.5, 2, 4, before=0.5)
+    assert not still.ramps
+
+
 def test_limits_hide_a_text_altogether():
-    assert Blend("two-prompt", 0, 1, 1.0).logs() == (-math.inf, 0.0, 0.0)
-    assert Blend("two-prompt", 0, 1, 0.0).logs() == (0.0, -math.inf, 0.0)
+    assert Blend("two-prompt", 0, 1, 1.0).logs() == ([-math.inf], [0.0])
+    assert Blend("two-prompt", 0, 1, 0.0).logs() == ([0.0], [-math.inf])

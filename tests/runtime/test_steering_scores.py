@@ -73,8 +73,12 @@ def rolled(model, session, said, chunks, history=HISTORY):
     return outputs
 
 
-def two_prompts(model, weight):
-    """Attend to both prompts as the definition says: mix the exponentials of their scores."""
+def two_prompts(model, weights):
+    """Attend to both prompts as the definition says: mix the exponentials of their scores.
+
+    `weights` are those of the new prompt for each of the 4 latents.
+    """
+    weight = torch.tensor(weights).repeat_interleave(16)[:, None]
     x = LATENTS.permute(0, 2, 3, 4, 1).flatten(1, 3)
     q = model.query(x).unflatten(-1, (2, 16)).transpose(1, 2)
     top = bottom = 0
@@ -92,14 +96,50 @@ def two_prompts(model, weight):
     return out.unflatten(1, (4, 4, 4)).permute(0, 4, 1, 2, 3) * LEVEL[:, None, :, None, None]
 
 
+SPARSE = {
+    "sparse.tile": (1, 4, 4), "sparse.budget": 0.5, "sparse.dense_tokens": 0,
+    "sparse.sink_latents": 0,
+}  # fmt: skip
+
+
 def test_two_prompts_are_a_mixture_and_each_limit_is_a_prompt_alone(world):
     said = {0: [(DAY, 4, POLICY)], 1: [(NIGHT, 4, POLICY)]}
     outputs = rolled(compiled(world), lipass.Session(preset="off"), said, 6)
     with torch.no_grad():
         plain = [world(LATENTS, LEVEL, prompt, HISTORY) for prompt in (DAY, NIGHT)]
-        expected = [two_prompts(world, weight) for weight in (0.25, 0.5, 0.75)]
+        latents = [(place + 0.5) / 12 for place in range(12)]
+        expected = [two_prompts(world, latents[i : i + 4]) for i in (0, 4, 8)]
     for one, other in zip(outputs, [plain[0], *expected, plain[1], plain[1]], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_two_prompts_of_a_sparse_graph_are_the_same_mixture(world):
+    said = {0: [(DAY, 4, POLICY)], 1: [(NIGHT, 4, POLICY)]}
+    session = lipass.Session(preset="sparse", **SPARSE)
+    outputs = rolled(compiled(world, "sparse", **SPARSE), session, said, 4)
+    latents = [(place + 0.5) / 12 for place in range(12)]
+    expected = [two_prompts(world, latents[i : i + 4]) for i in (0, 4, 8)]
+    for one, other in zip(outputs[1:], expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_where_queries_have_no_grid_a_chunk_has_the_weight_of_its_middle(world, monkeypatch):
+    monkeypatch.setattr("lipass.passes.approx.steer_prompt._latents", lambda node, site: 1)
+    said = {0: [(DAY, 4, POLICY)], 1: [(NIGHT, 4, POLICY)]}
+    outputs = rolled(compiled(world), lipass.Session(preset="off"), said, 4)
+    with torch.no_grad():
+        expected = [two_prompts(world, [weight] * 4) for weight in (1 / 6, 3 / 6, 5 / 6)]
+    for one, other in zip(outputs[1:], expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_two_prompts_are_the_default_where_attention_can_weigh_them(world):
+    said = {0: [(DAY,)], 1: [(NIGHT,)]}
+    session = lipass.Session(preset="off", steering=True)
+    outputs = rolled(compiled(world), session, said, 3)
+    torch.testing.assert_close(
+        outputs[2], two_prompts(world, [x / 24 for x in (9, 11, 13, 15)]), rtol=0, atol=1e-5
+    )
 
 
 def test_nothing_is_compiled_anew_while_weights_change(world):

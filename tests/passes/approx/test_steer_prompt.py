@@ -42,14 +42,14 @@ def test_decode(trace, apply, mini, inputs):
         """\
 -%out: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q, %key, %value)  # blocks.0
 -%transpose: f32[1, 64, 2, 16] = %out.transpose(1, 2)  # blocks.0
-+%steering_bias_default: f32[1, 1, 1, n1 + 70] = lipass.steering_bias(%q, [6, $n1, 64], 'text,history,current', 16)  # blocks.0
-+%scaled_dot_product_attention_2: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q, %key, %value, attn_mask=%steering_bias_default)  # blocks.0
-+%transpose: f32[1, 64, 2, 16] = %scaled_dot_product_attention_2.transpose(1, 2)  # blocks.0
++%steering_bias_default: f32[1, 1, 4, n1 + 70] = lipass.steering_bias(%q, [6, $n1, 64], 'text,history,current', 16, 4)  # blocks.0
++%attend_steered_default: f32[1, 2, 64, 16] = lipass.attend_steered(%q, %key, %value, %steering_bias_default, None)  # blocks.0
++%transpose: f32[1, 64, 2, 16] = %attend_steered_default.transpose(1, 2)  # blocks.0
 -%out_1: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q_1, %key_1, %value_1)  # blocks.1
 -%transpose_1: f32[1, 64, 2, 16] = %out_1.transpose(1, 2)  # blocks.1
-+%steering_bias_default_1: f32[1, 1, 1, n2 + 70] = lipass.steering_bias(%q_1, [6, $n2, 64], 'text,history,current', 16)  # blocks.1
-+%scaled_dot_product_attention_3: f32[1, 2, 64, 16] = scaled_dot_product_attention(%q_1, %key_1, %value_1, attn_mask=%steering_bias_default_1)  # blocks.1
-+%transpose_1: f32[1, 64, 2, 16] = %scaled_dot_product_attention_3.transpose(1, 2)  # blocks.1
++%steering_bias_default_1: f32[1, 1, 4, n2 + 70] = lipass.steering_bias(%q_1, [6, $n2, 64], 'text,history,current', 16, 4)  # blocks.1
++%attend_steered_default_1: f32[1, 2, 64, 16] = lipass.attend_steered(%q_1, %key_1, %value_1, %steering_bias_default_1, None)  # blocks.1
++%transpose_1: f32[1, 64, 2, 16] = %attend_steered_default_1.transpose(1, 2)  # blocks.1
 """,
     )
 
@@ -62,7 +62,7 @@ def test_one_run_of_joined_keys_may_vary():
 
     given, grown = ((LATENTS, torch.randn(1, 1, n * 16, 8)) for n in (4, 6))
     diff = assert_rewrites(attend, given, TEXT, adds="steering_bias", grown=grown)
-    assert "'history,current', 16)" in diff
+    assert "'history,current', 16, 2)" in diff
 
 
 def test_cross_attention(cross):
@@ -71,9 +71,9 @@ def test_cross_attention(cross):
         """\
 -%scaled_dot_product_attention: f32[1, 2, 32, 16] = scaled_dot_product_attention(%q, %k, %v)
 -%transpose_3: f32[1, 32, 2, 16] = %scaled_dot_product_attention.transpose(1, 2)
-+%steering_bias_default: f32[1, 1, 1, 12] = lipass.steering_bias(%q, [12], 'text', 1)
-+%scaled_dot_product_attention_1: f32[1, 2, 32, 16] = scaled_dot_product_attention(%q, %k, %v, attn_mask=%steering_bias_default)
-+%transpose_3: f32[1, 32, 2, 16] = %scaled_dot_product_attention_1.transpose(1, 2)
++%steering_bias_default: f32[1, 1, 2, 12] = lipass.steering_bias(%q, [12], 'text', 1, 2)
++%attend_steered_default: f32[1, 2, 32, 16] = lipass.attend_steered(%q, %k, %v, %steering_bias_default, None)
++%transpose_3: f32[1, 32, 2, 16] = %attend_steered_default.transpose(1, 2)
 """,
     )
 
@@ -121,7 +121,7 @@ def test_sparse_calls_get_it_as_the_bias_of_their_keys(trace, apply, mini, input
     )
     assert len(calls) == 2
     assert all(
-        call.kwargs["key_bias"].meta["example_value"].shape == (1, 1, 198) for call in calls
+        call.kwargs["key_bias"].meta["example_value"].shape == (1, 1, 4, 198) for call in calls
     )
 
 
