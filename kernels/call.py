@@ -49,9 +49,19 @@ class Call(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def resolve_layout(
-    q_grid: tuple[int, ...], kv_grids: tuple[int, ...], roles: str, tile: tuple[int, ...]
+    q_grid: tuple[int, ...],
+    kv_grids: tuple[int, ...],
+    roles: str,
+    tile: tuple[int, ...],
+    tile_order: str = "",
 ) -> tuple[KvLayout, BlockGrid]:
     """Build the layout of keys and the grid of queries that arguments of the operator spell."""
+    in_order = tuple(filter(None, tile_order.split(",")))
+    if unknown := set(in_order) - {"history", "current"}:
+        raise ValueError(
+            f"tile_order names segments of latents, history or current, got {sorted(unknown)}; "
+            "leave text out"
+        )
     names = tuple(name.strip() for name in roles.split(","))
     if len(kv_grids) != 3 * len(names):
         raise ValueError(
@@ -63,8 +73,12 @@ def resolve_layout(
         raise ValueError(
             f"tile must be 3 sizes, or 6 with a query tile, got {tile}; try (4, 4, 4)"
         )
-    layout = KvLayout.build(names, triples, triple(tile[:3]))
-    return layout, BlockGrid(triple(q_grid), triple(tile[-3:]))
+    layout = KvLayout.build(names, triples, triple(tile[:3]), in_order)
+    if in_order and triple(tile[:3]) != triple(tile[-3:]):
+        raise ValueError(
+            f"tile_order needs one tile for queries and keys, got {tile}; leave the query tile out"
+        )
+    return layout, BlockGrid(triple(q_grid), triple(tile[-3:]), "current" in in_order)
 
 
 def triple(sizes: tuple[int, ...]) -> Triple:
@@ -98,8 +112,11 @@ def check(call: Call) -> None:
 def _unfit_ramp(call: Call) -> str | None:
     assert call.ramp is not None
     expected = (1, 1, call.q_grid.grid[0], call.layout.tokens)
-    if call.ramp.shape == expected and call.latent_mask is None:
+    in_order = call.q_grid.in_order or call.layout.laid is not call.layout
+    if call.ramp.shape == expected and call.latent_mask is None and not in_order:
         return None
+    if in_order:
+        return "key_bias for each latent needs tokens latent by latent, got tile order; leave it out"
     beside = "" if call.latent_mask is None else " with a latent_mask"
     return (
         f"key_bias for each latent must be {list(expected)} without a latent_mask, got "
@@ -144,6 +161,9 @@ def _unfit_options(call: Call) -> str | None:
         )
     if call.planner not in _PLANNERS:
         return f"planner must be one of {', '.join(_PLANNERS)}, got {call.planner!r}; use 'mean'"
+    ordered = [part.role for part in call.layout.segments if part.grid.in_order]
+    if call.planner == "buckets" and "history" in ordered:
+        return "planner 'buckets' sorts a history, got one in tile order; use planner 'mean'"
     if (call.planner == "given") != (call.given is not None):
         got = "blocks" if call.given is not None else "none"
         return (

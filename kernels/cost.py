@@ -73,6 +73,7 @@ def predict(
             keys once a chunk.
     """
     batch, heads, _, dim = q_shape
+    layout, q_grid = layout.laid, q_grid.laid
     compiled, gpu = True, None
     if device.type == "cpu":
         rates_of = calibration.sorted_rates if sorts else calibration.cpu_rates

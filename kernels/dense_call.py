@@ -63,7 +63,7 @@ def seen_of_frames(call: Call, keep: Tensor) -> Tensor:
     if call.role != "decode":
         keep = keep | ~keep.any(1, keepdim=True)
     grid, span = call.layout.segments[number].grid, call.layout.token_range(number)
-    frames = keep.repeat_interleave(_per_latent(grid), 1)
+    frames = grid.over_tokens(keep)
     ends = (span.start, call.layout.tokens - span.stop)
     return F.pad(frames, ends, value=True)
 

@@ -27,7 +27,7 @@ def plan_as_given(given: GivenBlocks, q: Tensor, layout: KvLayout, q_grid: Block
         counts = torch.full(shape, indices.shape[3], dtype=torch.int32, device=q.device)
     else:
         counts = given.counts.to(torch.int32).expand(shape).contiguous()
-    return BlockPlan(indices, counts, q_grid, layout, uniform=given.counts is None)
+    return BlockPlan(indices, counts, q_grid.laid, layout.laid, uniform=given.counts is None)
 
 
 def unfit_blocks(given: GivenBlocks, q: Tensor, layout: KvLayout, q_grid: BlockGrid) -> str | None:

@@ -14,8 +14,9 @@ from lipass.kernels.plan import BlockGrid, KvLayout, Segment
 
 def unfit_mask(mask: Tensor, batch: int, q_grid: BlockGrid, layout: KvLayout) -> str | None:
     """Say how a mask `[B or 1, Tq, Tk]` does not fit a call, or return None."""
-    tiles = {grid.tile for grid in (q_grid, *(part.grid for part in _latents(layout)))}
-    if any(tile[0] != 1 for tile in tiles):
+    grids = [q_grid, *(part.grid for part in _latents(layout))]
+    tiles = {grid.tile for grid in grids}
+    if not all(grid.latents_apart for grid in grids):
         return (
             "latent_mask needs tiles of one latent, which it shows or hides as a whole, got "
             f"{', '.join(map(str, sorted(tiles)))}; use (1, 8, 8) in place of (4, 4, 4)"

@@ -26,7 +26,8 @@ _ARGUMENTS = (
     "str roles, int[] tile, float budget, float scale, int sink_latents, str role, "
     "Tensor? keep_frames, str site, *, Tensor? history_means=None, Tensor? key_bias=None, "
     "str planner='mean', Tensor? blocks=None, Tensor? block_counts=None, "
-    "Tensor? latent_mask=None, Tensor? history_order=None, Tensor? history_basis=None)"
+    "Tensor? latent_mask=None, Tensor? history_order=None, Tensor? history_basis=None, "
+    "str tile_order='')"
 )
 _library = torch.library.Library("lipass", "FRAGMENT")
 _library.define(f"sparse_attention{_ARGUMENTS} -> Tensor")
@@ -57,6 +58,7 @@ def _call(
     latent_mask: Tensor | None = None,
     history_order: Tensor | None = None,
     history_basis: Tensor | None = None,
+    tile_order: str = "",
 ) -> Call:
     """Resolve the arguments of both operators.
 
@@ -95,8 +97,10 @@ def _call(
             blocks are then runs of keys in this order and of queries sorted alike, and
             `history_means` those of `lipass::pool_in_order`.
         history_basis: result of `lipass::key_basis` that `history_order` was made with.
+        tile_order: roles whose keys lie tile by tile (`lipass::tile_order`), comma separated;
+            queries lie as current keys do. Their blocks are runs of as many tokens as a tile has.
     """
-    layout, grid = resolve_layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile))
+    layout, grid = resolve_layout(tuple(q_grid), tuple(kv_grids), roles, tuple(tile), tile_order)
     ramp = None
     if key_bias is not None and key_bias.dim() == 2:
         key_bias = key_bias[:, None]

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lipass.kernels.tile_order import Triple, latent_at_place, latents_of_runs, tiles_of_runs
+
 ROLES = ("text", "history", "current")
 CALL_ROLES = ("prefill", "self", "decode")
 """What a call does with the frames of its queries: it encodes a context, denoises all frames at
 once, or denoises frames behind a history."""
-Triple = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class BlockGrid:
     """Tokens along each axis `(T, Y, X)`; text of `L` tokens is `(1, 1, L)`."""
     tile: Triple
     """Slots of one tile along each axis `(t, y, x)`."""
+    in_order: bool = False
+    """Whether tokens lie tile by tile (`tile_order`); blocks are then runs of so many of them."""
 
     def __post_init__(self) -> None:
         if len(self.grid) != 3 or min(self.grid) < 0:
@@ -50,7 +53,14 @@ class BlockGrid:
     @functools.cached_property
     def _hash(self) -> int:
         # Every table is looked up by its grid; hashing nested tuples anew took 0.1 ms a call.
-        return hash((self.grid, self.tile))
+        return hash((self.grid, self.tile, self.in_order))
+
+    @functools.cached_property
+    def laid(self) -> BlockGrid:
+        """The same blocks of the tokens as they lie, which is all that kernels have to know."""
+        if not self.in_order:
+            return self
+        return BlockGrid((1, 1, self.tokens), (1, 1, self.block_tokens))
 
     @functools.cached_property
     def tokens(self) -> int:
@@ -62,6 +72,8 @@ class BlockGrid:
         """Tiles along each axis; all zero if the grid is empty."""
         if self.tokens == 0:
             return (0, 0, 0)
+        if self.in_order:
+            return self.laid.block_shape
         nt, ny, nx = (-(-size // step) for size, step in zip(self.grid, self.tile, strict=True))
         return (nt, ny, nx)
 
@@ -80,13 +92,19 @@ class BlockGrid:
         """Whether every slot of every block holds a token."""
         return self.blocks * self.block_tokens == self.tokens
 
+    @functools.cached_property
+    def latents_apart(self) -> bool:
+        """Whether each block is of one latent."""
+        per_latent = self.grid[1] * self.grid[2]
+        return self.tile[0] == 1 and not (self.in_order and per_latent % self.block_tokens)
+
     def token_index(self, device: torch.device | str = "cpu") -> Tensor:
         """Token of each slot, `[N, block_tokens]` int64; `-1` marks slots outside the grid."""
-        return _token_index(self, torch.device(device))
+        return _token_index(self.laid, torch.device(device))
 
     def valid(self, device: torch.device | str = "cpu") -> Tensor:
         """Whether a slot holds a token, `[N, block_tokens]` bool."""
-        return _valid(self, torch.device(device))
+        return _valid(self.laid, torch.device(device))
 
     def lengths(self, device: torch.device | str = "cpu") -> Tensor:
         """Tokens in each block, `[N]` int64."""
@@ -94,11 +112,11 @@ class BlockGrid:
 
     def block_of_token(self, device: torch.device | str = "cpu") -> Tensor:
         """Block that holds each token, `[L]` int64."""
-        return _block_of_token(self, torch.device(device))
+        return _block_of_token(self.laid, torch.device(device))
 
     def slot_of_token(self, device: torch.device | str = "cpu") -> Tensor:
         """Position of each token among all slots, `[L]` int64: `block * block_tokens + slot`."""
-        return _slot_of_token(self, torch.device(device))
+        return _slot_of_token(self.laid, torch.device(device))
 
     def neighbours(self) -> Tensor:
         """Whether two blocks are at most one tile apart (Manhattan), `[N, N]` bool on the host."""
@@ -112,13 +130,24 @@ class BlockGrid:
         """
         return _covers(self, finer)
 
+    def over_tokens(self, latents: Tensor) -> Tensor:
+        """Give each token what its latent has, `[B, L]` from `[B, T]`."""
+        if self.in_order:
+            return latents[:, latent_at_place(self.grid, self.tile).to(latents.device)]
+        return latents.repeat_interleave(self.tokens // max(self.grid[0], 1), 1)
+
     def first_latents(self, latents: int) -> Tensor:
         """Whether a block holds any of the first `latents` frames, `[N]` bool on the host."""
+        if self.in_order:
+            return latents_of_runs(self.grid, self.tile)[:, :latents].any(1)
         per_layer = max(math.prod(self.block_shape[1:]), 1)
         return torch.arange(self.blocks) // per_layer * self.tile[0] < latents
 
     def blocks_with(self, keep_frames: Tensor) -> Tensor:
         """Whether a block holds any kept frame, `[B, N]` bool from `keep_frames` `[B, T]`."""
+        if self.in_order:
+            runs = latents_of_runs(self.grid, self.tile).to(keep_frames.device)
+            return (runs & keep_frames[:, None]).any(2)
         block_t, per_layer = self.block_shape[0], math.prod(self.block_shape[1:])
         pad = block_t * self.tile[0] - self.grid[0]
         frames = torch.nn.functional.pad(keep_frames, (0, pad), value=False)
@@ -157,8 +186,16 @@ class KvLayout:
             )
 
     @staticmethod
-    def build(roles: tuple[str, ...], grids: tuple[Triple, ...], tile: Triple) -> KvLayout:
-        """Tile each segment by `tile`, and text by as many tokens in a row."""
+    def build(
+        roles: tuple[str, ...],
+        grids: tuple[Triple, ...],
+        tile: Triple,
+        in_order: tuple[str, ...] = (),
+    ) -> KvLayout:
+        """Tile each segment by `tile`, and text by as many tokens in a row.
+
+        Tokens of the roles in `in_order` lie tile by tile.
+        """
         if len(roles) != len(grids):
             raise ValueError(
                 f"each key segment needs a role and a grid, got roles {roles} and grids {grids}"
@@ -166,7 +203,9 @@ class KvLayout:
         text_tile = (1, 1, math.prod(tile))
         return KvLayout(
             tuple(
-                Segment(role, BlockGrid(grid, text_tile if role == "text" else tile))
+                Segment(
+                    role, BlockGrid(grid, text_tile if role == "text" else tile, role in in_order)
+                )
                 for role, grid in zip(roles, grids, strict=True)
             )
         )
@@ -177,6 +216,13 @@ class KvLayout:
     @functools.cached_property
     def _hash(self) -> int:
         return hash(self.segments)
+
+    @functools.cached_property
+    def laid(self) -> KvLayout:
+        """The same blocks of the keys as they lie; see `BlockGrid.laid`."""
+        if not any(part.grid.in_order for part in self.segments):
+            return self
+        return KvLayout(tuple(Segment(part.role, part.grid.laid) for part in self.segments))
 
     @functools.cached_property
     def tokens(self) -> int:
@@ -356,8 +402,11 @@ def _block_of_token(grid: BlockGrid, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=512)
 @torch.inference_mode(False)
 def _neighbours(grid: BlockGrid) -> Tensor:
-    axes = [torch.arange(size) for size in grid.block_shape]
-    position = torch.cartesian_prod(*axes) if grid.blocks else torch.zeros(0, 3)
+    if grid.in_order:
+        position = tiles_of_runs(grid.grid, grid.tile)
+    else:
+        axes = [torch.arange(size) for size in grid.block_shape]
+        position = torch.cartesian_prod(*axes) if grid.blocks else torch.zeros(0, 3)
     return (position[:, None] - position[None]).abs().sum(-1) <= 1
 
 

@@ -84,13 +84,13 @@ def plan_attention(
             )  # fmt: skip
         if plan is not None:
             return plan
-    q_mean = pool_blocks(q, q_grid)
+    q_mean = pool_blocks(q, q_grid.laid)
     if candidate is None:
         k_mean = q_mean[:, :, :0]
     elif candidate_means is not None:
         k_mean = candidate_means
     else:
-        k_mean = pool_blocks(keys[candidate], layout.segments[candidate].grid)
+        k_mean = pool_blocks(keys[candidate], layout.segments[candidate].grid.laid)
     indices, counts = select_blocks(
         q_mean,
         k_mean,
@@ -109,8 +109,8 @@ def plan_attention(
     return BlockPlan(
         indices,
         counts,
-        q_grid,
-        layout,
+        q_grid.laid,
+        layout.laid,
         key_keep=key_keep,
         uniform=keep_frames is None and latent_mask is None,
         shared_segments=() if latent_mask is not None else _shared(layout, candidate),
@@ -125,7 +125,7 @@ def _directions(keys: Tensor, layout: KvLayout, candidate: int, means: Tensor | 
     Source: the release of arXiv 2605.31158 for Matrix-Game-3.0 ranks by cosine of means.
     """
     if means is None:
-        means = pool_blocks(keys, layout.segments[candidate].grid)
+        means = pool_blocks(keys, layout.segments[candidate].grid.laid)
     return torch.nn.functional.normalize(means, dim=-1)
 
 
@@ -160,12 +160,14 @@ def _plan_natively(
         return None
     check_options(layout, q_grid, budget, scale, role)
     rule = rule_of(layout, q_grid, budget, role, sink_latents, q.device)
+    laid, rows = layout.laid, q_grid.laid
     indices = native.plan_blocks(
-        q.detach(), candidates.detach(), q_grid, layout, rule, candidate_means
-    )
+        q.detach(), candidates.detach(), rows, laid, rule._replace(grid=rule.grid.laid),
+        candidate_means,
+    )  # fmt: skip
     counts = _full_counts(tuple(indices.shape))
     shared = _shared(layout, layout.candidate_segment(role))
-    return BlockPlan(indices, counts, q_grid, layout, uniform=True, shared_segments=shared)
+    return BlockPlan(indices, counts, rows, laid, uniform=True, shared_segments=shared)
 
 
 def _plan_by_triton(
@@ -188,20 +190,21 @@ def _plan_by_triton(
     pool, select = registry.module_of("pool", "triton"), registry.module_of("select", "triton")
     if isinstance(pool, str) or isinstance(select, str):
         return None
-    if pool.why_not(q, q_grid) or (candidate_means is None and pool.why_not(candidates, q_grid)):
+    laid, rows = layout.laid, q_grid.laid
+    if pool.why_not(q, rows) or (candidate_means is None and pool.why_not(candidates, rows)):
         return None
     check_options(layout, q_grid, budget, scale, role)
     number = layout.candidate_segment(role)
     assert number is not None
-    q_mean = pool.pool_blocks(q, q_grid)
+    q_mean = pool.pool_blocks(q, rows)
     if candidate_means is None:
-        candidate_means = pool.pool_blocks(candidates, layout.segments[number].grid)
+        candidate_means = pool.pool_blocks(candidates, laid.segments[number].grid)
     indices, counts = select.select_blocks(
         q_mean, candidate_means, layout, q_grid, budget=budget, role=role,
         sink_latents=sink_latents, keep_frames=None,
     )  # fmt: skip
     shared = _shared(layout, number)
-    return BlockPlan(indices, counts, q_grid, layout, uniform=True, shared_segments=shared)
+    return BlockPlan(indices, counts, rows, laid, uniform=True, shared_segments=shared)
 
 
 @functools.lru_cache(maxsize=512)
@@ -222,7 +225,7 @@ def _key_keep(layout: KvLayout, candidate: int, keep_frames: Tensor) -> Tensor:
     A tile without a kept frame stays open: nobody visits it but, in prefill, its own queries.
     """
     grid, span = layout.segments[candidate].grid, layout.token_range(candidate)
-    frame = keep_frames.repeat_interleave(grid.grid[1] * grid.grid[2], 1)
+    frame = grid.over_tokens(keep_frames)
     dropped_tile = ~grid.blocks_with(keep_frames)[:, grid.block_of_token(keep_frames.device)]
     keep = torch.ones(
         keep_frames.shape[0], layout.tokens, dtype=torch.bool, device=keep_frames.device

@@ -13,7 +13,7 @@ from lipass.kernels.block_sparse.kind import Asking
 from lipass.kernels.call import Call, check
 from lipass.kernels.dense_call import attend_densely, hidden
 from lipass.kernels.estimate import capturing, kept_mass
-from lipass.kernels.frames import attend_own_frame, without_frames
+from lipass.kernels.frames import attend_own_frame, mixes_latents, row_major, without_frames
 from lipass.kernels.given import plan_as_given
 from lipass.kernels.nearest.order import among_frames
 from lipass.kernels.nearest.plan import Buckets, in_rows, plan_in_order
@@ -21,6 +21,7 @@ from lipass.kernels.plan import BlockPlan
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
 from lipass.kernels.steered import attend_by_latent
+from lipass.kernels.tile_order import token_at_place
 from lipass.kernels.token_major import empty_token_major, token_major
 
 Attended = tuple[Tensor, Tensor | None]
@@ -49,6 +50,8 @@ def attend(call: Call, *, lse: bool) -> Attended:
     # tiling, so that kept frames fill their tiles.
     if keep.all():
         return _attend(call._replace(keep_frames=None), total, 0, lse)
+    if mixes_latents(call):
+        return _attend_row_major(call, lse)
     kept = keep.any(0).nonzero()[:, 0]
     dropped = keep.shape[1] - kept.numel()
     uniform = bool((keep.any(0) == keep.all(0)).all())
@@ -80,6 +83,16 @@ def _attend_by_latent(call: Call, ramp: Tensor, lse: bool) -> Attended:
         kept_dense="the prompt changes from latent to latent",
     )  # fmt: skip
     return out, None
+
+
+def _attend_row_major(call: Call, lse: bool) -> Attended:
+    """Attend to tokens that were put back in place first, so that frames are runs of them."""
+    out, log_sums = attend(row_major(call), lse=lse)
+    if not call.q_grid.in_order:
+        return out, log_sums
+    order = token_at_place(call.q_grid.grid, call.q_grid.tile).to(out.device)
+    rows = out.index_select(2, order)
+    return token_major(rows), None if log_sums is None else log_sums.index_select(2, order)
 
 
 def _attend_in_order(call: Call, buckets: Buckets, lse: bool) -> Attended:
@@ -134,7 +147,7 @@ def _attend_prefill_without(
 def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> Attended:
     """Run one call sparse or dense, whichever the gate says, and count it."""
     biased = call.key_bias is not None or call.keep_frames is not None
-    asking = Asking(call.q, call.k, call.v, call.q_grid, call.layout, biased)
+    asking = Asking(call.q, call.k, call.v, call.q_grid.laid, call.layout.laid, biased)
     chosen = registry.find("block_sparse", call.q.device, asking)
     reason = _why_dense(call, chosen)
     if not reason or isinstance(chosen, registry.Refused):
