@@ -12,6 +12,7 @@ POLICY_MODES = ("adaptive", "reference", "matrix-game")
 STEP_FORMS = ("merge", "lookup")
 RANKINGS = ("product", "cosine")
 CHOICES = ("means", "buckets")
+TILE_ORDERS = ("off", "whole", "runs")
 
 # Half a circle in radians is less; no lens of a camera that walks sees so little.
 _NARROWEST_DEG = math.pi
@@ -144,6 +145,9 @@ class SparseOptions:
         ranking: what ranks blocks, "product" of the means of queries and keys or its "cosine".
         choose: what a block of a history holds, by which it is chosen: "means" of tokens that lie
             together, or "buckets" of keys of like direction, wherever they lie.
+        tile_order: tokens lie tile by tile from the model's input to its output, a block being a
+            run of them: "off"; "whole" where tiles divide the grid; "runs" on any grid, where a
+            short block goes on with tokens of the next tile.
         token_grid: tokens of one latent frame (Y, X), or of a clip (T, Y, X), where they are
             packed outside of what is compiled; None infers it from the graph.
         dense_layers: attention layers kept dense, counted from 0 in call order.
@@ -167,6 +171,7 @@ class SparseOptions:
     sink_latents: int
     ranking: str
     choose: str
+    tile_order: str
     token_grid: tuple[int, ...] | None
     dense_layers: tuple[int, ...]
     dense_chunks: int
@@ -205,6 +210,7 @@ class SparseOptions:
         check(self.plan_every >= 1, "sparse.plan_every must be >= 1", self.plan_every, least)
         check_choice("sparse.ranking", self.ranking, RANKINGS)
         check_choice("sparse.choose", self.choose, CHOICES)
+        check_choice("sparse.tile_order", self.tile_order, TILE_ORDERS)
         check(
             self.token_grid is None
             or (len(self.token_grid) in (2, 3) and min(self.token_grid) >= 1),

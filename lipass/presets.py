@@ -38,6 +38,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "sink_latents": 1,
         "ranking": "product",
         "choose": "means",
+        "tile_order": "off",
         "token_grid": None,
         "dense_layers": (),
         "dense_chunks": 0,

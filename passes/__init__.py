@@ -46,6 +46,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "pool-history": _load("approx.pool_history", "PoolHistory"),
     "prune-context": _load("approx.prune_context", "PruneContext"),
     "sparse-attention": _load("approx.sparse_attention", "SparseAttention"),
+    "tile-order": _load("exact.tile_order", "TileOrder"),
     "attend-pieces": _load("exact.attend_pieces", "AttendPieces"),
     "guard-steps": _load("approx.guard_steps", "GuardSteps"),
     "steer-prompt": _load("approx.steer_prompt", "SteerPrompt"),
@@ -79,10 +80,10 @@ FACTS = "canonicalize,find-attention,find-poses,find-steps"
 
 _FIRST = f"{FACTS},collapse-keys,hoist-rows,hoist-steps"
 _LAST = "carry-floats,avoid-faults,hoist-calls,share-blocks"
-_SPARSE = "sparse-attention,nearest-blocks,pool-history,attend-pieces"
+_SPARSE = "sparse-attention,nearest-blocks,pool-history,tile-order,attend-pieces"
 _ALL = (
     f"{_FIRST},merge-history,prune-context,sparse-attention,nearest-blocks,pool-history,"
-    f"steer-prompt,attend-pieces,guard-steps,{_LAST}"
+    f"steer-prompt,tile-order,attend-pieces,guard-steps,{_LAST}"
 )
 
 PIPELINES: dict[str, str] = {

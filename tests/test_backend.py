@@ -137,7 +137,7 @@ def test_inner_compiler_gets_the_graph():
 
 FACTS = ["canonicalize", "find-attention", "find-poses", "find-steps"]
 EXACT = [*FACTS, "collapse-keys", "hoist-rows", "hoist-steps"]
-SPARSE = ["sparse-attention", "nearest-blocks", "pool-history"]
+SPARSE = ["sparse-attention", "nearest-blocks", "pool-history", "tile-order"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_options_reach_the_passes():
         "prune-context{overlap_min=0.4 sink_latents=3 window_latents=8 hfov_deg=70.0 "
         "vfov_deg=50.0 near=0.2 far=9.0},sparse-attention{tile=2x4x4 budget_prefill=0.6 "
         "budget_self=0.3 budget_decode=0.2 sink_latents=2 dense_layers=0},nearest-blocks,"
-        "pool-history,attend-pieces,guard-steps,carry-floats,avoid-faults,hoist-calls,share-blocks"
+        "pool-history,tile-order,attend-pieces,guard-steps,carry-floats,avoid-faults,hoist-calls,share-blocks"
     )
 
 

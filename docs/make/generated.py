@@ -28,7 +28,10 @@ _NUMERICS = {
 }
 _ROOMS = {
     "facts": ("What a graph holds", "They find out, and change nothing but the spelling."),
-    "exact": ("What keeps the result", "They run in every preset but `off`."),
+    "exact": (
+        "What keeps the result",
+        "They run in every preset but `off`; `tile-order` where it is asked for.",
+    ),
     "approx": ("What changes the result", "They leave out what matters little, where asked to."),
 }
 _TESTED = ("torch", "triton", "numpy", "networkx", "sympy", "diffusers", "transformers", "einops")

@@ -53,6 +53,7 @@ class SparseCall:
     latent_mask: Node | None = None
     history_order: Node | None = None
     history_basis: Node | None = None
+    tile_order: str = ""
 
     @staticmethod
     def is_one(node: Node) -> bool:
@@ -95,7 +96,8 @@ class SparseCall:
         """
         grids = (self.q_grid, self.kv_grids)
         q_grid, kv_grids = (tuple([size_of(value(n)) for n in sizes]) for sizes in grids)
-        layout, grid = resolve_layout(q_grid, kv_grids, ",".join(self.roles), self.tile)
+        roles = ",".join(self.roles)
+        layout, grid = resolve_layout(q_grid, kv_grids, roles, self.tile, self.tile_order)
         return in_rows(layout, grid) if self.planner == "buckets" else (layout, grid)
 
     def sink(self, size_of: Any) -> int:
