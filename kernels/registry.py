@@ -61,6 +61,9 @@ _calls: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
 _answers: contextvars.ContextVar[dict[str, Callable[..., Any]] | None] = contextvars.ContextVar(
     "answers", default=None
 )
+_preferred: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+    "preferred", default=None
+)
 _owner: contextvars.ContextVar[str] = contextvars.ContextVar("owner", default="")
 _sites: dict[str, SiteCounts] = {}
 
@@ -161,6 +164,19 @@ def answer_of(operation: str) -> Callable[..., Any] | None:
     return None if answers is None else answers.get(operation)
 
 
+@contextlib.contextmanager
+def prefer(operation: str, provider: str) -> Iterator[None]:
+    """Ask a provider of an operation before all others inside the block; it may refuse a call.
+
+    This is how one is measured that nobody has seen win yet, such as `flex`.
+    """
+    token = _preferred.set({**(_preferred.get() or {}), operation: provider})
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
 class Choice(NamedTuple):
     """The provider of one call, and why better ones were passed over."""
 
@@ -212,7 +228,9 @@ def find(
 
 
 def _names(operation: str, device: torch.device) -> tuple[str, ...]:
-    return _PROVIDERS.get((operation, device.type), _ELSEWHERE.get(operation, ()))
+    names = _PROVIDERS.get((operation, device.type), _ELSEWHERE.get(operation, ()))
+    first = (_preferred.get() or {}).get(operation)
+    return names if first is None else (first, *(name for name in names if name != first))
 
 
 def _ask(
