@@ -116,7 +116,9 @@ def _unfit_ramp(call: Call) -> str | None:
     if call.ramp.shape == expected and call.latent_mask is None and not in_order:
         return None
     if in_order:
-        return "key_bias for each latent needs tokens latent by latent, got tile order; leave it out"
+        return (
+            "key_bias for each latent needs tokens latent by latent, got tile order; leave it out"
+        )
     beside = "" if call.latent_mask is None else " with a latent_mask"
     return (
         f"key_bias for each latent must be {list(expected)} without a latent_mask, got "

@@ -38,7 +38,7 @@ def why_not(kind: Kind) -> str | None:
     return _ready[kind.device.type] or None
 
 
-def why_not_laid(
+def lay(
     q: Tensor,
     keys: list[Tensor],
     values: list[Tensor],

@@ -95,7 +95,10 @@ def _asked(node: Node, site: AttentionSite, emit: Emitter) -> _Asked | Refusal:
             return Refusal(varies)
         per_latent = int(site.q_grid[1]) * int(site.q_grid[2])
     if SparseCall.is_one(node):
-        q, keys = SparseCall.of(node).q, SparseCall.of(node).k
+        call = SparseCall.of(node)
+        if call.tile_order:
+            return Refusal("its tokens lie in tile order, of which latents are no runs")
+        q, keys = call.q, call.k
     elif node.target is _COLLAPSED:
         q, keys = arguments(node)["q"], (arguments(node)["k"],)
     elif not is_call(node, SDPA):
