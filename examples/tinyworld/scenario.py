@@ -65,7 +65,6 @@ def camera_path(path: str, regime: str, room: Room) -> tuple[Tensor, int]:
     return torch.cat([turn, walk[1:]]), _TURN_LATENTS
 
 
-@torch.no_grad()
 def make_scenario(
     path: str, regime: str, seed: int, codec: Codec, attributes: Attributes | None = None,
     pixels: int = 64,
@@ -74,8 +73,16 @@ def make_scenario(
     if path not in PATHS or regime not in REGIMES:
         raise ValueError(f"a scenario is one of {PATHS} in {REGIMES}, got {path!r}, {regime!r}")
     room = make_room(seed)
-    attributes = attributes or Attributes()
     w2c, given = camera_path(path, regime, room)
+    return record(path, regime, room, attributes or Attributes(), w2c, given, codec, pixels)
+
+
+@torch.no_grad()
+def record(
+    path: str, regime: str, room: Room, attributes: Attributes, w2c: Tensor, given: int,
+    codec: Codec, pixels: int = 64,
+) -> Scenario:  # fmt: skip
+    """Render a walk `w2c [F, 4, 4]` through a room, and encode the first `given` frames."""
     truth = render(room, w2c, [attributes], pixels)[0]
     latents = codec.encode(truth[:given])
     if regime == "free":

@@ -218,6 +218,17 @@ def render(
     return [torch.cat(shot) for shot in shots]
 
 
+def render_depth(room: Room, w2c: Tensor, pixels: int = 64) -> Tensor:
+    """Depth `[F, pixels, pixels]` of pixel centres along the camera's axis, in metres."""
+    camera_rays = pixel_directions(pixels, pixels).reshape(-1, 3)
+    shots = []
+    for pose in invert(w2c):
+        # Rays have depth 1, so the distance in their lengths is depth.
+        distance, _, _ = _cast(room, pose[:3, 3], camera_rays @ pose[:3, :3].T)
+        shots.append(distance.view(pixels, pixels))
+    return torch.stack(shots)
+
+
 def render_walls(room: Room, w2c: Tensor, pixels: int) -> Tensor:
     """Render a room of `bare` by one ray a pixel, to the bit as `render` does, in half the time.
 

@@ -15,6 +15,7 @@ from lipass.errors import LipassError
 OK, FAILURE, USAGE, NOTHING_MATCHED, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 130, 141
 COMMANDS = (
     "demo",
+    "eval",
     "play",
     "warmup",
     "inspect",

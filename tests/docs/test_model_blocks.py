@@ -334,6 +334,7 @@ def test_ten_lines_are_about_ten():
 
 def test_every_block_is_run_by_a_test():
     import test_blocks  # noqa: F401
+    import test_eval_blocks  # noqa: F401
     import test_stages_blocks  # noqa: F401
 
     wanted = set().union(*map(written, PAGES))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lipass.examples.tinyworld.camera import relative_to
-from lipass.examples.tinyworld.metrics import affected_psnr_db, psnr_db, revisits
+from lipass.examples.tinyworld.metrics import affected_psnr_db, psnr_db
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld, tokenize
 from lipass.examples.tinyworld.rollout import SIGMAS, generate_chunk, retrieve, roll_out
 from lipass.examples.tinyworld.scenario import REGIMES, make_scenario
@@ -104,11 +104,6 @@ def test_retrieval_finds_the_mirrored_clip_on_the_way_back():
     kept = retrieve(poses[:52], poses[52:56])
     assert len(kept) == 20
     assert set(range(8, 12)) <= set(kept)
-
-
-def test_revisits_pair_the_way_back_with_the_way_out():
-    poses = parse_trajectory("left-31, right-32", step_deg=6.0)
-    assert dict((j, i) for i, j in revisits(poses, 32))[62] == 0
 
 
 def test_psnr_is_of_the_mean_error_and_affected_ignores_equal_chunks():

@@ -1,0 +1,215 @@
+"""Measure a rollout: all figures that what is known of it allows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lipass.quality import checks
+from lipass.quality.geometry import Space, consistency, followed
+from lipass.quality.intervals import percentile
+from lipass.quality.pictures import (
+    affected,
+    latent_error,
+    psnr_db,
+    psnr_each_db,
+    ssim,
+    ssim_each,
+)
+from lipass.quality.videos import drift, loop_score, returns, seams, slope
+
+# Of a walk of 64 chunks a segment is eight of them.
+_SEGMENTS_MOST, _SEGMENTS_LEAST, _FRAMES_OF_A_SEGMENT = 8, 2, 8
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a rollout is to show.
+
+    Args:
+        w2c: cameras of all frames `[F, 4, 4]`, world to camera, OpenCV axes.
+        given: frames of them that are recorded.
+        chunk: frames that are generated at once.
+        truth: what a renderer or a film shows `[F, C, H, W]` in 0..1; None where nobody knows.
+        space: true depth, for what geometry tells; None where nobody knows.
+    """
+
+    w2c: Tensor
+    given: int
+    chunk: int
+    truth: Tensor | None = field(default=None, repr=False)
+    space: Space | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a method made of a scene.
+
+    Args:
+        frames: all of them `[F, C, H, W]` in 0..1, recorded ones as the model shows them.
+        latents: generated latents, of any shape.
+        chunk_s: seconds of each generated chunk, in the order of time.
+        figures: what else is to be written down, by name.
+    """
+
+    frames: Tensor = field(repr=False)
+    latents: Tensor | None = field(default=None, repr=False)
+    chunk_s: Sequence[float] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class Metric(NamedTuple):
+    """One figure: what it is called, in which direction it is better, and its digits.
+
+    Attributes:
+        title: for the head of a column.
+        better: "more", "less", or "" where that is no question of quality.
+        digits: behind the point.
+    """
+
+    title: str
+    better: str
+    digits: int
+
+
+METRICS = {
+    "psnr_vs_off_db": Metric("PSNR to dense, dB", "more", 1),
+    "psnr_vs_off_affected_db": Metric("PSNR to dense, chunks that differ, dB", "more", 1),
+    "psnr_vs_off_worst_db": Metric("PSNR to dense, worst chunk, dB", "more", 1),
+    "ssim_vs_off": Metric("SSIM to dense", "more", 3),
+    "ssim_vs_off_affected": Metric("SSIM to dense, chunks that differ", "more", 3),
+    "ssim_vs_off_worst": Metric("SSIM to dense, worst chunk", "more", 3),
+    "latent_error_vs_off": Metric("relative error of latents", "less", 3),
+    "psnr_vs_truth_db": Metric("PSNR to the truth, dB", "more", 1),
+    "ssim_vs_truth": Metric("SSIM to the truth", "more", 3),
+    "loop_score": Metric("gated loop score", "more", 3),
+    "drift_db": Metric("largest drift, dB", "less", 1),
+    "drift_slope_db": Metric("drift a segment, dB", "more", 2),
+    "seam": Metric("seams over inside", "less", 2),
+    "seam_worst": Metric("worst seam over inside", "less", 2),
+    "photometric_db": Metric("photometric consistency, dB", "more", 1),
+    "geometric_px": Metric("geometric error, px", "less", 2),
+    "followed": Metric("camera followed", "more", 2),
+    "speedup_vs_off": Metric("speed", "more", 2),
+    "chunk_s_p50": Metric("chunk p50, s", "less", 3),
+    "chunk_s_p95": Metric("chunk p95, s", "less", 3),
+    "chunk_s_slope": Metric("chunk time, % a chunk", "less", 2),
+    "latency_s_p50": Metric("action to frame p50, s", "less", 3),
+    "latency_s_p95": Metric("action to frame p95, s", "less", 3),
+    "kv_bytes_peak": Metric("bytes of keys and values", "less", 0),
+    "context_latents_mean": Metric("latents read", "", 1),
+    "steps_per_chunk": Metric("steps a chunk", "", 1),
+    "density": Metric("blocks visited", "", 2),
+    "kept_mass": Metric("attention kept (sampled)", "more", 3),
+    "recompiles": Metric("recompilations", "less", 0),
+}
+
+
+def measure(
+    rollout: Rollout, scene: Scene, dense: Rollout | None = None
+) -> dict[str, float | None]:
+    """Measure a rollout; only generated frames count.
+
+    Args:
+        rollout: what a method made.
+        scene: of what.
+        dense: what the dense model made of it with the same noise; without, nothing is compared
+            with it.
+
+    Returns:
+        Figures by the names of `METRICS`; None where there is no such figure, as of a video that
+        never comes back, and for all that compares pictures where some are no numbers.
+
+    Raises:
+        ValueError: shapes that do not fit together, or pictures out of range.
+    """
+    found: dict[str, float | None] = dict.fromkeys(METRICS)
+    found |= _times(rollout, dense)
+    found |= {name: value for name, value in rollout.figures.items() if math.isfinite(value)}
+    if not checks.is_finite(rollout.frames):
+        return found
+    frames, made = rollout.frames, rollout.frames[scene.given :]
+    pairs = returns(checks.cameras(scene.w2c, len(frames)), scene.given)
+    found["loop_score"] = loop_score(frames, pairs)
+    if (jumps := seams(frames, scene.chunk, scene.given)) is not None:
+        found["seam"], found["seam_worst"] = jumps.mean, jumps.most
+    if scene.truth is not None:
+        found |= _to_truth(made, scene.truth[scene.given :])
+    if scene.space is not None:
+        found |= _in_space(frames, scene)
+    if dense is not None:
+        found |= _to_dense(made, dense.frames[scene.given :], scene.chunk)
+        both = rollout.latents, dense.latents
+        if all(one is not None and checks.is_finite(one) for one in both):
+            found["latent_error_vs_off"] = latent_error(*both)  # type: ignore[arg-type]
+    return found
+
+
+def _times(rollout: Rollout, dense: Rollout | None) -> dict[str, float | None]:
+    seconds = list(rollout.chunk_s)
+    if not seconds:
+        return {}
+    found: dict[str, float | None] = {
+        "chunk_s_p50": percentile(seconds, 0.5),
+        "chunk_s_p95": percentile(seconds, 0.95),
+        "chunk_s_slope": 100 * slope(seconds) / statistics.fmean(seconds),
+    }
+    if dense is not None and len(dense.chunk_s) == len(seconds):
+        ratios = [slow / fast for slow, fast in zip(dense.chunk_s, seconds, strict=True)]
+        found["speedup_vs_off"] = statistics.median(ratios)
+    return found
+
+
+def _to_truth(made: Tensor, truth: Tensor) -> dict[str, float | None]:
+    found: dict[str, float | None] = {
+        "psnr_vs_truth_db": psnr_db(made, truth),
+        "ssim_vs_truth": ssim(made, truth),
+    }
+    segments = min(_SEGMENTS_MOST, len(made) // _FRAMES_OF_A_SEGMENT)
+    along = drift(made, truth, max(segments, _SEGMENTS_LEAST))
+    if along is not None:
+        found |= {"drift_db": along.most_db, "drift_slope_db": along.slope_db}
+    return found
+
+
+def _in_space(frames: Tensor, scene: Scene) -> dict[str, float | None]:
+    assert scene.space is not None
+    first = max(scene.given, 1)
+    found: dict[str, float | None] = {
+        "followed": followed(frames, scene.space, first_generated=first)
+    }
+    rigid = consistency(frames, scene.space, gap=scene.chunk, first_generated=first)
+    if rigid is not None:
+        found |= {"photometric_db": rigid.photometric_db, "geometric_px": rigid.geometric_px}
+    return found
+
+
+def _to_dense(made: Tensor, wanted: Tensor, chunk: int) -> dict[str, float | None]:
+    differs = affected(made, wanted, chunk)
+    found: dict[str, float | None] = {
+        "psnr_vs_off_db": psnr_db(made, wanted),
+        "psnr_vs_off_worst_db": min(
+            psnr_db(*pair) for pair in zip(made.split(chunk), wanted.split(chunk), strict=True)
+        ),
+    }
+    similar = ssim_each(made, wanted)
+    found["ssim_vs_off"] = float(similar.mean())
+    found["ssim_vs_off_worst"] = min(float(part.mean()) for part in similar.split(chunk))
+    found["psnr_vs_off_affected_db"] = found["psnr_vs_off_db"]
+    found["ssim_vs_off_affected"] = found["ssim_vs_off"]
+    if differs.any():
+        found["psnr_vs_off_affected_db"] = psnr_db(made[differs], wanted[differs])
+        found["ssim_vs_off_affected"] = float(similar[differs].mean())
+    return found
+
+
+def worst_and_typical(rollout: Rollout, wanted: Tensor, scene: Scene) -> tuple[int, int]:
+    """Frames of the video, in `[F]`, that are furthest from `wanted` and in the middle of all."""
+    near = psnr_each_db(rollout.frames[scene.given :], wanted[scene.given :])
+    order = near.argsort()
+    return scene.given + int(order[0]), scene.given + int(order[len(order) // 2])

@@ -1,0 +1,118 @@
+"""Keep results in a file, a line a rollout, so that a run that was ended goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lipass.errors import LipassError
+from lipass.quality.subject import Case
+
+SCHEMA_VERSION = 1
+
+
+class Entry(NamedTuple):
+    """What was found out about one rollout.
+
+    Attributes:
+        method: how it was made.
+        case: of what.
+        values: figures by the names of `figures.METRICS`.
+        verdict: of `verdicts.Verdict`; None for the dense model.
+        shown: a picture as a data URI, "" without one.
+    """
+
+    method: str
+    case: Case
+    values: Mapping[str, float | None]
+    verdict: str | None = None
+    shown: str = ""
+
+
+@dataclass
+class Results:
+    """The entries of one configuration, in a file that grows by a line each.
+
+    Args:
+        path: of the file; begun where it is not there.
+        configuration: plain data; a file of another one is refused.
+
+    Raises:
+        LipassError: the file holds results of another configuration, or no results.
+    """
+
+    path: Path
+    configuration: Mapping[str, Any]
+    entries: list[Entry] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.configuration = json.loads(json.dumps(self.configuration))
+        lines = self._whole_lines() if self.path.exists() else []
+        if not lines:
+            self._write(json.dumps({"schema": SCHEMA_VERSION, **self.configuration}), "w")
+            return
+        self._check(lines[0])
+        self.entries = [_entry(line) for line in lines[1:]]
+
+    def __contains__(self, key: tuple[str, Case]) -> bool:
+        return any((one.method, one.case) == key for one in self.entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def add(self, entry: Entry) -> None:
+        """Write an entry, for good before this returns."""
+        self.entries.append(entry)
+        told = {**entry._asdict(), "case": list(entry.case)}
+        self._write(json.dumps(told), "a")
+
+    def _write(self, line: str, mode: str) -> None:
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _whole_lines(self) -> list[str]:
+        """Read what was written to the end; cut off what was not, when the run was ended."""
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        try:
+            return whole.decode().splitlines()
+        except UnicodeDecodeError:
+            raise self._refused("bytes that are no text") from None
+
+    def _check(self, head: str) -> None:
+        try:
+            found = json.loads(head)
+            schema = found.pop("schema")
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise self._refused(f"a first line {head[:40]!r}") from None
+        if schema != SCHEMA_VERSION:
+            raise self._refused(f"schema {schema}")
+        for key in {**self.configuration, **found}:
+            mine, theirs = (one.get(key) for one in (self.configuration, found))
+            if mine != theirs:
+                raise self._refused(f"{key} {_short(theirs)} in place of {_short(mine)}")
+
+    def _refused(self, what: str) -> LipassError:
+        return LipassError(
+            f"a results file must be of the same run, to go on with it; {self.path} has {what}; "
+            "name another --out, or remove it to begin anew"
+        )
+
+
+def _entry(line: str) -> Entry:
+    told = json.loads(line)
+    return Entry(**{**told, "case": Case(*told["case"])})
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,150 @@
+"""`lipass eval`: what it prints, and that it goes on where it was ended."""
+
+import json
+import sys
+import textwrap
+
+import pytest
+
+from lipass.cli import main
+from lipass.errors import LipassError
+from lipass.quality.results import Results
+from lipass.quality.run import evaluate, missing
+from lipass.quality.summary import KEPT, summary
+
+CONFIGURATION = {"model": "toy", "cases": [1]}
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch, toy):
+    """Return the target of the toy, and the list of subjects that it built."""
+    built = []
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "my_model.py"
+    path.write_text("build = None\n")
+
+    def build():
+        built.append(toy())
+        return built[-1]
+
+    module = f"{path}:build"
+    monkeypatch.setattr("lipass.cli.importing.import_callable", lambda text: build)
+    return module, built
+
+
+def document(capsys, *arguments):
+    code = main(["eval", *map(str, arguments), "--json"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return json.loads(said.out)
+
+
+def test_document_has_rows_and_intervals(target, tmp_path, capsys):
+    found = document(capsys, target[0], "--out", tmp_path / "eval.jsonl")
+    row = found["rows"][0]
+    assert list(row) == [
+        "method", "model", "trajectory", "regime", "room", "seed", "metric", "value",
+    ]  # fmt: skip
+    by_method = {one["method"]: one for one in found["summary"]}
+    assert by_method["close"]["verdicts"] == {"unchanged": 3}
+    assert by_method["broken"]["verdicts"] == {"broken": 3}
+    truth = by_method["dense"]["metrics"]["psnr_vs_truth_db"]
+    assert truth["low"] <= truth["mean"] <= truth["high"]
+    assert by_method["close"]["kept"].keys() == set(KEPT)
+
+
+def test_table_and_page_name_all_methods(target, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["eval", target[0], "--out", str(tmp_path / "r"), "--html", str(page)]) == 0
+    said = capsys.readouterr()
+    shown, _, where = said.out.rpartition("\n\n")  # whose length is that of a path
+    assert str(tmp_path) in where
+    assert max(map(len, shown.splitlines())) <= 80
+    text = page.read_text()
+    for method in target[1][0].methods:
+        assert method in said.out
+        assert method in text
+    assert text.count("data:image/webp") >= 4
+    assert "://" not in text
+
+
+def test_an_ended_run_goes_on_where_it_was(target, tmp_path, capsys):
+    out, built = tmp_path / "eval.jsonl", target[1]
+    whole = document(capsys, target[0], "--out", out)
+    lines = out.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 9
+    out.write_text("".join(lines[:6]) + lines[6][:40])  # ended while a line was written
+    again = document(capsys, target[0], "--out", out)
+    assert [one["metric"] for one in again["rows"]] == [one["metric"] for one in whole["rows"]]
+    assert [method for method, _ in built[1].asked] == [
+        "dense",
+        "broken",
+        "dense",
+        "close",
+        "broken",
+    ]
+    document(capsys, target[0], "--out", out)
+    assert built[2].asked == []
+
+
+def test_results_of_another_configuration_are_refused(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    Results(path, CONFIGURATION)
+    Results(path, CONFIGURATION)
+    with pytest.raises(
+        LipassError, match=r"must be of the same run.* has cases \[1\] in place of"
+    ):
+        Results(path, {**CONFIGURATION, "cases": [2]})
+
+
+@pytest.mark.parametrize("text", ["not json\n", "[1]\n", '{"schema": 9}\n', "\xff\xfe\n"])
+def test_other_files_are_refused_and_left_alone(text, tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(LipassError, match="name another --out"):
+        Results(path, CONFIGURATION)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+def test_a_method_that_jumps_at_seams_is_outside_of_the_interval(toy, tmp_path):
+    subject = toy()
+    results = Results(tmp_path / "r", {})
+    roll_out = subject.roll_out
+
+    def jumping(method, case, scene):
+        made = roll_out(method, case, scene)
+        if method == "close":
+            made.frames[8::8] = made.frames[8::8].flip(-1)
+        return made
+
+    subject.roll_out, subject.methods = jumping, ("dense", "close")
+    evaluate(subject, results, lambda *_, **__: None)
+    (found,) = (one for one in summary(results, "dense") if one["method"] == "close")
+    assert found["kept"]["seam_worst"] is False
+    assert missing(subject, results) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "nothing"], "methods must be of 'off'"),
+        (["--trajectory", "up"], "trajectories must be of"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["x.py:y", "--quick"], "a target brings its methods and walks"),
+        (["x.py:y", "--rooms", "3"], "got --rooms beside x.py:y"),
+        (["--out", "nowhere/eval.jsonl"], "the folder of --out must exist"),
+    ],
+)
+def test_wrong_usage_is_told_before_the_work(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_returns_something_else_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "other.py"
+    path.write_text(textwrap.dedent("def build():\n    return 3\n"))
+    assert main(["eval", f"{path}:build", "--out", str(tmp_path / "r")]) == 1
+    assert "must return a lipass.quality.subject.Subject" in capsys.readouterr().err

@@ -1,0 +1,99 @@
+"""All figures of a rollout, and the word for them."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lipass.quality import METRICS, Rollout, Verdict, bootstrap, measure, psnr_db, verdict
+from lipass.quality.verdicts import MEANINGS, of
+
+
+@pytest.fixture
+def case(toy):
+    subject = toy()
+    scene = subject.scene(subject.cases[0])
+    made = {name: subject.roll_out(name, subject.cases[0], scene) for name in subject.methods}
+    return scene, made
+
+
+def test_every_figure_of_a_close_video_is_found(case):
+    scene, made = case
+    found = measure(made["close"], scene, made["dense"])
+    lacking = {name for name, value in found.items() if value is None}
+    assert lacking == {
+        "latency_s_p50", "latency_s_p95", "kv_bytes_peak", "context_latents_mean",
+        "steps_per_chunk", "kept_mass", "recompiles",
+    }  # fmt: skip
+    assert found.keys() == METRICS.keys()
+    assert found["speedup_vs_off"] == pytest.approx(2)
+    assert found["chunk_s_slope"] == pytest.approx(0)
+    assert found["followed"] == 1
+    assert of(found, measure(made["dense"], scene)) is Verdict.UNCHANGED
+
+
+def test_recorded_frames_do_not_count(case):
+    scene, made = case
+    frames = made["close"].frames.clone()
+    frames[:4] = 0.5
+    found = measure(dataclasses.replace(made["close"], frames=frames), scene, made["dense"])
+    dense = made["dense"].frames[4:]
+    assert found["psnr_vs_off_db"] == pytest.approx(psnr_db(frames[4:], dense))
+
+
+def test_what_is_not_known_is_not_measured(case):
+    scene, made = case
+    bare = dataclasses.replace(scene, truth=None, space=None)
+    found = measure(Rollout(made["close"].frames), bare)
+    known = {name for name, value in found.items() if value is not None}
+    assert known == {"loop_score", "seam", "seam_worst"}
+
+
+def test_values_that_are_no_numbers_break_a_video(case):
+    scene, made = case
+    found = measure(made["broken"], scene, made["dense"])
+    assert found["psnr_vs_off_db"] is None
+    assert found["chunk_s_p50"] == 0.1
+    assert of(found, measure(made["dense"], scene)) is Verdict.BROKEN
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((45, 0.99), Verdict.UNCHANGED),
+        ((45, 0.95), Verdict.SAME_SCENE),
+        ((31, 0.91), Verdict.SAME_SCENE),
+        ((31, 0.89), Verdict.CHANGED),
+        ((20, 0.7), Verdict.CHANGED),
+        ((14, 0.7), Verdict.BROKEN),
+        ((math.nan, None), Verdict.BROKEN),
+        ((None, None), Verdict.BROKEN),
+    ],
+)
+def test_thresholds(given, said):
+    assert verdict(*given) is said
+
+
+def test_another_picture_that_is_no_worse_is_not_broken():
+    assert verdict(12, 0.4, truth_loss_db=0.5) is Verdict.CHANGED
+    assert verdict(32, 0.95, truth_loss_db=3.1) is Verdict.BROKEN
+    assert verdict(25, 0.8, truth_loss_db=0.1, loop_loss=0.3) is Verdict.BROKEN
+
+
+def test_intervals_hold_the_mean_and_draw_rooms_as_wholes():
+    values = [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]
+    alone = bootstrap(values)
+    rooms = bootstrap(values, [1, 1, 1, 2, 2, 2])
+    assert alone[0] < 2 < alone[1]
+    assert rooms == (1.0, 3.0)
+    assert bootstrap(values, [1] * 6) is None
+
+
+def test_page_names_every_figure_and_verdict():
+    page = " ".join((Path(__file__).parents[2] / "docs/eval.md").read_text().split())
+    assert [name for name in METRICS if f"`{name}`" not in page] == []
+    for said, meaning in MEANINGS.items():
+        assert f"**{said.value}**" in page
+        assert re.sub(r"\s+", " ", meaning) in page
