@@ -64,17 +64,19 @@ class Rollout:
 
 
 class Metric(NamedTuple):
-    """One figure: what it is called, in which direction it is better, and its digits.
+    """One figure: what it is called, in which direction it is better, and how it is shown.
 
     Attributes:
         title: for the head of a column.
         better: "more", "less", or "" where that is no question of quality.
         digits: behind the point.
+        scale: what it is multiplied by to be shown.
     """
 
     title: str
     better: str
     digits: int
+    scale: float = 1.0
 
 
 METRICS = {
@@ -101,7 +103,7 @@ METRICS = {
     "chunk_s_slope": Metric("chunk time, % a chunk", "less", 2),
     "latency_s_p50": Metric("action to frame p50, s", "less", 3),
     "latency_s_p95": Metric("action to frame p95, s", "less", 3),
-    "kv_bytes_peak": Metric("bytes of keys and values", "less", 0),
+    "kv_bytes_peak": Metric("keys and values, MB", "", 1, 1e-6),
     "context_latents_mean": Metric("latents read", "", 1),
     "steps_per_chunk": Metric("steps a chunk", "", 1),
     "density": Metric("blocks visited", "", 2),

@@ -9,6 +9,7 @@ import torch
 
 _DRAWS, _SEED = 2000, 0
 COVERAGE = 0.95
+GROUPS_LEAST = 3
 
 
 def bootstrap(
@@ -24,11 +25,11 @@ def bootstrap(
         groups: whose each is, such as its room; without, each is one of its own.
 
     Returns:
-        Low and high; None for fewer than two groups, of which nothing can be said.
+        Low and high; None for fewer than three groups, of which nothing can be said.
     """
     keys = list(range(len(values))) if groups is None else list(groups)
     names = list(dict.fromkeys(keys))
-    if len(names) < 2:
+    if len(names) < GROUPS_LEAST:
         return None
     by_group = [[v for v, key in zip(values, keys, strict=True) if key == name] for name in names]
     sums = torch.tensor([sum(group) for group in by_group], dtype=torch.float64)

@@ -131,19 +131,19 @@ def _cell(
 ) -> str:
     if figures is None:
         return "<td></td>"
-    digits = METRICS[metric].digits
+    shown = METRICS[metric]
 
     def told(key: str) -> str:
-        return f"{figures[key]:,.{digits}f}"
+        return f"{figures[key] * shown.scale:,.{shown.digits}f}"
 
-    small = ""
-    if figures["low"] is not None:
-        small = f"{told('low')} to {told('high')}"
-    if METRICS[metric].better:
-        small += f"{'<br>' if small else ''}worst {told('worst')}"
+    small = []
+    if shown.better and figures["low"] is not None:
+        small.append(f"{told('low')} to {told('high')}")
+    if shown.better:
+        small.append(f"worst {told('worst')}")
     lost = ' class="lost" title="outside of the interval of the dense model"'
     mark = lost if kept.get(metric) is False else ""
-    return f"<td{mark}>{told('mean')}<small>{small}</small></td>"
+    return f"<td{mark}>{told('mean')}<small>{'<br>'.join(small)}</small></td>"
 
 
 def _pictures(entries: Sequence[Entry], dense: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lipass.quality.figures import METRICS
-from lipass.quality.intervals import bootstrap, mean
+from lipass.quality.intervals import GROUPS_LEAST, bootstrap, mean
 from lipass.quality.results import Entry
 from lipass.quality.verdicts import Verdict
 
@@ -58,7 +58,7 @@ def summary(entries: Iterable[Entry], dense: str) -> list[dict[str, Any]]:
             "metrics": metrics[regime, method],
             "kept": {}
             if method == dense
-            else _kept(metrics[regime, method], metrics.get((regime, dense), {})),
+            else _kept(group, metrics[regime, method], metrics.get((regime, dense), {})),
         }
         for (regime, method), group in found.items()
     ]
@@ -69,28 +69,36 @@ def _metrics(group: list[Entry]) -> dict[str, dict[str, float | None]]:
 
     Rooms are drawn as wholes where there are three; of fewer, walks.
     """
-    rooms = {entry.case.room for entry in group}
+    by_room = _by_room(group)
     found = {}
     for metric in METRICS:
         known = [entry for entry in group if entry.values.get(metric) is not None]
         if not known:
             continue
         values = [float(entry.values[metric]) for entry in known]  # type: ignore[arg-type]
-        drawn = [
-            entry.case.room if len(rooms) >= 3 else entry.case._replace(seed=0) for entry in known
-        ]
+        drawn = [entry.case.room if by_room else entry.case._replace(seed=0) for entry in known]
         low, high = bootstrap(values, drawn) or (None, None)
         worst = min(values) if METRICS[metric].better == "more" else max(values)
         found[metric] = {"mean": mean(values), "low": low, "high": high, "worst": worst}
     return found
 
 
-def _kept(mine: dict[str, dict], dense: dict[str, dict]) -> dict[str, bool | None]:
+def _kept(
+    group: list[Entry], mine: dict[str, dict], dense: dict[str, dict]
+) -> dict[str, bool | None]:
+    """Compare with the intervals of the dense model, where they are those of several rooms."""
+    several = _by_room(group)
     return {
         metric: _is_kept(mine[metric]["mean"], dense[metric], METRICS[metric].better)
+        if several
+        else None
         for metric in KEPT
         if metric in mine and metric in dense
     }
+
+
+def _by_room(group: list[Entry]) -> bool:
+    return len({entry.case.room for entry in group}) >= GROUPS_LEAST
 
 
 def _is_kept(value: float, dense: dict[str, Any], better: str) -> bool | None:

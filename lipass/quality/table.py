@@ -58,7 +58,8 @@ def _cell(one: dict[str, Any], metric: str, worst: bool) -> str:
     if figures is None:
         return "-".rjust(_CELL)
     value = figures["worst" if worst else "mean"]
-    return f"{value:.{METRICS[metric].digits}f}".rjust(_CELL)
+    shown = METRICS[metric]
+    return f"{value * shown.scale:.{shown.digits}f}".rjust(_CELL)
 
 
 def _kept(group: list[dict[str, Any]], dense: str) -> list[str]:

@@ -83,12 +83,12 @@ def test_another_picture_that_is_no_worse_is_not_broken():
 
 
 def test_intervals_hold_the_mean_and_draw_rooms_as_wholes():
-    values = [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]
+    values = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
     alone = bootstrap(values)
-    rooms = bootstrap(values, [1, 1, 1, 2, 2, 2])
-    assert alone[0] < 2 < alone[1]
+    rooms = bootstrap(values, [1, 1, 2, 2, 3, 3])
+    assert 1 < alone[0] < 2 < alone[1] < 3
     assert rooms == (1.0, 3.0)
-    assert bootstrap(values, [1] * 6) is None
+    assert bootstrap(values, [1, 1, 1, 2, 2, 2]) is None
 
 
 def test_page_names_every_figure_and_verdict():

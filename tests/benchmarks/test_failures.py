@@ -1,0 +1,72 @@
+"""What the search for failures says of a frame, and which walks it shows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import failures
+from lipass.policy.trajectory import parse_trajectory
+from lipass.quality import Scene, Space
+from lipass.quality.results import Entry
+from lipass.quality.subject import Case
+
+# Turned by 12 degrees a frame, frames 0 and 5 share nothing of a view of 60 degrees.
+W2C = parse_trajectory("left-7, right-8", step_deg=12.0)
+SCENE = Scene(W2C, 12, 4, None, Space(W2C, torch.full((16, 8, 8), 3.0), 60.0, 60.0))
+
+
+def run(context, steps=4, density=1.0, reason="a duplicate"):
+    chunk = SimpleNamespace(start=12, context=context, steps_computed=steps)
+    frames = [{"index": i, "reason": reason} for i in range(12)]
+    return SimpleNamespace(
+        rollout=SimpleNamespace(chunks=[chunk]),
+        plans=[{"context": {"frames": frames}}],
+        density=density,
+    )
+
+
+def test_a_frame_that_memory_lacks_names_what_was_left_out_and_why():
+    said = failures.why(SCENE, run([6, 7]), run(list(range(12))), 14)
+    assert "Latent 0, which shows 100%, was left out: a duplicate." in said
+    assert "the dense loop reads 100%: 2 latents in place of 12" in said
+
+
+def test_a_frame_that_memory_has_is_lost_elsewhere():
+    said = failures.why(SCENE, run([0, 11], 2, 0.5), run(list(range(12))), 14)
+    assert "2 latents in place of 12 are not what is lacking" in said
+    assert "in 2 of 4 steps, visiting 50% of the blocks" in said
+
+
+def test_a_frame_that_nobody_saw_is_imagined():
+    behind = torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0])) @ W2C[:4]
+    far = torch.cat([W2C[:12], behind])
+    scene = Scene(far, 12, 4, None, Space(far, torch.full((16, 8, 8), 3.0), 60.0, 60.0))
+    said = failures.why(scene, run([0]), run([0, 1]), 12)
+    assert said.startswith("No more than 0% of the frame was ever seen")
+
+
+@pytest.fixture
+def entries():
+    worse = iter(range(1000))
+    return [
+        Entry(preset, Case(walk, regime, room), {"psnr_vs_off_worst_db": 20.0 + next(worse) / 10})
+        for preset in failures.PRESETS
+        for walk in ("loop", *failures.HARD)
+        for regime in failures.REGIMES
+        for room in (1, 2)
+    ]
+
+
+def test_shown_are_the_worst_of_each_preset_and_of_all_on_each_hard_walk(entries):
+    shown = [(one.method, one.case.trajectory) for one in failures.worst(entries)]
+    assert {preset for preset, _ in shown} == set(failures.PRESETS)
+    assert {("all", walk) for walk in failures.HARD} <= set(shown)
+    assert len(shown) == len(set(shown))
+
+
+def test_table_has_the_worst_of_all_rooms(entries):
+    rows = failures.table(entries, ("loop",))
+    assert [row["regime"] for row in rows] == list(failures.REGIMES)
+    assert rows[0]["context"] == 20.0
+    assert rows[1]["context"] == 20.2
