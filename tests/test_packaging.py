@@ -75,7 +75,7 @@ def test_every_source_file_is_in_the_wheel(members):
 
 
 def test_data_files_are_in_the_wheel(members):
-    assert Path("lipass/py.typed") in members
+    assert {Path("lipass/py.typed"), Path("lipass/quality/page.css")} <= members
     for path in (ROOT / "lipass/play/page").iterdir():
         assert path.relative_to(ROOT) in members
     for folder in (ROOT / "examples", ROOT / "kernels"):

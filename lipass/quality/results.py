@@ -51,12 +51,23 @@ class Results:
 
     def __post_init__(self) -> None:
         self.configuration = json.loads(json.dumps(self.configuration))
-        lines = self._whole_lines() if self.path.exists() else []
-        if not lines:
+        text = self.path.read_bytes() if self.path.exists() else b""
+        if not text:
             self._write(json.dumps({"schema": SCHEMA_VERSION, **self.configuration}), "w")
             return
-        self._check(lines[0])
-        self.entries = [_entry(line) for line in lines[1:]]
+        whole = text[: text.rfind(b"\n") + 1]
+        try:
+            head, *lines = whole.decode().splitlines()
+        except ValueError:
+            raise self._refused("no line of text") from None
+        self._check(head)
+        try:
+            self.entries = [_entry(line) for line in lines]
+        except (ValueError, TypeError, KeyError):
+            raise self._refused("lines that are no results") from None
+        if len(whole) < len(text):  # a line that was being written as the run ended
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
 
     def __contains__(self, key: tuple[str, Case]) -> bool:
         return any((one.method, one.case) == key for one in self.entries)
@@ -75,18 +86,6 @@ class Results:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def _whole_lines(self) -> list[str]:
-        """Read what was written to the end; cut off what was not, when the run was ended."""
-        text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        try:
-            return whole.decode().splitlines()
-        except UnicodeDecodeError:
-            raise self._refused("bytes that are no text") from None
 
     def _check(self, head: str) -> None:
         try:

@@ -97,7 +97,16 @@ def test_results_of_another_configuration_are_refused(tmp_path):
         Results(path, {**CONFIGURATION, "cases": [2]})
 
 
-@pytest.mark.parametrize("text", ["not json\n", "[1]\n", '{"schema": 9}\n', "\xff\xfe\n"])
+HEAD = '{"schema": 1, "model": "toy", "cases": [1]}\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json\n", "[1]\n", '{"schema": 9}\n', "\xff\xfe\n", "a line without an end",
+        HEAD + "{}\n", HEAD + "[]\n{",
+    ],
+)  # fmt: skip
 def test_other_files_are_refused_and_left_alone(text, tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_bytes(text.encode("latin-1"))
