@@ -10,7 +10,7 @@ _LOW, _HIGH = -1.0, 2.0
 
 
 def pictures(x: Tensor, name: str) -> Tensor:
-    """Return pictures `[F, C, H, W]` as float64 on the CPU.
+    """Return pictures `[F, C, H, W]` on the CPU, in float32 or float64.
 
     Raises:
         TypeError: no tensor, or whole numbers.
@@ -26,21 +26,23 @@ def pictures(x: Tensor, name: str) -> Tensor:
             f"{name} must be pictures [F, C, H, W], at least one, got {list(x.shape)}; "
             "decode latents first, and put frames in front"
         )
-    exact = x.detach().cpu().double()
-    if not exact.isfinite().all():
-        count = int((~exact.isfinite()).sum())
+    shown = x.detach().cpu()
+    if shown.dtype != torch.float64:
+        shown = shown.float()
+    if not shown.isfinite().all():
+        count = int((~shown.isfinite()).sum())
         raise ValueError(
-            f"{name} must be finite, got {count} of {exact.numel()} values that are not; look at "
+            f"{name} must be finite, got {count} of {shown.numel()} values that are not; look at "
             "what made them"
         )
-    low, high = float(exact.min()), float(exact.max())
+    low, high = float(shown.min()), float(shown.max())
     if low < _LOW or high > _HIGH:
         raise ValueError(f"{name} must lie in 0..1, got {low:.3g} to {high:.3g}; scale them first")
-    return exact
+    return shown
 
 
 def alike(x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> tuple[Tensor, Tensor]:
-    """Return two sets of pictures `[F, C, H, W]` as float64.
+    """Return two sets of pictures `[F, C, H, W]` of one shape.
 
     Raises:
         ValueError: their shapes differ, or one of them is refused.

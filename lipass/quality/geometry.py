@@ -91,7 +91,9 @@ class Space:
 
 def sample(picture: Tensor, at: Tensor) -> Tensor:
     """Read `[C, H, W]` at places `[H, W, 2]`, x and y in -1..1, between pixels."""
-    read = F.grid_sample(picture[None], at[None], padding_mode="border", align_corners=False)
+    read = F.grid_sample(
+        picture[None].double(), at[None], padding_mode="border", align_corners=False
+    )
     return read[0]
 
 
@@ -135,10 +137,10 @@ def consistency(
         at, seen = space.seen_from(frame, frame - gap)
         if float(seen.double().mean()) < _SEEN_LEAST:
             continue
-        moved = sample(frames[frame - gap], at)
-        error += float((moved - frames[frame]).square().mean(0)[seen].sum())
+        moved, shown = sample(frames[frame - gap], at), frames[frame].double()
+        error += float((moved - shown).square().mean(0)[seen].sum())
         pixels += int(seen.sum())
-        shifts.append(_shifts(frames[frame], moved, seen))
+        shifts.append(_shifts(shown, moved, seen))
     if not pixels:
         return None
     mean = error / pixels

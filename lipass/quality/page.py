@@ -134,7 +134,8 @@ def _cell(
     shown = METRICS[metric]
 
     def told(key: str) -> str:
-        return f"{figures[key] * shown.scale:,.{shown.digits}f}"
+        value = figures[key]
+        return "" if value is None else f"{value * shown.scale:,.{shown.digits}f}"
 
     small = []
     if shown.better and figures["low"] is not None:

@@ -1,6 +1,6 @@
 """Compare pictures with the same index: raw tensors, never decoded from a compressed film.
 
-All figures are computed in float64 on the CPU.
+All figures are computed in float64 on the CPU, a few pictures at a time, as films are large.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lipass.quality import checks
 CAP_DB = 100.0
 # Wang et al. 2004: a Gaussian window of 11 x 11 with a deviation of 1.5, K1 and K2.
 _RADIUS, _SIGMA, _K1, _K2 = 5, 1.5, 0.01, 0.03
-_BATCH = 16
+_BATCH = 4
 
 
 def psnr_db(x: Tensor, y: Tensor) -> float:
@@ -23,14 +23,18 @@ def psnr_db(x: Tensor, y: Tensor) -> float:
     Source: ITU-T; equals `skimage.metrics.peak_signal_noise_ratio` with a range of 1. Differs in:
     equal pictures give 100 and nothing gives more, as a mean of infinities says nothing.
     """
-    x, y = checks.alike(x, y)
-    return _decibel((x - y).square().mean()).item()
+    return _decibel(_errors(x, y).mean()).item()
 
 
 def psnr_each_db(x: Tensor, y: Tensor) -> Tensor:
     """PSNR `[F]` of each pair of pictures `[F, C, H, W]`; see `psnr_db`."""
-    x, y = checks.alike(x, y)
-    return _decibel((x - y).square().flatten(1).mean(1))
+    return _decibel(_errors(x, y))
+
+
+def _errors(x: Tensor, y: Tensor) -> Tensor:
+    """Mean square error of each picture `[F]`."""
+    pairs = zip(*checks.alike(x, y), strict=True)
+    return torch.stack([(a.double() - b.double()).square().mean() for a, b in pairs])
 
 
 def _decibel(error: Tensor) -> Tensor:
@@ -60,7 +64,7 @@ def ssim_each(x: Tensor, y: Tensor) -> Tensor:
             "compare larger ones"
         )
     pairs = zip(x.split(_BATCH), y.split(_BATCH), strict=True)
-    return torch.cat([_ssim(a, b) for a, b in pairs])
+    return torch.cat([_ssim(a.double(), b.double()) for a, b in pairs])
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,8 @@ def seams(frames: Tensor, chunk: int, first_generated: int = 0) -> Seams | None:
     """
     frames = checks.pictures(frames, "frames")
     checks.whole(chunk, "chunk", 2)
-    change = (frames[1:] - frames[:-1]).abs().flatten(1).mean(1)
+    pairs = itertools.pairwise(frames)
+    change = torch.stack([(b.double() - a).abs().mean() for a, b in pairs])
     at = torch.arange(1, len(frames))
     generated = at >= first_generated
     begins = generated & ((at - first_generated) % chunk == 0)
