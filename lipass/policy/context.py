@@ -31,7 +31,7 @@ from torch import Tensor
 from lipass.options import ContextOptions
 from lipass.policy.chunk_memory import choose_chunks
 from lipass.policy.indices import indices_of
-from lipass.policy.latents import read_latents
+from lipass.policy.latents import LatentReading, read_latents
 from lipass.policy.revisit import left_since
 
 # Views that differ by less than this share show the same.
@@ -110,18 +110,15 @@ def keep(
     return ContextPlan(tuple(frames), None, None)
 
 
-def plan_window(latents: Tensor, options: ContextOptions) -> ContextPlan:
+def plan_window(history: int, read: LatentReading, options: ContextOptions) -> ContextPlan:
     """Choose without cameras: sink and temporal window, as nothing says what the rest shows.
 
     Args:
-        latents: `[M, ...]` history.
+        history: latents of it.
+        read: what the latest of them say.
         options: budgets and thresholds.
-
-    Raises:
-        ValueError: latents that are not finite.
     """
-    history = len(latents)
-    dynamics, power = read_latents(latents, history, options.chunk_latents)
+    dynamics, power = read
     window_chunks = window_length(dynamics, options)
     first = history - window_chunks * options.chunk_latents
     frames = []
@@ -152,7 +149,7 @@ def among(plan: ContextPlan, held: Sequence[int]) -> ContextPlan:
 
 def plan_context(
     visibility: Tensor,
-    latents: Tensor | None,
+    latents: Tensor | LatentReading | None,
     options: ContextOptions,
     held: Sequence[int] | None = None,
     history: int | None = None,
@@ -161,7 +158,7 @@ def plan_context(
 
     Args:
         visibility: `[q, h, P]` from `score_points`, of what is held against new views.
-        latents: `[M, ...]` history; None leaves the window at its longest.
+        latents: `[M, ...]` history, or what was read of it; None leaves the window longest.
         options: budgets and thresholds.
         held: the h indices into the history that the model holds, ascending; sink and window are
             the first and last of them. None holds all.
@@ -175,7 +172,10 @@ def plan_context(
     dynamics, power, window_chunks = None, None, None
     window_latents = options.window_latents
     if window_latents is None:
-        dynamics, power = read_latents(latents, history, options.chunk_latents)
+        read = latents
+        if not isinstance(read, LatentReading):
+            read = read_latents(read, history, options.chunk_latents)
+        dynamics, power = read
         window_chunks = window_length(dynamics, options)
         window_latents = window_chunks * options.chunk_latents
     reasons: dict[int, str] = {}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lipass.config import Config
+from lipass.options import ContextOptions
 from lipass.policy.blocks import dense_chunk
 from lipass.policy.context import ContextPlan, among, keep, plan_context, plan_window
 from lipass.policy.indices import indices_of
+from lipass.policy.latents import LatentReading, read_latents
 from lipass.policy.reference import history_latents, plan_as_released
 from lipass.policy.revisit import Revisit, decide_revisit
 from lipass.policy.steering import Blend
@@ -35,6 +38,7 @@ class ChunkPlan:
         steps: which steps compute; None until `Chunk.steps` has told how many there are.
         dense_reason: why attention stays dense in this chunk; None where the budgets decide.
         steering: what its prompt is made of; None where the session was told none.
+        point: of the frontier, at which it was made; None where the session has no target.
     """
 
     stream: str
@@ -44,6 +48,7 @@ class ChunkPlan:
     steps: StepPlan | None
     dense_reason: str | None
     steering: Blend | None = None
+    point: str | None = None
 
     @property
     def history_latents(self) -> int:
@@ -61,6 +66,7 @@ class ChunkPlan:
             "steps": None if self.steps is None else self.steps.to_dict(),
             "dense_reason": self.dense_reason,
             "steering": None if self.steering is None else self.steering.to_dict(),
+            "point": self.point,
         }
 
     @classmethod
@@ -88,6 +94,7 @@ class ChunkPlan:
             None if data["steps"] is None else StepPlan.from_dict(data["steps"]),
             data["dense_reason"],
             Blend.from_dict(data["steering"]) if data.get("steering") else None,
+            data.get("point"),
         )
 
     def to_json(self) -> str:
@@ -107,6 +114,16 @@ class ChunkPlan:
         return cls.from_dict(data)
 
 
+class Once(dict[str, Any]):
+    """Keep what several plans of one chunk share, so that it is scored and read once."""
+
+    def get_or(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what was made under a name, or make it."""
+        if name not in self:
+            self[name] = make()
+        return self[name]
+
+
 def plan_chunk(
     config: Config,
     *,
@@ -117,6 +134,7 @@ def plan_chunk(
     stream: str,
     index: int,
     held: Sequence[int] | None = None,
+    once: Once | None = None,
 ) -> ChunkPlan:
     """Decide everything about one chunk.
 
@@ -130,14 +148,16 @@ def plan_chunk(
         stream: name of the stream.
         index: chunks of the stream before this one.
         held: what there is to choose from; None is all of the history.
+        once: what several calls for one chunk share, with other options of the same camera.
 
     Raises:
         TypeError: cameras or latents of the wrong kind.
         ValueError: cameras, latents or `own_context` that do not fit together.
     """
     context_options, step_options = config.context, config.steps
+    once = Once() if once is None else once
     if poses is None or query is None:
-        return _without_cameras(config, latents, own_context, stream, index, held)
+        return _without_cameras(config, latents, own_context, stream, index, held, once)
     modes = {options.mode for options in (context_options, step_options) if options}
     counted = "matrix-game" if "matrix-game" in modes else ""
     history, new = (history_latents(len(cameras), counted) for cameras in (poses, query))
@@ -147,9 +167,12 @@ def plan_chunk(
     adaptive = [o for o in (context_options, step_options) if o and o.mode == "adaptive"]
     if adaptive and history and (held is None or held):
         there = sorted(indices_of(held, history, "held")) if held is not None else range(history)
-        visibility = score_points(poses[list(there)], query, adaptive[0])
+        scored = functools.partial(score_points, poses[list(there)], query, adaptive[0])
+        visibility = once.get_or("points", scored)
         if context_options in adaptive:
-            context = plan_context(visibility, latents, context_options, there, history)
+            asked = context_options.window_latents is None
+            read = _read(once, latents, history, context_options) if asked else None
+            context = plan_context(visibility, read, context_options, there, history)
         if step_options in adaptive:
             revisit = decide_revisit(visibility.mean(-1), step_options, there)
     if modes - {"adaptive"}:
@@ -182,6 +205,7 @@ def _without_cameras(
     stream: str,
     index: int,
     held: Sequence[int] | None,
+    once: Once,
 ) -> ChunkPlan:
     history = 0 if latents is None else len(latents)
     context, steps = config.context, config.steps
@@ -194,7 +218,7 @@ def _without_cameras(
     own = held if own_context is None else own_context
     chosen = keep(history, own, "held" if own_context is None else "own_context")
     if context is not None and latents is not None:
-        chosen = plan_window(latents, context)
+        chosen = plan_window(history, _read(once, latents, history, context), context)
         chosen = chosen if held is None else among(chosen, held)
     revisit = Revisit(False, None, None, "no cameras, so no view is known to be seen again")
     if steps is None:
@@ -211,6 +235,14 @@ def _without_cameras(
         steps=None,
         dense_reason=dense_chunk(config.sparse, index),
     )
+
+
+def _read(
+    once: Once, latents: Tensor | None, history: int, options: ContextOptions
+) -> LatentReading:
+    read = functools.partial(read_latents, latents, history, options.chunk_latents)
+    found: LatentReading = once.get_or("latents", read)
+    return found
 
 
 def with_steps(plan: ChunkPlan, steps: StepPlan) -> ChunkPlan:
