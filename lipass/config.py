@@ -91,7 +91,8 @@ class Config:
             mode: preset name; None means `options["preset"]`, or "all" without one.
             options: flat keys: fields of Config ("inner"), of a section ("sparse.tile"), a
                 section's switch ("steps": False), a shorthand that sets several (`SHORTHANDS`),
-                or an option of one pass ("find-steps.steps_min"), which the pipeline checks.
+                an option of one pass ("find-steps.steps_min"), which the pipeline checks, or a
+                file of `lipass calibrate` ("frontier"), whose options give way to the others.
 
         Raises:
             ValueError: unknown key or preset, value out of range, option of a section that is off.
@@ -103,6 +104,10 @@ class Config:
                 "write options={'preset': 'all'}"
             )
         options = dict(options or {})
+        if (path := options.pop("frontier", None)) is not None:
+            from lipass.calibration.frontier import Frontier  # reads files, and knows no Config
+
+            options = Frontier.load(coerced("frontier", path, str)).options_of() | options
         named = options.pop("preset", None)
         if mode is not None and named is not None and mode != named:
             raise ValueError(
@@ -189,6 +194,7 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
 }
 
 _FIELD_KINDS: dict[str, Any] = {
+    "frontier": str,
     "inner": str,
     "strict": bool,
     "verify": str,

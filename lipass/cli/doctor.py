@@ -124,10 +124,12 @@ def _version(package: str) -> str | None:
 def _devices() -> list[dict]:
     import torch
 
+    from lipass.calibration.device import cpu_name
+
     devices = [
         {
             "device": "cpu",
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "detail": f"{torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}",
         }
@@ -143,15 +145,6 @@ def _devices() -> list[dict]:
             }
         )
     return devices
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def _caches() -> dict[str, str]:

@@ -55,7 +55,14 @@ def known_options() -> list[dict[str, Any]]:
             "default": "all",
             "meaning": f"one of {', '.join(PRESETS)}",
             "others": {},
-        }
+        },
+        {
+            "name": "frontier",
+            "default": None,
+            "meaning": "a file that `lipass calibrate` has written; its options hold where no "
+            "other is given",
+            "others": {},
+        },
     ]
     kinds = {
         "context": ContextOptions,

@@ -1,0 +1,1 @@
+"""Find which options are worth what on a model, and let sessions choose among them by time."""
