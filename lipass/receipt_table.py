@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lipass.folding import folded, layer_kind, same_reason
 from lipass.receipt_ending import ending
+from lipass.receipt_points import points
 
 if TYPE_CHECKING:
     from lipass.compile.graph_breaks import GraphBreak
@@ -29,6 +30,7 @@ def render(report: Report) -> str:
         *_models(report.sites.values()),
         _passes(report.passes),
         _chunks(report),
+        "\n".join(line for one in points(report.chunks) for line in _wrapped(one, "")),
         "\n".join(textwrap.wrap(ending(report), _WIDTH)),
     ]
     return "\n\n".join(part for part in parts if part)

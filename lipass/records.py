@@ -85,6 +85,7 @@ class ChunkRecord:
         steps_skipped: denoising steps that were not computed, whatever was planned.
         preset: of the session.
         compiled: whether something was compiled meanwhile, so that `seconds` say nothing.
+        target_chunk_ms: what the session was to keep; None where it has no such target.
     """
 
     session: int
@@ -97,6 +98,7 @@ class ChunkRecord:
     steps_skipped: int = 0
     preset: str = ""
     compiled: bool = False
+    target_chunk_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""

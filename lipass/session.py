@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lipass.calibration.frontier import Frontier
 from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.parallel.agree import Alone, Ranks
 from lipass.policy.holding import least_needed
 from lipass.policy.latents import check_latents
-from lipass.policy.plan import ChunkPlan, plan_chunk
-from lipass.policy.steering import DEFAULT, DEFAULT_WITH_ATTENTION, Steering
+from lipass.policy.plan import ChunkPlan, Once, plan_chunk
+from lipass.policy.steering import Steering, default_policy
 from lipass.policy.views import check_poses
 from lipass.receipt import current_report
 from lipass.runtime.chunk import Chunk
@@ -34,6 +36,7 @@ from lipass.runtime.effect import Effect
 from lipass.runtime.events import Events, Sink
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.merged_history import MergedHistories
+from lipass.runtime.pace_target import opened
 from lipass.runtime.prompts import Prompts
 from lipass.runtime.replay import Replay
 from lipass.runtime.results import Invariants
@@ -59,6 +62,11 @@ class Session(Resumable):
         events: where to write what chunks did, for a server to plot: a path, to which JSON lines
             are appended, or a function of one event; None takes the path in LIPASS_EVENTS, if
             there is one (docs/events.md).
+        frontier: what `lipass calibrate` has written, whose options hold (docs/calibrate.md).
+        target_chunk_ms: what a chunk may take: each is made at the best point of the frontier that
+            keeps it, and measured times correct the choice.
+        target_db: the fastest point is taken that had so many dB on its worst walk; with a target
+            of time, points below it are left out.
         group: a `torch.distributed.ProcessGroup` whose ranks make this rollout together, each by
             the same calls: what the first one decides holds on all of them (docs/stages.md).
         options: as in `Config.resolve`, e.g. `preset="all"`, `**{"context.overlap_min": 0.3}`.
@@ -77,18 +85,12 @@ class Session(Resumable):
         convention: str = "w2c-opencv",
         events: Sink | None = None,
         group: Any = None,
+        frontier: str | os.PathLike[str] | Frontier | None = None,
+        target_chunk_ms: float | None = None,
+        target_db: float | None = None,
         **options: Any,
     ) -> None:
-        if config is not None and not isinstance(config, Config):
-            raise TypeError(
-                f"config must be a lipass.Config, got {config!r}; write Session(preset='all')"
-            )
-        if config is not None and options:
-            raise TypeError(
-                f"a session takes a config or options, got both (options {sorted(options)}); "
-                "put the options into Config.resolve"
-            )
-        self.config = config if config is not None else Config.resolve(None, options)
+        self.config, self.pace = opened(config, options, frontier, target_chunk_ms, target_db)
         self.ranks = Alone() if group is None else Ranks(group, self.config.fingerprint())
         self.given = GivenChunks(self.config, convention)
         self.number = current_report().open_session()
@@ -171,9 +173,8 @@ class Session(Resumable):
                 )
             if latents is not None:
                 check_latents(latents)
-            decide = functools.partial(
+            plan_at = functools.partial(
                 plan_chunk,
-                _NOTHING if is_off() else self.config,
                 poses=poses,
                 query=query,
                 latents=latents,
@@ -181,7 +182,11 @@ class Session(Resumable):
                 stream=stream,
                 index=index,
                 held=held,
+                once=Once(),
             )
+            decide = functools.partial(plan_at, _NOTHING if is_off() else self.config)
+            if self.pace is not None and not is_off():
+                decide = functools.partial(self.pace.plan, plan_at)
             history = [len(one) for one in (poses, latents) if one is not None]
             plan = self.ranks.plan(decide, stream=stream, chunk=index, history=history)
             plan = self.prompts.plan(plan, held)
@@ -209,8 +214,7 @@ class Session(Resumable):
             LipassError: the session is closed, or has made chunks without a prompt.
         """
         index = self.turns.upcoming(stream)
-        if policy is None:
-            policy = DEFAULT if self.config.steering is None else DEFAULT_WITH_ATTENTION
+        policy = default_policy(self.config.steering is not None) if policy is None else policy
         if not isinstance(policy, Steering):
             policy = Steering(policy=policy, over_chunks=over_chunks)
         self.prompts.steer(text, policy, stream, index)
@@ -270,6 +274,10 @@ class Session(Resumable):
             self.turns.closed = True
             self.events.close()
             self.effect.tell()
+
+    def config_of(self, plan: ChunkPlan) -> Config:
+        """Return the options that a chunk was planned with."""
+        return (self.pace and self.pace.config(plan)) or self.config
 
     def finish(self, chunk: Chunk) -> None:
         """Count a chunk that was generated to its end."""

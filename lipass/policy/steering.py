@@ -26,8 +26,6 @@ from lipass.options import check, check_choice
 
 POLICIES = ("hard", "lerp", "slerp", "two-prompt", "history-bias", "recache", "flush")
 DEFAULT = "slerp"
-DEFAULT_WITH_ATTENTION = "two-prompt"
-"""The same where attention can be told what weighs how much."""
 
 Curve = Callable[[float], float] | Sequence[float]
 
@@ -296,3 +294,8 @@ def _depth(blend: Blend) -> int:
 
 def _log(weight: float) -> float:
     return math.log(weight) if weight > 0 else -math.inf
+
+
+def default_policy(attention_asks: bool) -> str:
+    """Return the best policy that was measured, where attention can be told weights or cannot."""
+    return "two-prompt" if attention_asks else DEFAULT

@@ -150,7 +150,7 @@ class Chunk:
             ValueError: another number than the chunk was asked for before.
         """
         if self.plan.steps is None:
-            options = None if is_off() else self.session.config.steps
+            options = None if is_off() else self.session.config_of(self.plan).steps
             revisit = self.plan.revisit
             steps = plan_steps(total, options, allowed=revisit.allowed, reason=revisit.reason)
             self.plan = with_steps(self.plan, steps)
@@ -250,6 +250,8 @@ class Chunk:
         self._graphs = current_report().graphs
         self._began_ns = time.time_ns()
         self._compiled = Compiled.now()
+        if self.session.pace is not None:
+            self.session.pace.began(self.plan)
         self._block = Block(self.session, self)
         enter(self._block)
         return self
@@ -277,6 +279,7 @@ class Chunk:
             self.steps_skipped(),
             "off" if is_off() else self.session.config.preset,
             current_report().graphs != self._graphs,
+            None if self.session.pace is None else self.session.pace.target_ms,
         )
         if kind is None:
             self._finished = True
@@ -284,4 +287,6 @@ class Chunk:
             current_report().add_chunk(record)
             if not is_off():
                 self.session.effect.add(record)
+                if self.session.pace is not None:
+                    self.session.pace.finished(record)
         self.session.events.chunk(record, self._began_ns, self._compiled, kind)

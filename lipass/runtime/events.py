@@ -210,6 +210,7 @@ def chunk_attributes(
             "lipass.steps.reused": record.steps_skipped,
             "lipass.steps.form": steps.form,
         }
+    attributes |= {"lipass.point": plan.point, "lipass.target.chunk_ms": record.target_chunk_ms}
     if (blend := plan.steering) is not None:
         attributes |= {
             "lipass.prompt.number": blend.new,

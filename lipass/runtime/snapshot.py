@@ -26,6 +26,7 @@ from lipass.policy.plan import ChunkPlan
 from lipass.receipt import ChunkRecord, current_report
 from lipass.runtime.events import Sink
 from lipass.runtime.given import GivenChunks
+from lipass.runtime.pace import Pace
 from lipass.runtime.replay import Replay
 from lipass.runtime.tree_file import Tree, checked, from_bytes, to_bytes
 from lipass.runtime.turns import Turns
@@ -147,6 +148,7 @@ class Resumable:
     given: GivenChunks
     turns: Turns
     number: int
+    pace: Pace | None
     recorded: Replay | None
 
     def snapshot(
@@ -178,6 +180,7 @@ class Resumable:
             )
         parts = {name: getattr(self, name).state() for name in _PARTS}
         parts["recorded"] = None if self.recorded is None else self.recorded.state()
+        parts["pace"] = None if self.pace is None else self.pace.state()
         own = current_report().chunks if records else ()
         return Snapshot(
             self.config.to_options(),
@@ -227,6 +230,8 @@ class Resumable:
             getattr(session, name).restore(snapshot.parts[name])
         if snapshot.parts["recorded"] is not None:
             session.recorded = Replay.of(snapshot.parts["recorded"])
+        if (pace := snapshot.parts.get("pace")) is not None:
+            session.pace = Pace.restored(pace, agreed)
         for record in snapshot.records:
             current_report().add_chunk(replace(record, session=session.number))
         return session
