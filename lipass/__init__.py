@@ -13,6 +13,8 @@ from lipass._version import VERSION as __version__
 
 if TYPE_CHECKING:
     from lipass.adapters.adopt import adopt
+    from lipass.calibration.calibrate import calibrate
+    from lipass.calibration.frontier import Frontier
     from lipass.config import Config
     from lipass.eager.attend import attend
     from lipass.errors import LipassError, LipassWarning
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "Frontier",
     "LipassError",
     "LipassWarning",
     "Session",
@@ -36,12 +39,14 @@ __all__ = [
     "__version__",
     "adopt",
     "attend",
+    "calibrate",
     "disabled",
     "report",
 ]
 
 _HOME = {
     "Config": "lipass.config",
+    "Frontier": "lipass.calibration.frontier",
     "LipassError": "lipass.errors",
     "LipassWarning": "lipass.errors",
     "Session": "lipass.session",
@@ -51,6 +56,7 @@ _HOME = {
     "Steering": "lipass.policy.steering",
     "adopt": "lipass.adapters.adopt",
     "attend": "lipass.eager.attend",
+    "calibrate": "lipass.calibration.calibrate",
     "disabled": "lipass.switch",
     "report": "lipass.receipt",
 }

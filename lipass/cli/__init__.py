@@ -18,6 +18,7 @@ COMMANDS = (
     "eval",
     "play",
     "warmup",
+    "calibrate",
     "inspect",
     "diff",
     "explain",

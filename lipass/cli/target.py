@@ -60,14 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, presets: bool = False) -> 
         )
     else:
         parser.add_argument("--preset", default="all", help="passes to run (default: all)")
-    parser.add_argument(
-        "-o",
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="option of the backend, such as sparse.budget_decode=0.3; may be repeated",
-    )
+    add_options(parser)
     parser.add_argument(
         "--add",
         action="append",
@@ -77,6 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser, *, presets: bool = False) -> 
         "registers; may be repeated",
     )
     parser.add_argument("--dynamic", action="store_true", help="compile with dynamic shapes")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare `-o KEY=VALUE`, which `options_given` reads."""
+    parser.add_argument(
+        "-o",
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the backend, such as sparse.budget_decode=0.3; may be repeated",
+    )
 
 
 def add_fake_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +108,16 @@ def options_of(args: argparse.Namespace, preset: str | None = None) -> dict[str,
     Raises:
         UsageError: for an option that is not `KEY=VALUE`.
     """
-    return {"preset": preset or args.preset, **dict(map(_option, args.option))}
+    return {"preset": preset or args.preset, **options_given(args)}
+
+
+def options_given(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect what `-o` was given.
+
+    Raises:
+        UsageError: for an option that is not `KEY=VALUE`.
+    """
+    return dict(map(_option, args.option))
 
 
 def load(text: str, fake: bool = False) -> Target:

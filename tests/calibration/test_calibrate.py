@@ -1,0 +1,236 @@
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+import lipass
+from lipass.calibration.ledger import Ledger
+from lipass.calibration.picture import picture
+from lipass.calibration.quality import Reference
+from lipass.calibration.search import Tried, frontier
+from lipass.calibration.told import table
+from lipass.calibration.worth import Worth, correlation, curve
+from lipass.cli import main
+from lipass.errors import LipassError
+from lipass.receipt import reset_report
+
+sys.path.insert(0, str(Path(__file__).parent))
+import walks
+
+TARGET = str(Path(walks.__file__))
+FAST = {"tries": 8, "repeats": 1, "frames": 4}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    reset_report()
+    torch._dynamo.reset()
+
+
+def calibrated(**given):
+    model, roll_out, paths, options = walks.build()
+    return lipass.calibrate(
+        model, roll_out, paths, **{"options": options, "compiled": False, **FAST, **given}
+    )
+
+
+@pytest.fixture(scope="module")
+def found():
+    reset_report()
+    return calibrated()
+
+
+def test_points_go_from_the_best_to_the_fastest(found):
+    points = found.frontier.points
+    assert [one.chunk_ms for one in points] == sorted(one.chunk_ms for one in points)[::-1]
+    assert [one.db for one in points] == sorted(one.db for one in points)[::-1]
+    assert all(one.db_worst <= one.db + 0.01 for one in points)
+    assert found.again_db == 100.0
+    assert len(found.tried) <= 8
+
+
+def test_what_is_found_opens_sessions(found, tmp_path):
+    found.frontier.save(tmp_path / "own.toml")
+    again = lipass.Frontier.load(tmp_path / "own.toml")
+    assert again == found.frontier
+    model, roll_out, paths, _ = walks.build()
+    with lipass.Session(frontier=again, target_chunk_ms=1e4) as session:
+        roll_out(model, paths["ahead"], session)
+    assert {one.plan.point for one in lipass.report().chunks} == {again.points[0].name}
+
+
+def test_the_file_says_of_what_and_on_what_it_was_found(found):
+    assert found.frontier.model["class"] == "Averaging"
+    assert found.frontier.walks == ("way back", "ahead")
+    assert {"device", "lipass", "torch", "python"} <= {*found.frontier.environment}
+    assert found.frontier.options["preset"] == "all"
+
+
+def test_frames_are_asked_what_they_are_worth(found):
+    assert 0 < len(found.worth) <= 4
+    assert {one.walk for one in found.worth} <= {"way back", "ahead"}
+    assert all(0 <= one.overlap <= 1 for one in found.worth)
+
+
+def test_a_compiled_model_is_calibrated_against_its_dense_twin():
+    found = calibrated(compiled=True, tries=3, frames=0)
+    assert found.frontier.points
+    assert lipass.report().graphs > 0
+
+
+def test_tries_are_gone_on_with(tmp_path):
+    rolled = []
+
+    def roll_out(model, walk, session):
+        rolled.append(walk)
+        return walks.roll_out(model, walk, session)
+
+    model, _, paths, options = walks.build()
+    paths = {"ahead": paths["ahead"]}
+    given = {"options": options, "compiled": False, "keep": tmp_path / "tries", "tries": 4,
+             "repeats": 1, "frames": 0}  # fmt: skip
+    first = lipass.calibrate(model, roll_out, paths, **given)
+    once = len(rolled) - len(first.frontier.points)
+    rolled.clear()
+    again = lipass.calibrate(model, roll_out, paths, **given)
+    assert [one["db"] for one in again.tried[:3]] == [one["db"] for one in first.tried[:3]]
+    assert len(rolled) - len(again.frontier.points) <= once - 3
+
+
+def test_other_options_are_tried_anew(tmp_path):
+    ledger = Ledger(tmp_path / "tries", {"walk": "a"})
+    ledger.put({"x": (1, 2)}, "walk", 0.5, [(4, 2)])
+    assert Ledger(tmp_path / "tries", {"walk": "a"}).get({"x": (1, 2)}, "walk").chunks == ((4, 2),)
+    assert Ledger(tmp_path / "tries", {"walk": "b"}).get({"x": (1, 2)}, "walk") is None
+    assert ledger.get({"x": (1, 3)}, "walk") is None
+    with (tmp_path / "tries").open("a") as file:
+        file.write('["cut')
+    assert Ledger(tmp_path / "tries", {"walk": "a"}).get({"x": (1, 2)}, "walk") is not None
+
+
+def test_a_rollout_that_differs_each_time_is_refused():
+    model, roll_out, paths, options = walks.build()
+
+    def noisy(model, walk, session):
+        return roll_out(model, walk, session) + torch.randn(1)
+
+    with pytest.raises(LipassError, match="must be the same each time, got two"):
+        lipass.calibrate(model, noisy, paths, options=options, compiled=False, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("loop", "error", "said"),
+    [
+        (lambda model, walk, session: [1], TypeError, "must return a tensor, got list"),
+        (lambda model, walk, session: walk, LipassError, r"session\.chunk\(\.\.\.\)`, got none"),
+        (3, TypeError, r"a function of \(model, walk, session\), got int"),
+    ],
+)
+def test_loops_that_are_none_are_refused(loop, error, said):
+    model, _, paths, options = walks.build()
+    with pytest.raises(error, match=said):
+        lipass.calibrate(model, loop, paths, options=options, compiled=False, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("paths", "error", "said"),
+    [([], ValueError, "needs walks, got none"), (torch.eye(4), TypeError, r"write \[walk\]")],
+)
+def test_walks_that_are_none_are_refused(paths, error, said):
+    model, roll_out, _, options = walks.build()
+    with pytest.raises(error, match=said):
+        lipass.calibrate(model, roll_out, paths, options=options, compiled=False, **FAST)
+
+
+def test_a_preset_without_choices_of_a_session_is_refused():
+    with pytest.raises(LipassError, match="got preset 'sparse' without context and steps"):
+        calibrated(options={"preset": "sparse", "inner": "eager"})
+
+
+def test_no_tries_are_refused():
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 1"):
+        calibrated(tries=0)
+
+
+def test_rollouts_of_other_lengths_are_refused():
+    reference = Reference({"walk": torch.zeros(4, 2)})
+    with pytest.raises(LipassError, match=r"must have one shape, got \[3, 2\] for \[4, 2\]"):
+        reference.error("walk", torch.zeros(3, 2))
+
+
+def test_results_that_are_not_finite_are_refused():
+    with pytest.raises(LipassError, match="must make finite results, got values from"):
+        Reference({"walk": torch.tensor([0.0, float("inf")])})
+
+
+def test_db_are_of_a_peak_of_1_for_pictures_and_of_the_range_for_others():
+    assert Reference({"walk": torch.rand(100)}).peak == 1.0
+    assert Reference({"walk": torch.tensor([-3.0, 5.0])}).peak == 8.0
+    pictures = Reference({"walk": torch.rand(100)})
+    assert pictures.db([0.01]) == pytest.approx(20.0)
+    assert pictures.db([0.0, 0.02]) == pytest.approx(20.0)
+    assert pictures.db([0.0]) == 100.0
+
+
+def test_a_curve_shows_whether_overlap_foresees_worth():
+    worth = [Worth("w", n, n / 10, db) for n, db in enumerate((0.0, 0.1, 0.2, 1.0, 2.0, 4.0))]
+    assert correlation(worth) == pytest.approx(1.0)
+    assert correlation([*worth[:2]]) is None
+    rows = curve([*worth, Worth("w", 9, 1.0, 6.0)])
+    assert [row["latents"] for row in rows] == [1, 2, 2, 1, 1]
+    assert rows[-1] == {"overlap": [0.9, 1.0], "latents": 1, "db": 6.0}
+
+
+def test_tables_fit_a_terminal_and_say_what_to_write(found):
+    text = table(found, "frontier.toml")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "* " in text
+    assert 'Session(frontier="frontier.toml", target_chunk_ms=' in text
+    assert "worth, by the share" in text
+
+
+def test_pictures_have_a_dot_a_try_and_a_point(found):
+    root = ElementTree.fromstring(picture(found))
+    dots = [one.get("class") for one in root.iter("{http://www.w3.org/2000/svg}circle")]
+    assert dots.count("front") == len(found.frontier.points)
+    assert len(found.tried) == dots.count("tried") + dots.count("part")
+    assert dots.count("default") == 1
+
+
+def test_the_command_writes_a_frontier_and_shows_it(tmp_path, capsys):
+    out = tmp_path / "own.toml"
+    code = main(["calibrate", f"{TARGET}:build", "--no-compile", "--tries", "5", "--repeats", "1",
+                 "--frames", "2", "--out", str(out), "--svg", str(tmp_path / "own.svg"), "--json",
+                 "-o", "context.gain_min=0.05"])  # fmt: skip
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    document = json.loads(said.out)
+    assert {"frontier", "tried", "again_db", "worth", "seconds"} <= {*document}
+    assert lipass.Frontier.load(out).options["context.gain_min"] == 0.05
+    assert (tmp_path / "own.svg").read_text().startswith("<svg")
+    assert (tmp_path / "own.toml.tries").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("build_other", "got Averaging; see docs/calibrate.md"), ("none", "does not; it defines")],
+)
+def test_a_target_that_is_none_is_wrong_usage(name, said, tmp_path, capsys):
+    code = main(["calibrate", f"{TARGET}:{name}", "--out", str(tmp_path / "own.toml")])
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_target_may_leave_options_out(tmp_path, capsys):
+    out = str(tmp_path / "own.toml")
+    code = main(["calibrate", f"{TARGET}:build_three", "--no-compile", "--tries", "2",
+                 "--repeats", "1", "--frames", "0", "--out", out])  # fmt: skip
+    assert code == 0
+    assert "options = {" in capsys.readouterr().out
+
+
+def test_frontiers_are_of_whole_tries_only():
+    assert frontier([Tried((0,), (1.0,), (0.0,), whole=False)]) == []
