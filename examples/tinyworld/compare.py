@@ -27,7 +27,7 @@ from .scenario import Scenario
 INDUCTOR = "inductor"
 # A latent of the small model is one tile: whole latents are read or not, and none is split. The
 # four latents of a chunk choose together, since their views are nearly the same.
-_TILE, _QUERY_TILE = (1, 8, 8), (4, 8, 8)
+TILE, QUERY_TILE = (1, 8, 8), (4, 8, 8)
 # This model predicts medians: two of four steps give nearly the same pictures anywhere, so steps
 # are reused in every chunk and not on revisits only.
 _REVISIT_OVERLAP = 0.0
@@ -54,8 +54,34 @@ def options_of(preset: str, inner: str) -> dict[str, Any]:
     if config.steps:
         options["steps.overlap_min"] = _REVISIT_OVERLAP
     if config.sparse:
-        options |= {"sparse.tile": _TILE, "sparse.query_tile": _QUERY_TILE}
+        options |= {"sparse.tile": TILE, "sparse.query_tile": QUERY_TILE}
     return options
+
+
+def marking_lengths(compiled: Callable) -> Callable:
+    """Call a compiled model so that the context length is the one dimension that varies."""
+
+    def call(
+        latents: Tensor,
+        sigma: Tensor,
+        w2c: Tensor,
+        text: list[KeyValue],
+        history: list[KeyValue] | None = None,
+        walls: Tensor | None = None,
+    ) -> Any:
+        torch._dynamo.mark_dynamic(w2c, 1)
+        if history is None:
+            torch._dynamo.mark_dynamic(latents, 2)
+            torch._dynamo.mark_dynamic(sigma, 1)
+            if walls is not None:
+                torch._dynamo.mark_dynamic(walls, 2)
+        else:
+            for pair in history:
+                for tensor in pair:
+                    torch._dynamo.mark_dynamic(tensor, 2)
+        return compiled(latents, sigma, w2c, text, history, walls)
+
+    return call
 
 
 class Compared(Protocol):
@@ -112,18 +138,8 @@ class Contender:
         history: list[KeyValue] | None = None,
         walls: Tensor | None = None,
     ) -> Any:
-        """Call the compiled model; the context length is the one dimension that varies."""
-        torch._dynamo.mark_dynamic(w2c, 1)
-        if history is None:
-            torch._dynamo.mark_dynamic(latents, 2)
-            torch._dynamo.mark_dynamic(sigma, 1)
-            if walls is not None:
-                torch._dynamo.mark_dynamic(walls, 2)
-        else:
-            for pair in history:
-                for tensor in pair:
-                    torch._dynamo.mark_dynamic(tensor, 2)
-        return self.compiled(latents, sigma, w2c, text, history, walls)
+        """Call the compiled model."""
+        return marking_lengths(self.compiled)(latents, sigma, w2c, text, history, walls)
 
     def session(self) -> "lipass.Session | None":
         """A new session for one rollout; the exact presets need none."""
