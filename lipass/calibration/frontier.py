@@ -70,7 +70,7 @@ class Point:
         options: flat ones, of `MOVABLE`.
         chunk_ms: median time of a chunk.
         speedup: how many times as fast as dense.
-        db: to the dense model, errors of all walks averaged before the logarithm.
+        db: to the dense model, mean over walks; what is above 60 counts as 60.
         db_worst: of the worst walk.
         latents: history latents that a chunk reads, mean.
         steps: denoising steps that a chunk computes, mean.

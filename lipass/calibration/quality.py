@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from lipass.errors import LipassError
 
-_CAP_DB = 100.0
+# Walks on which a choice changes nothing must not make up for those on which it does.
+MOST_DB = 60.0
 
 
 class Reference:
@@ -43,10 +44,8 @@ class Reference:
             )
         return float((output - dense).square().mean())
 
-    def db(self, errors: Iterable[float]) -> float:
-        """Give mean squared errors as dB, averaged before the logarithm; equal ones give 100."""
-        own = list(errors)
-        error = sum(own) / len(own)
+    def db(self, error: float) -> float:
+        """Give a mean squared error as dB; nobody sees what is above 60."""
         if not error > 0:
-            return _CAP_DB if error == 0 else -_CAP_DB
-        return min(_CAP_DB, 10 * math.log10(self.peak**2 / error))
+            return MOST_DB if error == 0 else -MOST_DB
+        return min(MOST_DB, 10 * math.log10(self.peak**2 / error))

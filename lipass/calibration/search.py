@@ -14,8 +14,8 @@ from dataclasses import dataclass
 Choice = tuple[int, ...]
 """A rung of each ladder."""
 
-# Given up where another choice has so much less error on the walks so far, in no more time.
-_CLEARLY = 0.7
+# Given up where another choice has so much more on the walks so far, in no more time.
+_CLEARLY_DB = 1.5
 _WALKS_LEAST = 2
 
 
@@ -26,13 +26,13 @@ class Tried:
     Attributes:
         choice: rungs.
         ms: of each walk, foreseen.
-        errors: of each walk, mean squared.
+        dbs: of each walk, to the dense model.
         whole: whether all walks were tried.
     """
 
     choice: Choice
     ms: tuple[float, ...]
-    errors: tuple[float, ...]
+    dbs: tuple[float, ...]
     whole: bool = True
 
     @property
@@ -41,18 +41,18 @@ class Tried:
         return sum(self.ms) / len(self.ms)
 
     @property
-    def error(self) -> float:
+    def db(self) -> float:
         """Mean over walks."""
-        return sum(self.errors) / len(self.errors)
+        return sum(self.dbs) / len(self.dbs)
 
 
 def frontier(tried: Sequence[Tried]) -> list[Tried]:
     """Return those that no other is faster and closer than, from the closest to the fastest."""
     kept: list[Tried] = []
     for one in sorted(
-        (one for one in tried if one.whole), key=lambda one: (one.time, one.error, one.choice)
+        (one for one in tried if one.whole), key=lambda one: (one.time, -one.db, one.choice)
     ):
-        if not kept or one.error < kept[-1].error:
+        if not kept or one.db > kept[-1].db:
             kept.append(one)
     return kept[::-1]
 
@@ -71,7 +71,7 @@ def search(
         rungs: of each ladder, how many there are.
         starts: where to begin; all of them are tried on all walks.
         walks: how many there are.
-        measure: time in ms and mean squared error of a choice on a walk.
+        measure: time in ms and dB of a choice on a walk.
         tries: choices at most, starts included.
         note: is told of each.
 
@@ -81,14 +81,14 @@ def search(
     done: dict[Choice, Tried] = {}
 
     def attempt(choice: Choice, *, whole: bool) -> None:
-        ms, errors = [], []
+        ms, dbs = [], []
         for walk in range(walks):
-            took, error = measure(choice, walk)
+            took, db = measure(choice, walk)
             ms.append(took)
-            errors.append(error)
-            if not whole and walk + 1 >= _WALKS_LEAST and _beaten(ms, errors, done.values()):
+            dbs.append(db)
+            if not whole and walk + 1 >= _WALKS_LEAST and _beaten(ms, dbs, done.values()):
                 break
-        done[choice] = Tried(choice, tuple(ms), tuple(errors), len(ms) == walks)
+        done[choice] = Tried(choice, tuple(ms), tuple(dbs), len(ms) == walks)
         note(done[choice])
 
     for start in dict.fromkeys(starts):
@@ -119,12 +119,12 @@ def around(choice: Choice, rungs: Sequence[int]) -> Iterator[Choice]:
                 yield (*choice[:place], choice[place] + step, *choice[place + 1 :])
 
 
-def _beaten(ms: Sequence[float], errors: Sequence[float], others: Iterable[Tried]) -> bool:
+def _beaten(ms: Sequence[float], dbs: Sequence[float], others: Iterable[Tried]) -> bool:
     count = len(ms)
     return any(
         len(one.ms) >= count
         and sum(one.ms[:count]) <= sum(ms)
-        and sum(one.errors[:count]) < _CLEARLY * sum(errors)
+        and sum(one.dbs[:count]) > sum(dbs) + _CLEARLY_DB * count
         for one in others
     )
 

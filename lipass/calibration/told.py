@@ -34,7 +34,7 @@ def table(found: Calibration, path: str) -> str:
             one.name, _WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12
         )
     said = (
-        "dB to the dense model, mean squared errors of all walks averaged, and of the worst walk; "
+        "dB to the dense model, mean of all walks and worst, 60 at most; "
         f"* holds where no target is given. Two dense rollouts agree at {found.again_db:.0f} dB."
     )
     lines += ["", *textwrap.wrap(said, _WIDTH), *_worth(found), ""]

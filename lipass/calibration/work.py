@@ -63,7 +63,7 @@ class Work:
         self.reference = Reference({walk: run.output for walk, run in runs.items()})
         first = next(iter(runs))
         self.again_db = self.reference.db(
-            [self.reference.error(first, self.run(None, first).output)]
+            self.reference.error(first, self.run(None, first).output)
         )
         if self.again_db < _SAME_DB:
             raise LipassError(
@@ -114,10 +114,10 @@ class Work:
                     self.options(choice), walk, self.reference.error(walk, run.output), chunks
                 )
             ms = [self.cost.ms(*chunk) for chunk in found.chunks]
-            return sum(ms) / len(ms), found.error
+            return sum(ms) / len(ms), self.reference.db(found.error)
 
         def note(one: Tried) -> None:
-            told = f"{self.label(one.choice)}: {self.reference.db(one.errors):.1f} dB"
+            told = f"{self.label(one.choice)}: {one.db:.1f} dB"
             self.advance(told if one.whole else f"{told}, given up")
 
         rungs = [len(ladder) for ladder in self.ladders.values()]
@@ -149,8 +149,8 @@ class Work:
                     self.options(one.choice),
                     round(_median(own), 3),
                     round(statistics.median(ratios[one.choice] or [1.0]), 3),
-                    round(self.reference.db(one.errors), 2),
-                    round(min(self.reference.db([error]) for error in one.errors), 2),
+                    round(one.db, 2),
+                    round(min(one.dbs), 2),
                     round(statistics.mean(took.latents for took in own), 2),
                     round(statistics.mean(took.steps for took in own), 2),
                 )
@@ -222,7 +222,7 @@ class Work:
                 "label": self.label(one.choice),
                 "options": self.options(one.choice),
                 "chunk_ms": round(one.time, 3),
-                "db": round(self.reference.db(one.errors), 2),
+                "db": round(one.db, 2),
                 "whole": one.whole,
             }
             for one in tried
