@@ -1,9 +1,10 @@
 """Calibrate: find the options of a model that are worth their time, on walks of its own.
 
 1. The dense model rolls all walks out: what is compared with, and what dense chunks take.
-2. A few choices are timed in turn with it, and a cost is fitted to their chunks.
-3. A search tries choices by their results; times are foreseen by the cost.
-4. What is left is rolled out in turn with the dense model, several times, and timed.
+2. Graphs with dense and sparse attention are timed in turn, and one is taken for all points.
+3. A few choices are timed in turn, and a cost is fitted to their chunks.
+4. A search tries choices by their results; times are foreseen by the cost.
+5. What is left is rolled out in turn with the dense model, several times, and timed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from lipass._version import VERSION
+from lipass.calibration.density import Density
 from lipass.calibration.device import device_name
 from lipass.calibration.frontier import Frontier
 from lipass.calibration.ledger import Ledger
@@ -39,6 +41,7 @@ class Calibration:
         tried: all that was tried: label, foreseen ms of a chunk, dB, whether on all walks.
         again_db: of the dense model to itself, in a second rollout: no dB above it mean anything.
         worth: what single history latents are worth to a chunk.
+        densities: what dense and sparse attention did, where both were tried.
         seconds: it took.
     """
 
@@ -46,6 +49,7 @@ class Calibration:
     tried: list[dict[str, Any]] = field(repr=False)
     again_db: float
     worth: list[Worth] = field(repr=False)
+    densities: list[Density] = field(repr=False)
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +99,7 @@ def calibrate(
     with room_for_graphs():
         work.roll_out_dense()
         work.choose_ladders()
+        work.choose_density()
         work.fit_cost()
         tried = work.search(tries, Ledger(keep, work.marked()))
         points = work.timed(thinned(frontier(tried), _POINTS_MOST), repeats)
@@ -118,4 +123,4 @@ def calibrate(
         },
     )
     seconds = time.perf_counter() - begin
-    return Calibration(found, work.told(tried), work.again_db, worth, seconds)
+    return Calibration(found, work.told(tried), work.again_db, worth, work.densities, seconds)

@@ -98,7 +98,9 @@ def search(
     while len(done) < tries:
         front = frontier(list(done.values()))
         # Those that were looked around least come first: no part of the frontier is left behind.
-        order = sorted(front, key=lambda one: (expanded.get(one.choice, 0), -one.time))
+        # Of equal ones from both ends in turn.
+        sign = 1 if len(done) % 2 else -1
+        order = sorted(front, key=lambda one: (expanded.get(one.choice, 0), sign * one.time))
         found = next(
             ((one.choice, near) for one in order for near in around(one.choice, rungs)
              if near not in done),

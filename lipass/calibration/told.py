@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from lipass.calibration.density import chosen
 from lipass.calibration.worth import correlation, curve
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def table(found: Calibration, path: str) -> str:
         "dB to the dense model, mean of all walks and worst, 60 at most; "
         f"* holds where no target is given. Two dense rollouts agree at {found.again_db:.0f} dB."
     )
-    lines += ["", *textwrap.wrap(said, _WIDTH), *_worth(found), ""]
+    lines += ["", *textwrap.wrap(said, _WIDTH), *_attention(found), *_worth(found), ""]
     ms = round(own[len(own) // 2].chunk_ms * 1.05)
     lines += [
         f'options = {{"frontier": "{path}"}}',
@@ -45,6 +46,17 @@ def table(found: Calibration, path: str) -> str:
         f'session = lipass.Session(frontier="{path}", target_chunk_ms={ms})',
     ]
     return "\n".join(lines)
+
+
+def _attention(found: Calibration) -> Iterator[str]:
+    if not found.densities:
+        return
+    taken = chosen(found.densities).label
+    yield ""
+    yield f"Attention where most is read; {taken} is taken:"
+    for one in found.densities:
+        said = f"{one.visited:4.0%} of the blocks, {one.speedup:.2f}x, {one.db:.1f} dB"
+        yield f"  {one.label:16}  {said}"
 
 
 def _worth(found: Calibration) -> Iterator[str]:
@@ -73,5 +85,6 @@ def plain(found: Calibration) -> dict[str, Any]:
         "tried": found.tried,
         "again_db": round(found.again_db, 2),
         "worth": worth(found.worth),
+        "densities": [one.to_dict() for one in found.densities],
         "seconds": round(found.seconds, 1),
     }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lipass.calibration.costs import fit
+from lipass.calibration.density import Density, chosen, is_told, measured, visited, ways
 from lipass.calibration.frontier import Cost, Point
 from lipass.calibration.ladders import Ladder, Setting, ladders, nearest, options_of
 from lipass.calibration.ledger import Ledger
@@ -19,6 +20,7 @@ from lipass.calibration.subject import Run, Subject, Took
 from lipass.calibration.worth import Worth, worth_of
 from lipass.config import Config
 from lipass.errors import LipassError
+from lipass.kernels import registry
 from lipass.policy.plan import ChunkPlan
 from lipass.runtime.snapshot import mark_of
 from lipass.session import Session
@@ -39,19 +41,25 @@ class Work:
         self, subject: Subject, options: dict[str, Any], compiled: bool, advance: Advance
     ) -> None:
         self.subject, self.advance = subject, advance
-        self.shared = {"preset": "all", **options}
-        self.config = Config.resolve(None, self.shared)
         module = isinstance(subject.model, torch.nn.Module)
         self.mark = mark_of(subject.model) if module else {}
         self.dense = self.fast = subject.model
-        if compiled and module and not hasattr(subject.model, "_orig_mod"):
+        self.compiles = compiled and module and not hasattr(subject.model, "_orig_mod")
+        self.share({"preset": "all", **options})
+        if self.compiles:
             dense = {**_DENSE, "inner": self.config.inner}
             self.dense = _compile(subject.model, dense)
-            self.fast = _compile(subject.model, self.config.to_options())
+        self.densities: list[Density] = []
         self.ladders: dict[str, Ladder] = {}
         self.took: list[Took] = []
         self.cost = Cost(1.0)
         self.again_db = self.dense_ms = 0.0
+
+    def share(self, options: dict[str, Any]) -> None:
+        """Let all points share these options from here on."""
+        self.shared, self.config = options, Config.resolve(None, options)
+        if self.compiles:
+            self.fast = _compile(self.subject.model, self.config.to_options())
 
     def roll_out_dense(self) -> None:
         """Roll all walks out with the dense model, and the first one twice."""
@@ -84,10 +92,34 @@ class Work:
             )
 
     def starts(self) -> list[Choice]:
-        """Begin at the options as they are, and at the dearest and the cheapest."""
+        """Begin at the options as they are, at the dearest, the cheapest and between the two."""
         own = tuple(nearest(ladder, self.config) for ladder in self.ladders.values())
-        last = tuple(len(ladder) - 1 for ladder in self.ladders.values())
-        return [own, (0,) * len(last), last]
+        last = [len(ladder) - 1 for ladder in self.ladders.values()]
+        down = (tuple(round(share * rung) for rung in last) for share in (0, 1, 1 / 3, 2 / 3))
+        return [own, *down]
+
+    def choose_density(self) -> None:
+        """Let graphs attend sparsely where that pays at the dearest choice, or not at all."""
+        sparse, dearest = self.config.sparse, self.starts()[1]
+        if sparse is None or not self.compiles or is_told(self.shared):
+            return
+        tried, graphs = ways(self.shared, sparse.budget_decode), {}
+
+        def attempt(label: str, walk: str) -> tuple[float, float, float]:
+            self.advance(f"timing {label}", done=0)
+            if label not in graphs:
+                self.share(tried[label])
+                graphs[label] = self.config, self.fast
+            self.config, self.fast = graphs[label]
+            registry.reset_telemetry()
+            run = self.run(dearest, walk)
+            db = self.reference.db(self.reference.error(walk, run.output))
+            return sum(one.ms for one in run.chunks), db, visited()
+
+        walks = list(self.subject.walks)[:_TIMED_WALKS]
+        self.densities = measured(tried, walks, attempt)
+        best = chosen(self.densities)
+        self.shared, (self.config, self.fast) = dict(best.options), graphs[best.label]
 
     def fit_cost(self) -> None:
         """Time a few choices in turn, compiling first, and fit the cost to their chunks."""
@@ -209,7 +241,12 @@ class Work:
 
     def marked(self) -> dict[str, Any]:
         """Give what results of tries depend on, by walk."""
-        own = {"options": self.config.fingerprint(), "model": self.mark}
+        # Uncompiled models attend as they do, whatever graphs would be told.
+        attends = self.config.sparse if self.compiles else None
+        flat = {**self.config.to_options(), "sparse": attends is not None}
+        if attends is None:
+            flat = {key: flat[key] for key in flat if not key.startswith("sparse.")}
+        own = {"options": Config.resolve(None, flat).fingerprint(), "model": self.mark}
         return {
             walk: own | {"dense": [list(run.output.shape), round(float(run.output.mean()), 3)]}
             for walk, run in self.dense_runs.items()

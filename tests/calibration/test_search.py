@@ -49,7 +49,7 @@ def test_a_search_finds_what_costs_no_quality_without_trying_all():
 
 def test_what_is_clearly_beaten_is_given_up_after_two_walks():
     model = Model()
-    tried = search(model.rungs, [(0, 2, 0)], 5, model.measure, 12)
+    tried = search(model.rungs, [(0, 2, 0)], 5, model.measure, 40)
     given_up = [one for one in tried if not one.whole]
     assert given_up
     assert {len(one.ms) for one in given_up} == {2}
