@@ -1,16 +1,20 @@
 """What all trainings of the model share: optimizers, a moving average and a state to resume from.
 
 Matrices are trained by Muon, the rest by AdamW; weights are kept in fp32 and used in whichever of
-fp32 and bf16 this machine is faster in.
+fp32 and bf16 this machine is faster in. Samples are drawn on the host and computed where the
+weights are, which the host does not wait for: it draws the next ones meanwhile.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .model import TinyWorld
 from .muon import Muon
@@ -28,6 +32,35 @@ class Pace:
     warm_up_steps: int
     average_share: float
     average_steps: int
+
+
+def generator_for(device: torch.device) -> torch.Generator:
+    """Make what draws noise for a device: there if it is a GPU, else on the host."""
+    return torch.Generator("cuda" if device.type == "cuda" else "cpu")
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Draw numbers in 0..1 where the generator is, for `device`."""
+    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Draw noise where the generator is, for `device`."""
+    return torch.randn(shape, generator=generator, device=generator.device).to(device)
+
+
+@contextmanager
+def products_in_tf32(device: torch.device) -> Iterator[None]:
+    """Let a GPU multiply fp32 on tensor cores; the renderer, which is exact, does not."""
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -52,18 +85,30 @@ def working_copy(model: TinyWorld, dtype: torch.dtype) -> TinyWorld:
 
 
 class Learner:
-    """Model, moving average and optimizers; `losses` are rows of seconds and losses."""
+    """Model, moving average and optimizers; `losses` are rows of seconds and losses.
+
+    It trains where the model is, and draws noise there if that is a GPU.
+    """
 
     def __init__(self, model: TinyWorld, pace: Pace, seed: int = 0) -> None:
         self.model, self.pace = model, pace
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.optimizers = optimizers(model)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.device = next(model.parameters()).device
+        self.generator = generator_for(self.device).manual_seed(seed)
         self.step, self.elapsed_s = 0, 0.0
-        self.losses: list[tuple[float, ...]] = []
+        self.losses: list[tuple[Any, ...]] = []
+
+    def settle(self) -> None:
+        """Read the losses of the steps so far; until then nobody waits for the device."""
+        unread = len(self.losses)
+        while unread and not all(isinstance(n, float) for n in self.losses[unread - 1]):
+            unread -= 1
+        self.losses[unread:] = [tuple(map(float, row)) for row in self.losses[unread:]]
 
     def state(self) -> dict:
         """Everything a resumed run needs but own rollouts, which begin anew."""
+        self.settle()
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -78,7 +123,9 @@ class Learner:
         partial = checkpoint.with_suffix(".partial")
         torch.save(self.state(), partial)
         partial.rename(checkpoint)
-        save_file(self.average.state_dict(), weights)
+        partial = weights.with_suffix(".partial")
+        save_file(self.average.state_dict(), partial)
+        partial.rename(weights)
 
     def load(self, state: dict) -> None:
         """Resume from `state`."""

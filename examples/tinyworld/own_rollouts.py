@@ -126,7 +126,8 @@ class OwnRollouts:
 
     def append(self, chunks: Tensor) -> None:
         """Append generated chunks `[B, C, 4, Y, X]` to the lanes that were drawn last."""
-        for i, chunk in zip(self._drawn, chunks.transpose(1, 2), strict=True):
+        made = chunks.transpose(1, 2).to(self.walks.w2c.device)
+        for i, chunk in zip(self._drawn, made, strict=True):
             lane = self.lanes[i]
             lane.latents = torch.cat([lane.latents, chunk])
             if lane.first + len(lane.latents) + CHUNK_LATENTS > lane.end:

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,12 +41,15 @@ def rank_of() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def average_over_ranks(gradients: list[Tensor], *numbers: float) -> list[float]:
-    """Average gradients and a few numbers over all processes, in one exchange."""
+def average_over_ranks(gradients: list[Tensor], *numbers: float | Tensor) -> list[Any]:
+    """Average gradients and a few numbers over all processes, in one exchange.
+
+    A process alone gets its numbers back as they are, and does not wait for tensors.
+    """
     _, ranks = rank_of()
     if ranks == 1:
         return list(numbers)
-    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor(numbers)])
+    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor(list(map(float, numbers)))])
     dist.all_reduce(flat)
     flat /= ranks
     means = flat.split([g.numel() for g in gradients] + [len(numbers)])

@@ -131,16 +131,18 @@ def roll_out(
 ) -> Rollout:
     """Generate the latents after `given [M, C, Y, X]` along `w2c [F, 4, 4]`.
 
-    `walls [F, C, Y, X]` are latents of the bare room, for a model that is to know its plan.
-    `session` is a `lipass.Session` or None; where it is steered, `text` is None. `retriever` is
-    the loop's own choice of context, used where no session or its context policy is on. `sigmas`
-    are the noise levels of a chunk.
+    Latents lie where the model is, cameras on the host, which chooses by them. `walls
+    [F, C, Y, X]` are latents of the bare room, for a model that is to know its plan. `session` is
+    a `lipass.Session` or None; where it is steered, `text` is None. `retriever` is the loop's own
+    choice of context, used where no session or its context policy is on. `sigmas` are the noise
+    levels of a chunk.
     """
     latents = list(given)
     out = Rollout(given)
     for start in range(len(given), len(w2c), CHUNK_LATENTS):
         query = w2c[start : start + CHUNK_LATENTS]
         noise = chunk_noise(seed, start, (1, given.shape[1], CHUNK_LATENTS, *given.shape[2:]))
+        noise = noise.to(given.device)
         own = retriever(w2c[:start], query)
         if session is None:
             steps = [Step(*pair, False) for pair in itertools.pairwise(sigmas)]
@@ -195,7 +197,8 @@ def run_chunk(
     here = slice(start, start + CHUNK_LATENTS)
 
     def cameras(kept: list[int]) -> Tensor:
-        return relative_to(torch.cat([w2c[kept], w2c[here]]), w2c[start])[None]
+        seen = relative_to(torch.cat([w2c[kept], w2c[here]]), w2c[start])[None]
+        return seen.to(noise.device)
 
     def encoded(said: list[KeyValue], kept: list[int]) -> list[KeyValue]:
         if len(kept) == 1 and start > 1:
@@ -204,25 +207,33 @@ def run_chunk(
             return [(k.chunk(2, 2)[1], v.chunk(2, 2)[1]) for k, v in pairs]
         clean = torch.stack([latents[i] for i in kept], 1)[None]
         seen = None if walls is None else walls[kept].transpose(0, 1)[None]
-        return model(clean, torch.zeros(1, len(kept)), cameras(kept), said, None, seen)
+        level = torch.zeros(1, len(kept), device=clean.device)
+        return model(clean, level, cameras(kept), said, None, seen)
 
     query = None if walls is None else walls[here].transpose(0, 1)[None]
-    begin = time.perf_counter()
+    begin = _now(noise.device)
     runs = [encoded(said, kept) for said, kept in memory or [(text, context)]]
     # One run is copied too: what is joined lies differently, and graphs are compiled for that.
     history = runs[0] if memory is None else [joined(pairs) for pairs in zip(*runs, strict=True)]
-    middle = time.perf_counter()
+    middle = _now(noise.device)
     poses = cameras(context)
     x, computed = noise, 0
     for step in steps:
-        level = torch.full((1, CHUNK_LATENTS), step.sigma)
+        level = torch.full((1, CHUNK_LATENTS), step.sigma, device=x.device)
         velocity = model(x, level, poses, text, history, query)
         x = x + (step.sigma_next - step.sigma) * velocity
         computed += not step.reused
-    end = time.perf_counter()
+    end = _now(noise.device)
     kv_bytes = sum(t.numel() * t.element_size() for pair in history for t in pair)
     record = ChunkRecord(start, context, computed, middle - begin, end - middle, kv_bytes)
     return record, x
+
+
+def _now(device: torch.device) -> float:
+    """Tell the time when all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def joined(pairs: Iterable[KeyValue]) -> KeyValue:

@@ -69,7 +69,7 @@ def make_scenario(
     path: str, regime: str, seed: int, codec: Codec, attributes: Attributes | None = None,
     pixels: int = 64,
 ) -> Scenario:  # fmt: skip
-    """Render and encode the scenario of a room seed."""
+    """Render and encode the scenario of a room seed, where the codec is; cameras stay here."""
     if path not in PATHS or regime not in REGIMES:
         raise ValueError(f"a scenario is one of {PATHS} in {REGIMES}, got {path!r}, {regime!r}")
     room = make_room(seed)
@@ -83,10 +83,11 @@ def record(
     codec: Codec, pixels: int = 64,
 ) -> Scenario:  # fmt: skip
     """Render a walk `w2c [F, 4, 4]` through a room, and encode the first `given` frames."""
-    truth = render(room, w2c, [attributes], pixels)[0]
+    seen = w2c.to(codec.latent_mean.device)
+    truth = render(room, seen, [attributes], pixels)[0]
     latents = codec.encode(truth[:given])
     if regime == "free":
-        walls = codec.encode(render(bare(room), w2c, [Attributes()], pixels)[0])
+        walls = codec.encode(render(bare(room), seen, [Attributes()], pixels)[0])
     else:
         walls = latents.new_zeros(len(w2c), *latents.shape[1:])
     return Scenario(path, regime, room, attributes, w2c, truth, latents, walls)

@@ -34,12 +34,14 @@ def way_back(
     room = make_room(seed)
     w2c = out_and_back(room, chunks * CHUNK_LATENTS)
     half = len(w2c) // 2
-    out = render(room, w2c[:half], [Attributes()])[0]
+    device = codec.latent_mean.device
+    out = render(room, w2c[:half].to(device), [Attributes()])[0]
     truth = out.flip(0)
-    text = model.text(tokenize(prompt_of(Attributes()))[None])
+    text = model.text(tokenize(prompt_of(Attributes()))[None].to(device))
     begin = time.perf_counter()
     given = codec.encode(out).transpose(0, 1)[None]
-    made = stream(model, text, given, w2c[None], seed=seed, cache=GrownCache(window_chunks))
+    poses = w2c[None].to(device)
+    made = stream(model, text, given, poses, seed=seed, cache=GrownCache(window_chunks))
     seconds = time.perf_counter() - begin
     shown = codec.decode(made[0, :, half:].transpose(0, 1))
     quarters = zip(shown.chunk(4), truth.chunk(4), strict=True)

@@ -5,6 +5,8 @@ small, so places come again after any number of chunks, which is what a long mem
 """
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from .train_batches import prompt_of
 from .world import Attributes, Room, bare, draw_attributes, make_room, random_walk, render
 
 TRAIN_FRAMES = 128
+LEAST_WALKS = 20
 _SEED_SHIFT = 3_000_003
 
 
@@ -76,8 +79,8 @@ def out_and_back(room: Room, frames: int) -> Tensor:
 
 
 @torch.no_grad()
-def record_walk(seed: int, codec: Codec, frames: int = TRAIN_FRAMES) -> LongWalk:
-    """Draw, render and encode the training walk of a seed."""
+def record_walk(seed: int, codec: Codec, frames: int) -> LongWalk:
+    """Draw the training walk of a seed, render and encode it where the codec is."""
     generator = torch.Generator().manual_seed(seed + _SEED_SHIFT)
     room = make_room(seed)
     step_m, step_deg = (
@@ -87,20 +90,30 @@ def record_walk(seed: int, codec: Codec, frames: int = TRAIN_FRAMES) -> LongWalk
     w2c = walk_with_loops(room, frames, generator, step_m, step_deg)
     plain = float(torch.rand((), generator=generator)) < 0.3
     attributes = Attributes() if plain else draw_attributes(generator)
-    shown = codec.encode(render(room, w2c, [attributes])[0])
-    walls = codec.encode(render(bare(room), w2c, [Attributes()])[0])
-    return LongWalk(shown.half(), walls.half(), w2c, tokenize(prompt_of(attributes)))
+    seen = w2c.to(codec.latent_mean.device)
+    shown = codec.encode(render(room, seen, [attributes])[0]).half().cpu()
+    walls = codec.encode(render(bare(room), seen, [Attributes()])[0]).half().cpu()
+    return LongWalk(shown, walls, w2c, tokenize(prompt_of(attributes)))
 
 
-def record_walks(seeds: range, folder: Path, codec: Codec) -> None:
-    """Record the walks of `seeds` into `folder`, skipping those that are there."""
+def record_walks(
+    seeds: range, folder: Path, codec: Codec, seconds: float, progress: Callable[[int], None]
+) -> None:
+    """Record the walks of `seeds` into `folder`, skipping those that are there.
+
+    Stops when `seconds` are over and there are `LEAST_WALKS`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
+    begin = time.monotonic()
+    for count, seed in enumerate(seeds):
         path = folder / f"{seed}.pt"
         if not path.exists():
+            if count >= LEAST_WALKS and time.monotonic() - begin > seconds:
+                break
             partial = path.with_suffix(".partial")
-            torch.save(record_walk(seed, codec).__dict__, partial)
+            torch.save(record_walk(seed, codec, TRAIN_FRAMES).__dict__, partial)
             partial.rename(path)
+        progress(count + 1)
 
 
 def load_walks(folder: Path) -> list[LongWalk]:

@@ -1,184 +1,250 @@
-"""Train TinyWorld from nothing: render rooms, train the codec, train the model.
+"""Train a world of TinyWorld: all stages, one after the other, by themselves.
 
-`python -m lipass.examples.tinyworld.train --seconds 6000` does all of it under `build/tinyworld`,
-resumes where it stopped and writes weights that `weights.load` reads.
+`python -m lipass.examples.tinyworld.train --model small` begins with nothing, `base` and `stream`
+with the weights of `small`. It goes on where it was stopped, writes weights that `weights.load`
+reads and a card beside them, and says how near to the renderer they come.
 """
 
 import argparse
-import dataclasses
 import json
 import os
-import sys
+import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
 
 from .codec import Codec
-from .data import VIEWS, load_recordings, record_rooms
-from .model import BASE, SMALL, TinyWorld
+from .data import codec_at, frames_of, load, record
 from .ranks import train_together
+from .stream_walks import record_walks
 from .train_batches import LatentWalks, latent_walks
 from .train_codec import measure, refine_decoder, train_codec
-from .train_world import Phase, Trainer, Walks
+from .train_models import TRAINERS, learn
+from .train_progress import bar, log, write
+from .train_recipes import RECIPES, Recipe, Sizes
+from .train_scores import score
+from .weights import SHIPPED
 from .world import HELD_OUT_SEED
 
-ROOMS = 1000
-HELD_OUT_ROOMS = 20
-_CODEC_SHARE, _WORLD_SHARE = 0.05, 0.9
-_RATE, _FINISHING_RATE = 2e-3, 1.2e-3
+# The codec sees every third camera of some of the rooms.
+_CODEC_ROOMS, _HELD_OUT_ROOMS, _EVERY = 400, 20, 3
+_FIRST_WALK = 3000
+# Weights that a stage has not seen at all are no result of it, however little time is left.
+_LEAST_S = 1.0
 
 
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+@dataclass(frozen=True)
+class Training:
+    """One training: what, where, how long, and what it begins with.
+
+    Attributes:
+        recipe: stages and sizes.
+        out: folder of all that it makes.
+        device: where it trains.
+        seconds: of all stages together.
+        processes: that train together on a CPU, and that draw walks.
+        init: weights to begin with; None begins with nothing.
+    """
+
+    recipe: Recipe
+    out: Path
+    device: torch.device
+    seconds: float
+    processes: int
+    init: Path | None
+
+    @property
+    def sizes(self) -> Sizes:
+        """What a step takes here."""
+        return self.recipe.on_cpu if self.device.type == "cpu" else self.recipe.on_gpu
+
+    def run(self) -> dict[str, Any]:
+        """Run all stages that are not done; returns the card."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.init is not None and not (self.out / "codec.safetensors").exists():
+            beside = self.init.parent / "codec.safetensors"
+            shutil.copy(beside if beside.exists() else SHIPPED / beside.name, self.out)
+        done = self._done()
+        stages = self._stages()
+        for name, share in self.recipe.shares.items():
+            if name in done:
+                continue
+            # What earlier stages took too long is taken from all that follow.
+            later = sum(value for key, value in self.recipe.shares.items() if key not in done)
+            left = self.seconds - sum(done.values())
+            seconds = max(_LEAST_S, left * share / later)
+            begin = time.monotonic()
+            stages[name](seconds)
+            whole = name in ("rooms", "walks", "score")
+            done[name] = max(time.monotonic() - begin, 0.0 if whole else seconds)
+            write(self.out / "done.json", done)
+        return self._card(done)
+
+    def _done(self) -> dict[str, float]:
+        path = self.out / "done.json"
+        done: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        return done
+
+    def _stages(self) -> dict[str, Callable[[float], None]]:
+        learned = {name: partial(self._learn, name) for name in TRAINERS}
+        return {"codec": self._codec, "rooms": self._rooms, "decoder": self._decoder,
+                "walks": self._walks, "score": self._score, **learned}  # fmt: skip
+
+    @property
+    def _encoder(self) -> Path:
+        """The codec whose latents the model is trained on; its decoder may be refined later."""
+        first = self.out / "codec-first.safetensors"
+        return first if first.exists() else self.out / "codec.safetensors"
+
+    def _frames(self, held_out: bool) -> torch.Tensor:
+        path = self.out / f"frames-{'held-out' if held_out else 'codec'}.pt"
+        if not path.exists():
+            first, count = (HELD_OUT_SEED, _HELD_OUT_ROOMS) if held_out else (0, _CODEC_ROOMS)
+            seeds = range(first, first + min(count, self.recipe.rooms))
+            made = frames_of(seeds, self.recipe.pixels, _EVERY, self.device, self.processes)
+            partial_ = path.with_suffix(".partial")
+            torch.save(made, partial_)
+            partial_.rename(path)
+        return torch.load(path)
+
+    def _codec(self, seconds: float) -> None:
+        torch.manual_seed(0)
+        codec = Codec().to(self.device)
+        held_out = self._frames(held_out=True)
+        train_codec(
+            codec, self._frames(held_out=False), held_out, seconds, self.out / "codec.checkpoint",
+            lambda step, done, db: bar("codec", done, f"step {step}, held out {db:.2f} dB"),
+        )  # fmt: skip
+        save_file(codec.state_dict(), self.out / "codec-first.safetensors")
+
+    def _decoder(self, seconds: float) -> None:
+        codec = Codec().to(self.device)
+        codec.load_state_dict(load_file(self._encoder))
+        held_out = self._frames(held_out=True)
+        refine_decoder(
+            codec, self._frames(held_out=False), held_out, seconds,
+            self.out / "decoder.checkpoint",
+            lambda step, done, db: bar("decoder", done, f"step {step}, held out {db:.2f} dB"),
+        )  # fmt: skip
+        write(self.out / "codec.json", {"held_out_db": round(measure(codec, held_out), 2)})
+        save_file(codec.state_dict(), self.out / "codec.safetensors")
+
+    def _rooms(self, seconds: float) -> None:
+        rooms, pixels = self.recipe.rooms, self.recipe.pixels
+        sizes = (pixels,) if self.init else (pixels, pixels // 2)
+        record(
+            range(rooms), self.out / "rooms", self._encoder, sizes, self.device, self.processes,
+            seconds,
+            lambda count: bar("rooms", count / rooms, f"{count} of at most {rooms}"),
+        )  # fmt: skip
+
+    def _walks(self, seconds: float) -> None:
+        seeds = range(_FIRST_WALK, _FIRST_WALK + self.recipe.rooms)
+        record_walks(
+            seeds, self.out / "walks", codec_at(self._encoder).to(self.device), seconds,
+            lambda count: bar("walks", count / len(seeds), f"{count} of at most {len(seeds)}"),
+        )  # fmt: skip
+
+    def _learn(self, stage: str, seconds: float) -> None:
+        if self.device.type == "cpu":
+            train_together(learn, self, stage, seconds)
+        else:
+            learn(0, self, stage, seconds)
+        average = load_file(self.out / f"{stage}-average.safetensors")
+        halves = {name: weight.half() for name, weight in average.items()}
+        # What is there at any time is the latest; the score is that of these halves.
+        partial_ = self.out / f"{self.recipe.model}.partial"
+        save_file(halves, partial_)
+        partial_.rename(self.out / f"{self.recipe.model}.safetensors")
+
+    def latest(self, stage: str) -> Path | None:
+        """Weights that a stage begins with: those of the one before it, or the given ones."""
+        before = list(self.recipe.shares)[: list(self.recipe.shares).index(stage)]
+        made = [self.out / f"{name}-average.safetensors" for name in before if name in TRAINERS]
+        return made[-1] if made else self.init
+
+    def walks(self, pixels: int) -> LatentWalks:
+        """Load what was recorded of rooms in a size."""
+        return latent_walks(load(self.out / "rooms", pixels))
+
+    def _score(self, seconds: float) -> None:
+        found = score(
+            self.recipe, self.out, self.device,
+            lambda kind, db: log(f"{kind}: {db:.2f} dB to the renderer"),
+        )  # fmt: skip
+        write(self.out / "scores.json", found)
+
+    def _card(self, done: dict[str, float]) -> dict[str, Any]:
+        """Say what came out, and of what."""
+        name, (kind, wanted) = self.recipe.model, self.recipe.goal
+        scores = json.loads((self.out / "scores.json").read_text())
+        curves = {
+            stage: json.loads(path.read_text())
+            for stage in done
+            if (path := self.out / f"{stage}-curve.json").exists()
+        }
+        codec = self.out / "codec.json"
+        card = {
+            "model": name,
+            "device": _name(self.device),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "begun_with": None if self.init is None else self.init.name,
+            "stages_s": {stage: round(seconds, 1) for stage, seconds in done.items()},
+            "steps": {stage: curve["steps"] for stage, curve in curves.items()},
+            "recorded": self._recorded(),
+            **(json.loads(codec.read_text()) if codec.exists() else {}),
+            "db_to_the_renderer": scores,
+            "goal": {kind: wanted},
+            "reached": scores[kind] >= wanted,
+            "loss": {stage: curve["loss"] for stage, curve in curves.items()},
+        }
+        write(self.out / f"{name}.json", card)
+        log(
+            f"{name}: {kind} {scores[kind]:.2f} dB to the renderer, goal {wanted:.0f}: "
+            f"{'reached' if card['reached'] else 'not reached'}; {self.out}/{name}.safetensors"
+        )
+        return card
+
+    def _recorded(self) -> int:
+        if (walks := self.out / "walks").exists():
+            return len(list(walks.glob("*.pt")))
+        blocks = (self.out / "rooms").glob("*.pt")
+        return sum(len(torch.load(path, mmap=True)["w2c"]) for path in blocks)
 
 
-def _bar(label: str, done: float, text: str) -> None:
-    filled = int(30 * min(1.0, done))
-    _log(f"{label:8s} [{'#' * filled}{'.' * (30 - filled)}] {100 * done:5.1f} %  {text}")
-
-
-def _rooms(folder: Path, seeds: range) -> list:
-    count = len(seeds)
-
-    def progress(seed: int) -> None:
-        if (seed - seeds.start) % 50 == 0:
-            _bar("rooms", (seed - seeds.start + 1) / count, f"{seed - seeds.start + 1} of {count}")
-
-    record_rooms(seeds, folder, os.cpu_count() or 1, progress)
-    return load_recordings(folder, seeds)
-
-
-def _frames(recordings: list, every: int) -> Tensor:
-    stacked = np.concatenate([r.frames[: VIEWS - 1, ::every] for r in recordings], 1)
-    return torch.from_numpy(stacked.reshape(-1, *stacked.shape[2:]))
-
-
-@torch.no_grad()
-def encode_walks(codec: Codec, recordings: list, half: bool, path: Path) -> None:
-    """Encode all recordings into `path`, once for all runs; `half` shrinks to 32x32 first."""
-    if path.exists():
-        return
-    rows = []
-    for recording in recordings:
-        frames = torch.from_numpy(recording.frames).flatten(0, 1).float() / 255
-        frames = F.avg_pool2d(frames, 2) if half else frames
-        rows.append(codec.encode(frames).unflatten(0, (VIEWS, -1)).half())
-    torch.save(torch.stack(rows), path)
-
-
-def phases(coarse: Walks, fine: Walks) -> list[Phase]:
-    """Return the curriculum: 32x32 frames, then 64x64, then on its own rollouts."""
-    return [
-        Phase(0.15, coarse, batch=24, targets=3, context_latents=(8,), share_own=0.0),
-        Phase(0.5, fine, batch=6, targets=3, context_latents=(8,), share_own=0.0),
-        *finishing_phases(fine, 0.5),
-    ]
-
-
-def finishing_phases(fine: Walks, start: float = 0.0) -> list[Phase]:
-    """Return the curriculum of weights that can already see; it begins at share `start`."""
-    middle = start + 0.3 * (1 - start)
-    return [
-        Phase(middle, fine, batch=6, targets=3, context_latents=(8, 8, 12), share_own=0.0),
-        Phase(2.0, fine, batch=6, targets=2, context_latents=(4, 8, 12, 20), share_own=0.5),
-    ]
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run or resume the training."""
+    """Run or resume a training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=6000, help="training time in all")
-    parser.add_argument("--size", choices=("small", "base"), default="small")
-    parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
+    parser.add_argument("--model", choices=tuple(RECIPES), default="small")
+    parser.add_argument("--seconds", type=float, help="of all stages together")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, help="default: build/tinyworld/MODEL")
     parser.add_argument(
-        "--init", type=Path, help="weights to start from, such as the shipped ones"
+        "--init", type=Path, help="weights to begin with; those of small for base and stream"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    recordings = _rooms(args.out / "rooms", range(ROOMS))
-    held_out = _rooms(args.out / "rooms", range(HELD_OUT_SEED, HELD_OUT_SEED + HELD_OUT_ROOMS))
-    codec_path = args.out / "codec.safetensors"
-    if not codec_path.exists():
-        codec = train_codec(
-            _frames(recordings, 2), _frames(held_out, 6), _CODEC_SHARE * args.seconds,
-            lambda step, done, db: _bar("codec", done, f"step {step}, held out {db:.2f} dB"),
-        )  # fmt: skip
-        save_file(codec.state_dict(), codec_path)
-    codec = Codec()
-    codec.load_state_dict(load_file(codec_path))
-    codec_db = measure(codec, _frames(held_out, 6))
-    _log(f"codec: {codec_db:.2f} dB on held-out rooms")
-
-    for half in (False,) if args.init else (True, False):
-        encode_walks(codec, recordings, half, _latents(args.out, half))
-    recordings = [dataclasses.replace(r, frames=r.frames[:0]) for r in recordings]
-    train_together(_train, args, recordings, codec_db)
-    refine(codec, args.out, _CODEC_SHARE * args.seconds)
-
-
-def refine(codec: Codec, out: Path, seconds: float) -> None:
-    """Train the decoder on latents as wrong as the model's; writes `codec-refined`."""
-    frames = _frames(load_recordings(out / "rooms", range(ROOMS)), 2)
-    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + HELD_OUT_ROOMS)
-    held_out = _frames(load_recordings(out / "rooms", seeds), 6)
-    refine_decoder(
-        codec, frames, held_out, seconds,
-        lambda step, done, db: _bar("decoder", done, f"step {step}, held out {db:.2f} dB"),
-    )  # fmt: skip
-    save_file(codec.state_dict(), out / "codec-refined.safetensors")
-
-
-def _latents(out: Path, half: bool) -> Path:
-    return out / f"latents-{'half' if half else 'full'}.pt"
-
-
-def _train(rank: int, args: argparse.Namespace, recordings: list, codec_db: float) -> None:
-    """Train the model as one of `args.processes`."""
-    torch.manual_seed(0)
-    size = SMALL if args.size == "small" else BASE
-    trainer = Trainer(TinyWorld(size), peak_rate=_FINISHING_RATE if args.init else _RATE)
-    checkpoint = args.out / f"{args.size}.checkpoint"
-    if args.init:
-        trainer.model.load_state_dict(load_file(args.init))
-        trainer.average.load_state_dict(load_file(args.init))
-    if checkpoint.exists():
-        trainer.load(torch.load(checkpoint))
-        _log(f"resumed at step {trainer.step}, {trainer.elapsed_s:.0f} s")
-    seconds = _WORLD_SHARE * args.seconds
-
-    def save(state: Trainer) -> None:
-        if rank:
-            return
-        state.save(checkpoint, args.out / f"{args.size}.safetensors")
-        recent = [loss for _, loss in state.losses[-100:]]
-        mean = sum(recent) / len(recent)
-        _bar("world", state.elapsed_s / seconds, f"step {state.step}, loss {mean:.4f}")
-        curve = state.losses[:: max(1, len(state.losses) // 200)]
-        card = {
-            "steps": state.step,
-            "seconds": round(state.elapsed_s),
-            "codec_db": codec_db,
-            "rooms": len(recordings),
-            "loss": curve,
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        (args.out / f"{args.size}.json").write_text(json.dumps(card))
-
-    def walks(half: bool) -> LatentWalks:
-        return latent_walks(recordings, torch.load(_latents(args.out, half)))
-
-    def fine() -> LatentWalks:
-        return walks(half=False)
-
-    curriculum = finishing_phases(fine) if args.init else phases(lambda: walks(half=True), fine)
-    trainer.run(curriculum, seconds, save)
+    recipe = RECIPES[args.model]
+    init = args.init
+    if init is None and args.model != "small":
+        init = SHIPPED / "small.safetensors"
+    Training(
+        recipe, args.out or Path("build/tinyworld") / args.model, torch.device(args.device),
+        args.seconds or recipe.seconds, args.processes, init,
+    ).run()  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
 """Training batches: contexts and target chunks drawn from recorded walks.
 
 Each sample is a chunk of a walk and a context from all of that walk, as retrieval would choose it:
-the latents before the chunk, the first one, and others that look the same way.
+the latents before the chunk, the first one, and others that look the same way. In a fixed share of
+the batches the prompt changes on the way: memory holds what was seen under another one.
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .camera import relative_to, view_similarity
-from .model import CHUNK_LATENTS, tokenize
+from .model import CHUNK_LATENTS
 from .world import Attributes
 
 CONTEXT_NOISE = 0.15
+# Of the batches; half of them change in the context, the others behind all of it.
+CHANGE_SHARE = 0.2
 
 
 @dataclass
@@ -37,14 +42,14 @@ def prompt_of(attributes: Attributes) -> str:
     return f"a room at {attributes.time} in {attributes.air} air in {attributes.palette} light"
 
 
-def latent_walks(recordings: list, latents: Tensor) -> LatentWalks:
-    """Collect what training samples from; `latents [R, VIEWS, F, C, Y, X]`, the bare room last."""
-    w2c = torch.stack([r.w2c for r in recordings])
-    tokens = torch.stack(
-        [torch.stack([tokenize(prompt_of(a)) for a in r.attributes]) for r in recordings]
-    )
+def latent_walks(rooms: dict[str, Tensor]) -> LatentWalks:
+    """Collect what training samples from: `latents [R, VIEWS, F, C, Y, X]`, the bare room last.
+
+    `rooms` has `w2c [R, F, 4, 4]` and `tokens [R, 2, TEXT_TOKENS]` beside them.
+    """
+    latents, w2c = rooms["latents"], rooms["w2c"]
     similarity = torch.stack([view_similarity(w, w) for w in w2c])
-    return LatentWalks(latents[:, :-1], w2c, tokens, similarity, latents[:, -1])
+    return LatentWalks(latents[:, :-1], w2c, rooms["tokens"], similarity, latents[:, -1])
 
 
 @dataclass
@@ -52,21 +57,32 @@ class Batch:
     """`B` contexts of `n` latents with `J` target chunks each.
 
     `context [B, n, C, Y, X]`, `targets [B, J, 4, C, Y, X]`, `w2c_context [B, n, 4, 4]` and
-    `w2c_targets [B, J, 4, 4, 4]` relative to the first target view, `tokens [B, TEXT_TOKENS]` of
-    the context and `target_tokens` of the targets. `context_noise [B]` is the highest noise level
-    of the context. `walls_context` and `walls_targets`, shaped as `context` and `targets`, are
-    latents of the bare room, or zeros where the model is not told of it.
+    `w2c_targets [B, J, 4, 4, 4]` relative to the first target view. `tokens [B, TEXT_TOKENS]` is
+    the prompt of the targets and of the context from latent `changed_at` on, `earlier_tokens` that
+    of the latents in front. `context_noise [B]` is the highest noise level of the context.
+    `walls_context` and `walls_targets`, shaped as `context` and `targets`, are latents of the bare
+    room, or zeros where the model is not told of it.
     """
 
     context: Tensor
     targets: Tensor
     w2c_context: Tensor
     w2c_targets: Tensor
+    earlier_tokens: Tensor
     tokens: Tensor
-    target_tokens: Tensor
     context_noise: Tensor
     walls_context: Tensor
     walls_targets: Tensor
+    changed_at: int = 0
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device, which need not be waited for."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
 
 class Sampler:
@@ -81,10 +97,18 @@ class Sampler:
 
     def draw(self, context_latents: int) -> Batch:
         """Draw a batch with `context_latents` of context."""
-        rows = [self._draw_one(context_latents) for _ in range(self.batch)]
-        return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        changed_at = self._change(context_latents)
+        rows = [self._draw_one(context_latents, changed_at) for _ in range(self.batch)]
+        return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)), changed_at)
 
-    def _draw_one(self, n: int) -> tuple[Tensor, ...]:
+    def _change(self, n: int) -> int:
+        """Draw the latent of a context of `n` from which on the prompt is that of the targets."""
+        kind = float(self._rand())
+        if kind > CHANGE_SHARE:
+            return 0
+        return n if kind < CHANGE_SHARE / 2 else 1 + int(self._rand() * (n - 1))
+
+    def _draw_one(self, n: int, changed_at: int) -> tuple[Tensor, ...]:
         walks, chunk = self.walks, CHUNK_LATENTS
         frames = walks.w2c.shape[1]
         walk, variant = int(self._rand() * len(walks.w2c)), int(self._rand() * 2)
@@ -106,20 +130,17 @@ class Sampler:
         if float(self._rand()) < 0.5 and 0 not in shown and 0 not in recent:
             score[0] = 5.0
         chosen = sorted(recent + score.topk(n - len(recent)).indices.tolist())
-        # One sample in ten changes its prompt between context and target.
-        target_variant = 1 - variant if float(self._rand()) < 0.1 else variant
+        shown_under = [1 - variant] * changed_at + [variant] * (n - changed_at)
         w2c = walks.w2c[walk]
         # Half of the samples are not told the walls: memory has to do without them.
         walls = walks.walls[walk].float() * (float(self._rand()) < 0.5)
         return (
-            walks.latents[walk, variant, chosen].float(),
-            torch.stack(
-                [walks.latents[walk, target_variant, s : s + chunk].float() for s in starts]
-            ),
+            walks.latents[walk, shown_under, chosen].float(),
+            torch.stack([walks.latents[walk, variant, s : s + chunk].float() for s in starts]),
             relative_to(w2c[chosen], w2c[start]),
             torch.stack([relative_to(w2c[s : s + chunk], w2c[start]) for s in starts]),
+            walks.tokens[walk, 1 - variant],
             walks.tokens[walk, variant],
-            walks.tokens[walk, target_variant],
             torch.tensor(CONTEXT_NOISE),
             walls[chosen],
             torch.stack([walls[s : s + chunk] for s in starts]),

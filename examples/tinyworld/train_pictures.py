@@ -1,4 +1,4 @@
-"""What the stages that train pictures share: the loop, the loss and the command line.
+"""What the stages that train pictures share: the loop and the loss.
 
 The velocity loss asks for the mean of all that may follow: where an edge may lie in several places
 that is a ramp. These stages decode what the model imagines and take the absolute error, which asks
@@ -6,31 +6,22 @@ for the median, in which an edge at an unknown place is still an edge. Recorded 
 velocity loss beside it, so that what memory determines stays as it was.
 """
 
-import argparse
 import copy
-import os
 import random
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .codec import Codec
-from .data import load_recordings
 from .learner import Learner, Pace, working_copy
 from .model import TinyWorld
-from .ranks import average_over_ranks, rank_of, train_together
-from .train import ROOMS
-from .train_batches import LatentWalks, Sampler, latent_walks
+from .ranks import average_over_ranks, rank_of
+from .train_batches import LatentWalks, Sampler
 from .train_world import faster_dtype, prefill, velocity_loss
-
-_LATENTS, _CODEC = "latents-full.pt", "codec-refined.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class PictureTrainer(Learner, ABC):
     def __init__(self, model: TinyWorld, codec: Codec, options: PictureOptions) -> None:
         super().__init__(model, Pace(options.peak_rate, 30, 1 / 3, options.average_steps))
         self.options = options
-        self.codec = copy.deepcopy(codec).bfloat16().requires_grad_(False)
+        self.codec = copy.deepcopy(codec).to(self.device, torch.bfloat16).requires_grad_(False)
 
     @abstractmethod
     def begin(self, walks: LatentWalks, seed: int) -> None:
@@ -100,7 +91,7 @@ class PictureTrainer(Learner, ABC):
         self.begin(walks, seed)
         anchors = {"batch": options.anchors, "targets": options.anchor_targets, "seed": seed}
         recorded = Sampler(walks, **anchors)
-        example = Sampler(walks, **anchors).draw(options.anchor_context[0])
+        example = Sampler(walks, **anchors).draw(options.anchor_context[0]).to(self.device)
         working = working_copy(self.model, faster_dtype(self.model, example))
         saved = time.perf_counter()
         while self.elapsed_s < seconds:
@@ -110,7 +101,7 @@ class PictureTrainer(Learner, ABC):
             self.refresh(working)
             picture = picture_error(self.codec, *self.imagined(working, draw))
             (options.picture_weight * picture).backward()
-            batch = recorded.draw(draw.choice(options.anchor_context))
+            batch = recorded.draw(draw.choice(options.anchor_context)).to(self.device)
             velocity = velocity_loss(
                 prefill(working, batch, self.generator), batch, self.generator
             )
@@ -119,60 +110,11 @@ class PictureTrainer(Learner, ABC):
             self.elapsed_s, *losses = average_over_ranks(
                 [p.grad for p in self.model.parameters() if p.grad is not None],
                 self.elapsed_s + time.perf_counter() - begin,
-                float(picture.detach()), float(velocity.detach()),
+                picture.detach(), velocity.detach(),
             )  # fmt: skip
             self.update(1 - self.elapsed_s / seconds)
             self.losses.append((self.elapsed_s, *losses))
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
+                self.settle()
                 progress(self)
-
-
-def run_stage(
-    name: str, trainer: Callable[[TinyWorld, Codec], PictureTrainer], argv: list[str] | None
-) -> None:
-    """Run or resume a stage from the command line.
-
-    It reads the rooms, latents and codec that `train` leaves in `--out` and writes
-    `name.safetensors` and `name.checkpoint` there.
-    """
-    parser = argparse.ArgumentParser(prog=f"train_{name}", description=trainer.__doc__)
-    parser.add_argument("--seconds", type=float, default=2400, help="training time in all")
-    parser.add_argument("--init", type=Path, required=True, help="weights to start from")
-    parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    args = parser.parse_args(argv)
-    missing = [part for part in ("rooms", _LATENTS, _CODEC) if not (args.out / part).exists()]
-    if missing:
-        parser.error(
-            f"--out must hold what the training from nothing leaves, got {args.out} without "
-            f"{', '.join(missing)}; run python -m lipass.examples.tinyworld.train first"
-        )
-    train_together(_train, args, name, trainer)
-
-
-def _train(rank: int, args: argparse.Namespace, name: str, make) -> None:
-    torch.manual_seed(0)
-    codec = Codec()
-    codec.load_state_dict(load_file(args.out / _CODEC))
-    trainer = make(TinyWorld(), codec)
-    for model in (trainer.model, trainer.average):
-        model.load_state_dict(load_file(args.init))
-    checkpoint = args.out / f"{name}.checkpoint"
-    if checkpoint.exists():
-        trainer.load(torch.load(checkpoint))
-    recordings = load_recordings(args.out / "rooms", range(ROOMS))
-    walks = latent_walks(recordings, torch.load(args.out / _LATENTS))
-
-    def save(state: PictureTrainer) -> None:
-        if rank:
-            return
-        state.save(checkpoint, args.out / f"{name}.safetensors")
-        _, picture, velocity = (sum(x) / len(x) for x in zip(*state.losses[-100:], strict=True))
-        print(
-            f"step {state.step}, {state.elapsed_s:.0f} of {args.seconds:.0f} s, "
-            f"pictures {picture:.4f}, velocity {velocity:.4f}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-
-    trainer.run(walks, args.seconds, save)

@@ -2,9 +2,6 @@
 
 A rollout that goes on from what it imagined must not pass its errors on: the last prediction of
 the sampler, in rollouts that advance while the model learns, is compared with the recording.
-
-`python -m lipass.examples.tinyworld.train_rollouts --init WEIGHTS` resumes where it stopped; it
-needs what `train` leaves in `build/tinyworld`.
 """
 
 import itertools
@@ -18,7 +15,7 @@ from .codec import Codec
 from .model import TinyWorld
 from .own_rollouts import OwnRollouts
 from .train_batches import Batch, LatentWalks
-from .train_pictures import PictureOptions, PictureTrainer, run_stage
+from .train_pictures import PictureOptions, PictureTrainer
 from .train_world import prefill
 
 
@@ -43,9 +40,9 @@ def imagine(
     """Generate the next chunk `[B, C, 4, Y, X]` of lanes; its last step alone has a gradient."""
     with torch.no_grad():
         prefilled = prefill(model, batch, generator)
-    x = rollouts.noise()
+    x = rollouts.noise().to(batch.context.device)
     for sigma, sigma_next in itertools.pairwise(rollouts.sigmas()):
-        level = torch.full((len(x), x.shape[2]), sigma)
+        level = torch.full((len(x), x.shape[2]), sigma, device=x.device)
         with torch.set_grad_enabled(sigma_next == 0):
             velocity = prefilled.velocity(
                 x, level, batch.w2c_targets[:, :1], batch.walls_targets[:, :1], prefilled.text
@@ -74,16 +71,7 @@ class RolloutTrainer(PictureTrainer):
 
     def imagined(self, model: TinyWorld, draw: random.Random) -> tuple[Tensor, Tensor]:
         """Advance rollouts by a chunk."""
-        batch = self.rollouts.draw(draw.choice(self.options.context))
+        batch = self.rollouts.draw(draw.choice(self.options.context)).to(self.device)
         chunks = imagine(model, batch, self.rollouts, self.generator)
         self.rollouts.append(chunks.detach())
         return chunks, batch.targets[:, 0].transpose(1, 2)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run or resume the stage."""
-    run_stage("rollouts", RolloutTrainer, argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,37 +4,26 @@ All chunks of a recorded walk pass in one forward (`stream_parallel`), noisy ver
 them beside the clean ones. In the second part of the time the clean chunks of half of the steps
 are the model's own, from rollouts that it makes meanwhile, while what it is asked for stays
 recorded: so it learns not to pass its own errors on.
-
-`python -m lipass.examples.tinyworld.train_stream` records walks under `build/tinyworld/walks`,
-trains, and resumes where it stopped.
 """
 
-import argparse
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .camera import view_similarity
-from .codec import Codec
-from .learner import Learner, Pace
+from .learner import Learner, Pace, normal, products_in_tf32, uniform
 from .model import CHUNK_LATENTS
 from .stream import StreamWorld
 from .stream_parallel import forward_all
 from .stream_rollout import GrownCache, stream
-from .stream_walks import LongWalk, load_walks, record_walks
+from .stream_walks import LongWalk
 from .train_batches import CONTEXT_NOISE
 from .train_world import SIGMA_MIN, SIGMA_SHIFT
-from .weights import SHIPPED
-
-FIRST_SEED, WALKS = 3000, 150
 
 
 @dataclass(frozen=True)
@@ -137,17 +126,16 @@ def stream_loss(
     history = stretch.history[:, :, : max(targets) * CHUNK_LATENTS]
     frames = [t * CHUNK_LATENTS + i for t in targets for i in range(CHUNK_LATENTS)]
     clean = stretch.recorded[:, :, frames]
-    b, j = len(clean), len(targets)
+    b, j, device = len(clean), len(targets), clean.device
     # Half of the histories are clean, as they are when the model runs.
-    noisiness = CONTEXT_NOISE * (2 * torch.rand(b, generator=generator) - 1).clamp_min(0)
+    noisiness = CONTEXT_NOISE * (2 * uniform((b,), generator, device) - 1).clamp_min(0)
     # One level of each part of the range: the few at little noise weigh most.
-    parts = torch.stack([torch.randperm(j, generator=generator) for _ in range(b)])
-    level = (parts + torch.rand(b, j, generator=generator)) / j
+    parts = uniform((b, j), generator, device).argsort(1)
+    level = (parts + uniform((b, j), generator, device)) / j
     sigma = SIGMA_SHIFT * level / (1 + (SIGMA_SHIFT - 1) * level)
-    sigma = sigma.clamp_min(SIGMA_MIN).repeat_interleave(CHUNK_LATENTS, 1).to(clean)
-    noisiness = noisiness[:, None].expand(-1, history.shape[2]).to(clean)
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
-    grain = torch.randn(history.shape, generator=generator).to(clean)
+    sigma = sigma.clamp_min(SIGMA_MIN).repeat_interleave(CHUNK_LATENTS, 1)
+    noisiness = noisiness[:, None].expand(-1, history.shape[2])
+    noise, grain = (normal(x.shape, generator, device) for x in (clean, history))
     s, n = sigma[:, None, :, None, None], noisiness[:, None, :, None, None]
     velocity, _ = forward_all(
         model, history + n * grain, noisiness, stretch.w2c, model.text(stretch.tokens),
@@ -157,12 +145,15 @@ def stream_loss(
 
 
 class StreamTrainer(Learner):
-    """Trains under a wall-clock budget; its state can be saved and resumed."""
+    """Trains under a wall-clock budget; its state can be saved and resumed.
+
+    On a GPU it multiplies in TF32: cameras in the frame of the world need more digits than bf16
+    has.
+    """
 
     def __init__(self, model: StreamWorld, options: StreamOptions = StreamOptions()) -> None:
         super().__init__(model, Pace(options.peak_rate, 12, 1 / 4, options.average_steps))
         self.options = options
-        self.device = model.head.weight.device
         self.pool: deque[Stretch] = deque(maxlen=options.pool)
 
     def run(
@@ -173,6 +164,16 @@ class StreamTrainer(Learner):
         checkpoint_s: float = 180,
     ) -> None:
         """Train until `seconds` of training time have passed over all runs."""
+        with products_in_tf32(self.device):
+            self._run(walks, seconds, progress, checkpoint_s)
+
+    def _run(
+        self,
+        walks: list[LongWalk],
+        seconds: float,
+        progress: Callable[["StreamTrainer"], None],
+        checkpoint_s: float,
+    ) -> None:
         options, saved = self.options, time.perf_counter()
         while self.elapsed_s < seconds:
             begin = time.perf_counter()
@@ -196,9 +197,10 @@ class StreamTrainer(Learner):
             loss.backward()
             self.update(1 - self.elapsed_s / seconds)
             self.elapsed_s += time.perf_counter() - begin
-            self.losses.append((self.elapsed_s, float(loss.detach())))
+            self.losses.append((self.elapsed_s, loss.detach()))
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
+                self.settle()
                 progress(self)
 
     @property
@@ -225,46 +227,10 @@ class StreamTrainer(Learner):
         told = draw.random() < self.options.told_share
         stretch = self.stretch(walks, draw, chunks, there_and_back, [told] * self.options.batch)
         stretch.first_own = 1 if told else chunks // 2
+        given = stretch.recorded[:, :, : stretch.first_own * CHUNK_LATENTS]
         with torch.no_grad():
             text = self.model.text(stretch.tokens)
-        given = stretch.recorded[:, :, : stretch.first_own * CHUNK_LATENTS]
         stretch.history = stream(
             self.model, text, given, stretch.w2c, stretch.walls, seed=self.step, cache=GrownCache()
         )
         return stretch
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run or resume the training."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5400, help="training time in all")
-    parser.add_argument("--init", type=Path, default=SHIPPED / "small.safetensors")
-    parser.add_argument("--out", type=Path, default=Path("build/tinyworld"))
-    parser.add_argument("--walks", type=int, default=WALKS, help="walks to record before")
-    parser.add_argument("--batch", type=int, default=1, help="walks a step; more on a GPU")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    codec = Codec()
-    codec.load_state_dict(load_file(SHIPPED / "codec.safetensors"))
-    record_walks(range(FIRST_SEED, FIRST_SEED + args.walks), args.out / "walks", codec)
-    trainer = StreamTrainer(StreamWorld().to(args.device), StreamOptions(batch=args.batch))
-    for weights in (trainer.model, trainer.average):
-        weights.load_state_dict(load_file(args.init))
-    checkpoint = args.out / "stream.checkpoint"
-    if checkpoint.exists():
-        trainer.load(torch.load(checkpoint, map_location=args.device))
-
-    def save(state: StreamTrainer) -> None:
-        state.save(checkpoint, args.out / "stream.safetensors")
-        recent = [loss for _, loss in state.losses[-50:]]
-        print(
-            f"step {state.step}, {state.elapsed_s:.0f} of {args.seconds:.0f} s, "
-            f"loss {sum(recent) / len(recent):.4f}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-
-    trainer.run(load_walks(args.out / "walks"), args.seconds, save)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,6 @@ The bare walls say where every corner is, though no latent of the context shows 
 one or two recorded chunks, the targets look elsewhere, and what is compared with the recording is
 the sampler's first prediction or the one at its last noise level: what `train_rollouts` trains, at
 a fraction of its cost.
-
-`python -m lipass.examples.tinyworld.train_unseen --init WEIGHTS` resumes where it stopped; it
-needs what `train` leaves in `build/tinyworld`.
 """
 
 import random
@@ -17,10 +14,11 @@ from torch import Tensor
 
 from .camera import relative_to
 from .codec import Codec
+from .learner import normal
 from .model import CHUNK_LATENTS, TinyWorld
 from .rollout import SIGMAS
 from .train_batches import Batch, LatentWalks
-from .train_pictures import PictureOptions, PictureTrainer, run_stage
+from .train_pictures import PictureOptions, PictureTrainer
 from .train_world import prefill
 
 # Views farther apart than a chunk's are more to learn from at the same cost.
@@ -88,13 +86,14 @@ class UnseenSampler:
 def predict(model: TinyWorld, batch: Batch, generator: torch.Generator, *, last: bool) -> Tensor:
     """Predict all targets `[B * J, C, 4, Y, X]` from noise, or at the sampler's last level."""
     prefilled = prefill(model, batch, generator)
+    device = batch.context.device
     shape = batch.targets.flatten(0, 1).transpose(1, 2).shape
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
-        level = torch.full((shape[0], CHUNK_LATENTS), sigma)
+        level = torch.full((shape[0], CHUNK_LATENTS), sigma, device=device)
         return prefilled.velocity(x, level, batch.w2c_targets, batch.walls_targets, prefilled.text)
 
-    x, sigma = torch.randn(shape, generator=generator), SIGMAS[0]
+    x, sigma = normal(shape, generator, device), SIGMAS[0]
     if last:
         with torch.no_grad():
             x = x + (SIGMAS[-2] - sigma) * velocity(x, sigma)
@@ -121,18 +120,9 @@ class UnseenTrainer(PictureTrainer):
 
     def imagined(self, model: TinyWorld, draw: random.Random) -> tuple[Tensor, Tensor]:
         """Predict unseen views; one of each chunk, since the others are much alike."""
-        batch = self.unseen.draw(draw.choice(self.options.context))
+        batch = self.unseen.draw(draw.choice(self.options.context)).to(self.device)
         last = draw.random() < self.options.share_last
         chunks = predict(model, batch, self.generator, last=last)
-        shown = torch.randint(CHUNK_LATENTS, (), generator=self.generator)
+        shown = draw.randrange(CHUNK_LATENTS)
         targets = batch.targets.flatten(0, 1).transpose(1, 2)
         return chunks[:, :, shown : shown + 1], targets[:, :, shown : shown + 1]
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run or resume the stage."""
-    run_stage("unseen", UnseenTrainer, argv)
-
-
-if __name__ == "__main__":
-    main()

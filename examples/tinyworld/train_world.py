@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .learner import Learner, Pace, working_copy
+from .learner import Learner, normal, uniform, working_copy
 from .model import CHUNK_LATENTS, KeyValue, Rotary, TinyWorld
 from .own_rollouts import OwnRollouts
 from .ranks import average_over_ranks, rank_of
+from .rollout import joined
 from .train_batches import Batch, LatentWalks, Sampler
 
 SIGMA_SHIFT = 5.0
@@ -55,16 +56,33 @@ class Prefilled:
 
 
 def prefill(model: TinyWorld, batch: Batch, generator: torch.Generator) -> Prefilled:
-    """Run the context of a batch through the model, with noise of a level that it is told."""
+    """Run the context of a batch through the model, with noise of a level that it is told.
+
+    Where the prompt changes in the context, each part is encoded by itself and with its own
+    prompt, as a session's memory is.
+    """
     b, n = batch.context.shape[:2]
-    level = (batch.context_noise * torch.rand(b, generator=generator))[:, None].expand(-1, n)
-    noise = torch.randn(batch.context.shape, generator=generator)
+    device = batch.context.device
+    level = (batch.context_noise * uniform((b,), generator, device))[:, None].expand(-1, n)
+    noise = normal(batch.context.shape, generator, device)
     context = batch.context + level[..., None, None, None] * noise
     text = model.text(batch.tokens)
-    w2c = torch.cat([batch.w2c_context, batch.w2c_targets[:, 0]], 1)
     dtype = text[0][0].dtype
-    walls = batch.walls_context.transpose(1, 2).to(dtype)
-    history = model(context.transpose(1, 2).to(dtype), level, w2c, text, walls=walls)
+    parts = []
+    for tokens, part in (
+        (batch.earlier_tokens, slice(0, batch.changed_at)),
+        (batch.tokens, slice(batch.changed_at, n)),
+    ):
+        if part.start == part.stop:
+            continue
+        w2c = torch.cat([batch.w2c_context[:, part], batch.w2c_targets[:, 0]], 1)
+        walls = batch.walls_context[:, part].transpose(1, 2).to(dtype)
+        said = text if tokens is batch.tokens else model.text(tokens)
+        shown = context[:, part].transpose(1, 2).to(dtype)
+        parts.append(model(shown, level[:, part], w2c, said, walls=walls))
+    history = parts[0]
+    if len(parts) > 1:
+        history = [joined(pairs) for pairs in zip(*parts, strict=True)]
     return Prefilled(model, history, text, batch.w2c_context)
 
 
@@ -72,16 +90,15 @@ def velocity_loss(prefilled: Prefilled, batch: Batch, generator: torch.Generator
     """Mean squared error of the velocity of all targets at random noise levels."""
     b, j = batch.targets.shape[:2]
     targets = batch.targets.flatten(0, 1).transpose(1, 2)
-    level = torch.rand(b * j, generator=generator)
+    level = uniform((b * j,), generator, targets.device)
     sigma = SIGMA_SHIFT * level / (1 + (SIGMA_SHIFT - 1) * level)
     sigma = sigma.clamp_min(SIGMA_MIN)
-    noise = torch.randn(targets.shape, generator=generator)
+    noise = normal(targets.shape, generator, targets.device)
     s = sigma[:, None, None, None, None]
     noisy = (1 - s) * targets + s * noise
-    text = prefilled.model.text(batch.target_tokens)
     velocity = prefilled.velocity(
         noisy, sigma[:, None].expand(-1, CHUNK_LATENTS), batch.w2c_targets,
-        batch.walls_targets, text,
+        batch.walls_targets, prefilled.text,
     )  # fmt: skip
     return (velocity - (noise - targets)).square().mean()
 
@@ -89,9 +106,9 @@ def velocity_loss(prefilled: Prefilled, batch: Batch, generator: torch.Generator
 @torch.no_grad()
 def continue_rollouts(prefilled: Prefilled, batch: Batch, rollouts: OwnRollouts) -> None:
     """Let the model generate the first target of a batch drawn from `rollouts`."""
-    x = rollouts.noise()
+    x = rollouts.noise().to(batch.context.device)
     for sigma, sigma_next in itertools.pairwise(rollouts.sigmas()):
-        level = torch.full((len(x), CHUNK_LATENTS), sigma)
+        level = torch.full((len(x), CHUNK_LATENTS), sigma, device=x.device)
         velocity = prefilled.velocity(
             x, level, batch.w2c_targets[:, :1], batch.walls_targets[:, :1], prefilled.text
         )
@@ -102,8 +119,11 @@ def continue_rollouts(prefilled: Prefilled, batch: Batch, rollouts: OwnRollouts)
 def faster_dtype(model: TinyWorld, batch: Batch) -> torch.dtype:
     """Time a training step in fp32 and in bf16; CPUs differ by a factor of two either way.
 
-    Processes that train together vote, so that none waits for another's slower choice.
+    Processes that train together vote, so that none waits for another's slower choice. Of what is
+    no CPU it is known: bf16.
     """
+    if batch.context.device.type != "cpu":
+        return torch.bfloat16
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         working = working_copy(model, dtype)
@@ -142,9 +162,6 @@ class Phase:
 class Trainer(Learner):
     """Runs the phases under a wall-clock budget; its state can be saved and resumed."""
 
-    def __init__(self, model: TinyWorld, peak_rate: float = 2e-3) -> None:
-        super().__init__(model, Pace(peak_rate, 150, average_share=1 / 4, average_steps=500))
-
     def run(
         self, phases: list[Phase], seconds: float, progress, checkpoint_s: float = 120
     ) -> None:
@@ -164,7 +181,7 @@ class Trainer(Learner):
             context_latents = draw.choice(phase.context_latents)
             source = rollouts if draw.random() < phase.share_own else recorded
             self.refresh(working)
-            batch = source.draw(context_latents)
+            batch = source.draw(context_latents).to(self.device)
             prefilled = prefill(working, batch, self.generator)
             loss = velocity_loss(prefilled, batch, self.generator)
             loss.backward()
@@ -173,12 +190,13 @@ class Trainer(Learner):
             self.take_gradient(working)
             self.elapsed_s, mean_loss = average_over_ranks(
                 [p.grad for p in self.model.parameters() if p.grad is not None],
-                begin + time.perf_counter() - clock, float(loss.detach()),
+                begin + time.perf_counter() - clock, loss.detach(),
             )  # fmt: skip
             self.update(1 - self.elapsed_s / seconds)
             self.losses.append((self.elapsed_s, mean_loss))
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
+                self.settle()
                 progress(self)
 
     def _enter(
@@ -186,11 +204,14 @@ class Trainer(Learner):
     ) -> tuple[Sampler, OwnRollouts, TinyWorld]:
         walks = phase.walks()
         config = self.model.config
-        self.model.rotary = Rotary(*walks.latents.shape[-2:], config.width // config.heads // 2)
+        grid = walks.latents.shape[-2:]
+        rotary = Rotary(*grid, config.width // config.heads // 2)
+        self.model.rotary = rotary.to(self.device)
         batch, seed = max(1, phase.batch // ranks), 2 * self.step + rank
         recorded = Sampler(walks, batch=batch, targets=phase.targets, seed=seed)
         rollouts = OwnRollouts(
             walks, lanes=4 * batch, batch=batch, targets=phase.targets, seed=seed
         )
-        dtype = faster_dtype(self.model, recorded.draw(phase.context_latents[0]))
+        example = recorded.draw(phase.context_latents[0]).to(self.device)
+        dtype = faster_dtype(self.model, example)
         return recorded, rollouts, working_copy(self.model, dtype)

@@ -6,7 +6,7 @@ closed vocabulary (time of day, air, palette) change the light, never the geomet
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ _RAY_EPS = 1e-9
 _WALLS = (0, 1, 4, 5)
 # The first numbers of a texture: colours, pattern, frequencies, phases and sharpness.
 _WALLPAPER = 14
+# Views that are cast together: a CPU's cache holds one, a GPU is not busy with less.
+_VIEWS_AT_ONCE = {"cpu": 1}
+_VIEWS_ON_DEVICE = 16
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,8 @@ def _cast(room: Room, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor
     direction = torch.where(direction.abs() < _RAY_EPS, _RAY_EPS, direction)
     inverse = 1.0 / direction
     width, height, depth = room.size_m.tolist()
-    low = torch.tensor([0.0, -height, 0.0])
-    high = torch.tensor([width, 0.0, depth])
+    low = torch.tensor([0.0, -height, 0.0], device=direction.device)
+    high = torch.tensor([width, 0.0, depth], device=direction.device)
     wall = torch.where(direction > 0, high, low)
     distance, axis = ((wall - origin) * inverse).min(-1)
     surface = 2 * axis + (direction.gather(-1, axis[:, None])[:, 0] > 0)
@@ -196,24 +199,27 @@ def _albedo(room: Room, point: Tensor, axis: Tensor, surface: Tensor) -> Tensor:
 def render(
     room: Room, w2c: Tensor, attributes: list[Attributes], pixels: int = 64, samples: int = 2
 ) -> list[Tensor]:
-    """Render `w2c [F, 4, 4]` once per attribute set.
+    """Render `w2c [F, 4, 4]` once per attribute set, on the device of `w2c`.
 
     Returns one `[F, 3, pixels, pixels]` float tensor in 0..1 per entry of `attributes`, each
     pixel the mean of `samples` x `samples` rays.
     """
-    side = pixels * samples
-    camera_rays = pixel_directions(side, side).reshape(-1, 3)
-    c2w = invert(w2c)
+    side, device = pixels * samples, w2c.device
+    camera_rays = pixel_directions(side, side).reshape(-1, 3).to(device)
+    # The size stays on the host, where it is read.
+    room = replace(room, boxes=room.boxes.to(device), surfaces=room.surfaces.to(device))
+    normal_light = _NORMAL_LIGHT.to(device)
     shots: list[list[Tensor]] = [[] for _ in attributes]
-    for pose in c2w:
-        direction = camera_rays @ pose[:3, :3].T
-        origin = pose[:3, 3]
+    for poses in invert(w2c).split(_VIEWS_AT_ONCE.get(device.type, _VIEWS_ON_DEVICE)):
+        direction = torch.cat([camera_rays @ pose[:3, :3].T for pose in poses])
+        origin = poses[:, None, :3, 3].expand(-1, len(camera_rays), -1).reshape(-1, 3)
         distance, axis, surface = _cast(room, origin, direction)
         point = origin + direction * distance[:, None]
-        lit = _albedo(room, point, axis, surface) * _NORMAL_LIGHT[axis][:, None]
+        lit = _albedo(room, point, axis, surface) * normal_light[axis][:, None]
         metres = distance * direction.norm(dim=-1)
         for shot, attribute in zip(shots, attributes, strict=True):
-            image = _shade(lit, metres, attribute).T.reshape(1, 3, side, side)
+            image = _shade(lit, metres, attribute).view(len(poses), side, side, 3)
+            image = image.permute(0, 3, 1, 2).contiguous()
             shot.append(torch.nn.functional.avg_pool2d(image, samples))
     return [torch.cat(shot) for shot in shots]
 
@@ -247,9 +253,9 @@ def render_walls(room: Room, w2c: Tensor, pixels: int) -> Tensor:
 
 
 def _shade(lit: Tensor, metres: Tensor, attributes: Attributes) -> Tensor:
-    light = torch.tensor(TIMES[attributes.time])
+    light = torch.tensor(TIMES[attributes.time], device=lit.device)
     clear = torch.exp(-AIRS[attributes.air] * metres)[:, None]
-    colour = lit * light * torch.tensor(PALETTES[attributes.palette])
+    colour = lit * light * torch.tensor(PALETTES[attributes.palette], device=lit.device)
     return (colour * clear + 0.72 * light * (1 - clear)).clamp(0, 1)
 
 

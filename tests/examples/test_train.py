@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from lipass.examples.tinyworld.codec import Codec
-from lipass.examples.tinyworld.data import VIEWS, load_recordings, record
-from lipass.examples.tinyworld.learner import working_copy
+from lipass.examples.tinyworld.learner import Pace, working_copy
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, TinyWorld
 from lipass.examples.tinyworld.own_rollouts import OwnRollouts
-from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
+from lipass.examples.tinyworld.rollout import joined
+from lipass.examples.tinyworld.train_batches import CHANGE_SHARE, LatentWalks, Sampler
 from lipass.examples.tinyworld.train_pictures import picture_error
 from lipass.examples.tinyworld.train_rollouts import RolloutOptions, RolloutTrainer, imagine
 from lipass.examples.tinyworld.train_unseen import (
@@ -21,7 +21,6 @@ from lipass.examples.tinyworld.train_unseen import (
     UnseenTrainer,
     predict,
 )
-from lipass.examples.tinyworld.train_unseen import main as train_unseen
 from lipass.examples.tinyworld.train_world import (
     Phase,
     Trainer,
@@ -31,6 +30,7 @@ from lipass.examples.tinyworld.train_world import (
 )
 
 FRAMES = 20
+PACE = Pace(2e-3, 150, average_share=1 / 4, average_steps=500)
 TINY = ModelConfig(rows=4, columns=4, width=32, heads=1, blocks=1, mlp_ratio=1, text_width=8)
 
 
@@ -62,6 +62,56 @@ def test_a_recorded_batch_has_its_context_outside_its_targets(walks):
     assert batch.targets.shape == (4, 1, CHUNK_LATENTS, 16, 4, 4)
     for context, target in zip(batch.context, batch.targets[:, 0], strict=True):
         assert not any(torch.equal(x, y) for x in context for y in target)
+
+
+def variants(walks: LatentWalks, latents: torch.Tensor) -> list[int]:
+    """Tell under which of the two prompts latents `[n, C, Y, X]` were recorded."""
+    recorded = walks.latents.float().flatten(3)
+    return [int((recorded == x.flatten()).all(-1).nonzero()[0, 1]) for x in latents]
+
+
+def test_prompts_change_on_the_way_in_a_fixed_share_of_the_batches(walks):
+    walks.tokens[:, 1] = 1
+    sampler = Sampler(walks, batch=2, targets=1, seed=0)
+    batches = [sampler.draw(8) for _ in range(200)]
+    changed = [batch for batch in batches if batch.changed_at]
+    assert len(changed) / 200 == pytest.approx(CHANGE_SHARE, abs=0.08)
+    inside = [batch.changed_at for batch in changed if batch.changed_at < 8]
+    assert 0.25 < len(inside) / len(changed) < 0.75
+    assert len(set(inside)) > 3
+    for batch in [*changed, *batches[:4]]:
+        for row in range(2):
+            target = int(batch.tokens[row, 0])
+            earlier = int(batch.earlier_tokens[row, 0])
+            assert earlier == 1 - target
+            assert set(variants(walks, batch.targets[row, 0])) == {target}
+            expected = [earlier] * batch.changed_at + [target] * (8 - batch.changed_at)
+            assert variants(walks, batch.context[row]) == expected
+
+
+def test_each_part_of_a_memory_is_encoded_with_the_prompt_that_it_was_made_under(walks):
+    walks.tokens[:, 1] = 1
+    torch.manual_seed(0)
+    model = TinyWorld(TINY)
+    sampler = Sampler(walks, batch=2, targets=1, seed=0)
+    batch = next(b for b in (sampler.draw(8) for _ in range(200)) if 0 < b.changed_at < 8)
+    batch.context_noise.zero_()
+    made = prefill(model, batch, torch.Generator())
+    parts = []
+    for tokens, part in (
+        (batch.earlier_tokens, slice(0, batch.changed_at)),
+        (batch.tokens, slice(batch.changed_at, 8)),
+    ):
+        shown = batch.context[:, part].transpose(1, 2)
+        w2c = torch.cat([batch.w2c_context[:, part], batch.w2c_targets[:, 0]], 1)
+        walls = batch.walls_context[:, part].transpose(1, 2)
+        level = torch.zeros(shown.shape[0], shown.shape[2])
+        parts.append(model(shown, level, w2c, model.text(tokens), walls=walls))
+    for pair, expected in zip(made.history, zip(*parts, strict=True), strict=True):
+        for got, wanted in zip(pair, joined(expected), strict=True):
+            torch.testing.assert_close(got, wanted)
+    for pair, expected in zip(made.text, model.text(batch.tokens), strict=True):
+        torch.testing.assert_close(pair, expected)
 
 
 def test_half_of_the_recorded_samples_are_told_the_walls_of_their_views(walks):
@@ -147,10 +197,10 @@ def test_bf16_training_gives_nearly_the_loss_of_fp32(walks):
 def test_training_runs_on_own_rollouts_and_resumes(walks):
     torch.manual_seed(0)
     phases = [Phase(2.0, lambda: walks, 2, 2, (CHUNK_LATENTS, 8), share_own=0.5)]
-    trainer = Trainer(TinyWorld(TINY))
+    trainer = Trainer(TinyWorld(TINY), PACE)
     trainer.run(phases, 2.0, lambda state: None)
     assert trainer.step > 0
-    again = Trainer(TinyWorld(TINY))
+    again = Trainer(TinyWorld(TINY), PACE)
     again.load(trainer.state())
     again.run(phases, trainer.elapsed_s + 0.5, lambda state: None)
     assert again.step > trainer.step
@@ -265,20 +315,3 @@ def test_two_processes_average_their_gradients_and_numbers(tmp_path):
     subprocess.run([sys.executable, script, tmp_path], check=True, cwd=tmp_path)
     for rank in "01":
         assert (tmp_path / rank).read_text() == "([[0.5], [10.5]], [1.0, 7.0])"
-
-
-def test_a_stage_says_what_its_folder_lacks(tmp_path, capsys):
-    (tmp_path / "rooms").mkdir()
-    with pytest.raises(SystemExit):
-        train_unseen(["--init", "weights", "--out", str(tmp_path)])
-    said = " ".join(capsys.readouterr().err.split())
-    assert "without latents-full.pt, codec-refined.safetensors; run python -m" in said
-
-
-def test_recordings_of_an_earlier_version_are_refused(tmp_path):
-    recording = record(0, pixels=8)
-    assert recording.frames.shape[:2] == (VIEWS, len(recording.w2c))
-    fields = recording.__dict__ | {"frames": recording.frames[:2]}
-    torch.save(fields, tmp_path / "0.pt")
-    with pytest.raises(ValueError, match=r"3 views of its walk, got 2 .*empty folder"):
-        load_recordings(tmp_path, range(1))

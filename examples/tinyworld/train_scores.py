@@ -1,0 +1,60 @@
+"""Score trained weights: rollouts of the dense model in held-out rooms, in dB to the renderer."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .codec import Codec
+from .metrics import psnr_db
+from .model import TinyWorld, tokenize
+from .rollout import roll_out
+from .scenario import PATHS, make_scenario
+from .stream_scores import way_back
+from .train_batches import prompt_of
+from .train_recipes import Recipe
+from .weights import load, load_stream
+
+
+def score(
+    recipe: Recipe, folder: Path, device: torch.device, progress: Callable[[str, float], None]
+) -> dict[str, float]:
+    """Give the mean of each kind of rollout that a recipe is scored by."""
+    rooms, kinds = recipe.scored
+    if recipe.model == "stream":
+        stream, codec = load_stream(folder / "stream.safetensors", folder, recipe.config)
+        stream, codec = stream.to(device), codec.to(device)
+        found = {
+            f"{chunks} chunks": [
+                way_back(stream, codec, room, int(chunks))[0]["psnr_vs_truth_db"] for room in rooms
+            ]
+            for chunks in kinds
+        }
+    else:
+        model, codec = load(recipe.model, folder, recipe.config)
+        model, codec = model.to(device), codec.to(device)
+        found = {
+            str(kind): [
+                explored_or_free(model, codec, recipe.pixels, path, str(kind), room)
+                for room in rooms
+                for path in PATHS
+            ]
+            for kind in kinds
+        }
+    for kind, values in found.items():
+        progress(kind, statistics.mean(values))
+    return {kind: round(statistics.mean(values), 2) for kind, values in found.items()}
+
+
+@torch.no_grad()
+def explored_or_free(
+    model: TinyWorld, codec: Codec, pixels: int, path: str, regime: str, room: int
+) -> float:
+    """Roll one scenario out densely and compare what was generated with the renderer."""
+    scenario = make_scenario(path, regime, room, codec, pixels=pixels)
+    tokens = tokenize(prompt_of(scenario.attributes))[None].to(scenario.given.device)
+    given, walls = scenario.given, scenario.walls
+    made = roll_out(model, model.text(tokens), given, scenario.w2c, walls, seed=room)
+    shown = codec.decode(made.latents[len(given) :])
+    return psnr_db(shown, scenario.truth[len(given) :])

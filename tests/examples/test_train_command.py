@@ -1,0 +1,213 @@
+"""Trainings as one command: all stages by themselves, and again after a kill in any of them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lipass.examples.tinyworld import data, train, train_models
+from lipass.examples.tinyworld.camera import pixel_directions
+from lipass.examples.tinyworld.codec import Codec
+from lipass.examples.tinyworld.learner import Learner
+from lipass.examples.tinyworld.model import BASE, SMALL, ModelConfig, Rotary, TinyWorld
+from lipass.examples.tinyworld.stream_walks import record_walks
+from lipass.examples.tinyworld.train_batches import latent_walks
+from lipass.examples.tinyworld.train_recipes import RECIPES, Sizes
+from lipass.examples.tinyworld.train_rollouts import RolloutOptions
+from lipass.examples.tinyworld.train_stream import StreamOptions
+from lipass.examples.tinyworld.train_unseen import UnseenOptions
+from lipass.examples.tinyworld.weights import load
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(rows=2, columns=2, width=32, heads=1, blocks=1, mlp_ratio=1, text_width=8)
+SIZES = Sizes(
+    1,
+    UnseenOptions(contexts=1, targets=1, context=(4,), anchors=1, anchor_context=(4,)),
+    RolloutOptions(lanes=1, context=(4,), anchors=1, anchor_context=(4,)),
+    StreamOptions(chunks=(3,), targets=1, own_chunks=(4,), pool=4),
+)
+
+
+def training(model, out, seconds=3.0, init=None):
+    scored = ((9001,), (2,)) if model == "stream" else ((9001,), ("explored",))
+    goal = ("2 chunks", 99.0) if model == "stream" else ("explored", 1.0)
+    # Long walks are always of 64 pixels.
+    config = dataclasses.replace(TINY, rows=8, columns=8) if model == "stream" else TINY
+    recipe = dataclasses.replace(
+        RECIPES[model], config=config, pixels=16, rooms=2, on_cpu=SIZES, scored=scored, goal=goal
+    )
+    return train.Training(recipe, out, CPU, seconds, 1, init)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Paths of few latents, so that a score takes no time."""
+    monkeypatch.setattr(train, "_LEAST_S", 0.1)
+    monkeypatch.setattr("lipass.examples.tinyworld.train_scores.PATHS", ("forward/back",))
+    monkeypatch.setattr("lipass.examples.tinyworld.stream_walks.TRAIN_FRAMES", 24)
+    monkeypatch.setattr("lipass.examples.tinyworld.stream_walks.LEAST_WALKS", 1)
+
+
+def test_a_world_is_trained_from_nothing_and_says_how_far_it_came(tmp_path, short, capsys):
+    card = training("small", tmp_path).run()
+    assert list(card["stages_s"]) == list(RECIPES["small"].shares)
+    assert card == json.loads((tmp_path / "small.json").read_text())
+    assert set(card["steps"]) == {"world", "unseen", "rollouts"}
+    assert all(steps > 0 for steps in card["steps"].values())
+    assert (card["begun_with"], card["recorded"]) == (None, 2)
+    assert card["held_out_db"] > 0
+    assert card["reached"] == (card["db_to_the_renderer"]["explored"] >= 1.0)
+    assert "goal 1: reached" in capsys.readouterr().err
+    weights = load_file(tmp_path / "small.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    model, _ = load("small", tmp_path, TINY)
+    average = load_file(tmp_path / "rollouts-average.safetensors")
+    assert torch.equal(model.head.weight, average["head.weight"].half().float())
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_a_training_goes_on_after_a_kill_in_any_stage(tmp_path, short, monkeypatch):
+    """Each run is stopped in one stage more; what was done is not done again."""
+    killed = []
+    for stage in ("_codec", "_rooms", "world", "_decoder", "unseen", "_score"):
+        with monkeypatch.context() as patch:
+
+            def die(*_, stage=stage):
+                killed.append(stage)
+                raise KeyboardInterrupt
+
+            if stage.startswith("_"):
+                patch.setattr(train.Training, stage, die)
+            else:
+                patch.setattr(train_models.TRAINERS[stage].__globals__["Learner"], "update", die)
+            with pytest.raises(KeyboardInterrupt):
+                training("small", tmp_path).run()
+    kept = {
+        path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.suffix == ".pt"
+    }
+    card = training("small", tmp_path).run()
+    assert len(killed) == 6
+    assert list(card["stages_s"]) == list(RECIPES["small"].shares)
+    assert kept == {name: (tmp_path / name).stat().st_mtime_ns for name in kept}
+
+
+def test_a_stage_goes_on_from_its_checkpoint(tmp_path, short, monkeypatch):
+    """Killed between two checkpoints it loses what came after the first."""
+    with monkeypatch.context() as patch:
+        save = Learner.save
+
+        def save_and_die(self, *paths):
+            save(self, *paths)
+            raise KeyboardInterrupt
+
+        patch.setattr(Learner, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            training("small", tmp_path).run()
+    before = torch.load(tmp_path / "world.checkpoint")
+    assert 0 < before["elapsed_s"] < 3.0
+    training("small", tmp_path).run()
+    after = torch.load(tmp_path / "world.checkpoint")
+    assert after["step"] > before["step"]
+    assert after["losses"][: len(before["losses"])] == before["losses"]
+
+
+def test_a_streaming_world_begins_with_the_weights_of_small(tmp_path, short, capsys):
+    begin = tmp_path / "begin"
+    begin.mkdir()
+    torch.manual_seed(0)
+    save_file(TinyWorld(TINY).state_dict(), begin / "small.safetensors")
+    save_file(Codec().state_dict(), begin / "codec.safetensors")
+    card = training("stream", tmp_path / "out", 2.0, begin / "small.safetensors").run()
+    assert card["begun_with"] == "small.safetensors"
+    assert card["recorded"] >= 1
+    assert card["steps"]["stream"] > 0
+    assert card["reached"] is False
+    assert "not reached" in capsys.readouterr().err
+    copied = load_file(tmp_path / "out/codec.safetensors")
+    assert torch.equal(
+        copied["latent_mean"], load_file(begin / "codec.safetensors")["latent_mean"]
+    )
+
+
+def test_time_that_a_stage_takes_too_long_is_taken_from_the_later_ones(tmp_path, monkeypatch):
+    given = {}
+    (tmp_path / "done.json").write_text(json.dumps({"rooms": 60.0}))
+    shares = RECIPES["base"].shares
+    for stage in shares:
+        method = f"_{stage}" if stage in ("rooms", "score") else "_learn"
+        monkeypatch.setattr(
+            train.Training, method,
+            lambda self, *told, stage=stage: given.setdefault(
+                told[0] if len(told) == 2 else stage, told[-1]
+            ),
+        )  # fmt: skip
+    monkeypatch.setattr(train.Training, "_card", lambda self, done: done)
+    recipe = RECIPES["base"]
+    train.Training(recipe, tmp_path, CPU, 100.0, 1, None).run()
+    assert "rooms" not in given
+    left = 1 - shares["rooms"]
+    assert given["world"] == pytest.approx(40 * shares["world"] / left)
+    assert given["rollouts"] == pytest.approx(40 * shares["rollouts"] / left, rel=0.01)
+
+
+def test_rooms_are_recorded_in_blocks_until_the_time_is_over(tmp_path, short, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 2)
+    torch.manual_seed(0)
+    codec = tmp_path / "codec.safetensors"
+    save_file(Codec().state_dict(), codec)
+    folder = tmp_path / "rooms"
+    told: list[int] = []
+    job = (folder, codec, (16, 8), CPU, 1)
+    assert data.record(range(5), *job, 0.0, told.append) == 2
+    first = (folder / "0.pt").stat().st_mtime_ns
+    assert data.record(range(5), *job, 60.0, told.append) == 5
+    assert (folder / "0.pt").stat().st_mtime_ns == first
+    assert told == [2, 2, 4, 5]
+    rooms = data.load(folder, 16)
+    assert rooms["latents"].shape == (5, data.VIEWS, data.FRAMES, 16, 2, 2)
+    assert data.load(folder, 8)["latents"].shape[-2:] == (1, 1)
+    walks = latent_walks(rooms)
+    assert walks.latents.shape[:2] == (5, 2)
+    assert torch.equal(walks.walls[3], rooms["latents"][3, -1])
+    assert torch.equal(walks.w2c[4], data.draw(4).w2c)
+
+
+def test_walks_are_recorded_until_the_time_is_over_and_there_are_enough(tmp_path, short):
+    told: list[int] = []
+    codec = Codec().eval().requires_grad_(False)
+    record_walks(range(3000, 3009), tmp_path, codec, 0.0, told.append)
+    assert told == [1]
+
+
+def test_processes_draw_the_same_rooms_as_this_one():
+    with data.workers(2) as over:
+        drawn = list(over(data.draw, range(3)))
+    for walk, seed in zip(drawn, range(3), strict=True):
+        assert torch.equal(walk.w2c, data.draw(seed).w2c)
+        assert walk.attributes == data.draw(seed).attributes
+
+
+def test_positions_and_rays_of_base_are_those_of_small_seen_closer():
+    """Four tokens of base lie where one of small does, so weights of small can begin with them."""
+
+    def places(side: int) -> torch.Tensor:
+        rotary = Rotary(side, side, 32)
+        # The angle of the highest frequency is below pi, so it can be read back.
+        angle = torch.atan2(rotary.sin, rotary.cos)[:, [1, 9]]
+        return angle.unflatten(0, (side, side)).permute(2, 0, 1)
+
+    for coarse, fine in (
+        (places(8), places(16)),
+        (pixel_directions(8, 8).permute(2, 0, 1), pixel_directions(16, 16).permute(2, 0, 1)),
+    ):
+        pooled = torch.nn.functional.avg_pool2d(fine, 2)
+        torch.testing.assert_close(pooled, coarse, atol=1e-5, rtol=0)
+    small, base = TinyWorld(SMALL).state_dict(), TinyWorld(BASE).state_dict()
+    assert {k: v.shape for k, v in small.items()} == {k: v.shape for k, v in base.items()}
+
+
+def test_base_without_weights_says_how_to_train_it(tmp_path):
+    with pytest.raises(ValueError, match=r"got 'base'; have .*train --model base"):
+        load("base", tmp_path)
