@@ -3,11 +3,14 @@
     python -m benchmarks.gpu                 nine minutes at most; make gpu-day is the same
     python -m benchmarks.gpu --only speed    parts whose names begin so
     python -m benchmarks.gpu --dry           on a CPU: tiny shapes, stand-ins for kernels
+    python -m benchmarks.gpu --only train --train stream    goes on with the streaming world
 
 Needs a checkout, torch and Triton; nothing is installed. Each part is a process of its own with a
 limit of its own, and writes what it knows row by row, so that a hang costs that part alone.
-Results go to `$OUT`, or to `benchmarks/results/gpu`: a document a part, and `day.json` that says
-which ran. What is timed later is compiled first, beside what is checked: both keep cores busy.
+Results go to `benchmarks/results/gpu`: a document a part, `day.json` that says which ran, weights
+that were trained. `$OUT` in place of it gets these weights, `day.json` and all documents in one
+archive, since few files may come back from there. What is timed later is compiled first, beside
+what is checked: both keep cores busy.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +59,7 @@ PARTS = (
     Part("speed", "speed", 150),
     Part("blocks_worldplay", "blocks", 80, ("hy-worldplay",)),
     Part("blocks_matrix_game", "blocks", 60, ("matrix-game-3",)),
-    Part("train", "train", 1e9),
+    Part("train", "train", 1e9, ("base",)),
 )
 
 
@@ -66,20 +71,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=530.0, help="of all parts together")
     parser.add_argument("--only", default="", help="parts whose names begin so")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, no figure")
-    parser.add_argument("--out", type=Path, default=_out(), help="folder of the documents")
+    parser.add_argument("--train", default="base", choices=("small", "base", "stream"))
+    parser.add_argument("--out", type=Path, help="folder of the documents")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    parts = [part for part in PARTS if part.name.startswith(args.only)]
+    parts = [
+        part._replace(arguments=(args.train,)) if part.module == "train" else part
+        for part in parts
+    ]
     begin, day = time.monotonic(), {"dry": args.dry, "commit": _commit(), "parts": {}}
-    with tempfile.TemporaryDirectory() as links:
+    with tempfile.TemporaryDirectory() as links, tempfile.TemporaryDirectory() as scratch:
         path = _importable(Path(links))
-        for group in _groups([part for part in PARTS if part.name.startswith(args.only)]):
+        packed = os.environ.get("OUT") if args.out is None else None
+        out = Path(scratch) if packed else args.out or ROOT / "benchmarks/results/gpu"
+        out.mkdir(parents=True, exist_ok=True)
+        for group in _groups(parts):
             left = args.seconds - _SPARE_S - (time.monotonic() - begin)
-            for part, said in _run(group, left, args.out, args.dry, path).items():
+            for part, said in _run(group, left, out, args.dry, path).items():
                 day["parts"][part] = said
                 print(f"{part}: {said['state']}, {said['seconds']:.0f} s", flush=True)
                 if said["state"] != "done":
                     print(said["tail"], flush=True)
-            (args.out / "day.json").write_text(json.dumps(day, indent=1) + "\n")
+            (out / "day.json").write_text(json.dumps(day, indent=1) + "\n")
+            if packed:
+                _pack(out, Path(packed))
     return int(any(said["state"] != "done" for said in day["parts"].values()))
 
 
@@ -136,8 +151,14 @@ def _importable(links: Path) -> str:
     return os.pathsep.join([str(links), str(ROOT), *rest])
 
 
-def _out() -> Path:
-    return Path(os.environ.get("OUT") or ROOT / "benchmarks/results/gpu")
+def _pack(parts: Path, out: Path) -> None:
+    """Put the documents of the parts into one archive; `day.json` and weights beside it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(out / "parts.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted([*parts.glob("*.json"), *parts.glob("*.log")]):
+            archive.write(path, path.name)
+    for path in [parts / "day.json", *parts.glob("*.safetensors")]:
+        shutil.copy2(path, out)
 
 
 def _commit() -> str:

@@ -1,46 +1,170 @@
-"""Train TinyWorld `base` for as long as is left, where its training can run on this device."""
+"""Train a world of TinyWorld for as long as is left, then roll it out dense and accelerated.
+
+`python -m benchmarks.gpu.train base --out FILE` begins with the weights of `small` that the
+checkout has, `stream` with its own. Weights are copied beside the document whenever a stage has
+new ones, so that a limit costs what came after them alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import subprocess
+import os
+import shutil
 import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from benchmarks.gpu.part import Part
 
-_MODULE = "lipass.examples.tinyworld.train"
-# For what is written at the end.
-_SPARE_S = 20.0
+if TYPE_CHECKING:
+    from lipass.examples.tinyworld.train import Training
+    from lipass.examples.tinyworld.train_recipes import Recipe
+
+PRESETS = ("off", "sparse", "all")
+# What the rollouts may take: three models are compiled for them.
+_DEMO_S, _DEMO_SHARE = 110.0, 0.35
+# For what is written at the end, and what a stage takes too long.
+_SPARE_S = 8.0
 # Rooms are rendered first; less is no training.
 _LEAST_S = 60.0
+_COPY_EVERY_S = 2.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write why nothing was trained, or what the training said."""
+    """Write the card of the training, and a row for each preset that was rolled out."""
     part = Part(argv)
     if reason := _why_not(part):
         part.row(trained=False, reason=reason)
         return 0
-    out = part.folder / "tinyworld"
-    command = [sys.executable, "-m", _MODULE, "--size", "base", "--device", part.device.type]
-    command += ["--seconds", str(part.left_s - _SPARE_S), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    part.row(trained=done.returncode == 0, said=done.stderr[-2000:], folder=str(out))
-    return done.returncode
+    name = part.name or "base"
+    left = part.left_s - _SPARE_S
+    demo_s = 0.0 if name == "stream" else min(_DEMO_S, _DEMO_SHARE * left)
+    with tempfile.TemporaryDirectory() as folder:
+        training = _training(part, name, Path(folder), left - demo_s)
+        done = threading.Event()
+        copies = threading.Thread(target=_keep, args=(training, part.folder, done), daemon=True)
+        copies.start()
+        try:
+            card = training.run()
+        finally:
+            done.set()
+            copies.join()
+            copy_latest(training, part.folder)
+        curves = card.pop("loss")
+        part.note(card=card, loss=curves)
+        part.row(trained=True, model=name, reached=card["reached"], **card["db_to_the_renderer"])
+        if demo_s:
+            _roll_out(part, training)
+    return 0
 
 
 def _why_not(part: Part) -> str:
     if importlib.util.find_spec("safetensors") is None:
         return "not available: weights are read and written with safetensors, which is missing"
-    asked = [sys.executable, "-m", _MODULE, "--help"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if said.returncode != 0:
-        return f"not available: {said.stderr[-300:]}"
-    if "--device" not in said.stdout:
-        return f"not available: {_MODULE} has no --device, so it trains on a CPU only"
-    if part.left_s < _LEAST_S or part.dry:
+    if part.left_s < _LEAST_S and not part.dry:
         return f"{part.left_s:.0f} s are too few"
     return ""
+
+
+def _training(part: Part, name: str, folder: Path, seconds: float) -> Training:
+    from lipass.examples.tinyworld.train import Training
+    from lipass.examples.tinyworld.train_recipes import RECIPES
+    from lipass.examples.tinyworld.weights import SHIPPED
+
+    recipe, processes = RECIPES[name], os.cpu_count() or 1
+    if part.dry:
+        recipe, seconds, processes = _tiny(recipe), 1.0, 1
+    own = SHIPPED / f"{name}.safetensors"
+    init = own if own.exists() else SHIPPED / "small.safetensors"
+    return Training(recipe, folder, part.device, seconds, processes, init)
+
+
+def _tiny(recipe: Recipe) -> Recipe:
+    """Keep the stages, on two rooms, with the least of everything."""
+    sizes = dataclasses.replace(
+        recipe.on_cpu,
+        batch=1,
+        unseen=dataclasses.replace(recipe.on_cpu.unseen, contexts=1, context=(4,), anchors=1),
+        rollouts=dataclasses.replace(recipe.on_cpu.rollouts, lanes=1, context=(4,), anchors=1),
+        stream=dataclasses.replace(recipe.on_cpu.stream, chunks=(3,), targets=1, own_chunks=(4,)),
+    )
+    kinds = (2,) if recipe.model == "stream" else recipe.scored[1]
+    goal = ("2 chunks", 1.0) if recipe.model == "stream" else recipe.goal
+    grid = 8 if recipe.model == "stream" else 2
+    return dataclasses.replace(
+        recipe, rooms=2, pixels=16, on_cpu=sizes, scored=((9001,), kinds), goal=goal,
+        config=dataclasses.replace(recipe.config, rows=grid, columns=grid),
+    )  # fmt: skip
+
+
+def _keep(training: Training, folder: Path, done: threading.Event) -> None:
+    while not done.wait(_COPY_EVERY_S):
+        copy_latest(training, folder)
+
+
+def copy_latest(training: Training, folder: Path) -> None:
+    """Copy the newest weights and all curves out of the folder of a training."""
+    name = f"{training.recipe.model}.safetensors"
+    made = [training.out / name, *training.out.glob("*-average.safetensors")]
+    made = [path for path in made if path.exists()]
+    if made:
+        newest = max(made, key=lambda path: path.stat().st_mtime_ns)
+        copied = folder / name
+        if not copied.exists() or copied.stat().st_mtime_ns != newest.stat().st_mtime_ns:
+            shutil.copy2(newest, copied)
+    for path in training.out.glob("*-curve.json"):
+        shutil.copy2(path, folder / f"{training.recipe.model}-{path.name}")
+
+
+class _Decoder:
+    """The codec, for latents of any precision."""
+
+    def __init__(self, codec: Any) -> None:
+        self.codec = codec
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.codec.decode(latents.to(self.codec.latent_mean.dtype))
+
+
+@torch.no_grad()
+def _roll_out(part: Part, training: Training) -> None:
+    """Write the rows of `lipass demo` for a way out and back, in the precision of the kernels."""
+    from lipass.examples.tinyworld.compare import Contender, compare
+    from lipass.examples.tinyworld.learner import working_copy
+    from lipass.examples.tinyworld.model import tokenize
+    from lipass.examples.tinyworld.scenario import make_scenario
+    from lipass.examples.tinyworld.train_batches import prompt_of
+    from lipass.examples.tinyworld.weights import load
+
+    recipe = training.recipe
+    model, codec = load(recipe.model, training.out, recipe.config)
+    model, codec = working_copy(model.to(part.device), part.dtype), codec.to(part.device)
+    scene = make_scenario(
+        "left/right", "explored", recipe.scored[0][0], codec, pixels=recipe.pixels
+    )
+    scene = dataclasses.replace(
+        scene, given=scene.given.to(part.dtype), walls=scene.walls.to(part.dtype)
+    )
+    text = model.text(tokenize(prompt_of(scene.attributes))[None].to(part.device))
+    contenders = []
+    inner = "eager" if part.dry else "inductor"
+    for preset in PRESETS:
+        # The first of them says how long the others will take.
+        if contenders and part.left_s < 1.5 * contenders[0].compile_s + _SPARE_S:
+            part.row(preset=preset, left_out="no time was left")
+            continue
+        contenders.append(Contender(preset, model, inner))
+        contenders[-1].warm_up(scene, text)
+    repeats = 1 if part.dry else 3
+    rows, _ = compare(contenders, scene, text, _Decoder(codec), repeats, lambda preset: None)  # type: ignore[arg-type]
+    for row in rows:
+        part.row(model=recipe.model, **row)
 
 
 if __name__ == "__main__":

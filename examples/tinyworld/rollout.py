@@ -142,7 +142,7 @@ def roll_out(
     for start in range(len(given), len(w2c), CHUNK_LATENTS):
         query = w2c[start : start + CHUNK_LATENTS]
         noise = chunk_noise(seed, start, (1, given.shape[1], CHUNK_LATENTS, *given.shape[2:]))
-        noise = noise.to(given.device)
+        noise = noise.to(given)
         own = retriever(w2c[:start], query)
         if session is None:
             steps = [Step(*pair, False) for pair in itertools.pairwise(sigmas)]

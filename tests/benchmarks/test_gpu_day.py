@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.gpu import __main__ as day
 from benchmarks.gpu import about, blocks, right, speed, train
+from benchmarks.gpu.part import Part
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,11 +74,64 @@ def test_blocks_have_a_row_for_each_preset(name, tmp_path, monkeypatch):
     assert document["rows"][-1]["ran"]
 
 
-def test_what_cannot_be_trained_says_why(tmp_path):
+def test_a_world_is_trained_and_rolled_out_and_its_weights_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PRESETS", ("off",))
+    monkeypatch.setattr("lipass.examples.tinyworld.train._LEAST_S", 0.1)
+    monkeypatch.setattr("lipass.examples.tinyworld.train_scores.PATHS", ("forward/back",))
+    code, document = rows(train.main, tmp_path, "base")
+    trained, demo = document["rows"]
+    assert (code, trained["trained"], trained["model"]) == (0, True, "base")
+    assert document["card"]["steps"].keys() == document["loss"].keys()
+    assert (demo["preset"], demo["trajectory"], demo["speedup_vs_off"]) == ("off", "left/right", 1)
+    weights = tmp_path / "base.safetensors"
+    assert load_file(weights)["head.weight"].dtype == torch.float16
+    assert weights.stat().st_size < 16 * 2**20
+    assert (tmp_path / "base-world-curve.json").exists()
+
+
+def test_a_streaming_world_goes_on_from_its_own_weights(tmp_path):
+    part = Part(["stream", "--out", str(tmp_path / "part.json"), "--dry"])
+    training = train._training(part, "stream", tmp_path, 60.0)
+    assert training.init.name == "stream.safetensors"
+    assert training.recipe.shares.keys() == {"walks", "stream", "score"}
+    assert train._training(part, "base", tmp_path, 60.0).init.name == "small.safetensors"
+
+
+def test_the_newest_weights_come_back_whatever_stops_the_training(tmp_path):
+    part = Part(["base", "--out", str(tmp_path / "part.json"), "--dry"])
+    (made := tmp_path / "work").mkdir()
+    training = train._training(part, "base", made, 60.0)
+    train.copy_latest(training, tmp_path)
+    assert not (tmp_path / "base.safetensors").exists()
+    for number, name in enumerate(("world-average", "base", "unseen-average")):
+        path = made / f"{name}.safetensors"
+        path.write_text(name)
+        os.utime(path, (number, number))
+        train.copy_latest(training, tmp_path)
+        assert (tmp_path / "base.safetensors").read_text() == name
+
+
+def test_what_cannot_be_trained_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     code, document = rows(train.main, tmp_path)
     (row,) = document["rows"]
     assert (code, row["trained"]) == (0, False)
-    assert row["reason"]
+    assert "safetensors" in row["reason"]
+
+
+def test_few_files_go_to_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert day.main(["--only", "about", "--dry", "--seconds", "60"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"day.json", "parts.zip"}
+    with zipfile.ZipFile(tmp_path / "out/parts.zip") as archive:
+        assert set(archive.namelist()) == {"about.json", "about.log", "day.json"}
+
+
+def test_the_world_to_train_is_chosen(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(day, "_run", lambda group, *_: ran.extend(group) or {})
+    assert day.main(["--only", "train", "--train", "stream", "--out", str(tmp_path)]) == 0
+    assert [part.arguments for part in ran] == [("stream",)]
 
 
 def test_machine_is_described(tmp_path):
