@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full play test test-gpu lint types tree pages docs accept bench dump gpu-day results sizes clean
+.PHONY: help setup demo demo-full play test test-gpu lint types tree pages docs accept bench dump gpu-day figures sizes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -69,14 +69,8 @@ dump: $(READY) ## numbered graphs and diffs of a script in build/dump (EX=exampl
 gpu-day: ## what only a GPU can answer, in 9 minutes; needs torch and Triton, installs nothing
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-results: $(READY) ## figures of DESIGN.md on this machine, in benchmarks/results; half an hour
-	mkdir -p benchmarks/results
-	$(BIN)/python -m benchmarks.hoist_rows > benchmarks/results/hoist_rows.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.exact_passes > benchmarks/results/exact_passes.json
-	$(BIN)/python -m benchmarks.compile_time > benchmarks/results/compile_time.json
-	$(BIN)/python -m benchmarks.long_rollout > benchmarks/results/long_rollout.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.nearest --rollouts --json > benchmarks/results/nearest.json
-	$(BIN)/python -m benchmarks.run --repeats 7 --json > benchmarks/results/kernels_cpu.json
+figures: $(READY) ## every figure of README, docs and DESIGN made again, some hours (ONLY=steering)
+	$(BIN)/python -m benchmarks.figures --only '$(ONLY)' $(ARGS)
 
 sizes: ## lines per file, longest first
 	@git ls-files '*.py' | xargs wc -l | sort -rn | head -n 30
