@@ -29,6 +29,8 @@ def forward_all(
     noisy: Tensor | None = None,
     sigma: Tensor | None = None,
     targets: tuple[int, ...] = (),
+    earlier_text: list[KeyValue] | None = None,
+    changed_at: int = 0,
 ) -> tuple[Tensor | None, list[KeyValue]]:
     """Run a walk of `N` chunks, and noisy versions of the chunks `targets`.
 
@@ -42,6 +44,8 @@ def forward_all(
         noisy: `[B, C, 4J, Y, X]` at noise levels `sigma [B, 4J]`.
         sigma: noise levels of `noisy`.
         targets: which chunk each of the `J` noisy ones is.
+        earlier_text: the prompt of chunks in front of chunk `changed_at`, alike.
+        changed_at: from which chunk on `text` is the prompt.
 
     Returns:
         Velocity of `noisy`, and the cache after `N` chunks, one (k, v) a block.
@@ -69,7 +73,10 @@ def forward_all(
         for position in range(first, len(shown)):
             here = slice(position * tokens, (position + 1) * tokens)
             past = slice(0, shown[position] * tokens)
-            text_k, text_v = text_in_world(text[i], own[:, position * CHUNK_LATENTS])
+            said = text
+            if earlier_text is not None and shown[position] < changed_at:
+                said = earlier_text
+            text_k, text_v = text_in_world(said[i], own[:, position * CHUNK_LATENTS])
             keys = torch.cat([text_k, k[:, :, past], k[:, :, here]], 2)
             values = torch.cat([text_v, v[:, :, past], v[:, :, here]], 2)
             out.append(F.scaled_dot_product_attention(q[:, :, here], keys, values))

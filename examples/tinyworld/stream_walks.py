@@ -31,13 +31,16 @@ class LongWalk:
     """One recorded walk.
 
     `latents [F, C, Y, X]` and `walls [F, C, Y, X]` (of the bare room) in half precision, `w2c
-    [F, 4, 4]`, `tokens [TEXT_TOKENS]`.
+    [F, 4, 4]`, `tokens [TEXT_TOKENS]`; `other_latents` and `other_tokens` of the same walk under
+    another prompt, if it was recorded so.
     """
 
     latents: Tensor
     walls: Tensor
     w2c: Tensor
     tokens: Tensor
+    other_latents: Tensor | None = None
+    other_tokens: Tensor | None = None
 
 
 def _here(w2c: Tensor) -> tuple[float, float, float]:
@@ -90,10 +93,12 @@ def record_walk(seed: int, codec: Codec, frames: int) -> LongWalk:
     w2c = walk_with_loops(room, frames, generator, step_m, step_deg)
     plain = float(torch.rand((), generator=generator)) < 0.3
     attributes = Attributes() if plain else draw_attributes(generator)
+    other = draw_attributes(generator)
     seen = w2c.to(codec.latent_mean.device)
-    shown = codec.encode(render(room, seen, [attributes])[0]).half().cpu()
-    walls = codec.encode(render(bare(room), seen, [Attributes()])[0]).half().cpu()
-    return LongWalk(shown, walls, w2c, tokenize(prompt_of(attributes)))
+    views = render(room, seen, [attributes, other]) + render(bare(room), seen, [Attributes()])
+    shown, other_shown, walls = (codec.encode(view).half().cpu() for view in views)
+    tokens, other_tokens = (tokenize(prompt_of(one)) for one in (attributes, other))
+    return LongWalk(shown, walls, w2c, tokens, other_shown, other_tokens)
 
 
 def record_walks(

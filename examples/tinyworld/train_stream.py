@@ -3,7 +3,8 @@
 All chunks of a recorded walk pass in one forward (`stream_parallel`), noisy versions of some of
 them beside the clean ones. In the second part of the time the clean chunks of half of the steps
 are the model's own, from rollouts that it makes meanwhile, while what it is asked for stays
-recorded: so it learns not to pass its own errors on.
+recorded: so it learns not to pass its own errors on. In a fixed share of the recorded stretches
+the prompt changes at a chunk, and what is kept of those in front was made under another one.
 """
 
 import random
@@ -22,7 +23,7 @@ from .stream import StreamWorld
 from .stream_parallel import forward_all
 from .stream_rollout import GrownCache, stream
 from .stream_walks import LongWalk
-from .train_batches import CONTEXT_NOISE
+from .train_batches import CHANGE_SHARE, CONTEXT_NOISE
 from .train_world import SIGMA_MIN, SIGMA_SHIFT
 
 
@@ -60,7 +61,8 @@ class Stretch:
     """A stretch of a walk, batched.
 
     `history` and `recorded [B, C, 4N, Y, X]` differ from chunk `first_own` on, where the history
-    is the model's own. `walls` are zeros in walks that the model is not told of.
+    is the model's own. `walls` are zeros in walks that the model is not told of. `tokens
+    [B, TEXT_TOKENS]` is the prompt from chunk `changed_at` on, `earlier_tokens` that in front.
     """
 
     history: Tensor
@@ -69,14 +71,28 @@ class Stretch:
     tokens: Tensor
     walls: Tensor
     first_own: int
+    earlier_tokens: Tensor
+    changed_at: int = 0
 
 
 def stretch_of(
-    walks: list[LongWalk], frames: list[list[int]], told: list[bool], device: torch.device
+    walks: list[LongWalk],
+    frames: list[list[int]],
+    told: list[bool],
+    device: torch.device,
+    changed_at: int = 0,
 ) -> Stretch:
-    """Take as many latents of each walk, in any order that keeps chunks together."""
-    rows = list(zip(walks, frames, strict=True))
-    latents = torch.stack([w.latents[f].float().transpose(0, 1) for w, f in rows])
+    """Take as many latents of each walk, in any order that keeps chunks together.
+
+    Those in front of chunk `changed_at` are taken under the other prompt of their walk.
+    """
+    rows, cut = list(zip(walks, frames, strict=True)), changed_at * CHUNK_LATENTS
+    taken, earlier = [], []
+    for w, f in rows:
+        other = w.latents if w.other_latents is None else w.other_latents
+        taken.append(torch.cat([other[f[:cut]], w.latents[f[cut:]]]))
+        earlier.append(w.tokens if w.other_tokens is None else w.other_tokens)
+    latents = torch.stack([shown.float().transpose(0, 1) for shown in taken])
     walls = torch.stack([w.walls[f].float().transpose(0, 1) for w, f in rows])
     walls = walls * torch.tensor(told)[:, None, None, None, None]
     latents = latents.to(device)
@@ -87,6 +103,8 @@ def stretch_of(
         torch.stack([w.tokens for w in walks]).to(device),
         walls.to(device),
         len(frames[0]) // CHUNK_LATENTS,
+        torch.stack(earlier).to(device),
+        changed_at,
     )
 
 
@@ -137,9 +155,11 @@ def stream_loss(
     noisiness = noisiness[:, None].expand(-1, history.shape[2])
     noise, grain = (normal(x.shape, generator, device) for x in (clean, history))
     s, n = sigma[:, None, :, None, None], noisiness[:, None, :, None, None]
+    earlier = model.text(stretch.earlier_tokens) if stretch.changed_at else None
     velocity, _ = forward_all(
         model, history + n * grain, noisiness, stretch.w2c, model.text(stretch.tokens),
-        stretch.walls, (1 - s) * clean + s * noise, sigma, tuple(targets),
+        stretch.walls, (1 - s) * clean + s * noise, sigma, tuple(targets), earlier,
+        stretch.changed_at,
     )  # fmt: skip
     return (velocity - (noise - clean)).square().mean()
 
@@ -188,7 +208,9 @@ class StreamTrainer(Learner):
             else:
                 kind = draw.choices((alike, there_and_back, in_time), self._shares)[0]
                 told = [draw.random() < options.told_share for _ in range(options.batch)]
-                stretch = self.stretch(walks, draw, draw.choice(options.chunks), kind, told)
+                chunks = draw.choice(options.chunks)
+                change = draw.random() < CHANGE_SHARE
+                stretch = self.stretch(walks, draw, chunks, kind, told, change)
                 possible = range(1, stretch.recorded.shape[2] // CHUNK_LATENTS)
             targets = sorted(draw.sample(possible, min(options.targets, len(possible))))
             loss = stream_loss(self.model, stretch, targets, self.generator)
@@ -215,11 +237,18 @@ class StreamTrainer(Learner):
         chunks: int,
         kind: Kind,
         told: list[bool],
+        change: bool = False,
     ) -> Stretch:
-        """Draw as many stretches of recorded walks as `told` has entries."""
+        """Draw as many stretches of recorded walks as `told` has entries.
+
+        With `change` the prompt changes at one of the chunks, if all were recorded under two.
+        """
         drawn = [draw.choice(walks) for _ in told]
         frames = [kind(walk, chunks, draw) for walk in drawn]
-        return stretch_of(drawn, frames, told, self.device)
+        changed_at = 0
+        if change and all(walk.other_tokens is not None for walk in drawn):
+            changed_at = draw.randrange(1, len(frames[0]) // CHUNK_LATENTS)
+        return stretch_of(drawn, frames, told, self.device, changed_at)
 
     def rollout(self, walks: list[LongWalk], draw: random.Random) -> Stretch:
         """Let the model find the way back, or go on from the first chunk where it is told."""

@@ -95,6 +95,23 @@ def test_refreshes_leave_the_cache_that_one_forward_over_all_chunks_makes(model,
         assert torch.allclose(kept[1], made[1], atol=1e-5)
 
 
+def test_chunks_in_front_of_a_change_are_kept_as_their_own_prompt_left_them(model, text):
+    generator = torch.Generator().manual_seed(6)
+    latents = torch.randn(1, 16, 16, 4, 4, generator=generator)
+    night, cache, level = model.text(tokenize("a room at night")[None]), None, torch.zeros(1, 4)
+    for chunk in range(4):
+        here = slice(chunk * CHUNK_LATENTS, (chunk + 1) * CHUNK_LATENTS)
+        said = night if chunk < 2 else text
+        told = WALLS[:, :, here]
+        cache = model(latents[:, :, here], level, PATH[:, here], said, cache, told, refresh=True)
+    _, made = all_at_once(model, text, latents, earlier_text=night, changed_at=2)
+    _, plain = all_at_once(model, text, latents)
+    for kept, changed in zip(cache, made, strict=True):
+        assert torch.allclose(kept[0], changed[0], atol=1e-5)
+        assert torch.allclose(kept[1], changed[1], atol=1e-5)
+    assert not torch.allclose(cache[-1][1][:, :, :128], plain[-1][1][:, :, :128], atol=1e-4)
+
+
 def test_decoding_equals_the_noisy_chunks_of_one_forward(model, text, given):
     latents = stream(model, text, given, PATH, WALLS, seed=1, cache=GrownCache())
     noisy = torch.randn(1, 16, CHUNK_LATENTS, 4, 4)

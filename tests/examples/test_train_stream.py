@@ -1,6 +1,7 @@
 """Training of the streaming model: its walks, its loss, and that a few steps run and resume."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lipass.examples.tinyworld.camera import invert
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, ModelConfig, tokenize
 from lipass.examples.tinyworld.stream import StreamWorld
 from lipass.examples.tinyworld.stream_walks import LongWalk, out_and_back, walk_with_loops
+from lipass.examples.tinyworld.train_batches import CHANGE_SHARE
 from lipass.examples.tinyworld.train_stream import (
     StreamOptions,
     StreamTrainer,
@@ -75,6 +77,47 @@ def test_recorded_stretch_is_its_own_history_and_told_the_walls_or_zeros(walk):
     assert torch.equal(stretch.walls[0, :, 0], walk.walls[4].float())
     assert not stretch.walls[1].any()
     assert torch.equal(stretch.w2c[1], walk.w2c[8:20])
+
+
+def test_chunks_in_front_of_a_change_are_those_of_the_other_prompt(walk):
+    both = replace(walk, other_latents=-walk.latents, other_tokens=tokenize("a room at night"))
+    frames = list(range(12))
+    stretch = stretch_of([both], [frames], [True], torch.device("cpu"), changed_at=2)
+    plain = whole(walk, True).recorded[:, :, :12]
+    assert torch.equal(stretch.recorded[:, :, :8], -plain[:, :, :8])
+    assert torch.equal(stretch.recorded[:, :, 8:], plain[:, :, 8:])
+    assert torch.equal(stretch.tokens[0], walk.tokens)
+    assert torch.equal(stretch.earlier_tokens[0], both.other_tokens)
+    trainer, seen = StreamTrainer(tiny(), OPTIONS), []
+    for seed in range(40):
+        drawn = trainer.stretch([both], random.Random(seed), 4, in_time, [True], change=True)
+        seen.append(drawn.changed_at)
+    assert set(seen) == {1, 2, 3}
+    assert trainer.stretch([both], random.Random(0), 4, in_time, [True]).changed_at == 0
+    once = trainer.stretch([walk], random.Random(0), 4, in_time, [True], change=True)
+    assert once.changed_at == 0
+
+
+def test_a_fixed_share_of_the_stretches_changes_its_prompt(walk, monkeypatch):
+    both = replace(walk, other_latents=walk.latents, other_tokens=walk.tokens)
+    asked = []
+
+    def stretch(self, walks, draw, chunks, kind, told, change):
+        asked.append(change)
+        return stretch_of([both], [list(range(12))], [True], torch.device("cpu"))
+
+    monkeypatch.setattr(StreamTrainer, "stretch", stretch)
+    monkeypatch.setattr(
+        "lipass.examples.tinyworld.train_stream.stream_loss",
+        lambda model, *_: model.head.weight.sum(),
+    )
+    monkeypatch.setattr(
+        StreamTrainer, "update", lambda self, left: setattr(self, "step", self.step + 1)
+    )
+    trainer = StreamTrainer(tiny(), replace(OPTIONS, own_from=2.0))
+    while trainer.step < 300:
+        trainer.run([both], trainer.elapsed_s + 0.2, lambda state: None)
+    assert sum(asked) / len(asked) == pytest.approx(CHANGE_SHARE, abs=0.08)
 
 
 def test_loss_reads_history_before_the_target_alone_and_trains_its_keys(walk):
