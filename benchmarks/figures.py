@@ -100,6 +100,7 @@ FIGURES = {
     "nearest": Figure(_module("nearest", "--rollouts", "--json"), (DESIGN,), 8, threads=1),
     "merge_history": Figure(_module("merge_history"), (DESIGN,), 5),
     "tile_choice": Figure(_module("tile_choice"), (DESIGN,), 10),
+    "base_world": Figure(_module("base_world", "--json"), (DESIGN,), 40),
     "stages": Figure(_module("stages", "--json"), ("docs/stages.md",), 10),
     "host_cost": Figure(_module("host_cost"), (DESIGN,), 1),
     "loop_choice": Figure(_module("loop_choice", "--json"), (RESULTS_PAGE, DESIGN), 20),
