@@ -155,12 +155,9 @@ class SparseOptions:
             and `dense_tokens` do not hold for graphs that read no history.
         dense_tokens: attention stays dense in chunks whose context is at most so many tokens: a
             context that is this short has been chosen, and has no blocks to spare.
-        dense_steps: attention stays dense in so many first denoising steps of a chunk, in which it
-            is settled what is where.
-        plan_every: of so many layers that follow each other in a graph the first chooses the
-            blocks that all visit.
-        plan_once: blocks of a history are chosen in the first sparse step of a chunk, and visited
-            in all steps behind it; with an open session that has the steps.
+        dense_steps: attention stays dense in so many first steps, which settle what is where.
+        plan_every: one layer in so many of a graph chooses blocks, and those behind it follow.
+        plan_once: blocks of a history are chosen once for the steps of a session's chunk.
     """
 
     tile: tuple[int, int, int]
@@ -206,8 +203,8 @@ class SparseOptions:
         for name in ("sink_latents", "dense_chunks", "dense_tokens", "dense_steps"):
             value = getattr(self, name)
             check(value >= 0, f"sparse.{name} must be >= 0", value, "use 0 to switch it off")
-        least = "use 1 to let each layer choose"
-        check(self.plan_every >= 1, "sparse.plan_every must be >= 1", self.plan_every, least)
+        every, rule = self.plan_every, "sparse.plan_every must be >= 1"
+        check(every >= 1, rule, every, "use 1 to let each layer choose")
         check_choice("sparse.ranking", self.ranking, RANKINGS)
         check_choice("sparse.choose", self.choose, CHOICES)
         check_choice("sparse.tile_order", self.tile_order, TILE_ORDERS)

@@ -28,7 +28,7 @@ from lipass.parallel.agree import Alone, Ranks
 from lipass.policy.holding import least_needed
 from lipass.policy.latents import check_latents
 from lipass.policy.plan import ChunkPlan, Once, plan_chunk
-from lipass.policy.steering import Steering, default_policy
+from lipass.policy.steering import Steering, asked
 from lipass.policy.views import check_poses
 from lipass.receipt import current_report
 from lipass.runtime.chunk import Chunk
@@ -204,9 +204,8 @@ class Session(Resumable):
             text: as the model takes it: embeddings, or keys and values, in lists, tuples or dicts.
                 The first one is shown from the first chunk on; a replay takes nothing else.
             over_chunks: chunks that the change takes.
-            policy: one of `Steering.policy`; or a `lipass.Steering`, which says all. None is the
-                best that was measured: "two-prompt" where this session has the option `steering`,
-                as the graphs that it calls, and else "slerp".
+            policy: one of `Steering.policy`, or a `lipass.Steering`. None is "two-prompt" where
+                this session has the option `steering`, as its graphs then do, and else "slerp".
             stream: name of the request.
 
         Raises:
@@ -214,10 +213,8 @@ class Session(Resumable):
             LipassError: the session is closed, or has made chunks without a prompt.
         """
         index = self.turns.upcoming(stream)
-        policy = default_policy(self.config.steering is not None) if policy is None else policy
-        if not isinstance(policy, Steering):
-            policy = Steering(policy=policy, over_chunks=over_chunks)
-        self.prompts.steer(text, policy, stream, index)
+        steering = asked(policy, over_chunks, attention_asks=self.config.steering is not None)
+        self.prompts.steer(text, steering, stream, index)
 
     def least_needed(self, poses: Tensor) -> int:
         """Say which chunk a full cache can spare: the one whose views the others show best.

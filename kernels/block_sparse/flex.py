@@ -95,11 +95,11 @@ def block_sparse_attention(
     slots, lengths = plan.kv.block_tokens, plan.segment_tokens
     exists = torch.cat([_whole(torch.ones(n, dtype=torch.bool), 0, slots) for n in lengths])
     full = exists.view(-1, slots).all(1).to(q.device)
-    joined = [
+    k, v = (
         torch.cat([_whole(x, 2, slots) for x in parts], 2) if len(parts) > 1 else parts[0]
         for parts in (keys, values)
-    ]
-    visited, exists = plan.visited(), exists[: joined[0].shape[2]].to(q.device)
+    )
+    visited, exists = plan.visited(), exists[: k.shape[2]].to(q.device)
     volumes = plan.q_grid.block_tokens, slots
 
     def counts(b: Tensor, h: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ def block_sparse_attention(
 
     blocks = _mask(visited & ~full, visited & full, volumes, (q.shape[2], len(exists)), counts)
     if not return_lse:
-        return token_major(_compiled()(q, *joined, block_mask=blocks, scale=scale)), None
-    out, lse = _with_log_sums(q, *joined, blocks, scale)
+        return token_major(_compiled()(q, k, v, block_mask=blocks, scale=scale)), None
+    out, lse = _with_log_sums(q, k, v, blocks, scale)
     return token_major(out), lse
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lipass.config import Config
 from lipass.options import ContextOptions
+from lipass.policy.blend import Blend
 from lipass.policy.blocks import dense_chunk
 from lipass.policy.context import ContextPlan, among, keep, plan_context, plan_window
 from lipass.policy.indices import indices_of
 from lipass.policy.latents import LatentReading, read_latents
 from lipass.policy.reference import history_latents, plan_as_released
 from lipass.policy.revisit import Revisit, decide_revisit
-from lipass.policy.steering import Blend
 from lipass.policy.steps import StepPlan
 from lipass.policy.views import score_points
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from lipass.policy.blend import Blend
 from lipass.policy.context import ContextPlan
 from lipass.policy.plan import ChunkPlan
 from lipass.policy.revisit import Revisit
-from lipass.policy.steering import Blend, Steering
+from lipass.policy.steering import Steering
 
 
 def steered(

@@ -9,10 +9,11 @@ from itertools import groupby
 from typing import Any
 
 from lipass.errors import LipassError
+from lipass.policy.blend import Blend
 from lipass.policy.blending import check_blends, check_like, check_text, doubled, mixed
 from lipass.policy.plan import ChunkPlan
 from lipass.policy.steered_plan import steered
-from lipass.policy.steering import Blend, Steering
+from lipass.policy.steering import Steering
 from lipass.runtime.steering_scores import SteeringScores
 from lipass.runtime.told import Change, Told
 from lipass.switch import is_off

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lipass.errors import LipassError
 from lipass.kernels import registry
+from lipass.policy.blend import Blend
 from lipass.policy.blending import text_tensors
-from lipass.policy.steering import Blend
 
 if TYPE_CHECKING:
     from lipass.runtime.chunk import Chunk

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lipass.policy.blend import Blend
 from lipass.policy.blending import laid_out
-from lipass.policy.steering import Blend, Steering
+from lipass.policy.steering import Steering
 
 
 @dataclass

@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from lipass.policy.steering import POLICIES, Blend, Steering
+from lipass.policy.blend import Blend
+from lipass.policy.steering import POLICIES, Steering
 
 
 def test_a_change_walks_straight_and_ends_with_the_new_prompt_alone():
