@@ -112,9 +112,7 @@ def block_sparse_attention(
     placed = [q, out]
     for number in laid.order:
         placed += [keys[number], values[number]]
-    descriptors = list(map(_describe, placed, laid.fields))
-    if missing := _PLACES - len(descriptors):
-        descriptors += descriptors[:1] * missing
+    descriptors = _described(laid, placed)
     indices, counts = plan.indices.contiguous(), plan.counts.contiguous()
     programs = (plan.q_grid.blocks, batch * heads)
     with chip.launching_on(q.device):
@@ -139,6 +137,7 @@ def block_sparse_attention(
             num_warps=4 if plan.q_grid.block_tokens <= 64 else 8,
             num_stages=STAGES,
         )
+    _give_back(laid, descriptors)
     return out, lse if return_lse else None
 
 
@@ -202,6 +201,8 @@ class Laid(NamedTuple):
     fields: list[dict[str, Any]]
     """Of the descriptors of queries, output, and keys and values, but for the tensors."""
     folds: tuple[int, ...]
+    spare: list[list[TensorDescriptor]]
+    """Descriptors that no call uses: making those of a call takes 2 us."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -240,7 +241,7 @@ def _lay(
         fields.append(_fields(batch, heads, dim, stride, dtype, grid, fold))
         folds.append(fold)
     del folds[1]  # the output's
-    return Laid(order, fields, (*folds, *[1] * (_PLACES - 1 - len(folds))))
+    return Laid(order, fields, (*folds, *[1] * (_PLACES - 1 - len(folds))), [])
 
 
 def _unfit_grids(q_grid: BlockGrid, kv: KvLayout) -> str | None:
@@ -287,11 +288,25 @@ def _fields(
     return {name: field for name, field in fields.items() if name != "base"}
 
 
-def _describe(x: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
-    """Describe a tensor by fields that have been checked."""
-    made = object.__new__(TensorDescriptor)
-    made.__dict__ = {**fields, "base": x}
+def _described(laid: Laid, placed: list[Tensor]) -> list[TensorDescriptor]:
+    """Describe the tensors of a call; kernels with fewer segments get the first one again."""
+    try:
+        made = laid.spare.pop()  # in one step: another thread may be here
+    except IndexError:
+        made = [object.__new__(TensorDescriptor) for _ in placed]
+        for descriptor, fields in zip(made, laid.fields, strict=True):
+            descriptor.__dict__.update(fields)
+        made += made[:1] * (_PLACES - len(made))
+    for descriptor, x in zip(made, placed):  # noqa: B905  (the rest is the first one)
+        descriptor.base = x
     return made
+
+
+def _give_back(laid: Laid, made: list[TensorDescriptor]) -> None:
+    """Let other calls use descriptors, which hold no tensor meanwhile."""
+    for descriptor in made:
+        descriptor.base = None
+    laid.spare.append(made)
 
 
 # Sizes that change from chunk to chunk must not compile anew when one happens to be 1 or 16.
