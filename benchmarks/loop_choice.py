@@ -43,8 +43,9 @@ class Way(NamedTuple):
     gate: tuple[str, float] | None = None
 
 
-def _session(sink: int, memory: int, steps: float | None = 0.0) -> Way:
+def _session(sink: int, memory: int, steps: float | None = 0.0, window: int | None = None) -> Way:
     options = {"preset": "context", **_VIEW, "context.sink_latents": sink}
+    options["context.window_latents"] = window
     options["context.memory_latents"] = memory
     if steps is not None:
         options |= {"steps": True, "steps.overlap_min": steps}
@@ -65,6 +66,11 @@ WAYS = {
     "session, no sink, memory 3, steps on revisits": _session(0, 3, 0.65),
     **{f"session, sink {n}, memory 3": _session(n, 3) for n in (0, 1, 2, 3, 4)},
     **{f"session, sink 4, memory {n}": _session(4, n) for n in (1, 2)},
+    "session, sink 2, memory 3, window 2": _session(2, 3, window=2),
+    **{
+        f"session, sink 1, memory {n}, window {w}": _session(1, n, window=w)
+        for n, w in ((3, 1), (3, 2), (3, 3), (4, 2))
+    },
 }
 
 

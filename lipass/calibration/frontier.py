@@ -25,7 +25,8 @@ MOVABLE = (
         f"context.{name}"
         for name in (
             "sink_latents", "memory_latents", "memory_chunks", "window_chunks_min",
-            "window_chunks_max", "dynamics_low", "dynamics_high", "overlap_min", "gain_min",
+            "window_chunks_max", "window_latents", "dynamics_low", "dynamics_high", "overlap_min",
+            "gain_min",
             "departure_min",
         )
     ),

@@ -81,7 +81,11 @@ def _of_context(config: Config, most: int) -> Iterator[tuple[str, Ladder]]:
     if context.window_latents is None:
         window = tuple(n for n in _WINDOW if n >= context.window_chunks_min)
         window = tuple(n for n in window if n * length <= max(most, length)) or window[-1:]
-        yield "window", _rungs("window", "context.window_chunks_max", window)
+        ladder = _rungs("window", "context.window_chunks_max", window)
+        if half := length // 2:
+            # The newest latents are much alike, and what is before them is not.
+            ladder += (Setting(f"window of {half} latents", {"context.window_latents": half}),)
+        yield "window", ladder
     yield "overlap", _rungs("overlap", "context.overlap_min", _OVERLAP)
 
 

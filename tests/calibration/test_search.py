@@ -110,6 +110,9 @@ def test_chunks_in_which_something_was_compiled_do_not_count():
         fit(odd)
 
 
+HALF = "window of 2 latents"
+
+
 def labels(config, name, most=20, steps=4):
     return [one.label for one in ladders(config, most, steps).get(name, ())]
 
@@ -119,8 +122,8 @@ def test_ladders_go_from_dear_to_cheap_and_no_further_than_the_dense_loop():
     assert labels(config, "memory", most=8) == [
         "memory 4", "memory 3", "memory 2", "memory 1", "memory 0",
     ]  # fmt: skip
-    assert labels(config, "window") == ["window 4", "window 3", "window 2", "window 1"]
-    assert labels(config, "window", most=8) == ["window 2", "window 1"]
+    assert labels(config, "window") == ["window 4", "window 3", "window 2", "window 1", HALF]
+    assert labels(config, "window", most=8) == ["window 2", "window 1", HALF]
     assert labels(config, "steps") == [
         "all steps", "2 steps on revisits from 0.8", "2 steps on revisits from 0.65", "3 steps",
         "2 steps",
