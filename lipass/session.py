@@ -65,7 +65,7 @@ class Session(Resumable):
         frontier: what `lipass calibrate` has written, whose options hold (docs/calibrate.md).
         target_chunk_ms: what a chunk may take: each is made at the best point of the frontier that
             keeps it, and measured times correct the choice.
-        target_db: the fastest point is taken that had so many dB on its worst walk; with a target
+        target_db: the fastest point is taken that had so many dB to the dense model; with a target
             of time, points below it are left out.
         group: a `torch.distributed.ProcessGroup` whose ranks make this rollout together, each by
             the same calls: what the first one decides holds on all of them (docs/stages.md).

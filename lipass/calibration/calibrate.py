@@ -65,7 +65,7 @@ def calibrate(
     options: Mapping[str, Any] | None = None,
     tries: int = 40,
     repeats: int = 3,
-    default_db: float = 30.0,
+    default_db: float = 38.0,
     frames: int = 24,
     compiled: bool = True,
     keep: str | os.PathLike[str] | None = None,
@@ -80,7 +80,7 @@ def calibrate(
         options: flat ones that all points share, such as the camera; preset "all" without any.
         tries: choices of options at most.
         repeats: rollouts of each point that are timed, in turn with the dense model.
-        default_db: the default point is the fastest whose worst walk has so many dB.
+        default_db: the default point is the fastest that has so many dB.
         frames: history latents of which is asked what each is worth; 0 asks none.
         compiled: whether a module is compiled; False rolls it out as it is.
         keep: file of results, which a second call goes on from.
@@ -104,7 +104,7 @@ def calibrate(
         tried = work.search(tries, Ledger(keep, work.marked()))
         points = work.timed(thinned(frontier(tried), _POINTS_MOST), repeats)
         worth = work.worth(frames)
-    best = [one for one in points if one.db_worst >= default_db]
+    best = [one for one in points if one.db >= default_db]
     found = Frontier(
         options=work.shared,
         points=tuple(points),

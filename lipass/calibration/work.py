@@ -163,7 +163,7 @@ class Work:
         for _ in range(repeats):
             for walk in walks:
                 for choice in took:
-                    self.advance(f"timing {self.label(choice)}", done=choice is not None)
+                    self.advance(f"timing {self.label(choice)}", done=0)
                     took[choice] += (run := self.run(choice, walk)).chunks
                     if choice is None:
                         dense = run

@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--default-db",
         type=float,
-        default=30.0,
+        default=38.0,
         metavar="DB",
-        help="the default point is the fastest whose worst walk has so many dB (default: 30)",
+        help="the default point is the fastest that has so many dB (default: 38)",
     )
     parser.add_argument(
         "--frames",

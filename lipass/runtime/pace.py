@@ -39,7 +39,7 @@ class Pace:
         frontier: what there is to choose from.
         config: of the session; points are laid over it.
         target_ms: what a chunk may take; None stays at the fastest point.
-        target_db: points whose worst walk was below are left out; None leaves out none.
+        target_db: points that had less are left out; None leaves out none.
 
     Attributes:
         points: what is chosen from, the best first.
@@ -50,8 +50,8 @@ class Pace:
         self, frontier: Frontier, config: Config, target_ms: float | None, target_db: float | None
     ) -> None:
         self.frontier, self.target_ms, self.target_db = frontier, target_ms, target_db
-        good = [p for p in frontier.points if target_db is None or p.db_worst >= target_db]
-        self.points = good or [max(frontier.points, key=lambda point: point.db_worst)]
+        good = [p for p in frontier.points if target_db is None or p.db >= target_db]
+        self.points = good or [max(frontier.points, key=lambda point: point.db)]
         flat = config.to_options()
         self._configs = {
             point.name: Config.resolve(None, {**flat, **point.options}) for point in self.points

@@ -27,7 +27,7 @@ def opened(
         options: flat ones; points of a frontier leave alone what they name.
         frontier: a file, or what is in it; None has no points.
         target_chunk_ms: what a chunk may take; or None.
-        target_db: what the worst walk of a point must have had; or None.
+        target_db: what a point must have had; or None.
 
     Raises:
         TypeError: both a config and options, or arguments of another kind.
@@ -87,11 +87,11 @@ def _checked(name: str, value: object, unit: str) -> float | None:
 def _tell_reach(pace: Pace, strict: bool) -> None:
     """Tell of a target that no point of the calibration has reached."""
     best, fastest = pace.points[0], pace.points[-1]
-    if pace.target_db is not None and best.db_worst < pace.target_db:
+    if pace.target_db is not None and best.db < pace.target_db:
         tell(
             f"target_db must be reached by a point, got {pace.target_db:g} dB where the best, "
-            f"{best.name!r}, had {best.db_worst:.1f} on its worst walk; that one is taken: "
-            "lower the target, or calibrate with more tries",
+            f"{best.name!r}, had {best.db:.1f}; that one is taken: lower the target, or "
+            "calibrate with more tries",
             strict=strict,
         )
     if pace.target_ms is not None and fastest.chunk_ms > pace.target_ms:

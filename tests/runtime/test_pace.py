@@ -178,7 +178,7 @@ def test_it_goes_on_where_its_state_was_taken():
 
 
 def test_a_quality_takes_the_fastest_point_that_had_it():
-    times = walk(pace(None, 34.0), loaded, chunks=range(6))
+    times = walk(pace(None, 38.0), loaded, chunks=range(6))
     assert {name for _, name in times} == {"fair"}
 
 
@@ -350,6 +350,6 @@ def test_a_target_below_the_fastest_point_runs_that_one_and_says_so(clock):
 
 
 def test_a_quality_that_no_point_had_takes_the_best_and_says_so():
-    with pytest.warns(LipassWarning, match=r"got 60 dB where the best, 'rich', had 46\.0"):
+    with pytest.warns(LipassWarning, match=r"got 60 dB where the best, 'rich', had 50\.0"):
         own = session(target_chunk_ms=None, target_db=60)
     assert [one.name for one in own.pace.points] == ["rich"]
