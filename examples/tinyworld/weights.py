@@ -29,7 +29,7 @@ def load(
         raise ValueError(
             f"weights of a size must be in {folder.name}/, got {size!r}; have {', '.join(have)}, "
             f"or train them with python -m lipass.examples.tinyworld.train --model {wanted} "
-            "and give its folder"
+            "and give its folder; weights of small fit base too: load('small', config=BASE)"
         )
     return _ready(TinyWorld(config or _SIZES[size]), path, folder)
 

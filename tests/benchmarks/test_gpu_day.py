@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from benchmarks.gpu import __main__ as day
 from benchmarks.gpu import about, blocks, right, speed, train
 from benchmarks.gpu.part import Part
+from lipass.examples.tinyworld.learner import working_copy
+from lipass.examples.tinyworld.model import ModelConfig, TinyWorld, tokenize
+from lipass.examples.tinyworld.rollout import roll_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +90,22 @@ def test_a_world_is_trained_and_rolled_out_and_its_weights_come_back(tmp_path, m
     assert load_file(weights)["head.weight"].dtype == torch.float16
     assert weights.stat().st_size < 16 * 2**20
     assert (tmp_path / "base-world-curve.json").exists()
+
+
+def test_a_world_in_the_precision_of_the_kernels_is_rolled_out_by_the_same_loop():
+    torch.manual_seed(0)
+    world = TinyWorld(ModelConfig(rows=2, columns=2, width=32, heads=1, blocks=1, text_width=8))
+    for parameter in world.requires_grad_(False).parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    given, w2c = torch.randn(8, 16, 2, 2), torch.eye(4).repeat(16, 1, 1)
+    tokens, walls = tokenize("a room")[None], torch.randn(16, 16, 2, 2)
+    made = []
+    for model in (world, train.Narrow(working_copy(world, torch.bfloat16))):
+        text = getattr(model, "world", model).text(tokens)
+        made.append(roll_out(model, text, given, w2c, walls, seed=0).latents)
+    assert made[1].dtype == torch.float32
+    assert not torch.equal(*made)
+    torch.testing.assert_close(made[1], made[0], atol=0.1, rtol=0.05)
 
 
 def test_a_streaming_world_goes_on_from_its_own_weights(tmp_path):
