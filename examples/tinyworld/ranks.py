@@ -1,9 +1,9 @@
 """Training by several processes with a thread each, which beats one process with several."""
 
-import argparse
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,19 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 
-def train_together(train: Callable[..., None], args: argparse.Namespace, *rest) -> None:
+class Together(Protocol):
+    """How many train together, and the folder that all of them see."""
+
+    @property
+    def processes(self) -> int:
+        """How many; one is this process."""
+
+    @property
+    def out(self) -> Path:
+        """The folder."""
+
+
+def train_together(train: Callable[..., None], args: Together, *rest) -> None:
     """Call `train(rank, args, *rest)` in `args.processes` processes; in this one if it is one.
 
     What they exchange is found through a file in the folder `args.out`.
@@ -19,8 +31,11 @@ def train_together(train: Callable[..., None], args: argparse.Namespace, *rest) 
     if args.processes == 1:
         train(0, args, *rest)
     else:
-        store = str(args.out / f"store-{os.getpid()}")
-        mp.spawn(_join, (train, store, args, *rest), nprocs=args.processes)
+        store = args.out / f"store-{os.getpid()}"
+        # What an earlier stage has left there would be taken for the addresses of this one.
+        store.unlink(missing_ok=True)
+        mp.spawn(_join, (train, str(store), args, *rest), nprocs=args.processes)
+        store.unlink(missing_ok=True)
 
 
 def _join(rank: int, train: Callable[..., None], store: str, args, *rest) -> None:

@@ -34,7 +34,7 @@ from .world import HELD_OUT_SEED
 
 # The codec sees every third camera of some of the rooms.
 _CODEC_ROOMS, _HELD_OUT_ROOMS, _EVERY = 400, 20, 3
-_FIRST_WALK = 3000
+_FIRST_WALK, _WALKS_A_LINE = 3000, 10
 # Weights that a stage has not seen at all are no result of it, however little time is left.
 _LEAST_S = 1.0
 
@@ -145,11 +145,15 @@ class Training:
         )  # fmt: skip
 
     def _walks(self, seconds: float) -> None:
-        seeds = range(_FIRST_WALK, _FIRST_WALK + self.recipe.rooms)
-        record_walks(
-            seeds, self.out / "walks", codec_at(self._encoder).to(self.device), seconds,
-            lambda count: bar("walks", count / len(seeds), f"{count} of at most {len(seeds)}"),
-        )  # fmt: skip
+        most = self.recipe.rooms
+
+        def progress(count: int) -> None:
+            if count % _WALKS_A_LINE == 0 or count == most:
+                bar("walks", count / most, f"{count} of at most {most}")
+
+        codec = codec_at(self._encoder).to(self.device)
+        seeds = range(_FIRST_WALK, _FIRST_WALK + most)
+        record_walks(seeds, self.out / "walks", codec, seconds, progress)
 
     def _learn(self, stage: str, seconds: float) -> None:
         if self.device.type == "cpu":

@@ -68,7 +68,8 @@ RECIPES = {
     "stream": Recipe(
         "stream", SMALL, 64, 150,
         {"walks": 0.10, "stream": 0.85, "score": 0.05},
-        12_000, Sizes(1), Sizes(8, stream=StreamOptions(batch=8)),
+        12_000, Sizes(1),
+        Sizes(8, stream=StreamOptions(batch=8, chunks=(6, 8, 12, 12, 16), own_chunks=(8, 12, 16))),
         ((9001,), (16, 64)), ("64 chunks", 28.0),
     ),
 }  # fmt: skip

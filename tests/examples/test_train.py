@@ -297,7 +297,7 @@ def test_training_on_pictures_runs_and_resumes(trainer, options, walks, tmp_path
     assert again.model.embed_walls.weight.abs().max() > 0
 
 
-def test_two_processes_average_their_gradients_and_numbers(tmp_path):
+def test_two_processes_average_their_gradients_and_numbers_stage_after_stage(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
         "import argparse, pathlib, sys, torch\n"
@@ -310,7 +310,8 @@ def test_two_processes_average_their_gradients_and_numbers(tmp_path):
         "    (args.out / str(rank)).write_text(repr((means, numbers)))\n"
         "if __name__ == '__main__':\n"
         "    out = pathlib.Path(sys.argv[1])\n"
-        "    train_together(train, argparse.Namespace(processes=2, out=out), 10.0)\n"
+        "    for offset in (9.0, 10.0):\n"
+        "        train_together(train, argparse.Namespace(processes=2, out=out), offset)\n"
     )
     subprocess.run([sys.executable, script, tmp_path], check=True, cwd=tmp_path)
     for rank in "01":
