@@ -32,8 +32,8 @@ TILE, QUERY_TILE = (1, 8, 8), (4, 8, 8)
 # are reused in every chunk and not on revisits only.
 _REVISIT_OVERLAP = 0.0
 # What is imagined hangs on the first latent, which is real, and the newest ones are much alike. So
-# with the first, three of memory and the newest two pictures are 9 dB nearer to dense than those of
-# loops that read 8 latents where there is much to remember, and as near elsewhere
+# with the first, three of memory and the newest two pictures are 9 dB nearer to dense than with 8
+# latents that a loop retrieves where there is much to remember, and as near elsewhere
 # (`benchmarks.loop_choice`).
 _SINK_LATENTS, _MEMORY_LATENTS, _WINDOW_LATENTS = 1, 3, 2
 _STEPS = 4
