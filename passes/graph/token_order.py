@@ -213,7 +213,7 @@ def _labelled(labels: Labels, at: At) -> Kept | str:
             if label not in marked or (one in at and at[one].axis == axis):
                 continue
             size = value(one).shape[axis]
-            if known_true(size == 1):
+            if known_true(size == 1) or _is_repeated(one, axis):
                 continue
             wanted = marked[label]._replace(axis=axis)
             if one in at or enter.get(one, wanted) != wanted:
@@ -228,6 +228,15 @@ def _labelled(labels: Labels, at: At) -> Kept | str:
         return Kept(None, enter)
     axis, label = shown[0]
     return Kept(marked[label]._replace(axis=axis), enter)
+
+
+def _is_repeated(node: Node, axis: int) -> bool:
+    """Whether all numbers along an axis are one, as behind `expand`."""
+    if not is_expansion(node):
+        return False
+    above = value(node.all_input_nodes[0])
+    at = axis - value(node).dim() + above.dim()
+    return at < 0 or known_true(above.shape[at] == 1)
 
 
 def _aligned(node: Node, at: At) -> Kept | str:

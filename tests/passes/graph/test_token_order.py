@@ -138,6 +138,14 @@ def test_calls_treat_tokens_alike(trace, case):
     torch.testing.assert_close(fn(*placed), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_one_for_all_tokens_stays_where_it_is(trace):
+    gm = trace(lambda x, y: x * y.expand(-1, 48, -1), (X, torch.randn(2, 1, 8)))
+    moved = next(node for node in gm.graph.nodes if node.name == "l_x_")
+    out, entered = follow(gm, moved)
+    assert out == Tokens(CLIP, 1, True)
+    assert entered == {}
+
+
 LIES = {
     "running sum": lambda x: x.cumsum(1),
     "shift": lambda x: x.roll(1, 1),
