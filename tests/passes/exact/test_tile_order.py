@@ -8,9 +8,12 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from lipass.examples.tinyworld.model import ModelConfig, TinyWorld
 from lipass.kernels import registry
+from lipass.kernels.block_sparse import flex
+from lipass.passes.attention.sparse_call import SparseCall
 from lipass.passes.core import PassPipeline
 
 FACTS = "canonicalize{verify=false},find-attention{verify=false},find-poses,find-steps"
@@ -196,6 +199,40 @@ def test_tokens_that_are_written_to_from_outside_stay(notes):
     ((_, action, why),) = notes(with_(patches=patches)().eval(), given(), TEXT)
     assert action == "kept"
     assert "is written to" in why
+
+
+def test_keys_that_are_written_to_a_cache_stay(notes):
+    """Who reads the cache in a later call would find them in another order."""
+
+    class Writes(Clip):
+        def forward(self, latents, level, cache):
+            self.cache = cache
+            return super().forward(latents, level)
+
+        def attention(self, q, k, v):
+            self.cache[:, :, :48] = k
+            return super().attention(q, k, v)
+
+    args = (*given(), torch.zeros(1, 1, 96, WIDTH))
+    ((_, action, why),) = notes(Writes().eval(), args, TEXT)
+    assert action == "kept"
+    assert "writes tokens to memory that is not theirs" in why
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_takes_the_calls_as_they_lie(monkeypatch):
+    monkeypatch.setattr(flex, "_ready", {"cpu": ""})
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    registry.reset_telemetry()
+    with registry.prefer("block_sparse", "flex"):
+        expected, actual = in_rows_and_in_tiles(Clip().eval(), given())
+    for counts in registry.telemetry().values():
+        assert counts.provider == "flex"  # of the latest call, which is in tile order
+        ((why, calls),) = counts.refusals.items()
+        assert "takes blocks that are runs of tokens, got tiles" in why
+        assert calls == 1
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_levels_by_latent_need_tiles_of_one(notes):
