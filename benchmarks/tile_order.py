@@ -85,7 +85,8 @@ def tinyworld(rows: int = 8, columns: int = 8) -> Any:
     model = TinyWorld(ModelConfig(rows=rows, columns=columns, blocks=2))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    text = model.text(torch.zeros(1, 32, dtype=torch.long))
+    with torch.no_grad():
+        text = model.text(torch.zeros(1, 32, dtype=torch.long))
     history = [tuple(torch.randn(1, 3, 8 * rows * columns, 64) for _ in "kv") for _ in range(2)]
     w2c = torch.eye(4).repeat(1, 12, 1, 1)
     return model, (
