@@ -81,8 +81,7 @@ FIGURES = {
     ),
     "long_context": Figure(_module("long_context", "--json"), (README, RESULTS_PAGE, DESIGN), 60),
     "steering": Figure(
-        _module("steering", "--models", "small", "--rooms", "9001", "--json"),
-        (RESULTS_PAGE, "docs/steering.md"), 30, written="--json",
+        _module("steering", "--json"), (RESULTS_PAGE, "docs/steering.md"), 40, written="--json"
     ),
     "real_models": Figure(
         _module("real_models", "--json", "--try-calls"), (README, RESULTS_PAGE, "docs/models"), 15
@@ -99,6 +98,7 @@ FIGURES = {
     "hoist_rows": Figure(_module("hoist_rows"), (DESIGN,), 3),
     "nearest": Figure(_module("nearest", "--rollouts", "--json"), (DESIGN,), 8, threads=1),
     "merge_history": Figure(_module("merge_history"), (DESIGN,), 5),
+    "kept_plans": Figure(_module("kept_plans"), (DESIGN,), 5),
     "tile_choice": Figure(_module("tile_choice"), (DESIGN,), 10),
     "base_world": Figure(_module("base_world", "--json"), (DESIGN,), 40),
     "stages": Figure(_module("stages", "--json"), ("docs/stages.md",), 10),

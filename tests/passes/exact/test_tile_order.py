@@ -13,7 +13,6 @@ from torch.nn.attention.flex_attention import flex_attention
 from lipass.examples.tinyworld.model import ModelConfig, TinyWorld
 from lipass.kernels import registry
 from lipass.kernels.block_sparse import flex
-from lipass.passes.attention.sparse_call import SparseCall
 from lipass.passes.core import PassPipeline
 
 FACTS = "canonicalize{verify=false},find-attention{verify=false},find-poses,find-steps"
