@@ -29,6 +29,7 @@ from lipass.quality import Rollout, Scene, Space
 from lipass.quality.figures import worst_and_typical
 from lipass.quality.results import Entry, Results
 from lipass.quality.run import evaluate, missing
+from lipass.quality.subject import Case
 
 PRESETS = ("context", "sparse", "cache", "all", "reference")
 WALKS = (*PATHS, *HARD)
@@ -38,7 +39,7 @@ PAGE, PICTURES = ROOT / "docs/failures.md", ROOT / "docs/failures"
 # Of pictures on the page, which are soft.
 _TILE_PX, _QUALITY = 144, 88
 # What separates a frame that memory misses from one that it has.
-_MISSED, _IMAGINED = 0.1, 0.5
+_DIFFERS, _IMAGINED = 0.1, 0.5
 
 
 def search(
@@ -86,35 +87,63 @@ def table(entries: list[Entry]) -> list[dict[str, Any]]:
     return rows
 
 
-def why(scene: Scene, run: Run, dense: Run, frame: int) -> str:
-    """Say in a sentence what a frame was made of, beside what the dense loop had."""
+def made_of(scene: Scene, run: Run, dense: Run, frame: int) -> dict[str, Any]:
+    """Say what a frame was made of, beside what the dense loop had.
+
+    Shares are of the pixels of the frame that some latent shows: of those that were read, of those
+    that the dense loop reads, and of the history.
+    """
     at = (frame - scene.given) // CHUNK_LATENTS
     chunk, full = run.rollout.chunks[at], dense.rollout.chunks[at]
     assert scene.space is not None
     seen = _seen(scene.space, frame, chunk.start)
-    read, had, ever = (
-        _share(seen, latents) for latents in (chunk.context, full.context, range(chunk.start))
+    lost = max(
+        set(full.context) - set(chunk.context), key=lambda i: float(seen[i].mean()), default=None
     )
-    steps = f"in {chunk.steps_computed} of {len(SIGMAS) - 1} steps"
-    blocks = f", visiting {run.density:.0%} of the blocks" if run.density < 1 else ""
-    made = f"It was made {steps}{blocks}"
-    counts = f"{len(chunk.context)} latents in place of {len(full.context)}"
-    if had - read > _MISSED:
-        lost = max(set(full.context) - set(chunk.context), key=lambda i: float(seen[i].mean()))
+    return {
+        "latents": [len(chunk.context), len(full.context)],
+        "steps": [chunk.steps_computed, len(SIGMAS) - 1],
+        "density": round(run.density, 3),
+        "share_read": _share(seen, chunk.context),
+        "share_dense": _share(seen, full.context),
+        "share_ever": _share(seen, range(chunk.start)),
+        "left_out": None
+        if lost is None
+        else {
+            "latent": lost,
+            "share": round(float(seen[lost].mean()), 3),
+            "reason": _left_out(run, at, lost),
+        },
+    }
+
+
+def why(made: dict[str, Any]) -> str:
+    """Say in a sentence or two what that explains."""
+    read, dense, ever = (made[f"share_{name}"] for name in ("read", "dense", "ever"))
+    few, many = made["latents"]
+    shown = f"what was read shows {read:.0%} of the frame, what the dense loop reads {dense:.0%}"
+    if dense - read > _DIFFERS:
+        lost = made["left_out"]
         return (
-            f"What was read shows {read:.0%} of the frame, what the dense loop reads {had:.0%}: "
-            f"{counts}. Latent {lost}, which shows {float(seen[lost].mean()):.0%}, was left out: "
-            f"{_left_out(run, at, lost)}. {made}."
+            f"Memory lacks it: {shown}. Latent {lost['latent']}, which shows {lost['share']:.0%}, "
+            f"was left out ({lost['reason']})."
         )
     if ever < _IMAGINED:
         return (
-            f"No more than {ever:.0%} of the frame was ever seen; the rest is imagined, from "
-            f"{counts}, and small changes become other pictures. {made}."
+            f"It is imagined: no more than {ever:.0%} of the frame was ever seen, and from {few} "
+            f"latents in place of {many} it becomes another picture."
         )
-    return (
-        f"What was read shows {read:.0%} of the frame, what the dense loop reads {had:.0%}: "
-        f"{counts} are not what is lacking. {made}."
-    )
+    if read - dense > _DIFFERS:
+        return f"The dense loop lacks it: {shown}."
+    if made["density"] < 1:
+        return (
+            f"Blocks lack: {shown}, from {few} and {many} latents, and attention visits "
+            f"{made['density']:.0%} of their blocks."
+        )
+    if few < many:
+        return f"Fewer looks at the same place: {shown}, from {few} latents in place of {many}."
+    steps, total = made["steps"]
+    return f"Steps lack: the same latents were read, and {steps} of {total} steps computed."
 
 
 def _seen(space: Space, frame: int, history: int) -> torch.Tensor:
@@ -123,7 +152,7 @@ def _seen(space: Space, frame: int, history: int) -> torch.Tensor:
 
 
 def _share(seen: torch.Tensor, latents: Any) -> float:
-    return float(seen[list(latents)].amax(0).mean())
+    return round(float(seen[list(latents)].amax(0).mean()), 3)
 
 
 def _left_out(run: Run, chunk: int, latent: int) -> str:
@@ -131,7 +160,9 @@ def _left_out(run: Run, chunk: int, latent: int) -> str:
     return next((one["reason"] for one in frames if one["index"] == latent), "it was not chosen")
 
 
-def explain(subject: Small, entry: Entry) -> tuple[dict[str, Any], Image.Image]:
+def explain(
+    subject: Small, entry: Entry, entries: list[Entry]
+) -> tuple[dict[str, Any], Image.Image]:
     """Roll a walk out once more, and say why its worst frame is what it is."""
     case = entry.case
     scene = subject.scene(case)
@@ -152,9 +183,14 @@ def explain(subject: Small, entry: Entry) -> tuple[dict[str, Any], Image.Image]:
         "chunk_start": scene.given + (frame - scene.given) // CHUNK_LATENTS * CHUNK_LATENTS,
         "verdict": entry.verdict,
         "values": values,
-        "why": why(scene, run, dense, frame),
+        "dense_vs_truth_db": round(_dense(entries, case)["psnr_vs_truth_db"], 3),
+        "made_of": made_of(scene, run, dense, frame),
     }
     return row, _picture([film[frame] for film in (scene.truth, *films)])
+
+
+def _dense(entries: list[Entry], case: Case) -> dict[str, Any]:
+    return next(dict(one.values) for one in entries if (one.method, one.case) == (DENSE, case))
 
 
 def _picture(tiles: list[torch.Tensor]) -> Image.Image:
@@ -228,10 +264,10 @@ def _section(row: dict[str, Any]) -> list[str]:
         f"![{row['preset']} on the walk {where}]({picture_of(row)})",
         "",
         f"Room {row['room']}, frame {row['frame']}: {values['psnr_vs_off_worst_db']:.1f} dB in "
-        f"this chunk, {values['psnr_vs_off_db']:.1f} dB over the walk, "
-        f"{values['psnr_vs_truth_db']:.1f} dB to the renderer; verdict of the walk: "
-        f"{row['verdict']}.",
-        row["why"],
+        f"this chunk, {values['psnr_vs_off_db']:.1f} dB over the walk. To the renderer "
+        f"{values['psnr_vs_truth_db']:.1f} dB, where the dense model has "
+        f"{row['dense_vs_truth_db']:.1f}. Verdict: {row['verdict']}.",
+        why(row["made_of"]),
         "",
     ]
 
@@ -262,7 +298,7 @@ def main() -> None:
         for old in PICTURES.glob("*.jpg"):
             old.unlink()
         for entry in worst(entries):
-            row, picture = explain(subject, entry)
+            row, picture = explain(subject, entry, entries)
             document["shown"].append(row)
             picture.save(ROOT / "docs" / picture_of(row), quality=_QUALITY)
         RECORDED.write_text(json.dumps(document, indent=1) + "\n")
