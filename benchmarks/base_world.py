@@ -3,7 +3,7 @@
     python -m benchmarks.base_world --json
 
 At 20 latents its history has 5,120 keys, at 8 latents 2,048. `all` is rolled out with and without
-sparse attention, at some budgets, beside `off` and `sparse`, one rollout after the other. Until
+sparse attention, in two tiles at some budgets, beside `off`, one rollout after the other. Until
 weights of `base` ship, those of `small` are used on its grid and pixels: positions and rays of
 four tokens lie where one of `small` does, and its codec knows no size.
 """
@@ -28,6 +28,11 @@ from lipass.examples.tinyworld.weights import SHIPPED, load
 
 PIXELS = 128
 BUDGETS = (0.3, 0.5)
+# Tiles of a latent, as the presets of `small` have them, and tiles that span a chunk.
+TILES: dict[str, dict[str, Any]] = {
+    "1x8x8": {"sparse.tile": (1, 8, 8), "sparse.query_tile": (4, 8, 8)},
+    "4x4x4": {"sparse.tile": (4, 4, 4), "sparse.query_tile": None},
+}
 
 
 def methods(budgets: tuple[float, ...], inner: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -39,10 +44,10 @@ def methods(budgets: tuple[float, ...], inner: str) -> dict[str, tuple[str, dict
         "all, dense attention": ("all", dense | {"sparse": False}),
         "all": ("all", everything),
     }
-    for budget in budgets:
-        own = {"sparse.budget": budget}
-        found[f"sparse, {budget}"] = ("sparse", options_of("sparse", inner) | own)
-        found[f"all, {budget}"] = ("all", everything | own | {"sparse.dense_tokens": 0})
+    for tile, own in TILES.items():
+        for budget in budgets:
+            asked = own | {"sparse.budget": budget, "sparse.dense_tokens": 0}
+            found[f"all, {tile}, {budget}"] = ("all", everything | asked)
     return found
 
 

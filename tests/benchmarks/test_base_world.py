@@ -13,13 +13,15 @@ TINY = ModelConfig(rows=4, columns=4, width=48, heads=1, blocks=1, mlp_ratio=1, 
 
 def test_all_is_measured_with_and_without_sparse_attention():
     chosen = base_world.methods((0.3,), "eager")
-    assert list(chosen) == ["off", "all, dense attention", "all", "sparse, 0.3", "all, 0.3"]
+    tiles = ["all, 1x8x8, 0.3", "all, 4x4x4, 0.3"]
+    assert list(chosen) == ["off", "all, dense attention", "all", *tiles]
     configs = {name: Config.resolve(None, options) for name, (_, options) in chosen.items()}
-    dense, sparse = configs["all, dense attention"], configs["all, 0.3"]
+    dense, sparse = configs["all, dense attention"], configs["all, 4x4x4, 0.3"]
     assert dense.sparse is None
     assert (dense.context, dense.steps) == (sparse.context, sparse.steps)
     assert sparse.sparse.budget_decode == 0.3
     assert sparse.sparse.dense_tokens == 0
+    assert sparse.sparse.tile == (4, 4, 4)
 
 
 def test_weights_of_small_stand_in_on_the_grid_of_base():
