@@ -71,12 +71,19 @@ def _rounded(value: float | None) -> float | None:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Write a line a method; what is outside of the dense model's interval is set in bold."""
+    """Write a line a method, in bold what is outside of the dense model's interval, and say it."""
     titles = [METRICS[metric].title for metric in KEPT]
     lines = [f"| model | method | {' | '.join(titles)} | PSNR to the renderer, dB |"]
     lines.append("|---" * (len(KEPT) + 3) + "|")
     lines += [f"| {' | '.join(_cells(one))} |" for one in document["methods"]]
-    return "\n".join(lines)
+    said = " ".join(_said(one) for one in document["methods"] if one["kept"])
+    return "\n".join([*lines, "", said])
+
+
+def _said(one: dict[str, Any]) -> str:
+    lost = [METRICS[metric].title for metric, kept in one["kept"].items() if kept is False]
+    told = f"{', '.join(lost)} not kept" if lost else "all kept"
+    return f"`{one['method']}` of {one['model']}: {told}."
 
 
 def _cells(one: dict[str, Any]) -> Iterator[str]:
