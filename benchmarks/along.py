@@ -81,7 +81,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def _said(one: dict[str, Any]) -> str:
-    lost = [METRICS[metric].title for metric, kept in one["kept"].items() if kept is False]
+    lost = [METRICS[metric].title.removesuffix(", dB") for metric, kept in one["kept"].items() if kept is False]
     told = f"{', '.join(lost)} not kept" if lost else "all kept"
     return f"`{one['method']}` of {one['model']}: {told}."
 

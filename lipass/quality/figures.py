@@ -90,7 +90,7 @@ METRICS = {
     "psnr_vs_truth_db": Metric("PSNR to the truth, dB", "more", 1),
     "ssim_vs_truth": Metric("SSIM to the truth", "more", 3),
     "loop_score": Metric("gated loop score", "more", 3),
-    "drift_db": Metric("largest drift, dB", "less", 1),
+    "drift_db": Metric("largest drift, dB", "less", 2),
     "drift_slope_db": Metric("drift a segment, dB", "more", 2),
     "seam": Metric("seams over inside", "less", 2),
     "seam_worst": Metric("worst seam over inside", "less", 2),
