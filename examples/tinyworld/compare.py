@@ -23,39 +23,31 @@ from .metrics import affected_psnr_db, psnr_db, self_consistency_db
 from .model import CHUNK_LATENTS, KeyValue, TinyWorld
 from .rollout import WINDOW_LATENTS, Rollout, roll_out
 from .scenario import Scenario
+from .weights import SHIPPED
 
 INDUCTOR = "inductor"
 # A latent of the small model is one tile: whole latents are read or not, and none is split. The
 # four latents of a chunk choose together, since their views are nearly the same.
 TILE, QUERY_TILE = (1, 8, 8), (4, 8, 8)
-# This model predicts medians: two of four steps give nearly the same pictures anywhere, so steps
-# are reused in every chunk and not on revisits only.
-_REVISIT_OVERLAP = 0.0
-# What is imagined hangs on the first latent, which is real, and the newest ones are much alike. So
-# with the first, three of memory and the newest two pictures are 9 dB nearer to dense than with 8
-# latents that a loop retrieves where there is much to remember, and as near elsewhere
-# (`benchmarks.loop_choice`).
-_SINK_LATENTS, _MEMORY_LATENTS, _WINDOW_LATENTS = 1, 3, 2
 _STEPS = 4
+# Found by `lipass calibrate` in rooms that it was trained on (`calibration.py`).
+CALIBRATED = SHIPPED / "calibrated.toml"
 
 
 def options_of(preset: str, inner: str) -> dict[str, Any]:
-    """Flat options of a preset for this camera and grid; reference keeps the released ones."""
+    """Flat options of a preset as calibrated for this model; reference keeps the released."""
     options: dict[str, Any] = {"preset": preset, "inner": inner}
     config = lipass.Config.resolve(None, options)
     if preset == "reference":
         return options
     if config.context or config.steps:
         options |= {"hfov_deg": FOV_DEG, "vfov_deg": FOV_DEG}
-    if config.context:
-        options["context.sink_latents"] = _SINK_LATENTS
-        options["context.memory_latents"] = _MEMORY_LATENTS
-        options["context.window_latents"] = _WINDOW_LATENTS
-    if config.steps:
-        options["steps.overlap_min"] = _REVISIT_OVERLAP
     if config.sparse:
         options |= {"sparse.tile": TILE, "sparse.query_tile": QUERY_TILE}
-    return options
+    found = lipass.Frontier.load(CALIBRATED).point().options
+    return options | {
+        key: value for key, value in found.items() if getattr(config, key.partition(".")[0])
+    }
 
 
 def marking_lengths(compiled: Callable) -> Callable:
