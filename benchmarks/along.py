@@ -81,7 +81,8 @@ def table(document: dict[str, Any]) -> str:
 
 
 def _said(one: dict[str, Any]) -> str:
-    lost = [METRICS[metric].title.removesuffix(", dB") for metric, kept in one["kept"].items() if kept is False]
+    metrics = [metric for metric, kept in one["kept"].items() if kept is False]
+    lost = [METRICS[metric].title.removesuffix(", dB") for metric in metrics]
     told = f"{', '.join(lost)} not kept" if lost else "all kept"
     return f"`{one['method']}` of {one['model']}: {told}."
 

@@ -37,7 +37,8 @@ class Figure(NamedTuple):
         pages: where its figures are shown.
         minutes: it takes on two cores, roughly.
         threads: it computes with.
-        written: the file that it writes itself, in place of printing.
+        written: option for the file that it writes in place of printing; "itself" where it
+            knows its file, and its page.
         then: what is made of its document beside the tables.
     """
 
@@ -101,6 +102,12 @@ FIGURES = {
     "kept_plans": Figure(_module("kept_plans"), (DESIGN,), 5),
     "tile_choice": Figure(_module("tile_choice"), (DESIGN,), 10),
     "base_world": Figure(_module("base_world", "--json"), (DESIGN,), 40),
+    "failures": Figure(_module("failures"), ("docs/failures.md",), 25, written="itself"),
+    "along": Figure(
+        _module("along", "--models", "small"), ("docs/eval.md",), 10, written="itself"
+    ),
+    "tile_order": Figure(_module("tile_order"), (DESIGN,), 5, threads=1),
+    "target_chunk": Figure(_module("target_chunk"), ("docs/calibrate.md",), 10),
     "stages": Figure(_module("stages", "--json"), ("docs/stages.md",), 10),
     "host_cost": Figure(_module("host_cost"), (DESIGN,), 1),
     "loop_choice": Figure(_module("loop_choice", "--json"), (RESULTS_PAGE, DESIGN), 20),
@@ -162,6 +169,9 @@ def line_of(name: str) -> str:
 def make(name: str) -> None:
     """Run the command of a figure and record what it says."""
     figure, path = FIGURES[name], RESULTS / f"{name}.json"
+    if figure.written == "itself":
+        subprocess.run([sys.executable, *figure.command], check=True, cwd=ROOT)
+        return
     partial = path.with_suffix(".partial")
     command = [sys.executable, *figure.command, *([str(partial)] if figure.written else [])]
     done = subprocess.run(

@@ -37,6 +37,8 @@ class Flow:
     """Calls that make a grid of tokens, and those tokens."""
     calls: dict[Node, tuple[str, ...]] = field(default_factory=dict)
     """Sparse calls, and the roles of their keys that are in order."""
+    written: set[int] = field(default_factory=set)
+    """Memory that the graph writes to."""
 
 
 def follow(graph: Graph, *, runs: bool, verify: bool) -> Flow:
@@ -77,8 +79,9 @@ def _beginnings(graph: Graph, runs: bool) -> dict[Node, Tokens]:
                 raise Stopped(f"{call.site}: {why}")
             clips.append((merge, clip))
         above = value(merge.node.all_input_nodes[0]).dim()
-        whole = above - value(merge.node).dim() == 2
-        found[merge.node] = Tokens(clip, merge.axes[0] if whole else merge.axes[1], whole)
+        at_once = above - value(merge.node).dim() == 2
+        axis = merge.axes[0] if at_once else merge.axes[1]
+        found[merge.node] = Tokens(clip, axis, at_once or known_true(merge.grid[0] == 1))
     return found
 
 
@@ -121,12 +124,11 @@ class _Follower:
     flow: Flow = field(default_factory=Flow)
     behind: dict[Node, Node] = field(default_factory=dict)
     """What is computed from tokens that have left, and the call at which they did."""
-    written: set[int] = field(default_factory=set)
     tried: dict[object, str | None] = field(default_factory=dict)
     """Forms of calls, and how they differ in another order."""
 
     def __post_init__(self) -> None:
-        self.written = {at for node in self.graph.nodes for at in memory_written(node)}
+        self.flow.written = {at for node in self.graph.nodes for at in memory_written(node)}
 
     def visit(self, node: Node) -> None:
         """Follow tokens through the next call of the graph."""
@@ -189,22 +191,23 @@ class _Follower:
                 f"tokens leave at %{left.name} and come back at %{user.name}: they would be moved "
                 "in each layer"
             )
-        self._not_written(operand, user)
+        self._not_written(operand, user, operand)
 
-    def _not_written(self, operand: Node, user: Node, since: Node | None = None) -> None:
-        """Refuse to read a copy of what somebody writes to, at all or behind a call."""
+    def _not_written(self, operand: Node, user: Node, since: Node) -> None:
+        """Refuse to read a copy of what somebody writes to behind a call."""
         memory, node = storage(value(operand)), since
-        while node is not None and node.op != "output" and memory not in memory_written(node):
+        if memory not in self.flow.written:
+            return
+        while node.op != "output" and memory not in memory_written(node):
             node = node.next
-        behind = since is None or (node is not None and node.op != "output")
-        if memory in self.written and behind:
+        if node.op != "output":
             raise Stopped(f"%{operand.name}, which %{user.name} reads, is written to")
 
     def _attend(self, node: Node) -> None:
         call = SparseCall.of(node)
         q = self.at.get(call.q)
         if q is None or q.axis != 2 or not q.whole:
-            raise Stopped(f"{call.site}: its queries are not the tokens of its keys")
+            raise Stopped(f"{call.site}: its queries are not one row of all tokens")
         roles = []
         for number, (role, k, v) in enumerate(zip(call.roles, call.k, call.v, strict=True)):
             found = self.at.get(k), self.at.get(v)

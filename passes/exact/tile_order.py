@@ -22,6 +22,7 @@ from lipass.passes.graph.emit import Emitter
 from lipass.passes.graph.marks import set_step, step_of
 from lipass.passes.graph.ops import is_other_look, is_pointwise, name_of
 from lipass.passes.graph.token_order import Clip, Kept, Tokens, through
+from lipass.passes.graph.writes import storage
 
 WHEN = ("off", "whole", "runs")
 
@@ -92,7 +93,7 @@ class TileOrder(Pass):
             ctx.note("tokens", "kept", str(why))
             return False
         before = _slots(calls)
-        _Rewrite(graph, ctx).apply(flow)
+        _Rewrite(graph, ctx, flow).apply()
         said = f"{before:.2f} to {_slots(calls):.2f}"
         count = "1 call" if len(calls) == 1 else f"{len(calls)} calls"
         ctx.note("tokens", "rewritten", f"in tile order for {count}: slots a useful pair {said}")
@@ -115,13 +116,15 @@ class _Rewrite:
 
     graph: Graph
     ctx: PassContext
+    flow: Flow
     orders: dict[tuple[Clip, bool, bool], Node] = field(default_factory=dict)
     made: dict[tuple[Node, Tokens], Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.start = next(node for node in self.graph.nodes if node.op != "placeholder")
 
-    def apply(self, flow: Flow) -> None:
+    def apply(self) -> None:
+        flow = self.flow
         begins = {node: self._put(node, tokens) for node, tokens in flow.begins.items()}
         for node, moved in begins.items():
             node.replace_all_uses_with(moved, functools.partial(operator.is_not, moved))
@@ -166,7 +169,7 @@ class _Rewrite:
         """
         if (tensor, tokens) not in self.made:
             above = _table(tensor, tokens)
-            if above is None:
+            if above is None or storage(value(above[0])) in self.flow.written:
                 made = self._put(tensor, tokens)
             else:
                 table, at = above[0], self._entering(*above)

@@ -27,17 +27,7 @@ def from_right(node: Node) -> list[Hashable]:
 def of_product(node: Node, name: str) -> Labels | None:
     """Name the axes of a product of two tensors."""
     if name == "einsum":
-        equation, *given = node.args
-        if len(given) == 1 and isinstance(given[0], (list, tuple)):
-            given = [*given[0]]
-        if not isinstance(equation, str) or "->" not in equation or "." in equation:
-            return None
-        inputs, out = equation.replace(" ", "").split("->")
-        names = inputs.split(",")
-        if any(len(set(x)) < len(x) for x in names) or len(names) != len(given):
-            return None
-        pairs = [(x, list(y)) for x, y in zip(given, names, strict=True) if isinstance(x, Node)]
-        return (pairs, list(out)) if len(pairs) == len(given) else None
+        return _of_einsum(node)
     if name not in ("matmul", "bmm", "mm") or len(node.args) != 2:
         return None
     left, right = node.args
@@ -51,6 +41,35 @@ def of_product(node: Node, name: str) -> Labels | None:
         return [*batch[len(batch) - (value(x).dim() - 2) :], *last]
 
     return [(left, named(left, ["m", "k"])), (right, named(right, ["k", "n"]))], [*batch, "m", "n"]
+
+
+def _of_einsum(node: Node) -> Labels | None:
+    equation, *given = node.args
+    if len(given) == 1 and isinstance(given[0], (list, tuple)):
+        given = [*given[0]]
+    if not isinstance(equation, str) or equation.count("->") != 1:
+        return None
+    inputs, out = equation.replace(" ", "").split("->")
+    names = inputs.split(",")
+    if len(names) != len(given) or any(
+        len(set(x) - {"."}) < len(x.replace(".", "")) for x in names
+    ):
+        return None
+    operands: list[tuple[Node, Sequence[Hashable]]] = []
+    most = 0
+    for x, letters in zip(given, names, strict=True):
+        if not isinstance(x, Node):
+            return None
+        rest = value(x).dim() - len(letters.replace("...", ""))
+        operands.append((x, _with_rest(letters, rest)))
+        most = max(most, rest)
+    return operands, _with_rest(out, most)
+
+
+def _with_rest(letters: str, rest: int) -> list[Hashable]:
+    """Name the axes that three dots stand for by their distance from the last of them."""
+    front, dots, back = letters.partition("...")
+    return [*front, *(range(-rest, 0) if dots else ()), *back]
 
 
 def of_attention(node: Node) -> Labels | None:

@@ -32,6 +32,8 @@ from lipass.passes.graph.writes import mutates
 _BLANKS = {"empty_like", "zeros_like", "ones_like", "full_like"}
 # Over one axis or several; whatever the order of what they take together.
 _SUMS = {"sum", "mean", "amax", "amin", "var", "std", "logsumexp", "any", "all", "prod"}
+_NORMS = {"norm", "linalg_norm", "linalg_vector_norm"}
+_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 _SIZES = {"dim", "element_size", "getattr", "is_contiguous", "ndimension", "numel", "size"}
 _SIZES |= {"stride", "sym_numel", "sym_size", "sym_stride"}
 _ALONG = {"softmax", "log_softmax", "normalize"}
@@ -136,8 +138,10 @@ def _of_one(node: Node, name: str, x: Node, tokens: Tokens) -> Kept | str:
         return Kept(tokens, {}) if axis < rank - across else _unknown(node)
     if name in _ALONG:
         return Kept(tokens, {})
-    if name in _SUMS:
-        return _summed(node, tokens, rank)
+    if name in _SUMS | _NORMS:
+        return _summed(node, tokens, rank, 2 if name in _NORMS else 1)
+    if name in _CONVOLUTIONS:  # along other axes, each token by itself
+        return Kept(tokens, {}) if axis == 0 and value(node).dim() == rank else _unknown(node)
     found = indexed(node, axis) if name == "getitem" else parts(node, name, axis)
     return _unknown(node) if found is None else Kept(tokens._replace(axis=found), {})
 
@@ -154,8 +158,8 @@ def _reshaped(node: Node, x: Node, tokens: Tokens) -> Kept | str:
     return Kept(tokens._replace(axis=found.axis, whole=found.whole), {})
 
 
-def _summed(node: Node, tokens: Tokens, rank: int) -> Kept | str:
-    dims = argument(node, 1, "dim", argument(node, 1, "axis"))
+def _summed(node: Node, tokens: Tokens, rank: int, place: int) -> Kept | str:
+    dims = argument(node, place, "dim", node.kwargs.get("axis"))
     if dims is None or dims == ():
         return Kept(None, {})
     dims = [one % rank for one in ((dims,) if isinstance(dims, int) else dims)]

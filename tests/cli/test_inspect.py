@@ -93,7 +93,7 @@ def test_json_lists_passes_in_order_with_notes(model, capsys):
     passes = document(capsys)["passes"]
     names = [one["name"] for one in passes]
     assert names[:2] == ["canonicalize", "find-attention"]
-    assert names[-6:-4] == ["pool-history", "attend-pieces"]
+    assert names[-7:-4] == ["pool-history", "tile-order", "attend-pieces"]
     assert names[-4:] == ["carry-floats", "avoid-faults", "hoist-calls", "share-blocks"]
     assert all(note["reason"] for one in passes for note in one["notes"])
 

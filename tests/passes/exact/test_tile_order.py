@@ -13,7 +13,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from lipass.examples.tinyworld.model import ModelConfig, TinyWorld
 from lipass.kernels import registry
 from lipass.kernels.block_sparse import flex
+from lipass.passes.attention.sparse_call import SparseCall
 from lipass.passes.core import PassPipeline
+from lipass.receipt import current_report
 
 FACTS = "canonicalize{verify=false},find-attention{verify=false},find-poses,find-steps"
 SPARSE = f"{FACTS},sparse-attention{{tile=2x2x2 budget_self=0.4 budget_decode=0.4}}"
@@ -368,13 +370,11 @@ EQUAL = {
 
 @pytest.mark.parametrize("case", EQUAL)
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_result_is_the_same_in_either_order(notes, case):
+def test_result_is_the_same_in_either_order(case):
     methods, options = EQUAL[case]
-    model = with_(**methods)().eval()
-    tile = "x".join(map(str, options.get("sparse.tile", (2, 2, 2))))
-    ((_, action, why),) = notes(model, given(), TEXT.replace("2x2x2", tile))
-    assert action == "rewritten", why
-    expected, actual = in_rows_and_in_tiles(model, given(), **options)
+    expected, actual = in_rows_and_in_tiles(with_(**methods)().eval(), given(), **options)
+    (said,) = [one for one in current_report().passes if one.name == "tile-order"][-1].notes
+    assert said.startswith("tokens: rewritten, in tile order for")
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -436,4 +436,20 @@ def test_decode_of_tinyworld_is_the_same_in_tile_order(notes, world):
     ((_, action, why),) = notes(world, decode(world, 4), text, decode(world, 8))
     assert action == "rewritten", why
     expected, actual = in_rows_and_in_tiles(world, decode(world, 6), **{"sparse.tile": (1, 4, 4)})
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_loop_in_the_graph_is_in_tile_order_with_the_history_that_it_makes(
+    trace, apply, mini, inputs
+):
+    args = inputs(4).chunk
+    gm = trace(mini.chunk, args)
+    records, _ = apply(gm, TEXT)
+    ((action, why),) = [(note.action, note.reason) for note in records[-1].notes]
+    assert action == "rewritten", why
+    calls = SparseCall.nodes(gm.graph)
+    orders = [(call.role, call.tile_order) for call in map(SparseCall.of, calls)]
+    assert orders == [("prefill", "current")] + [("decode", "history,current")] * 6
+    expected, actual = in_rows_and_in_tiles(mini.chunk, args)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

@@ -73,6 +73,13 @@ CALLS = {
     "rms norm": (lambda x, w: F.rms_norm(x, (8,), w), (X, torch.randn(8))),
     "norm by hand": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5), (X,)),
     "normalize": (lambda x: F.normalize(x, dim=-1), (X,)),
+    "length of each": (lambda x: x / x.norm(dim=-1, keepdim=True), (X,)),
+    "length by another name": (lambda x: torch.linalg.vector_norm(x, 2, -1), (X,)),
+    "convolution over time, by places": (
+        lambda x: F.conv1d(x, torch.ones(4, 2, 3), padding=1),
+        (torch.randn(48, 2, 8),),
+    ),
+    "einsum with dots": (lambda x, w: torch.einsum("...c,cd->...d", x, w), (X, W)),
     "softmax over features": (lambda x: x.softmax(-1), (X,)),
     "softmax over tokens": (lambda x: x.softmax(1), (X,)),
     "mean of tokens": (lambda x: x.mean(1), (X,)),
