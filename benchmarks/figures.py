@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from benchmarks.environment import environment
 
 ROOT = Path(__file__).parents[1]
@@ -52,11 +54,10 @@ class Figure(NamedTuple):
 
 def _pictures_of_demo(document: dict[str, Any]) -> None:
     """Copy the moving picture and two sheets of the demo; of the free one some rows."""
-    from PIL import Image
-
     demo, docs = ROOT / "demo", ROOT / "docs"
     shutil.copy(demo / "race.gif", docs)
-    shutil.copy(demo / "frames-left-right-explored-9001.png", docs / "film.png")
+    with Image.open(demo / "frames-left-right-explored-9001.png") as sheet:
+        _save(sheet, docs / "film.png")
     rows = [row for row in document["rows"] if row["regime"] == "free"]
     names = ["truth", "bare walls", *dict.fromkeys(row["preset"] for row in rows)]
     with Image.open(demo / "frames-left-right-free-9001.png") as sheet:
@@ -68,7 +69,12 @@ def _pictures_of_demo(document: dict[str, Any]) -> None:
         for place, row in enumerate(shown):
             top = head + line * row
             cut.paste(sheet.crop((0, top, sheet.width, top + line)), (0, head + line * place))
-        cut.save(docs / "free.png")
+        _save(cut, docs / "free.png")
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Write a picture of 256 colours, half as large as one of all."""
+    picture.convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _module(name: str, *arguments: str) -> tuple[str, ...]:
@@ -94,6 +100,9 @@ FIGURES = {
     "long_rollout": Figure(_module("long_rollout"), (RESULTS_PAGE, DESIGN), 10),
     "live_world": Figure(
         _module("live_world", "--seconds", "60", "--visitors", "1"), ("docs/play.md",), 4
+    ),
+    "live_curve": Figure(
+        _module("live_world", "--curve", "--seconds", "30"), ("docs/play.md",), 6
     ),
     "exact_passes": Figure(_module("exact_passes"), (DESIGN,), 10, threads=1),
     "hoist_rows": Figure(_module("hoist_rows"), (DESIGN,), 3),

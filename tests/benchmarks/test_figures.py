@@ -131,18 +131,19 @@ def test_rows_of_the_free_sheet_are_cut_out(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(figures, "ROOT", tmp_path)
-    for name in ("race.gif", "frames-left-right-explored-9001.png"):
-        (tmp_path / "demo" / name).write_text("")
+    (tmp_path / "demo/race.gif").write_text("")
+    Image.new("RGB", (4, 4)).save(tmp_path / "demo/frames-left-right-explored-9001.png")
     presets = ["inductor", "off", "all"]
     sheet = Image.new("RGB", (4, 3 + 5 * 10))
     for row in range(5):
-        sheet.paste((row, 0, 0), (0, 3 + 10 * row, 4, 13 + 10 * row))
+        sheet.paste((50 * row, 0, 0), (0, 3 + 10 * row, 4, 13 + 10 * row))
     sheet.save(tmp_path / "demo/frames-left-right-free-9001.png")
     rows = [{"regime": "free", "preset": preset} for preset in presets]
     figures._pictures_of_demo({"rows": rows})
     with Image.open(tmp_path / "docs/free.png") as cut:
         assert cut.size == (4, 3 + 4 * 10)
-        assert [cut.getpixel((1, 8 + 10 * row))[0] for row in range(4)] == [0, 1, 3, 4]
+        shown = cut.convert("RGB")
+        assert [shown.getpixel((1, 8 + 10 * n))[0] for n in range(4)] == [0, 50, 150, 200]
 
 
 def test_figures_are_listed_with_their_commands(capsys):
