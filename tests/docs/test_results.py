@@ -35,14 +35,24 @@ def test_memory_of_a_long_rollout_is_the_recorded_one(page):
 def test_speed_of_the_browser_world_is_the_recorded_one():
     page = " ".join((ROOT / "docs/play.md").read_text().split())
     found = recorded("live_world")
-    took = found["cpu_ms_p50"]
-    fast, dense = (took["way"] + took[side] for side in ("fast", "dense"))
-    assert f"took {fast:.0f} ms of CPU time with lipass and {dense:.0f} ms without" in page
-    assert f"{4000 / fast:.0f} and {4000 / dense:.1f} frames a second" in page
-    assert f"to itself, {dense / fast:.1f}x. Graphs compiled after warm-up: 0;" in page
+    fast, dense = found["fast"], found["dense"]
+    took = [f"{side['chunk_ms_p50']:.0f} ms" for side in (fast, dense)]
+    assert f"took {took[0]} with lipass and {took[1]} without" in page
+    speed = f"{fast['own_fps']:.0f} and {dense['own_fps']:.1f} frames a second"
+    assert f"{speed}, {found['ratio_of_chunk_times']:.1f}x" in page
+    waits = found["latency_ms_p50"], found["latency_ms_p95"]
+    assert "{} ms in the middle, {} ms for 19 of 20".format(*waits) in page
     assert found["graphs_after_warm_up"] == 0
     first, _, last = found["resident_mb"]
-    assert f"memory from {first} to {last} MB" in page
+    assert f"memory went from {first} to {last} MB" in page
+
+
+def test_waits_of_several_visitors_are_the_recorded_ones():
+    page = (ROOT / "docs/play.md").read_text()
+    for row in recorded("live_curve")["curve"]:
+        pairs = [(row[name]["p50"], row[name]["p99"]) for name in ("chunk_ms", "wait_ms")]
+        cells = [f"{half:.0f}, {most:.0f}" for half, most in pairs]
+        assert f"| {row['visitors']} | {' | '.join(cells)} | {row['resident_mb']} |" in page
 
 
 def test_speed_of_the_kernel_is_that_of_its_own_page(page):
