@@ -1,5 +1,6 @@
 """`lipass.testing`: what a user's tests of passes and models stand on."""
 
+import importlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from lipass.passes.core import Numerics, Pass
 from lipass.testing import assert_refuses, assert_rewrites, graph_diff, print_graph, trace
+from lipass.testing.modules import forget_modules
 
 FACTS = "canonicalize,find-attention"
 
@@ -104,3 +106,38 @@ def test_sparse_attention_rewrites_the_fixture(mini_world, mini_world_inputs):
 def test_function_without_a_graph_is_refused():
     with pytest.raises(ValueError, match="must make one graph, got 0"):
         trace(lambda: 1, ())
+
+
+_ONE = "import math as kit"
+_OTHER = """
+from types import ModuleType
+
+def floor(value, by=3):
+    return by
+
+kit = ModuleType("kit")
+kit.floor = floor
+"""
+
+
+def test_a_module_of_the_same_name_is_another_one_once_it_is_forgotten(
+    tmp_path, monkeypatch, fresh_dynamo
+):
+    """As two checkouts have them: what is a builtin in the one is a function in the other."""
+    made = []
+    for folder, head in (("one", _ONE), ("other", _OTHER)):
+        package = tmp_path / folder / "of_two_checkouts"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "parts.py").write_text(
+            f"{head}\n\n\ndef scaled(x):\n    return x * kit.floor(2.5)\n"
+        )
+        monkeypatch.syspath_prepend(package.parent)
+        forget_modules({"of_two_checkouts"})
+        importlib.invalidate_caches()
+        scaled = importlib.import_module("of_two_checkouts.parts").scaled
+        torch._dynamo.reset()
+        fast = torch.compile(lambda x, scaled=scaled: scaled(x), backend="eager", fullgraph=True)
+        made.append(float(fast(torch.ones(()))))
+    forget_modules({"of_two_checkouts"})
+    assert made == [2.0, 3.0]

@@ -28,8 +28,7 @@ APPROXIMATE = ("all",)
 
 @pytest.fixture(scope="module", autouse=True)
 def checkout():
-    """Yield nothing; what miniature checkouts import is forgotten before the tests and behind."""
-    forget_checkout()
+    """Yield nothing; what a miniature checkout has imported is forgotten behind the tests."""
     yield
     forget_checkout()
 
