@@ -105,9 +105,11 @@ class Config:
             )
         options = dict(options or {})
         if (path := options.pop("frontier", None)) is not None:
-            from lipass.calibration.frontier import Frontier  # reads files, and knows no Config
+            from lipass.calibration.beside import beside  # reads files, and knows no Config
+            from lipass.calibration.frontier import Frontier
 
-            options = Frontier.load(coerced("frontier", path, str)).options_of() | options
+            found = Frontier.load(coerced("frontier", path, str))
+            options = beside(found, options, mode=mode)
         named = options.pop("preset", None)
         if mode is not None and named is not None and mode != named:
             raise ValueError(

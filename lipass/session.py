@@ -35,6 +35,7 @@ from lipass.runtime.chunk import Chunk
 from lipass.runtime.effect import Effect
 from lipass.runtime.events import Events, Sink
 from lipass.runtime.given import GivenChunks
+from lipass.runtime.measured import Measured
 from lipass.runtime.merged_history import MergedHistories
 from lipass.runtime.pace_target import opened
 from lipass.runtime.prompts import Prompts
@@ -96,6 +97,7 @@ class Session(Resumable):
         self.number = current_report().open_session()
         self.effect = Effect(self.config, self.number)
         self.turns = Turns()
+        self.measured: Measured | None = None
         self.events = Events(events, self.number, self.config)
         self.invariants = Invariants()
         self.histories = MergedHistories(self)
@@ -262,10 +264,8 @@ class Session(Resumable):
         for chunk in tuple(self.open_chunks.values()):
             chunk.forget()
         self.turns.forget()
-        self.invariants.clear()
-        self.histories.clear()
-        self.written.clear()
-        self.prompts.clear()
+        for known in (self.invariants, self.histories, self.written, self.prompts):
+            known.clear()
         self.recorded = None
         if not self.turns.closed:
             self.turns.closed = True

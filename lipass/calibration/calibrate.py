@@ -21,7 +21,7 @@ import torch
 from lipass._version import VERSION
 from lipass.calibration.density import Density
 from lipass.calibration.device import device_name
-from lipass.calibration.frontier import Frontier
+from lipass.calibration.frontier import Frontier, undominated
 from lipass.calibration.ledger import Ledger
 from lipass.calibration.search import frontier, thinned
 from lipass.calibration.subject import RollOut, Subject
@@ -95,15 +95,22 @@ def calibrate(
         raise ValueError(
             f"tries and repeats must be at least 1, got {tries} and {repeats}; leave them out"
         )
+    if compiled and hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "a model must be one that a calibration can compile, dense and with its options, got "
+            "one that is compiled; pass the module itself (model._orig_mod), or compiled=False to "
+            "roll it out as it is"
+        )
     work = Work(Subject.of(model, roll_out, walks), dict(options or {}), compiled, advance)
     with room_for_graphs():
         work.roll_out_dense()
         work.choose_ladders()
         work.choose_density()
         work.fit_cost()
-        tried = work.search(tries, Ledger(keep, work.marked()))
-        points = work.timed(thinned(frontier(tried), _POINTS_MOST), repeats)
+        tried = work.search(tries, Ledger(keep, work.marked()), default_db)
+        points = work.timed(thinned(frontier(tried), _POINTS_MOST, default_db), repeats)
         worth = work.worth(frames)
+    points = undominated(points)
     best = [one for one in points if one.db >= default_db]
     found = Frontier(
         options=work.shared,

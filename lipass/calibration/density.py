@@ -50,11 +50,16 @@ def ways(options: Mapping[str, Any], budget: float) -> dict[str, dict[str, Any]]
         options: that all points share.
         budget: of decode that they ask for.
     """
-    without = {key: value for key, value in options.items() if not key.startswith("sparse")}
-    found = {"dense attention": {**without, "sparse": False}}
+    found = {"dense attention": dense(options)}
     for share in (min(1.5 * budget, 0.9), budget, 0.5 * budget):
         found[f"budget {share:.2g}"] = {**options, "sparse.budget": round(share, 4)}
     return found
+
+
+def dense(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with dense attention."""
+    without = {key: value for key, value in options.items() if not key.startswith("sparse")}
+    return {**without, "sparse": False}
 
 
 def is_told(options: Mapping[str, Any]) -> bool:

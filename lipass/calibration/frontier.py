@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ MOVABLE = (
 """Options that points may differ in: sessions read them for each chunk, graphs do not."""
 
 _AGAIN = "run `lipass calibrate` again"
+_LEAST = {"chunk_ms": 0.0, "speedup": 0.0, "latents": 0.0, "steps": 0.0}
 _HEADER = """\
 # Written by `lipass calibrate`; read by the option "frontier" of graphs and sessions.
 # Milliseconds are those of the device below, dB those to the dense model on the walks below.
@@ -55,6 +56,13 @@ class Cost:
     latent_ms: float = 0.0
     step_ms: float = 0.0
     step_latent_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        parts = [getattr(self, one.name) for one in dataclasses.fields(self)]
+        for one, value in zip(dataclasses.fields(self), parts, strict=True):
+            _check_number(one.name, "a cost", value, least=0.0)
+        if not sum(parts):
+            raise ValueError(f"a cost must have a part above 0, got none; {_AGAIN}")
 
     def ms(self, latents: float, steps: float) -> float:
         """Predict a chunk."""
@@ -94,11 +102,9 @@ class Point:
                     f"{key!r} in {self.name!r}; move it to the table [options], which graphs read"
                 )
         for one in ("chunk_ms", "speedup", "db", "db_worst", "latents", "steps"):
-            value = getattr(self, one)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{one} of a point must be a number, got {value!r}; {_AGAIN}")
-            if not math.isfinite(value):
-                raise ValueError(f"{one} of a point must be finite, got {value}; {_AGAIN}")
+            _check_number(one, "a point", getattr(self, one), least=_LEAST.get(one))
+        if not self.chunk_ms:
+            raise ValueError(f"chunk_ms of a point must be above 0, got 0; {_AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Frontier:
 
     Attributes:
         options: flat ones that all points share, which graphs are compiled with.
-        points: from the best quality to the fastest.
+        points: from the slowest, which is the best, to the fastest.
         cost: what chunks of the model take.
         default: name of the point that holds where no target is given.
         dense_ms: median time of a chunk of the dense model.
@@ -135,6 +141,10 @@ class Frontier:
                 f"the default of a frontier must be one of its points, got {self.default!r}; "
                 f"write one of {', '.join(names)}"
             )
+        _check_number("dense_ms", "a frontier", self.dense_ms, least=0.0)
+        # A point that somebody has added stands where its time puts it.
+        ordered = sorted(self.points, key=lambda point: -point.chunk_ms)
+        object.__setattr__(self, "points", tuple(ordered))
 
     def point(self, name: str | None = None) -> Point:
         """Return a point by its name; None is the default.
@@ -151,16 +161,6 @@ class Frontier:
     def options_of(self, name: str | None = None) -> dict[str, Any]:
         """Give the flat options of a point, for graph and session; None is the default."""
         return {**self.options, **self.point(name).options}
-
-    def keeping(self, options: Sequence[str]) -> Frontier:
-        """Give the frontier whose points leave some options alone, as somebody has set them."""
-        points = tuple(
-            dataclasses.replace(
-                one, options={k: v for k, v in one.options.items() if k not in options}
-            )
-            for one in self.points
-        )
-        return dataclasses.replace(self, points=points)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data; `from_dict` takes it back."""
@@ -213,15 +213,9 @@ class Frontier:
         Raises:
             LipassError: `tomli_w` is not installed.
         """
-        try:
-            import tomli_w
-        except ImportError:
-            raise LipassError(
-                "writing a frontier needs tomli_w, and it is not installed; run pip install "
-                "'lipass[calibrate]'"
-            ) from None
+        text = _HEADER + writer().dumps(self.to_dict())
         beside = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
-        beside.write_text(_HEADER + tomli_w.dumps(self.to_dict()), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         beside.replace(path)
 
     @classmethod
@@ -244,6 +238,40 @@ class Frontier:
                 f"a frontier must be TOML, got {os.fspath(path)!r}: {error}; {_AGAIN}"
             ) from None
         return cls.from_dict(data)
+
+
+def undominated(points: Iterable[Point]) -> list[Point]:
+    """Return the points that no other is faster and closer than, from the best to the fastest."""
+    kept: list[Point] = []
+    for one in sorted(points, key=lambda one: (one.chunk_ms, -one.db)):
+        if not kept or one.db > kept[-1].db:
+            kept.append(one)
+    return kept[::-1]
+
+
+def writer() -> Any:
+    """Return the module that writes TOML.
+
+    Raises:
+        LipassError: `tomli_w` is not installed.
+    """
+    try:
+        import tomli_w
+    except ImportError:
+        raise LipassError(
+            "writing a frontier needs tomli_w, and it is not installed; run pip install "
+            "'lipass[calibrate]'"
+        ) from None
+    return tomli_w
+
+
+def _check_number(name: str, of: str, value: Any, least: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} of {of} must be a number, got {value!r}; {_AGAIN}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} of {of} must be finite, got {value}; {_AGAIN}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} of {of} must be >= {least:g}, got {value}; {_AGAIN}")
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,14 @@ class Ledger:
                 file.write(json.dumps([key, error, chunks]) + "\n")
         return found
 
+    def check(
+        self, options: Mapping[str, Any], walk: str, chunks: Sequence[tuple[int, int]]
+    ) -> None:
+        """Forget all where a choice does something else now: the loop was changed since."""
+        found = self.get(options, walk)
+        if found is not None and found.chunks != tuple(chunks):
+            self._found.clear()
+
     def _key(self, options: Mapping[str, Any], walk: str) -> str:
         text = json.dumps([self._marked[walk], sorted(options.items()), walk], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]

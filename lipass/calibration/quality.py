@@ -46,6 +46,6 @@ class Reference:
 
     def db(self, error: float) -> float:
         """Give a mean squared error as dB; nobody sees what is above 60."""
-        if not error > 0:
+        if not 0 < error < math.inf:  # what overflows is as far as what is no number
             return MOST_DB if error == 0 else -MOST_DB
-        return min(MOST_DB, 10 * math.log10(self.peak**2 / error))
+        return max(-MOST_DB, min(MOST_DB, 10 * math.log10(self.peak**2 / error)))

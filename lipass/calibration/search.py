@@ -1,7 +1,8 @@
 """Search settings for the frontier between time and quality, one setting a step.
 
 From each choice that nothing tried so far is both faster and closer than, one ladder is moved by
-one rung; what is not dominated joins. A choice is tried walk by walk and given up as soon as
+one rung; what is not dominated joins. Every other try is next to the choice that would be the
+default: most people use no other. A choice is tried walk by walk and given up as soon as
 another one is clearly better on the walks so far, so most of the time goes to what is near the
 frontier. Times are foreseen, not measured: a search gives the same choices on a busy machine.
 """
@@ -57,12 +58,18 @@ def frontier(tried: Sequence[Tried]) -> list[Tried]:
     return kept[::-1]
 
 
+def fastest(found: Sequence[Tried], db: float) -> Tried | None:
+    """Return the last of a frontier that has so many dB."""
+    return next((one for one in reversed(found) if one.db >= db), None)
+
+
 def search(
     rungs: Sequence[int],
     starts: Sequence[Choice],
     walks: int,
     measure: Callable[[Choice, int], tuple[float, float]],
     tries: int,
+    default_db: float,
     note: Callable[[Tried], None] = lambda tried: None,
 ) -> list[Tried]:
     """Try choices until none is left to try or `tries` are spent.
@@ -73,6 +80,7 @@ def search(
         walks: how many there are.
         measure: time in ms and dB of a choice on a walk.
         tries: choices at most, starts included.
+        default_db: what the default must have: the fastest that does is looked around most.
         note: is told of each.
 
     Returns:
@@ -101,6 +109,8 @@ def search(
         # Of equal ones from both ends in turn.
         sign = 1 if len(done) % 2 else -1
         order = sorted(front, key=lambda one: (expanded.get(one.choice, 0), sign * one.time))
+        if len(done) % 2 and (default := fastest(front, default_db)):
+            order.insert(0, default)
         found = next(
             ((one.choice, near) for one in order for near in around(one.choice, rungs)
              if near not in done),
@@ -131,10 +141,13 @@ def _beaten(ms: Sequence[float], dbs: Sequence[float], others: Iterable[Tried]) 
     )
 
 
-def thinned(found: Sequence[Tried], most: int) -> list[Tried]:
-    """Leave out those whose neighbours take nearly as long, until there are few enough."""
-    kept = list(found)
-    while len(kept) > max(most, 2):
-        ratios = [kept[i - 1].time / kept[i + 1].time for i in range(1, len(kept) - 1)]
-        del kept[1 + min(range(len(ratios)), key=ratios.__getitem__)]
+def thinned(found: Sequence[Tried], most: int, default_db: float) -> list[Tried]:
+    """Leave out those whose neighbours take nearly as long, until there are few enough.
+
+    Both ends stay, and what would be the default.
+    """
+    kept, default = list(found), fastest(found, default_db)
+    while len(kept) > max(most, 3):
+        inner = [i for i in range(1, len(kept) - 1) if kept[i] is not default]
+        del kept[min(inner, key=lambda i: kept[i - 1].time / kept[i + 1].time)]
     return kept

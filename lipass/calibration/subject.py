@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan
-from lipass.receipt import current_report
+from lipass.runtime.measured import Measured
 from lipass.session import Session
 
 RollOut = Callable[[Any, Any, Session], Tensor]
@@ -39,6 +39,11 @@ class Run:
     output: Tensor
     chunks: tuple[Took, ...]
     plans: tuple[ChunkPlan, ...]
+
+    @property
+    def decided(self) -> tuple[tuple[int, int], ...]:
+        """Latents that were read and steps that were computed, by chunk."""
+        return tuple((one.latents, one.steps) for one in self.chunks)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Subject:
             LipassError: it asks the session for no chunk.
         """
         session.effect.told = True  # options that leave nothing out are tried on purpose
+        session.measured = Measured()
         with session:
             output = self.roll_out(model, self.walks[walk], session)
         if not isinstance(output, Tensor):
@@ -97,7 +103,7 @@ class Subject:
                 f"roll_out must return a tensor, got {type(output).__name__}; return the frames "
                 "or latents that were generated"
             )
-        records = [one for one in current_report().chunks if one.session == session.number]
+        records = session.measured.records
         if not records:
             raise LipassError(
                 "roll_out must make its chunks inside `with session.chunk(...)`, got none; see "

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from lipass._version import VERSION
 from lipass.calibration.costs import fit
-from lipass.calibration.density import Density, chosen, is_told, measured, visited, ways
+from lipass.calibration.density import Density, chosen, dense, is_told, measured, visited, ways
 from lipass.calibration.frontier import Cost, Point
 from lipass.calibration.ladders import Ladder, Setting, ladders, nearest, options_of
 from lipass.calibration.ledger import Ledger
@@ -44,7 +45,7 @@ class Work:
         module = isinstance(subject.model, torch.nn.Module)
         self.mark = mark_of(subject.model) if module else {}
         self.dense = self.fast = subject.model
-        self.compiles = compiled and module and not hasattr(subject.model, "_orig_mod")
+        self.compiles = compiled and module
         self.share({"preset": "all", **options})
         if self.compiles:
             dense = {**_DENSE, "inner": self.config.inner}
@@ -52,6 +53,7 @@ class Work:
         self.densities: list[Density] = []
         self.ladders: dict[str, Ladder] = {}
         self.took: list[Took] = []
+        self.costed: dict[tuple[Choice, str], Run] = {}
         self.cost = Cost(1.0)
         self.again_db = self.dense_ms = 0.0
 
@@ -101,7 +103,10 @@ class Work:
     def choose_density(self) -> None:
         """Let graphs attend sparsely where that pays at the dearest choice, or not at all."""
         sparse, dearest = self.config.sparse, self.starts()[1]
-        if sparse is None or not self.compiles or is_told(self.shared):
+        if sparse is None or is_told(self.shared):
+            return
+        if not self.compiles:  # nothing is known of graphs that were not tried
+            self.share(dense(self.shared))
             return
         tried, graphs = ways(self.shared, sparse.budget_decode), {}
 
@@ -128,12 +133,14 @@ class Work:
             for walk in walks:
                 for choice in self.starts():
                     self.advance(f"timing {self.label(choice)}", done=0)
-                    run = self.run(choice, walk)
+                    self.costed[choice, walk] = run = self.run(choice, walk)
                     self.took += run.chunks if number else ()
         self.cost = fit(self.took)
 
-    def search(self, tries: int, ledger: Ledger) -> list[Tried]:
+    def search(self, tries: int, ledger: Ledger, default_db: float) -> list[Tried]:
         """Try choices by their results."""
+        for (choice, walk), run in self.costed.items():
+            ledger.check(self.options(choice), walk, run.decided)
         walks = list(self.subject.walks)
 
         def measure(choice: Choice, number: int) -> tuple[float, float]:
@@ -141,10 +148,8 @@ class Work:
             found = ledger.get(self.options(choice), walk)
             if found is None:
                 run = self.run(choice, walk)
-                chunks = [(one.latents, one.steps) for one in run.chunks]
-                found = ledger.put(
-                    self.options(choice), walk, self.reference.error(walk, run.output), chunks
-                )
+                error = self.reference.error(walk, run.output)
+                found = ledger.put(self.options(choice), walk, error, run.decided)
             ms = [self.cost.ms(*chunk) for chunk in found.chunks]
             return sum(ms) / len(ms), self.reference.db(found.error)
 
@@ -153,7 +158,7 @@ class Work:
             self.advance(told if one.whole else f"{told}, given up")
 
         rungs = [len(ladder) for ladder in self.ladders.values()]
-        return search(rungs, self.starts(), len(walks), measure, tries, note)
+        return search(rungs, self.starts(), len(walks), measure, tries, default_db, note)
 
     def timed(self, chosen: Sequence[Tried], repeats: int) -> list[Point]:
         """Roll choices out in turn with the dense model, and give those that are worth it."""
@@ -187,7 +192,7 @@ class Work:
                     round(statistics.mean(took.steps for took in own), 2),
                 )
             )
-        return _undominated(points)
+        return points
 
     def worth(self, frames: int) -> list[Worth]:
         """Ask what single latents are worth to the last chunks of some walks."""
@@ -246,7 +251,11 @@ class Work:
         flat = {**self.config.to_options(), "sparse": attends is not None}
         if attends is None:
             flat = {key: flat[key] for key in flat if not key.startswith("sparse.")}
-        own = {"options": Config.resolve(None, flat).fingerprint(), "model": self.mark}
+        own = {
+            "options": Config.resolve(None, flat).fingerprint(),
+            "model": self.mark,
+            "versions": [VERSION, str(torch.__version__)],
+        }
         return {
             walk: own | {"dense": [list(run.output.shape), round(float(run.output.mean()), 3)]}
             for walk, run in self.dense_runs.items()
@@ -287,12 +296,3 @@ def _ratio(dense: Sequence[Took], own: Sequence[Took]) -> float | None:
 def _median(chunks: Sequence[Took]) -> float:
     timed = [one.ms for one in chunks if not one.compiled]
     return statistics.median(timed or [one.ms for one in chunks])
-
-
-def _undominated(points: Sequence[Point]) -> list[Point]:
-    """Order points from the best to the fastest, without those that another one beats."""
-    kept: list[Point] = []
-    for one in sorted(points, key=lambda one: (one.chunk_ms, -one.db)):
-        if not kept or one.db > kept[-1].db:
-            kept.append(one)
-    return kept[::-1]

@@ -77,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
     check_file(args.svg, "--svg")
     given = options_given(args)
     from lipass.calibration.calibrate import calibrate
+    from lipass.calibration.frontier import writer
     from lipass.calibration.told import table
     from lipass.cli.progress import progress
 
+    writer()  # missing, it is better told before an hour of work
     model, roll_out, walks, options = _load(args.target)
     total = args.tries + args.frames
     # What a model prints must not end up in a JSON document.

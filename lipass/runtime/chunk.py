@@ -246,6 +246,8 @@ class Chunk:
                 f"{self.plan.stream!r} again; make the next with session.chunk(...)"
             )
         self.session.turns.begin(self)
+        if self.session.measured is not None:
+            self.session.measured.wait()
         self._began = time.perf_counter()
         self._graphs = current_report().graphs
         self._began_ns = time.time_ns()
@@ -267,6 +269,8 @@ class Chunk:
             return  # closed under way: the chunk may be tried again
         if kind is None and not is_off():
             self.session.prompts.scores.check_asked(self)
+        if self.session.measured is not None:
+            self.session.measured.wait()
         seconds = time.perf_counter() - self._began
         record = ChunkRecord(
             self.session.number,
@@ -285,6 +289,8 @@ class Chunk:
             self._finished = True
             self.session.finish(self)
             current_report().add_chunk(record)
+            if self.session.measured is not None:
+                self.session.measured.records.append(record)
             if not is_off():
                 self.session.effect.add(record)
                 if self.session.pace is not None:

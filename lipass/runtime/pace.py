@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lipass.calibration.device import device_name
-from lipass.calibration.frontier import Frontier
+from lipass.calibration.frontier import Frontier, undominated
 from lipass.config import Config
 from lipass.policy.plan import ChunkPlan
 from lipass.policy.steps import plan_steps
@@ -37,7 +37,7 @@ class Pace:
 
     Args:
         frontier: what there is to choose from.
-        config: of the session; points are laid over it.
+        configs: options of each of its points, by name.
         target_ms: what a chunk may take; None stays at the fastest point.
         target_db: points that had less are left out; None leaves out none.
 
@@ -47,15 +47,16 @@ class Pace:
     """
 
     def __init__(
-        self, frontier: Frontier, config: Config, target_ms: float | None, target_db: float | None
+        self,
+        frontier: Frontier,
+        configs: Mapping[str, Config],
+        target_ms: float | None,
+        target_db: float | None,
     ) -> None:
         self.frontier, self.target_ms, self.target_db = frontier, target_ms, target_db
-        good = [p for p in frontier.points if target_db is None or p.db >= target_db]
-        self.points = good or [max(frontier.points, key=lambda point: point.db)]
-        flat = config.to_options()
-        self._configs = {
-            point.name: Config.resolve(None, {**flat, **point.options}) for point in self.points
-        }
+        best = undominated(frontier.points)
+        self.points = [p for p in best if target_db is None or p.db >= target_db] or best[:1]
+        self._configs = {point.name: configs[point.name] for point in self.points}
         self._places = {point.name: place for place, point in enumerate(self.points)}
         early = (n for n, one in enumerate(self.points) if one.chunk_ms <= (target_ms or 0))
         self._place = next(early, len(self.points) - 1)
@@ -97,6 +98,7 @@ class Pace:
         plan = record.plan
         if plan.point not in self._places:
             return
+        self._read_events()  # on ranks that only follow nobody plans
         if plan.steps is not None:
             self._total_steps = plan.steps.total
         self._move(self._places[plan.point])
@@ -112,6 +114,7 @@ class Pace:
         self._read_events()
         return {
             "frontier": self.frontier.to_dict(),
+            "configs": {name: config.to_options() for name, config in self._configs.items()},
             "target_ms": self.target_ms,
             "target_db": self.target_db,
             "load": self._load.state(),
@@ -122,10 +125,11 @@ class Pace:
         }
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], config: Config) -> Pace:
+    def restored(cls, state: Mapping[str, Any]) -> Pace:
         """Go on where a `state` was given."""
         frontier = Frontier.from_dict(state["frontier"])
-        pace = cls(frontier, config, state["target_ms"], state["target_db"])
+        configs = {name: Config.resolve(None, flat) for name, flat in state["configs"].items()}
+        pace = cls(frontier, configs, state["target_ms"], state["target_db"])
         pace._load, pace._place = Load(**state["load"]), state["place"]
         pace._since, pace._wait, pace._late, pace._rose = state["waiting"]
         pace._total_steps = state["total_steps"]
@@ -202,7 +206,7 @@ class Pace:
         self._told_origin = True
         model, sites = self.frontier.model.get("class"), current_report().sites.values()
         names = {one.model.partition("#")[0] for one in sites if one.model}
-        if model and names and model not in names:
+        if model and names and model.rpartition(".")[2] not in names:
             tell(
                 f"a frontier must be of the model that is called, got one of {model} with "
                 f"{', '.join(sorted(names))}; calibrate this model, as points of another one say "

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lipass.calibration.beside import beside
 from lipass.calibration.frontier import Frontier
 from lipass.config import Config
 from lipass.runtime.agreement import tell
@@ -30,7 +31,7 @@ def opened(
         target_db: what a point must have had; or None.
 
     Raises:
-        TypeError: both a config and options, or arguments of another kind.
+        TypeError: a config beside options or a frontier, or arguments of another kind.
         ValueError: options or targets that are none, or a target without a frontier.
         LipassError: no point has reached a target, under `strict`.
     """
@@ -51,12 +52,21 @@ def opened(
             "calibrate`, and pass frontier='frontier.toml'"
         )
     found = _found(frontier)
-    if config is None:
-        own = found.options_of() if found is not None else {}
-        config = Config.resolve(None, {**own, **options})
-    if found is None or (ms is None and db is None):
+    if found is None:
+        return config or Config.resolve(None, options), None
+    if config is not None:
+        raise TypeError(
+            "a session takes a config or a frontier, got both; give what differs from the file as "
+            "options beside it"
+        )
+    config = Config.resolve(None, beside(found, options))
+    if ms is None and db is None:
         return config, None
-    pace = Pace(found.keeping(tuple(options)), config, ms, db)
+    configs = {
+        point.name: Config.resolve(None, beside(found, options, point.name))
+        for point in found.points
+    }
+    pace = Pace(found, configs, ms, db)
     _tell_reach(pace, config.strict)
     return config, pace
 

@@ -210,7 +210,7 @@ class Resumable:
             config: what it has to agree with, or options; None takes those of the snapshot.
             model: what the snapshot's mark has to be of.
             events: as in `Session`.
-            options: as in `Session`.
+            options: flat ones, as in `Config.resolve`; a frontier and targets are the snapshot's.
 
         Raises:
             TypeError: no snapshot, or both a config and options.
@@ -231,7 +231,7 @@ class Resumable:
         if snapshot.parts["recorded"] is not None:
             session.recorded = Replay.of(snapshot.parts["recorded"])
         if (pace := snapshot.parts.get("pace")) is not None:
-            session.pace = Pace.restored(pace, agreed)
+            session.pace = Pace.restored(pace)
         for record in snapshot.records:
             current_report().add_chunk(replace(record, session=session.number))
         return session

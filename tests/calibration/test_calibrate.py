@@ -228,3 +228,51 @@ def test_a_target_may_leave_options_out(tmp_path, capsys):
 
 def test_frontiers_are_of_whole_tries_only():
     assert frontier([Tried((0,), (1.0,), (30.0,), whole=False)]) == []
+
+
+def test_graphs_that_were_not_tried_attend_to_all(found):
+    assert found.frontier.options["sparse"] is False
+    kept = calibrated(options={**walks.build()[3], "sparse.budget_decode": 0.2}, tries=3, frames=0)
+    assert kept.frontier.options["sparse.budget_decode"] == 0.2
+
+
+def test_a_compiled_model_is_refused_where_it_is_to_be_compiled():
+    model, roll_out, paths, options = walks.build()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="got one that is compiled; pass the module itself"):
+        lipass.calibrate(compiled, roll_out, paths, options=options)
+
+
+def test_a_loop_that_was_changed_is_tried_anew(tmp_path):
+    """As by somebody who sees that a chunk computed all of its steps."""
+    ledger = Ledger(tmp_path / "tries", {"ahead": {}})
+    ledger.put({"a": 1}, "ahead", 0.5, ((4, 4), (8, 4)))
+    ledger.check({"a": 1}, "ahead", ((4, 4), (8, 4)))
+    assert ledger.get({"a": 1}, "ahead") is not None
+    ledger.check({"a": 1}, "ahead", ((4, 4), (8, 2)))
+    assert ledger.get({"a": 1}, "ahead") is None
+
+
+def test_walks_may_be_longer_than_the_receipt():
+    model, roll_out, _, options = walks.build()
+    path = walks.parse_trajectory("left-150, right-149")
+    found = lipass.calibrate(
+        model, roll_out, {"long": path}, options=options, compiled=False, tries=2, repeats=1,
+        frames=2,
+    )  # fmt: skip
+    assert found.worth
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e25])
+def test_a_choice_that_overflows_is_far_away_and_no_end(value):
+    dense = torch.linspace(0, 1, 8)
+    reference = Reference({"ahead": dense})
+    error = reference.error("ahead", torch.full((8,), value))
+    assert reference.db(error) == -60.0
+
+
+def test_what_writes_the_file_is_missed_before_any_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "tomli_w", None)
+    code = main(["calibrate", f"{TARGET}:no_such_function", "--out", str(tmp_path / "x.toml")])
+    assert code != 0
+    assert "pip install 'lipass[calibrate]'" in capsys.readouterr().err

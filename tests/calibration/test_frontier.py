@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import tomllib
 
@@ -133,14 +134,32 @@ def test_writing_says_what_is_missing(tmp_path, monkeypatch):
         FOUND.save(tmp_path / "frontier.toml")
 
 
-def test_an_option_that_somebody_has_set_is_left_alone():
-    kept = FOUND.keeping(["context.memory_latents"])
-    assert [dict(one.options) for one in kept.points] == [
-        {"steps.reuse": ()},
-        {"steps.reuse": (1, 2)},
-    ]
-
-
 def test_a_chunk_is_foreseen_from_what_it_reads_and_computes():
     assert FOUND.cost.ms(10, 2) == 5 + 10 + 2 * (4 + 5)
     assert math.isclose(Cost(3.0).ms(100, 4), 3.0)
+
+
+def test_points_stand_where_their_times_put_them():
+    added = Point("slow", {}, 120.0, 1.1, 50.0, 49.0, 20.0, 4.0)
+    found = dataclasses.replace(FOUND, points=(*FOUND.points, added))
+    assert [one.name for one in found.points] == ["slow", "rich", "quick"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("base_ms = 5.0", 'base_ms = "5"', "base_ms of a cost must be a number, got '5'"),
+        ("base_ms = 5.0", "base_ms = nan", "base_ms of a cost must be finite, got nan"),
+        ("latent_ms = 1.0", "latent_ms = -1.0", "latent_ms of a cost must be >= 0, got -1"),
+        ("chunk_ms = 31.0", "chunk_ms = 0", "chunk_ms of a point must be above 0, got 0"),
+        ("dense_ms = 96.0", "dense_ms = inf", "dense_ms of a frontier must be finite, got inf"),
+    ],
+)
+def test_a_number_that_somebody_has_written_is_checked(file, old, new, said):
+    with pytest.raises(ValueError, match=said):
+        Frontier.load(changed(file, old, new))
+
+
+def test_a_cost_of_nothing_is_none():
+    with pytest.raises(ValueError, match="must have a part above 0, got none"):
+        Cost(0.0)

@@ -8,6 +8,9 @@ from lipass.calibration.subject import Took
 from lipass.config import Config
 from lipass.errors import LipassError
 
+# Nothing is as good.
+NO_DEFAULT = 1e9
+
 
 def whole(choice, ms, db):
     return Tried(choice, (ms,), (db,))
@@ -40,7 +43,7 @@ class Model:
 
 def test_a_search_finds_what_costs_no_quality_without_trying_all():
     model = Model()
-    tried = search(model.rungs, [(0, 0, 0), (3, 3, 3)], 3, model.measure, 40)
+    tried = search(model.rungs, [(0, 0, 0), (3, 3, 3)], 3, model.measure, 40, NO_DEFAULT)
     found = [one.choice for one in frontier(tried)]
     assert len(tried) <= 40
     assert found[0] == (0, 2, 0)
@@ -49,7 +52,7 @@ def test_a_search_finds_what_costs_no_quality_without_trying_all():
 
 def test_what_is_clearly_beaten_is_given_up_after_two_walks():
     model = Model()
-    tried = search(model.rungs, [(0, 2, 0)], 5, model.measure, 40)
+    tried = search(model.rungs, [(0, 2, 0)], 5, model.measure, 40, NO_DEFAULT)
     given_up = [one for one in tried if not one.whole]
     assert given_up
     assert {len(one.ms) for one in given_up} == {2}
@@ -57,16 +60,20 @@ def test_what_is_clearly_beaten_is_given_up_after_two_walks():
 
 
 def test_a_search_stops_where_nothing_is_left_to_try():
-    tried = search((2, 2), [(0, 0)], 1, lambda choice, walk: (1.0 / (1 + sum(choice)), 30.0), 99)
+    tried = search(
+        (2, 2), [(0, 0)], 1, lambda choice, walk: (1.0 / (1 + sum(choice)), 30.0), 99, NO_DEFAULT
+    )
     assert len(tried) <= 4
     assert [one.choice for one in frontier(tried)] == [(1, 1)]
 
 
 def test_no_more_is_tried_than_was_allowed():
     model, noted = Model(), []
-    tried = search(model.rungs, [(0, 0, 0), (3, 3, 3)], 1, model.measure, 5, noted.append)
+    tried = search(
+        model.rungs, [(0, 0, 0), (3, 3, 3)], 1, model.measure, 5, NO_DEFAULT, noted.append
+    )
     assert len(tried) == len(noted) == 5
-    assert len(search(model.rungs, [(0, 0, 0), (3, 3, 3)], 1, model.measure, 1)) == 1
+    assert len(search(model.rungs, [(0, 0, 0), (3, 3, 3)], 1, model.measure, 1, NO_DEFAULT)) == 1
 
 
 def test_around_a_choice_each_ladder_moves_by_one():
@@ -75,11 +82,32 @@ def test_around_a_choice_each_ladder_moves_by_one():
 
 def test_thinning_keeps_both_ends_and_what_lies_apart():
     found = [whole((n,), ms, 50 - n) for n, ms in enumerate((100.0, 98.0, 60.0, 58.0, 30.0))]
-    kept = [one.time for one in thinned(found, 3)]
+    kept = [one.time for one in thinned(found, 3, NO_DEFAULT)]
     assert kept[0] == 100.0
     assert kept[-1] == 30.0
     assert kept[1] in (58.0, 60.0)
-    assert thinned(found[:2], 3) == found[:2]
+    assert thinned(found[:2], 3, NO_DEFAULT) == found[:2]
+
+
+def test_thinning_keeps_what_would_be_the_default():
+    found = [whole((n,), ms, 50 - n) for n, ms in enumerate((100.0, 98.0, 60.0, 58.0, 30.0))]
+    for default in found:
+        assert default in thinned(found, 3, default.db)
+
+
+def test_every_other_try_is_next_to_the_default():
+    """Costs rise with quality on both ladders, so that all choices are on the frontier."""
+
+    def measure(choice, walk):
+        return 100.0 - 2 * choice[0] - 3.1 * choice[1], 50.0 - choice[0] - 1.5 * choice[1]
+
+    noted = []
+    search((12, 12), [(0, 0), (11, 11), (6, 6)], 1, measure, 30, 40.0, noted.append)
+    near = 0
+    for number in range(3, len(noted)):
+        front = [one for one in frontier(noted[:number]) if one.db >= 40.0]
+        near += noted[number].choice in set(around(front[-1].choice, (12, 12)))
+    assert near >= 10
 
 
 def took(cost, pairs, factor=1.0):

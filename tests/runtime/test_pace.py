@@ -53,7 +53,8 @@ def frontier(**changed):
 
 def pace(target_ms=TARGET_MS, target_db=None, **changed):
     found = frontier(**changed)
-    return Pace(found, Config.resolve(None, found.options_of()), target_ms, target_db)
+    configs = {one.name: Config.resolve(None, found.options_of(one.name)) for one in found.points}
+    return Pace(found, configs, target_ms, target_db)
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,7 @@ def test_it_goes_on_where_its_state_was_taken():
     own = pace()
     walk(own, loaded, chunks=range(20))
     state = json.loads(json.dumps(own.state()))
-    again = Pace.restored(state, Config.resolve(None, frontier().options_of()))
+    again = Pace.restored(state)
     rest = [walk(one, loaded, chunks=range(20, CHUNKS)) for one in (own, again)]
     assert rest[0] == rest[1]
 
