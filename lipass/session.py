@@ -165,14 +165,7 @@ class Session(Resumable):
             index = self.turns.next(stream)
             if self.recorded is not None:
                 return Chunk(self, self.recorded.next(stream, poses))
-            if query is not None:
-                poses, query = self.given.checked(poses, query, stream, index)
-            elif poses is not None or (latents is None and index):
-                raise ValueError(
-                    "query must hold the new latents' cameras, got None; pass [q, 4, 4], or, for "
-                    "a model without cameras, the history as latents=[M, ...] and no poses "
-                    "(nothing for a first chunk)"
-                )
+            poses, query = self.given.checked(poses, query, latents, stream, index)
             if latents is not None:
                 check_latents(latents)
             plan_at = functools.partial(
@@ -189,9 +182,13 @@ class Session(Resumable):
             decide = functools.partial(plan_at, _NOTHING if is_off() else self.config)
             if self.pace is not None and not is_off():
                 decide = functools.partial(self.pace.plan, plan_at)
-            history = [len(one) for one in (poses, latents) if one is not None]
-            plan = self.ranks.plan(decide, stream=stream, chunk=index, history=history)
-            plan = self.prompts.plan(plan, held)
+            plan = self.ranks.plan(
+                lambda: self.prompts.plan(decide(), held),
+                stream=stream,
+                chunk=index,
+                history=[len(one) for one in (poses, latents) if one is not None],
+                prompts=self.prompts.count(stream),
+            )
             self.turns.check_history(stream, plan.history_latents)
             self.given.weigh(plan.context.power)
             return Chunk(self, plan, held)

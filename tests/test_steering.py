@@ -72,6 +72,64 @@ def test_a_change_within_a_change_goes_on_from_where_it_is():
     assert texts[4] is FOG[0]
 
 
+def test_a_change_said_within_an_open_chunk_starts_from_what_that_shows():
+    session = lipass.Session(preset="off")
+    run(session, 1, {0: [(DAY,)]})
+    session.steer(NIGHT, 4, "lerp")
+    with chunk_of(session, 1) as chunk:
+        session.steer(FOG, 2, "lerp")
+        shown = torch.lerp(DAY[0], NIGHT[0], 0.25)
+        torch.testing.assert_close(chunk.text[0], shown)
+    with chunk_of(session, 2) as chunk:
+        torch.testing.assert_close(chunk.text[0], torch.lerp(shown, FOG[0], 0.5))
+    with chunk_of(session, 3) as chunk:
+        assert chunk.text[0] is FOG[0]
+
+
+def test_what_was_made_while_another_prompt_was_said_is_remembered_as_it_was():
+    session = lipass.Session(preset="off")
+    run(session, 1, {0: [(DAY,)]})
+    session.steer(NIGHT, 1, "hard")
+    with chunk_of(session, 1):
+        session.steer(FOG, 1, "hard")
+    with chunk_of(session, 2) as chunk:
+        assert [text[0] is made[0] for (text, _), made in
+                zip(chunk.memory, (DAY, NIGHT), strict=True)] == [True, True]  # fmt: skip
+        assert chunk.text[0] is FOG[0]
+
+
+def test_a_chunk_that_is_tried_again_after_a_change_was_said_in_it_takes_part():
+    session = lipass.Session(preset="off")
+    run(session, 1, {0: [(DAY,)]})
+    failed = chunk_of(session, 1)
+    failed.__enter__()
+    session.steer(NIGHT, 4, "lerp")
+    failed.close()
+    places = []
+    for index in (1, 2, 3, 4, 5):
+        with chunk_of(session, index) as chunk:
+            places.append(chunk.plan.steering.place)
+    assert places == [1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_old_prompt_said_again_is_that_prompt(copied):
+    """Also where the session was forked, or the loop encodes each text anew."""
+    session = lipass.Session(preset="all", chunk_latents=4)
+    run(session, 3, {0: [(DAY,)], 2: [(NIGHT, 1, "hard")]})
+    forked = session.fork()
+    plans = []
+    for own in (session, forked):
+        own.steer([DAY[0].clone()] if copied else DAY, 1, "hard")
+        own.steer([DAY[0].clone()], 1, "hard")
+        for index in range(3, 8):  # back to where the day was
+            with chunk_of(own, index) as chunk:
+                list(chunk.steps(SIGMAS))
+        plans.append(chunk.plan)
+    assert plans[0] == plans[1]
+    assert plans[0].revisit.allowed
+
+
 def test_what_was_said_and_never_shown_is_no_place_to_start_from():
     session = lipass.Session(preset="off")
     said = {0: [(DAY,)], 1: [(NIGHT, 4, "lerp"), (FOG, 2, "lerp")]}
@@ -262,6 +320,14 @@ def test_a_change_needs_the_prompt_before_it():
         _ = chunk.text
     with pytest.raises(LipassError, match=r"got none for the 1 chunks.*before the first chunk"):
         session.steer(NIGHT)
+
+
+def test_prompts_that_are_no_tensors_are_replayed():
+    session = lipass.Session(preset="off")
+    _, plans = run(session, 2, {0: [("day", 4, "hard")], 1: [("night", 4, "hard")]})
+    replay = lipass.Session.replay(plans)
+    texts, _ = run(replay, 2, {0: [("day",), ("night",)]})
+    assert texts == ["d", "n"]
 
 
 def test_prompts_that_are_no_tensors_can_be_said_at_once():

@@ -295,10 +295,14 @@ class LiveSide:
     def _open(self, preset: str) -> lipass.Session:
         """Return the session; another preset goes on in another one, with the same history."""
         if self._session is None or preset != self._preset:
-            if self._session is not None:
-                self._session.close()
-            self._preset, self._session = preset, self._world.session(preset)
-            self._session.steer(self._world.text(self._words))
+            before, self._session = self._session, self._world.session(preset)
+            self._preset = preset
+            if before is None:
+                self._session.steer(self._world.text(self._words))
+            else:  # how many chunks there were, and what was shown under which words
+                self._session.turns.restore(before.turns.state())
+                self._session.prompts.restore(before.prompts.state())
+                before.close()
         return self._session
 
     def _remember(

@@ -17,7 +17,13 @@ Decision = dict[str, Any]
 
 
 class Alone:
-    """One process, which decides for itself."""
+    """One process, which decides for itself.
+
+    Attributes:
+        group: of the ranks that decide together; None is this process alone.
+    """
+
+    group: Group | None = None
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Do something that all ranks do."""
@@ -48,7 +54,7 @@ class Ranks(Alone):
     """
 
     def __init__(self, group: Group, options: str) -> None:
-        self._group, self._options = group, options
+        self.group, self._options = group, options
         self._rank, self._count = ranks_of(group)
         self._told = False
 
@@ -100,5 +106,5 @@ class Ranks(Alone):
     def _exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         self._told = True
         texts: list[Any] = [None] * self._count
-        dist.all_gather_object(texts, json.dumps(own), group=self._group)
+        dist.all_gather_object(texts, json.dumps(own), group=self.group)
         return [json.loads(one) for one in texts]

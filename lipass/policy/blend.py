@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # What was blended before counts for less than a hundredth by then, a quarter new a chunk.
@@ -134,13 +134,14 @@ class Blend:
         """Return what the next change starts from."""
         if self.weight == 1 or self.old is None:
             return self.new
-        if _depth(self) >= _DEPTH_MAX:
-            return self.new
-        return self
+        return _cut(self, _DEPTH_MAX)
 
 
-def _depth(blend: Blend) -> int:
-    return 1 + _depth(blend.old) if isinstance(blend.old, Blend) else 1
+def _cut(blend: Blend, depth: int) -> Blend:
+    """Leave the deepest blend of several out, and what was new in it whole."""
+    if not isinstance(blend.old, Blend):
+        return blend
+    return replace(blend, old=_cut(blend.old, depth - 1) if depth > 2 else blend.old.new)
 
 
 def _log(weight: float) -> float:

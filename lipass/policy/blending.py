@@ -98,6 +98,20 @@ def doubled(old: Any, new: Any) -> Any:
     return _pairwise(joined, old, new, 0.0)
 
 
+def same(text: Any, other: Any) -> bool:
+    """Whether two texts are one, element by element; reads from devices."""
+    if text is other:
+        return True
+    mine, theirs = dict(_leaves(text, "text")), dict(_leaves(other, "text"))
+    return mine.keys() == theirs.keys() and all(
+        _kind(leaf) == _kind(theirs[where])
+        and (
+            torch.equal(leaf, theirs[where]) if isinstance(leaf, Tensor) else leaf == theirs[where]
+        )
+        for where, leaf in mine.items()
+    )
+
+
 def text_tensors(text: Any) -> list[Tensor]:
     """List the tensors of floats in a text."""
     return [leaf for _, leaf in _leaves(text, "text") if _floats(leaf)]

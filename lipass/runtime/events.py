@@ -38,6 +38,9 @@ _NUMBER = re.compile(r"(?:[<>=]+ *)?-?\d[\d.]* *(?:[<>=]+ *)?")
 class Events:
     """Where one session writes its events, and what it has counted.
 
+    Attributes:
+        sink: where they go; None is nowhere.
+
     Args:
         sink: a path, to which lines are appended, or what is called with each event; None takes
             the path in LIPASS_EVENTS, if there is one.
@@ -54,7 +57,7 @@ class Events:
                 f"events must be a path or a function of one event, got {type(sink).__name__}; "
                 "write Session(events='events.jsonl')"
             )
-        self._sink: Sink | None = sink if sink is not None else os.environ.get(VARIABLE) or None
+        self.sink: Sink | None = sink if sink is not None else os.environ.get(VARIABLE) or None
         self._file: int | None = None
         self._number = number
         self._preset = config.preset
@@ -79,7 +82,7 @@ class Events:
             error: why it was left, if not because it was done.
         """
         self._chunks += error is None
-        if self._sink is None and not log.isEnabledFor(logging.INFO):
+        if self.sink is None and not log.isEnabledFor(logging.INFO):
             return
         attributes = chunk_attributes(record, compiled.since(), error)
         _log_chunk(record, attributes)
@@ -114,7 +117,7 @@ class Events:
             self._emit("lipass.session.start", self._began_ns, self._began_ns, attributes)
 
     def _emit(self, name: str, start_ns: int, end_ns: int, attributes: dict[str, Any]) -> None:
-        if self._sink is None:
+        if self.sink is None:
             return
         of_all = {"process.pid": os.getpid(), "lipass.session": self._number}
         event = {
@@ -137,13 +140,13 @@ class Events:
                 )
 
     def _write(self, event: dict[str, Any]) -> None:
-        assert self._sink is not None
-        if not isinstance(self._sink, str | os.PathLike):
-            self._sink(event)
+        assert self.sink is not None
+        if not isinstance(self.sink, str | os.PathLike):
+            self.sink(event)
             return
         if self._file is None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-            self._file = os.open(self._sink, flags, 0o644)
+            self._file = os.open(self.sink, flags, 0o644)
         # One write a line, so that processes may share a file.
         line = (json.dumps(event) + "\n").encode()
         if os.write(self._file, line) != len(line):

@@ -43,14 +43,28 @@ class GivenChunks:
         self._check = None if view is None else PoseCheck(view, self.convention)
 
     def checked(
-        self, poses: Tensor | None, query: Tensor, stream: str, index: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the cameras as OpenCV world-to-camera matrices.
+        self,
+        poses: Tensor | None,
+        query: Tensor | None,
+        latents: Tensor | None,
+        stream: str,
+        index: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the cameras as OpenCV world-to-camera matrices; None where there are none.
 
         Raises:
             TypeError: cameras of the wrong kind.
-            ValueError: cameras that are none, or a chunk that is not `chunk_latents` long.
+            ValueError: cameras that are none or missing, or a chunk that is not `chunk_latents`
+                long.
         """
+        if query is None:
+            if poses is None and (latents is not None or not index):
+                return None, None
+            raise ValueError(
+                "query must hold the new latents' cameras, got None; pass [q, 4, 4], or, for a "
+                "model without cameras, the history as latents=[M, ...] and no poses (nothing "
+                "for a first chunk)"
+            )
         poses = None if poses is None else self.convention.to_w2c(poses)
         query = self.convention.to_w2c(query)
         history, new = check_poses(poses, query)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lipass.errors import LipassError
 from lipass.policy.blend import Blend
-from lipass.policy.blending import check_blends, check_like, check_text, doubled, mixed
+from lipass.policy.blending import check_blends, check_like, check_text, doubled, mixed, same
 from lipass.policy.plan import ChunkPlan
 from lipass.policy.steered_plan import steered
 from lipass.policy.steering import Steering
@@ -49,7 +49,7 @@ class Prompts:
         """
         told = self._told.get(stream)
         check_text(text)
-        if steering.blends:
+        if steering.blends and not self._recorded:  # a replay mixes what its plans say
             check_blends(text, steering.policy)
         if told is None:
             if index and not self._recorded:
@@ -62,9 +62,14 @@ class Prompts:
         else:
             check_like(text, told.texts[told.count - 1])
         number, told.count = told.count, told.count + 1
-        told.texts[number] = text
+        # Said again, it is the text that it was: what was made under it is known by the object.
+        told.texts[number] = next((one for one in told.texts.values() if same(one, text)), text)
         told.change = Change(steering, _older(told), number, index)
-        self._forget(told)
+
+    def count(self, stream: str) -> int:
+        """Return how many texts a stream was told."""
+        told = self._told.get(stream)
+        return 0 if told is None else told.count
 
     def plan(self, plan: ChunkPlan, held: Sequence[int] | None = None) -> ChunkPlan:
         """Enter the prompt of a chunk into its plan, with what follows for context and steps."""
@@ -78,8 +83,7 @@ class Prompts:
             kept = change.old if steering.policy == "two-prompt" else None
             blend = Blend(steering.policy, kept, change.new, since=change.since)
         else:
-            if place == 1:
-                change.since = plan.history_latents
+            since = plan.history_latents if place == 1 else change.since
             blend = Blend(
                 steering.policy,
                 change.old,
@@ -88,7 +92,7 @@ class Prompts:
                 place,
                 count,
                 steering.history_weight,
-                change.since,
+                since,
                 before=steering.before(place),
             )
         return steered(
@@ -164,8 +168,14 @@ class Prompts:
                 told.runs[:2] = [(0, told.runs[1][1])]
         if blend.flush is not None:
             told.flushed.append(blend.flush)
-        if told.change is not None and plan.index >= told.change.first:
-            told.change.blend = blend
+        change = told.change
+        if change is not None and blend.new != change.new:
+            # Said while this chunk was open, which is what the change starts from.
+            change.old = blend.as_old()
+        elif change is not None:
+            change.blend, change.first = blend, min(change.first, plan.index)
+            if blend.place == 1:
+                change.since = blend.since
         self._forget(told)
 
     def clear(self) -> None:

@@ -22,9 +22,10 @@ from torch.nn import Module
 from lipass._version import VERSION
 from lipass.config import ONE_SIDED, Config
 from lipass.errors import LipassError
+from lipass.parallel.agree import Alone
 from lipass.policy.plan import ChunkPlan
 from lipass.receipt import ChunkRecord, current_report
-from lipass.runtime.events import Sink
+from lipass.runtime.events import Events, Sink
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.pace import Pace
 from lipass.runtime.replay import Replay
@@ -149,6 +150,8 @@ class Resumable:
     turns: Turns
     number: int
     pace: Pace | None
+    events: Events
+    ranks: Alone
     recorded: Replay | None
 
     def snapshot(
@@ -201,6 +204,7 @@ class Resumable:
         *,
         model: Module | None = None,
         events: Sink | None = None,
+        group: Any = None,
         **options: Any,
     ) -> Self:
         """Open a session that goes on where another one was, in whatever process.
@@ -210,6 +214,7 @@ class Resumable:
             config: what it has to agree with, or options; None takes those of the snapshot.
             model: what the snapshot's mark has to be of.
             events: as in `Session`.
+            group: as in `Session`; each rank resumes its own snapshot.
             options: flat ones, as in `Config.resolve`; a frontier and targets are the snapshot's.
 
         Raises:
@@ -225,7 +230,7 @@ class Resumable:
         if model is not None:
             _check_model(snapshot, model)
         make: Any = cls
-        session = make(agreed, convention=snapshot.convention, events=events)
+        session = make(agreed, convention=snapshot.convention, events=events, group=group)
         for name in _PARTS:
             getattr(session, name).restore(snapshot.parts[name])
         if snapshot.parts["recorded"] is not None:
@@ -239,10 +244,14 @@ class Resumable:
     def fork(self) -> Self:
         """Open a session that knows what this one does, and goes its own way from here on.
 
+        Its events go where those of this one do; ranks that share a session all fork it.
+
         Raises:
             LipassError: the session is closed, or a chunk of it is open.
         """
-        return type(self).resume(self.snapshot(records=False))
+        return type(self).resume(
+            self.snapshot(records=False), events=self.events.sink, group=self.ranks.group
+        )
 
 
 def mark_of(model: Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("uvicorn")
 
+import lipass
 from benchmarks.long_rollout import resident_mb
 from lipass.examples.tinyworld import live
 from lipass.examples.tinyworld.codec import Codec
@@ -103,6 +104,20 @@ def test_preset_changes_what_is_read_from_the_next_chunk_on(world):
         read[preset] = side.make(chunk, visit.go(Controls(turn=1)), WORDS, preset).read
     assert read["all"] < read["cache"] == read["exact"] == 20
     side.close()
+
+
+def test_preset_changes_and_what_was_shown_stays_known(world):
+    """Steps of a view that was made at day are not reused at night, and a change goes on."""
+    visit = world.visit(7)
+    side = visit.side("fast")
+    night = ("night", *WORDS[1:])
+    for chunk, (words, preset) in enumerate(
+        [(WORDS, "all"), (night, "all"), (night, "cache"), (night, "cache")]
+    ):
+        side.make(chunk, visit.go(Controls(turn=1)), words, preset)
+    told = [one.plan for one in lipass.report().chunks][-4:]
+    assert [one.index for one in told] == [0, 1, 2, 3]
+    assert [one.steering.place for one in told] == [0, 1, 2, 3]
 
 
 # A latent of the tiny model has 16 tokens, so nothing is sparse, which is told.

@@ -198,6 +198,47 @@ def ranks_that_ask_for_different_things_are_told():
 
 
 @check
+def prompts_change_on_all_ranks_alike():
+    """Texts are objects of each rank; said again by one as a copy, they are the same to all."""
+    day, night = draw(1, 6, 8, seed=4), draw(1, 6, 8, seed=5)
+    said = {0: day, 3: night, 5: day.clone() if rank() else day}
+
+    def plans(session):
+        found = []
+        with session:
+            for index in range(8):
+                if index in said:
+                    session.steer([said[index]], 1, "hard")
+                past, query = WALK[: 4 * index], WALK[4 * index : 4 * index + 4]
+                with session.chunk(poses=past if index else None, query=query) as chunk:
+                    list(chunk.steps((1.0, 0.75, 0.5, 0.25, 0.0)))
+                found.append(chunk.plan)
+        return found
+
+    alone = plans(lipass.Session(**BOTH))
+    assert plans(lipass.Session(**BOTH, group=dist.group.WORLD)) == alone
+
+
+@check
+def a_prompt_that_one_rank_was_not_told_is_told():
+    with lipass.Session(**BOTH, group=dist.group.WORLD) as session:
+        if rank() == 0:
+            session.steer([draw(1, 6, 8, seed=4)])
+        error = raised(session.chunk, query=WALK[:4])
+    assert "all ranks must ask for the same, got prompts" in str(error)
+
+
+@check
+def a_fork_is_shared_by_the_ranks():
+    with lipass.Session(**BOTH, group=dist.group.WORLD) as session, session.fork() as forked:
+        if rank() == 0:
+            forked.steer([draw(1, 6, 8, seed=4)])
+        assert "all ranks must ask for the same" in str(raised(forked.chunk, query=WALK[:4]))
+        with session.chunk(query=WALK[:4]) as chunk:
+            assert chunk.index == 0
+
+
+@check
 def what_is_least_needed_is_one_answer():
     poses = WALK[:32]
     alone = lipass.Session(**BOTH).least_needed(poses)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -72,6 +73,23 @@ def test_changes_that_never_end_are_no_log_that_grows_without_end():
     for number in range(1, 200):
         blend = Blend("lerp", blend.as_old(), number, 0.25, 1, 4)
     assert len(blend.numbers) < 20
+
+
+def test_changes_that_never_end_have_no_step_that_is_larger():
+    """Each prompt is one more than the one before; what is shown is their mean."""
+
+    def shown(part):
+        if isinstance(part, int):
+            return part
+        return part.weight * part.new + (1 - part.weight) * shown(part.old)
+
+    blend = Blend("lerp", 0, 1, 0.25, 1, 4)
+    values = []
+    for number in range(2, 60):
+        blend = Blend("lerp", blend.as_old(), number, 0.25, 1, 4)
+        values.append(shown(blend))
+    steps = [b - a for a, b in itertools.pairwise(values)]
+    assert max(steps) < 1.1
 
 
 def test_two_prompts_have_changed_when_the_last_chunk_begins():
