@@ -34,7 +34,7 @@ class Scene:
     Args:
         w2c: cameras of all frames `[F, 4, 4]`, world to camera, OpenCV axes.
         given: frames of them that are recorded.
-        chunk: frames that are generated at once.
+        chunk: frames that are generated at once, 1 or more.
         truth: what a renderer or a film shows `[F, C, H, W]` in 0..1; None where nobody knows.
         space: true depth, for what geometry tells; None where nobody knows.
     """
@@ -135,6 +135,7 @@ def measure(
     found |= {name: value for name, value in rollout.figures.items() if math.isfinite(value)}
     if not checks.is_finite(rollout.frames):
         return found
+    _check(scene, len(rollout.frames))
     frames, made = rollout.frames, rollout.frames[scene.given :]
     pairs = returns(checks.cameras(scene.w2c, len(frames)), scene.given)
     found["loop_score"] = loop_score(frames, pairs)
@@ -150,6 +151,15 @@ def measure(
         if all(one is not None and checks.is_finite(one) for one in both):
             found["latent_error_vs_off"] = latent_error(*both)  # type: ignore[arg-type]
     return found
+
+
+def _check(scene: Scene, frames: int) -> None:
+    checks.whole(scene.chunk, "chunk")
+    if checks.whole(scene.given, "given", 0) >= frames:
+        raise ValueError(
+            f"a scene must leave frames to be generated, got given={scene.given} of {frames}; "
+            "count the recorded ones only"
+        )
 
 
 def _times(rollout: Rollout, dense: Rollout | None) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,15 +35,16 @@ def returns(
         first_generated: frames before it are recorded, and return nowhere.
         gap: frames that lie between at least.
         near: distance that counts as none, in the unit of the cameras.
-        turn_deg: turn that counts as none.
+        turn_deg: turn that counts as none, about any axis.
 
     Returns:
         For each generated frame that has been seen, the earliest such view and itself.
     """
     c2w = inverted(w2c)
     close = (c2w[:, None, :3, 3] - c2w[None, :, :3, 3]).norm(dim=-1) < near
-    facing = (c2w[:, None, :3, 2] * c2w[None, :, :3, 2]).sum(-1).clamp(-1, 1)
-    same = close & (facing > torch.cos(torch.deg2rad(torch.tensor(turn_deg))))
+    axes = c2w[:, :3, :3].flatten(1).double()
+    cosine = (axes @ axes.T - 1) / 2  # of the whole turn between two views, roll included
+    same = close & (cosine > math.cos(math.radians(turn_deg)))
     pairs = []
     for again in range(first_generated, len(w2c)):
         earlier = same[: max(again - gap + 1, 0), again].nonzero()
@@ -148,10 +150,12 @@ def seams(frames: Tensor, chunk: int, first_generated: int = 0) -> Seams | None:
         first_generated: where the first generated chunk begins.
 
     Returns:
-        None where no seam lies between frames, or nothing moves inside chunks.
+        None where no seam lies between frames, or nothing moves inside chunks, as in those of one
+        frame.
     """
     frames = checks.pictures(frames, "frames")
-    checks.whole(chunk, "chunk", 2)
+    if checks.whole(chunk, "chunk") == 1 or len(frames) == 1:
+        return None
     pairs = itertools.pairwise(frames)
     change = torch.stack([(b.double() - a).abs().mean() for a, b in pairs])
     at = torch.arange(1, len(frames))

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from lipass.quality import METRICS, Rollout, Verdict, bootstrap, measure, psnr_db, verdict
+from lipass.quality import (
+    METRICS,
+    Rollout,
+    Scene,
+    Verdict,
+    bootstrap,
+    measure,
+    psnr_db,
+    verdict,
+)
 from lipass.quality.verdicts import MEANINGS, of
 
 
@@ -32,6 +41,37 @@ def test_every_figure_of_a_close_video_is_found(case):
     assert found["chunk_s_slope"] == pytest.approx(0)
     assert found["followed"] == 1
     assert of(found, measure(made["dense"], scene)) is Verdict.UNCHANGED
+
+
+@pytest.mark.parametrize(
+    ("given", "frames"), [(4, 24), (1, 5), (0, 1)], ids=["walk", "few", "one frame in all"]
+)
+def test_a_world_that_generates_one_frame_at_a_time_is_measured(given, frames, case):
+    scene, made = case
+    space = dataclasses.replace(
+        scene.space, w2c=scene.w2c[:frames], depth=scene.space.depth[:frames]
+    )
+    single = Scene(scene.w2c[:frames], given, 1, scene.truth[:frames], space)
+    cut = {name: Rollout(one.frames[:frames], chunk_s=[0.1]) for name, one in made.items()}
+    found = measure(cut["close"], single, cut["dense"])
+    assert found["seam"] is None
+    assert found["psnr_vs_off_worst_db"] <= found["psnr_vs_off_db"]
+    assert of(found, measure(cut["dense"], single)) is Verdict.UNCHANGED
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"chunk": 0}, "chunk must be a whole number from 1, got 0"),
+        ({"given": 24}, "must leave frames to be generated, got given=24 of 24"),
+        ({"given": -1}, "given must be a whole number from 0, got -1"),
+    ],
+    ids=["chunk", "nothing generated", "negative"],
+)
+def test_scenes_that_leave_nothing_to_measure_are_refused(change, said, case):
+    scene, made = case
+    with pytest.raises(ValueError, match=said):
+        measure(made["close"], dataclasses.replace(scene, **change), made["dense"])
 
 
 def test_recorded_frames_do_not_count(case):

@@ -1,5 +1,7 @@
 """A frozen picture earns nothing, what gets worse in the middle is seen, and so are seams."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,15 @@ def test_a_walk_that_comes_back_returns_to_each_place():
     assert pairs[0] == (11, 19)
     assert pairs[-1] == (0, 30)
     assert returns(w2c, first_generated=16, gap=40) == []
+
+
+@pytest.mark.parametrize(("roll_deg", "again"), [(0.0, True), (0.2, True), (90.0, False)])
+def test_a_view_that_is_rolled_is_another_view(roll_deg, again):
+    w2c = torch.eye(4).repeat(20, 1, 1)
+    w2c[1:19, 2, 3] = torch.arange(1, 19)
+    c, s = math.cos(math.radians(roll_deg)), math.sin(math.radians(roll_deg))
+    w2c[19, :2, :2] = torch.tensor([[c, -s], [s, c]])
+    assert (returns(w2c) == [(0, 19)]) is again
 
 
 def test_a_walk_ahead_returns_nowhere(turning):
@@ -88,6 +99,14 @@ def test_where_nothing_moves_there_is_no_ratio(turning):
     frames, _ = turning
     assert seams(frames[:1].expand_as(frames), 4) is None
     assert seams(frames[:3], 4) is None
+
+
+@pytest.mark.parametrize("count", [24, 1])
+def test_chunks_of_one_frame_have_no_inside_and_so_no_seams(count, turning):
+    assert seams(turning[0][:count], 1) is None
+    assert seams(turning[0][:1], 4) is None
+    with pytest.raises(ValueError, match="chunk must be a whole number from 1, got 0"):
+        seams(turning[0][:count], 0)
 
 
 @pytest.mark.parametrize(
