@@ -16,6 +16,31 @@ def pictures(x: Tensor, name: str) -> Tensor:
         TypeError: no tensor, or whole numbers.
         ValueError: another number of dimensions, NaN or infinities, or values far from 0..1.
     """
+    shown = _on_the_cpu(x, name)
+    if not shown.isfinite().all():
+        count = int((~shown.isfinite()).sum())
+        raise ValueError(
+            f"{name} must be finite, got {count} of {shown.numel()} values that are not; look at "
+            "what made them"
+        )
+    low, high = float(shown.min()), float(shown.max())
+    if low < _LOW or high > _HIGH:
+        raise ValueError(f"{name} must lie in 0..1, got {low:.3g} to {high:.3g}; scale them first")
+    return shown
+
+
+def broken(x: Tensor, name: str) -> Tensor:
+    """Tell `[F]` which pictures `[F, C, H, W]` have values that are not finite or far from 0..1.
+
+    Raises:
+        TypeError: no tensor, or whole numbers.
+        ValueError: another number of dimensions.
+    """
+    flat = _on_the_cpu(x, name).flatten(1)
+    return ~((flat >= _LOW) & (flat <= _HIGH)).all(1)
+
+
+def _on_the_cpu(x: Tensor, name: str) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(
@@ -29,15 +54,6 @@ def pictures(x: Tensor, name: str) -> Tensor:
     shown = x.detach().cpu()
     if shown.dtype != torch.float64:
         shown = shown.float()
-    if not shown.isfinite().all():
-        count = int((~shown.isfinite()).sum())
-        raise ValueError(
-            f"{name} must be finite, got {count} of {shown.numel()} values that are not; look at "
-            "what made them"
-        )
-    low, high = float(shown.min()), float(shown.max())
-    if low < _LOW or high > _HIGH:
-        raise ValueError(f"{name} must lie in 0..1, got {low:.3g} to {high:.3g}; scale them first")
     return shown
 
 

@@ -125,19 +125,34 @@ def measure(
 
     Returns:
         Figures by the names of `METRICS`; None where there is no such figure, as of a video that
-        never comes back, and for all that compares pictures where some are no numbers.
+        never comes back, and for all that looks at pictures where some are no numbers or, beside
+        a dense model whose pictures are in range, far out of it.
 
     Raises:
-        ValueError: shapes that do not fit together, or pictures out of range.
+        ValueError: shapes that do not fit together, pictures of the dense model that are no
+            numbers or out of range, or pictures out of range with nothing beside them.
     """
+    _check(scene, len(rollout.frames))
     found: dict[str, float | None] = dict.fromkeys(METRICS)
     found |= _times(rollout, dense)
-    found |= {name: value for name, value in rollout.figures.items() if math.isfinite(value)}
-    if not checks.is_finite(rollout.frames):
-        return found
-    _check(scene, len(rollout.frames))
+    found |= {name: float(value) for name, value in rollout.figures.items()}
+    found |= _of_pictures(rollout, scene, dense)
+    return {
+        name: None if value is None or not math.isfinite(value) else value
+        for name, value in found.items()
+    }
+
+
+def _of_pictures(rollout: Rollout, scene: Scene, dense: Rollout | None) -> dict[str, float | None]:
+    if dense is not None:
+        checks.pictures(dense.frames, "frames of the dense model")
+        if checks.broken(rollout.frames, "frames").any():
+            return {}
+    elif not checks.is_finite(rollout.frames):
+        return {}
     frames, made = rollout.frames, rollout.frames[scene.given :]
     pairs = returns(checks.cameras(scene.w2c, len(frames)), scene.given)
+    found: dict[str, float | None] = {}
     found["loop_score"] = loop_score(frames, pairs)
     if (jumps := seams(frames, scene.chunk, scene.given)) is not None:
         found["seam"], found["seam_worst"] = jumps.mean, jumps.most
@@ -147,10 +162,15 @@ def measure(
         found |= _in_space(frames, scene)
     if dense is not None:
         found |= _to_dense(made, dense.frames[scene.given :], scene.chunk)
-        both = rollout.latents, dense.latents
-        if all(one is not None and checks.is_finite(one) for one in both):
-            found["latent_error_vs_off"] = latent_error(*both)  # type: ignore[arg-type]
+        found["latent_error_vs_off"] = _latent_error(rollout.latents, dense.latents)
     return found
+
+
+def _latent_error(made: Tensor | None, wanted: Tensor | None) -> float | None:
+    if made is None or wanted is None or not wanted.any():
+        return None
+    known = checks.is_finite(made) and checks.is_finite(wanted)
+    return latent_error(made, wanted) if known else None
 
 
 def _check(scene: Scene, frames: int) -> None:
@@ -163,21 +183,25 @@ def _check(scene: Scene, frames: int) -> None:
 
 
 def _times(rollout: Rollout, dense: Rollout | None) -> dict[str, float | None]:
-    seconds = list(rollout.chunk_s)
+    seconds = [float(one) for one in rollout.chunk_s]
     if not seconds:
         return {}
     found: dict[str, float | None] = {
         "chunk_s_p50": percentile(seconds, 0.5),
         "chunk_s_p95": percentile(seconds, 0.95),
-        "chunk_s_slope": 100 * slope(seconds) / statistics.fmean(seconds),
     }
-    if dense is not None and len(dense.chunk_s) == len(seconds):
-        ratios = [slow / fast for slow, fast in zip(dense.chunk_s, seconds, strict=True)]
+    if (mean := statistics.fmean(seconds)) > 0:
+        found["chunk_s_slope"] = 100 * slope(seconds) / mean
+    theirs = [] if dense is None else [float(one) for one in dense.chunk_s]
+    # A chunk that took no time was not timed, and a median of the others would be another one.
+    if len(theirs) == len(seconds) and all(one > 0 for one in (*theirs, *seconds)):
+        ratios = [slow / fast for slow, fast in zip(theirs, seconds, strict=True)]
         found["speedup_vs_off"] = statistics.median(ratios)
     return found
 
 
 def _to_truth(made: Tensor, truth: Tensor) -> dict[str, float | None]:
+    made, truth = checks.alike(made, truth, ("frames", "truth"))
     found: dict[str, float | None] = {
         "psnr_vs_truth_db": psnr_db(made, truth),
         "ssim_vs_truth": ssim(made, truth),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lipass.errors import LipassError
 from lipass.quality import checks, verdicts
 from lipass.quality.figures import Rollout, Scene, measure, worst_and_typical
 from lipass.quality.results import Entry, Results
@@ -31,12 +32,15 @@ def evaluate(subject: Subject, results: Results, advance: Callable[..., None]) -
         subject: the model.
         results: what there is; grows.
         advance: is told of each rollout that was written, and with `done=0` of what is under way.
+
+    Raises:
+        LipassError: the dense model makes pictures that nothing can be compared with.
     """
     for case, methods in missing(subject, results):
         advance(f"{case}", done=0)
         scene = subject.scene(case)
         dense_name = subject.methods[0]
-        dense = subject.roll_out(dense_name, case, scene)
+        dense = _checked(subject.roll_out(dense_name, case, scene), dense_name, case)
         dense_values = measure(dense, scene)
         for method in methods:
             if method == dense_name:
@@ -49,12 +53,20 @@ def evaluate(subject: Subject, results: Results, advance: Callable[..., None]) -
             advance(f"{case}: {method}")
 
 
+def _checked(dense: Rollout, name: str, case: Case) -> Rollout:
+    try:
+        checks.pictures(dense.frames, f"frames of {name!r}, to which all are compared, on {case},")
+    except (TypeError, ValueError) as error:
+        raise LipassError(str(error)) from None
+    return dense
+
+
 def _entry(
     method: str, case: Case, scene: Scene, made: Rollout, dense: Rollout, dense_values: dict
 ) -> Entry:
     values = measure(made, scene, dense)
     said = verdicts.of(values, dense_values)
-    if not checks.is_finite(made.frames):
+    if checks.broken(made.frames, "frames").any():
         return Entry(method, case, values, said.value)
     at = worst_and_typical(made, dense.frames, scene)
     films = {"truth": scene.truth, "dense": dense.frames, method: made.frames}
@@ -62,7 +74,7 @@ def _entry(
 
 
 def _dense_shown(dense: Rollout, scene: Scene) -> str:
-    if scene.truth is None or not checks.is_finite(dense.frames):
+    if scene.truth is None:
         return ""
     at = worst_and_typical(dense, scene.truth, scene)
     return tiles({"truth": scene.truth, "dense": dense.frames}, at)

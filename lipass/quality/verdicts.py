@@ -36,8 +36,8 @@ MEANINGS = {
     f"{SAME_SSIM} or more",
     Verdict.CHANGED: "pictures differ, and are no worse",
     Verdict.BROKEN: f"more than {BROKEN_LOSS_DB:.0f} dB further from the truth than the dense "
-    f"model, more than {BROKEN_LOOP} less of a loop score, values that are no numbers, or, where "
-    f"no truth is known, a worst chunk below {BROKEN_DB:.0f} dB",
+    f"model, more than {BROKEN_LOOP} less of a loop score, values that are no numbers or far "
+    f"from 0..1, or, where no truth is known, a worst chunk below {BROKEN_DB:.0f} dB",
 }
 
 
@@ -51,7 +51,7 @@ def verdict(
     """Name what became of a video.
 
     Args:
-        worst_db: PSNR of the worst chunk to the dense model; None where values are no numbers.
+        worst_db: PSNR of the worst chunk to the dense model; None where they cannot be compared.
         worst_ssim: SSIM of the worst chunk.
         truth_loss_db: how much further from the truth than the dense model the video is.
         loop_loss: how much less its loop score is.

@@ -133,6 +133,43 @@ def test_a_method_that_jumps_at_seams_is_outside_of_the_interval(toy, tmp_path):
     assert missing(subject, results) == []
 
 
+def spoiling(subject, name, value):
+    """Let a method of a subject make a value that cannot be compared, in its second room."""
+    roll_out = subject.roll_out
+
+    def spoilt(method, case, scene):
+        made = roll_out(method, case, scene)
+        if (method, case.room) == (name, 2):
+            made.frames[9] = value
+        return made
+
+    subject.roll_out = spoilt
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6, -3.0])
+def test_a_method_that_diverges_does_not_end_an_evaluation(value, toy, tmp_path):
+    subject = toy()
+    spoiling(subject, "close", value)
+    results = Results(tmp_path / "r", {})
+    evaluate(subject, results, lambda *_, **__: None)
+    assert missing(subject, results) == []
+    said = [entry.verdict for entry in results if entry.method == "close"]
+    assert said == ["unchanged", "broken", "unchanged"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(float("nan"), "must be finite, got 6912 of"), (1e6, r"must lie in 0..1, got .* 1e\+06")],
+)
+def test_a_dense_model_that_diverges_is_refused_by_its_case(value, said, toy, tmp_path):
+    subject = toy()
+    spoiling(subject, "dense", value)
+    results = Results(tmp_path / "r", {})
+    with pytest.raises(LipassError, match=f"frames of 'dense', .* room 2, {said}"):
+        evaluate(subject, results, lambda *_, **__: None)
+    assert {entry.case.room for entry in results} == {1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,11 +1,13 @@
 """All figures of a rollout, and the word for them."""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from lipass.quality import (
     METRICS,
@@ -97,6 +99,70 @@ def test_values_that_are_no_numbers_break_a_video(case):
     assert found["psnr_vs_off_db"] is None
     assert found["chunk_s_p50"] == 0.1
     assert of(found, measure(made["dense"], scene)) is Verdict.BROKEN
+
+
+def test_values_far_out_of_range_break_a_video_beside_a_dense_one_that_is_in_range(case):
+    scene, made = case
+    frames = made["close"].frames.clone()
+    frames[20, 0, 0, 0] = 1e4
+    found = measure(dataclasses.replace(made["close"], frames=frames), scene, made["dense"])
+    assert found["psnr_vs_off_db"] is found["loop_score"] is None
+    assert found["speedup_vs_off"] == pytest.approx(2)
+    assert of(found, measure(made["dense"], scene)) is Verdict.BROKEN
+    with pytest.raises(ValueError, match=r"frames must lie in 0..1, got .* to 1e\+04; scale"):
+        measure(Rollout(frames), scene)  # nothing says that it is not of another scale
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "said"),
+    [
+        (lambda x: x * float("nan"), ValueError, "frames of the dense model must be finite"),
+        (lambda x: x * 255, ValueError, "frames of the dense model must lie in 0..1"),
+        (lambda x: (x * 255).byte(), TypeError, "divide bytes by 255"),
+    ],
+    ids=["nan", "range", "bytes"],
+)
+def test_a_dense_video_that_nothing_can_be_compared_with_is_refused(spoil, error, said, case):
+    scene, made = case
+    spoilt = dataclasses.replace(made["dense"], frames=spoil(made["dense"].frames))
+    for name in ("close", "broken"):
+        with pytest.raises(error, match=said):
+            measure(made[name], scene, spoilt)
+
+
+def test_bytes_beside_a_dense_video_are_a_mistake_and_not_broken(case):
+    scene, made = case
+    with pytest.raises(TypeError, match="frames must be a floating-point tensor"):
+        measure(Rollout((made["close"].frames * 255).byte()), scene, made["dense"])
+
+
+@pytest.mark.parametrize(
+    ("mine", "dense"),
+    [
+        ([0.0] * 5, [0.2] * 5),
+        ([0.1] * 5, [0.0] * 5),
+        ([0.0, *[0.1] * 4], [0.2] * 5),
+        ([0.1] * 5, [*[0.2] * 4, math.nan]),
+    ],
+)
+def test_chunks_that_took_no_time_have_no_speed(mine, dense, case):
+    scene, made = case
+    timed = (dataclasses.replace(made["dense"], chunk_s=one) for one in (mine, dense))
+    found = measure(next(timed), scene, next(timed))
+    assert found["speedup_vs_off"] is None
+    assert (found["chunk_s_slope"] is None) == (not any(mine))
+
+
+def test_figures_are_numbers_that_can_be_written_down(case):
+    scene, made = case
+    odd = {"density": torch.tensor(0.5), "kept_mass": math.inf, "recompiles": math.nan}
+    zero = dataclasses.replace(made["dense"], latents=torch.zeros(3))
+    rollout = Rollout(made["close"].frames, torch.ones(3), torch.ones(5), odd)
+    found = measure(rollout, scene, zero)
+    assert found["density"] == 0.5
+    assert {type(value) for value in found.values()} == {float, type(None)}
+    assert found["kept_mass"] is found["recompiles"] is found["latent_error_vs_off"] is None
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 @pytest.mark.parametrize(
