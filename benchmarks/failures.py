@@ -11,6 +11,7 @@ benchmarks/results/failures.json, the page and its pictures to docs.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lipass.examples.tinyworld.model import CHUNK_LATENTS
 from lipass.examples.tinyworld.rollout import SIGMAS
 from lipass.examples.tinyworld.scenario import PATHS, REGIMES
 from lipass.quality import Rollout, Scene, Space
+from lipass.quality.checks import broken
 from lipass.quality.figures import worst_and_typical
 from lipass.quality.results import Entry, Results
 from lipass.quality.run import evaluate, missing
@@ -57,9 +59,9 @@ def search(
 
 
 def _db(entry: Entry) -> float:
+    """PSNR of the worst chunk; nothing is worse than values that cannot be compared."""
     value = entry.values["psnr_vs_off_worst_db"]
-    assert value is not None, "these are compared with the dense model"
-    return value
+    return -math.inf if value is None else value
 
 
 def worst(entries: list[Entry]) -> list[Entry]:
@@ -75,13 +77,15 @@ def worst(entries: list[Entry]) -> list[Entry]:
 
 
 def table(entries: list[Entry]) -> list[dict[str, Any]]:
-    """Give the worst chunk of all rooms, by walk, regime and preset."""
+    """Give the worst chunk of all rooms, by walk, regime and preset; None where one is broken."""
     rows = []
     for trajectory, regime in dict.fromkeys(one.case[:2] for one in entries):
         here = [one for one in entries if one.case[:2] == (trajectory, regime)]
+        worst_db = {
+            preset: min(_db(one) for one in here if one.method == preset) for preset in PRESETS
+        }
         by_preset = {
-            preset: round(min(_db(one) for one in here if one.method == preset), 1)
-            for preset in PRESETS
+            preset: round(db, 1) if math.isfinite(db) else None for preset, db in worst_db.items()
         }
         rows.append({"trajectory": trajectory, "regime": regime, **by_preset})
     return rows
@@ -163,13 +167,13 @@ def _left_out(run: Run, chunk: int, latent: int) -> str:
 def explain(
     subject: Small, entry: Entry, entries: list[Entry]
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Roll a walk out once more, and say why its worst frame is what it is."""
+    """Roll a walk out once more, and say why the worst frame of its worst chunk is what it is."""
     case = entry.case
     scene = subject.scene(case)
     dense, run = subject.run(DENSE, case), subject.run(entry.method, case)
     with torch.no_grad():
         films = [subject.codec.decode(one.rollout.latents) for one in (dense, run)]
-    frame, _ = worst_and_typical(Rollout(films[1]), films[0], scene)
+    frame = worst_frame(films[1], films[0], scene)
     assert scene.truth is not None
     values = {
         key: round(value, 3)
@@ -189,6 +193,14 @@ def explain(
     return row, _picture([film[frame] for film in (scene.truth, *films)])
 
 
+def worst_frame(made: torch.Tensor, wanted: torch.Tensor, scene: Scene) -> int:
+    """Choose the frame that is shown: one of the worst chunk, which figures and verdict are of."""
+    spoilt = broken(made, "frames")
+    if spoilt.any():
+        return int(spoilt.nonzero()[0])
+    return worst_and_typical(Rollout(made), wanted, scene)[0]
+
+
 def _dense(entries: list[Entry], case: Case) -> dict[str, Any]:
     return next(dict(one.values) for one in entries if (one.method, one.case) == (DENSE, case))
 
@@ -196,7 +208,13 @@ def _dense(entries: list[Entry], case: Case) -> dict[str, Any]:
 def _picture(tiles: list[torch.Tensor]) -> Image.Image:
     sheet = Image.new("RGB", (len(tiles) * (_TILE_PX + 4) - 4, _TILE_PX), "white")
     for i, tile in enumerate(tiles):
-        pixels = (tile.clamp(0, 1) * 255 + 0.5).byte().permute(1, 2, 0).contiguous().numpy()
+        pixels = (
+            (tile.nan_to_num().clamp(0, 1) * 255 + 0.5)
+            .byte()
+            .permute(1, 2, 0)
+            .contiguous()
+            .numpy()
+        )
         large = Image.fromarray(pixels).resize((_TILE_PX, _TILE_PX), Image.Resampling.BICUBIC)
         sheet.paste(large, (i * (_TILE_PX + 4), 0))
     return sheet
@@ -242,7 +260,7 @@ def page(document: dict[str, Any]) -> str:
         lines += [f"**{regime.capitalize()}**", "", f"| walk | {' | '.join(PRESETS)} |"]
         lines.append("|---" * (1 + len(PRESETS)) + "|")
         lines += [
-            f"| {row['trajectory']} | {' | '.join(f'{row[preset]:.1f}' for preset in PRESETS)} |"
+            f"| {row['trajectory']} | {' | '.join(_told(row[preset]) for preset in PRESETS)} |"
             for row in document["table"]
             if row["regime"] == regime
         ]
@@ -254,19 +272,28 @@ def page(document: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _told(db: float | None) -> str:
+    return "broken" if db is None else f"{db:.1f}"
+
+
 def _section(row: dict[str, Any]) -> list[str]:
     values = row["values"]
     where = f"{row['trajectory']}, {row['regime']}, room {row['room']}, frame {row['frame']}"
     title = f"`{row['preset']}`: {row['trajectory']}, {row['regime']}"
+    figures = "from here on values are no numbers or far from 0..1."
+    if "psnr_vs_off_worst_db" in values:
+        figures = (
+            f"{values['psnr_vs_off_worst_db']:.1f} dB in "
+            f"this chunk, {values['psnr_vs_off_db']:.1f} dB over the walk. To the renderer "
+            f"{values['psnr_vs_truth_db']:.1f} dB, where the dense model has "
+            f"{row['dense_vs_truth_db']:.1f}."
+        )
     return [
         f"### {title}",
         "",
         f"![{row['preset']} on the walk {where}]({picture_of(row)})",
         "",
-        f"Room {row['room']}, frame {row['frame']}: {values['psnr_vs_off_worst_db']:.1f} dB in "
-        f"this chunk, {values['psnr_vs_off_db']:.1f} dB over the walk. To the renderer "
-        f"{values['psnr_vs_truth_db']:.1f} dB, where the dense model has "
-        f"{row['dense_vs_truth_db']:.1f}. Verdict: {row['verdict']}.",
+        f"Room {row['room']}, frame {row['frame']}: {figures} Verdict: {row['verdict']}.",
         why(row["made_of"]),
         "",
     ]

@@ -229,9 +229,7 @@ def _to_dense(made: Tensor, wanted: Tensor, chunk: int) -> dict[str, float | Non
     differs = affected(made, wanted, chunk)
     found: dict[str, float | None] = {
         "psnr_vs_off_db": psnr_db(made, wanted),
-        "psnr_vs_off_worst_db": min(
-            psnr_db(*pair) for pair in zip(made.split(chunk), wanted.split(chunk), strict=True)
-        ),
+        "psnr_vs_off_worst_db": min(_by_chunk_db(made, wanted, chunk)),
     }
     similar = ssim_each(made, wanted)
     found["ssim_vs_off"] = float(similar.mean())
@@ -244,8 +242,20 @@ def _to_dense(made: Tensor, wanted: Tensor, chunk: int) -> dict[str, float | Non
     return found
 
 
+def _by_chunk_db(made: Tensor, wanted: Tensor, chunk: int) -> list[float]:
+    pairs = zip(made.split(chunk), wanted.split(chunk), strict=True)
+    return [psnr_db(*pair) for pair in pairs]
+
+
 def worst_and_typical(rollout: Rollout, wanted: Tensor, scene: Scene) -> tuple[int, int]:
-    """Frames of the video, in `[F]`, that are furthest from `wanted` and in the middle of all."""
-    near = psnr_each_db(rollout.frames[scene.given :], wanted[scene.given :])
-    order = near.argsort()
-    return scene.given + int(order[0]), scene.given + int(order[len(order) // 2])
+    """Choose frames of the video, in `[F]`, that stand for it.
+
+    Returns:
+        Of the worst chunk, whose PSNR to `wanted` is what a verdict is about, the frame that is
+        furthest from `wanted`; and the one in the middle of all.
+    """
+    made, wanted = rollout.frames[scene.given :], wanted[scene.given :]
+    near, chunks = psnr_each_db(made, wanted), _by_chunk_db(made, wanted, scene.chunk)
+    start = scene.chunk * chunks.index(min(chunks))
+    worst = start + int(near[start : start + scene.chunk].argmin())
+    return scene.given + worst, scene.given + int(near.argsort()[len(near) // 2])

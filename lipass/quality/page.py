@@ -152,8 +152,8 @@ def _pictures(entries: Sequence[Entry], dense: str) -> str:
     parts = [
         "<section><h2>Worst and typical walks</h2><p>Of each method the walk with the worst "
         "chunk, and the one in the middle of all. Columns: the truth, the dense model, the "
-        "method; the upper row is the frame that is furthest from the dense model, the lower one "
-        "that in the middle. Of the dense model: furthest from the truth.</p>"
+        "method; the upper row is the frame of the worst chunk that is furthest from the dense "
+        "model, the lower one that in the middle. Of the dense model: from the truth.</p>"
     ]
     for method in dict.fromkeys(entry.method for entry in entries):
         key = "psnr_vs_truth_db" if method == dense else "psnr_vs_off_worst_db"

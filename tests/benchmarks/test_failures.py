@@ -1,5 +1,6 @@
 """What the search for failures says of a frame, and which walks it shows."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from benchmarks import failures
 from lipass.policy.trajectory import parse_trajectory
-from lipass.quality import Scene, Space
+from lipass.quality import Rollout, Scene, Space, measure
 from lipass.quality.results import Entry
 from lipass.quality.subject import Case
 
@@ -55,6 +56,59 @@ def test_a_frame_that_nobody_saw_is_imagined():
 
 
 @pytest.fixture
+def explained(pictures_of_walk):
+    """Return what explains a walk whose frames a preset has changed by so much each."""
+    w2c = parse_trajectory("left-11, right-12", step_deg=4.0)
+    space = Space(w2c, torch.full((24, 16, 16), 3.0), 60.0, 60.0)
+    scene = Scene(w2c, 4, 4, pictures_of_walk, space)
+    case = Case("loop", "free", 1)
+
+    def explain(changed):
+        films = {"off": pictures_of_walk, "all": pictures_of_walk.clone()}
+        for frame, by in changed.items():
+            films["all"][frame] += by
+
+        def made(method, case):
+            chunks = [SimpleNamespace(start=start, context=[0, 1], steps_computed=4)
+                      for start in range(4, 24, 4)]  # fmt: skip
+            rollout = SimpleNamespace(chunks=chunks, latents=films[method])
+            return SimpleNamespace(rollout=rollout, plans=[], density=1.0)
+
+        codec = SimpleNamespace(decode=lambda latents: latents)
+        subject = SimpleNamespace(scene=lambda case: scene, run=made, codec=codec)
+        dense = Entry("off", case, measure(Rollout(films["off"]), scene))
+        values = measure(Rollout(films["all"]), scene, Rollout(films["off"]))
+        entry = Entry("all", case, values, "changed")
+        row, picture = failures.explain(subject, entry, [dense, entry])
+        document = {
+            "environment": {"commit": "abc"}, "rooms": [1], "trajectories": ["loop"],
+            "regimes": ["free"], "rollouts": 2, "table": [], "shown": [row],
+        }  # fmt: skip
+        return row, json.loads(json.dumps(document, allow_nan=False)), picture
+
+    return explain
+
+
+@pytest.fixture
+def pictures_of_walk():
+    return torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5
+
+
+def test_frame_and_reason_are_those_of_the_worst_chunk(explained):
+    whole = dict.fromkeys(range(16, 20), 0.2)
+    row, document, _ = explained({9: 0.3, **whole, 18: 0.21})  # frame 9 alone is furthest
+    assert (row["frame"], row["chunk_start"]) == (18, 16)
+    assert "frame 18: 13.9 dB in this chunk" in failures.page(document)
+
+
+def test_a_walk_without_numbers_is_shown_from_where_they_end(explained):
+    row, document, picture = explained({9: 0.3, 14: float("nan"), 15: float("nan")})
+    assert (row["frame"], row["chunk_start"]) == (14, 12)
+    assert "frame 14: from here on values are no numbers" in failures.page(document)
+    assert picture.size[0] > 2 * picture.size[1]
+
+
+@pytest.fixture
 def entries():
     worse = iter(range(1000))
     return [
@@ -71,6 +125,15 @@ def test_shown_are_the_worst_of_each_preset_and_of_all_on_each_hard_walk(entries
     assert {preset for preset, _ in shown} == set(failures.PRESETS)
     assert {("all", walk) for walk in failures.HARD} <= set(shown)
     assert len(shown) == len(set(shown))
+
+
+def test_a_broken_walk_is_the_worst_of_its_preset_and_the_table_says_so(entries):
+    spoilt = next(i for i, one in enumerate(entries) if one.method == "all")
+    entries[spoilt] = entries[spoilt]._replace(values={"psnr_vs_off_worst_db": None})
+    shown = [one for one in failures.worst(entries) if one.method == "all"]
+    assert shown[0] is entries[spoilt]
+    rows = failures.table(entries)
+    assert next(row["all"] for row in rows if row["trajectory"] == "loop") is None
 
 
 def test_table_has_the_worst_of_all_rooms(entries):

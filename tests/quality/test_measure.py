@@ -17,8 +17,10 @@ from lipass.quality import (
     bootstrap,
     measure,
     psnr_db,
+    psnr_each_db,
     verdict,
 )
+from lipass.quality.figures import worst_and_typical
 from lipass.quality.verdicts import MEANINGS, of
 
 
@@ -134,6 +136,18 @@ def test_bytes_beside_a_dense_video_are_a_mistake_and_not_broken(case):
     scene, made = case
     with pytest.raises(TypeError, match="frames must be a floating-point tensor"):
         measure(Rollout((made["close"].frames * 255).byte()), scene, made["dense"])
+
+
+def test_the_worst_frame_is_one_of_the_worst_chunk(case):
+    scene, made = case
+    frames = made["dense"].frames.clone()
+    frames[9] = (frames[9] + 0.3).clamp(0, 1)  # the single frame that is furthest
+    frames[16:20] = (frames[16:20] + 0.2).clamp(0, 1)
+    frames[18] = (frames[18] + 0.02).clamp(0, 1)
+    assert int(psnr_each_db(frames, made["dense"].frames).argmin()) == 9
+    worst, typical = worst_and_typical(Rollout(frames), made["dense"].frames, scene)
+    assert worst == 18
+    assert typical not in (9, 16, 17, 18, 19)
 
 
 @pytest.mark.parametrize(
