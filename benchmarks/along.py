@@ -84,17 +84,19 @@ def _said(one: dict[str, Any]) -> str:
     metrics = [metric for metric, kept in one["kept"].items() if kept is False]
     lost = [METRICS[metric].title.removesuffix(", dB") for metric in metrics]
     told = f"{', '.join(lost)} not kept" if lost else "all kept"
+    if broke := one["verdicts"].get("broken"):
+        told += f"; {broke} of {sum(one['verdicts'].values())} walks broke"
     return f"`{one['method']}` of {one['model']}: {told}."
 
 
 def _cells(one: dict[str, Any]) -> Iterator[str]:
     yield from (one["model"], f"`{one['method']}`")
     for metric in (*KEPT, "psnr_vs_truth_db"):
-        figures, digits = one["metrics"][metric], METRICS[metric].digits
-        told = f"{figures['mean']:.{digits}f}"
+        figures, digits = one["metrics"].get(metric), METRICS[metric].digits
+        told = "none" if figures is None else f"{figures['mean']:.{digits}f}"
         if one["kept"].get(metric) is False:
             told = f"**{told}**"
-        if not one["kept"] and figures["low"] is not None:  # the dense model
+        if not one["kept"] and figures and figures["low"] is not None:  # the dense model
             told += f" ({figures['low']:.{digits}f} to {figures['high']:.{digits}f})"
         yield told
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lipass.quality.figures import METRICS
 from lipass.quality.results import Entry
+from lipass.quality.summary import is_broken_off
 from lipass.quality.verdicts import MEANINGS, Verdict
 
 # Groups of columns of the long table.
@@ -115,10 +116,7 @@ def _regime(regime: str, found: list[dict[str, Any]]) -> str:
 def _table(title: str, metrics: list[str], group: list[dict[str, Any]]) -> str:
     head = "".join(f"<th>{escape(METRICS[metric].title)}</th>" for metric in metrics)
     lines = "".join(
-        f"<tr><th>{escape(one['method'])}</th>"
-        f"{''.join(_cell(metric, one['metrics'].get(metric), one['kept']) for metric in metrics)}"
-        "</tr>"
-        for one in group
+        f"<tr><th>{escape(one['method'])}</th>{_cells(metrics, one)}</tr>" for one in group
     )
     return (
         f'<h3>{title}</h3><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
@@ -126,24 +124,34 @@ def _table(title: str, metrics: list[str], group: list[dict[str, Any]]) -> str:
     )
 
 
+def _cells(metrics: list[str], one: dict[str, Any]) -> str:
+    return "".join(
+        _cell(metric, one["metrics"].get(metric), one["kept"], one["rollouts"])
+        for metric in metrics
+    )
+
+
 def _cell(
-    metric: str, figures: Mapping[str, float | None] | None, kept: Mapping[str, bool | None]
+    metric: str,
+    figures: Mapping[str, float | None] | None,
+    kept: Mapping[str, bool | None],
+    rollouts: int,
 ) -> str:
+    lost = ' class="lost" title="not within the interval of the dense model in all walks"'
+    mark = lost if kept.get(metric) is False else ""
     if figures is None:
-        return "<td></td>"
+        return f"<td{mark}>{'broken' if mark else ''}</td>"
     shown = METRICS[metric]
 
     def told(key: str) -> str:
         value = figures[key]
         return "" if value is None else f"{value * shown.scale:,.{shown.digits}f}"
 
-    small = []
+    small = [] if figures["count"] == rollouts else [f"of {figures['count']} walks"]
     if shown.better and figures["low"] is not None:
         small.append(f"{told('low')} to {told('high')}")
     if shown.better:
-        small.append(f"worst {told('worst')}")
-    lost = ' class="lost" title="outside of the interval of the dense model"'
-    mark = lost if kept.get(metric) is False else ""
+        small.append(f"worst {told('worst') or 'broken'}")
     return f"<td{mark}>{told('mean')}<small>{'<br>'.join(small)}</small></td>"
 
 
@@ -157,12 +165,20 @@ def _pictures(entries: Sequence[Entry], dense: str) -> str:
     ]
     for method in dict.fromkeys(entry.method for entry in entries):
         key = "psnr_vs_truth_db" if method == dense else "psnr_vs_off_worst_db"
-        own = [one for one in entries if one.method == method and one.shown]
+        mine = [one for one in entries if one.method == method]
+        own = [one for one in mine if one.shown]
         own = sorted(own, key=lambda one: one.values.get(key) or 0.0)
+        broken = [str(one.case) for one in mine if is_broken_off(one)]
+        if own or broken:
+            parts.append(f"<h3>{escape(method)}</h3>")
+        if broken:
+            parts.append(
+                "<p>Worse than any that is shown, with values that are no numbers or out of "
+                f"range: {escape('; '.join(broken))}.</p>"
+            )
         if own:
             chosen = {"worst": own[0], "typical": own[len(own) // 2]}
-            figures = "".join(_figures(chosen, key))
-            parts.append(f'<h3>{escape(method)}</h3><div class="pictures">{figures}</div>')
+            parts.append(f'<div class="pictures">{"".join(_figures(chosen, key))}</div>')
     return "".join([*parts, "</section>"])
 
 

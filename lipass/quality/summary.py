@@ -10,6 +10,7 @@ from typing import Any
 from lipass.quality.figures import METRICS
 from lipass.quality.intervals import GROUPS_LEAST, bootstrap, mean
 from lipass.quality.results import Entry
+from lipass.quality.subject import Case
 from lipass.quality.verdicts import Verdict
 
 # What a walk shows, and pictures do not: a method is to be as good as the dense model in these.
@@ -27,8 +28,8 @@ def rows(entries: Iterable[Entry], model: str) -> list[dict[str, Any]]:
             "value": value,
         }
         for entry in entries
-        for metric, value in entry.values.items()
-        if value is not None and math.isfinite(value)
+        for metric in entry.values
+        if (value := _figure(entry, metric)) is not None
     ]
 
 
@@ -41,14 +42,17 @@ def summary(entries: Iterable[Entry], dense: str) -> list[dict[str, Any]]:
 
     Returns:
         For each method and regime a dict with `rollouts`, `verdicts` (how many of each), `metrics`
-        (by name: `mean`, `low`, `high`, `worst`; the bounds are None where too little was drawn)
-        and `kept` (by name: whether the mean lies within the interval of the dense model or on its
-        better side; None where there is no interval).
+        (by name: `mean`, `low`, `high`, `worst`, and the `count` of rollouts that have the figure;
+        the bounds are None where too little was drawn, the worst where a rollout broke and has no
+        figure) and `kept` (by name: whether the mean lies within the interval of the dense model
+        or on its better side; False where a rollout lacks what the dense one of its walk has; None
+        where there is no interval).
     """
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         found.setdefault((entry.case.regime, entry.method), []).append(entry)
     metrics = {key: _metrics(group) for key, group in found.items()}
+    beside = {one.case: one for group in found.values() for one in group if one.method == dense}
     return [
         {
             "method": method,
@@ -58,43 +62,71 @@ def summary(entries: Iterable[Entry], dense: str) -> list[dict[str, Any]]:
             "metrics": metrics[regime, method],
             "kept": {}
             if method == dense
-            else _kept(group, metrics[regime, method], metrics.get((regime, dense), {})),
+            else _kept(group, metrics[regime, method], metrics.get((regime, dense), {}), beside),
         }
         for (regime, method), group in found.items()
     ]
 
 
+def _figure(entry: Entry | None, metric: str) -> float | None:
+    value = None if entry is None else entry.values.get(metric)
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def is_broken_off(entry: Entry) -> bool:
+    """Tell whether pictures of a rollout could not be compared with those of the dense model."""
+    return entry.verdict is not None and _figure(entry, "psnr_vs_off_worst_db") is None
+
+
 def _metrics(group: list[Entry]) -> dict[str, dict[str, float | None]]:
-    """Mean, interval and worst of each figure of a group.
+    """Mean, interval, worst and count of each figure of a group.
 
     Rooms are drawn as wholes where there are three; of fewer, walks.
     """
     by_room = _by_room(group)
     found = {}
     for metric in METRICS:
-        known = [entry for entry in group if entry.values.get(metric) is not None]
+        all_of_it = [(entry, _figure(entry, metric)) for entry in group]
+        known = [(entry.case, value) for entry, value in all_of_it if value is not None]
         if not known:
             continue
-        values = [float(entry.values[metric]) for entry in known]  # type: ignore[arg-type]
-        drawn = [entry.case.room if by_room else entry.case._replace(seed=0) for entry in known]
+        values = [value for _, value in known]
+        drawn = [case.room if by_room else case._replace(seed=0) for case, _ in known]
         low, high = bootstrap(values, drawn) or (None, None)
         worst = min(values) if METRICS[metric].better == "more" else max(values)
-        found[metric] = {"mean": mean(values), "low": low, "high": high, "worst": worst}
+        lost = any(value is None and is_broken_off(entry) for entry, value in all_of_it)
+        found[metric] = {
+            "mean": mean(values),
+            "low": low,
+            "high": high,
+            "worst": None if lost else worst,
+            "count": len(values),
+        }
     return found
 
 
 def _kept(
-    group: list[Entry], mine: dict[str, dict], dense: dict[str, dict]
+    group: list[Entry],
+    mine: dict[str, dict],
+    dense: dict[str, dict],
+    beside: dict[Case, Entry],
 ) -> dict[str, bool | None]:
     """Compare with the intervals of the dense model, where they are those of several rooms."""
     several = _by_room(group)
-    return {
-        metric: _is_kept(mine[metric]["mean"], dense[metric], METRICS[metric].better)
-        if several
-        else None
-        for metric in KEPT
-        if metric in mine and metric in dense
-    }
+    found: dict[str, bool | None] = {}
+    for metric in KEPT:
+        if any(_is_lost(entry, metric, beside) for entry in group):
+            found[metric] = False
+        elif metric in mine and metric in dense:
+            held = _is_kept(mine[metric]["mean"], dense[metric], METRICS[metric].better)
+            found[metric] = held if several else None
+    return found
+
+
+def _is_lost(entry: Entry, metric: str, beside: dict[Case, Entry]) -> bool:
+    """Whether a rollout lacks a figure that the dense one of its walk has."""
+    wanted = _figure(beside.get(entry.case), metric)
+    return wanted is not None and _figure(entry, metric) is None
 
 
 def _by_room(group: list[Entry]) -> bool:

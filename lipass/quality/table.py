@@ -43,6 +43,7 @@ def table(found: list[dict[str, Any]], dense: str) -> str:
         lines.append(f"{'method':{_METHOD}} {'verdict':{_VERDICT}} {head}")
         lines.append("-" * len(lines[-1]))
         lines += [_line(one) for one in group]
+        lines += [told for one in group if (told := _broken_off(one))]
         lines += [*_kept(group, dense), ""]
     return "\n".join([*lines, *_LEGEND])
 
@@ -54,12 +55,21 @@ def _line(one: dict[str, Any]) -> str:
 
 
 def _cell(one: dict[str, Any], metric: str, worst: bool) -> str:
-    figures = one["metrics"].get(metric)
-    if figures is None:
+    value = one["metrics"].get(metric, {}).get("worst" if worst else "mean")
+    if value is None:
         return "-".rjust(_CELL)
-    value = figures["worst" if worst else "mean"]
     shown = METRICS[metric]
     return f"{value * shown.scale:.{shown.digits}f}".rjust(_CELL)
+
+
+def _broken_off(one: dict[str, Any]) -> str:
+    """Say of how many walks the means are, where pictures of others could not be compared."""
+    count = one["metrics"].get("psnr_vs_off_worst_db", {}).get("count", 0)
+    if not one["verdicts"] or count == one["rollouts"]:
+        return ""
+    return (
+        f"{one['method']}: of {count} of {one['rollouts']} walks, others have values out of range"
+    )
 
 
 def _kept(group: list[dict[str, Any]], dense: str) -> list[str]:

@@ -23,6 +23,14 @@ def test_what_is_outside_of_the_interval_is_set_in_bold():
     assert "| **3.00** |" in other
 
 
+def test_a_method_that_broke_is_said_to_and_has_no_figures_to_show():
+    lost = {**method("all", 3.0, dict.fromkeys(KEPT, False)), "verdicts": {"broken": 2}}
+    del lost["metrics"]["psnr_vs_truth_db"]
+    *_, line, _, said = along.table({"methods": [method("off", 1.5, {}), lost]}).splitlines()
+    assert line.endswith("| none |")
+    assert said.endswith("gated loop score not kept; 2 of 2 walks broke.")
+
+
 def test_page_shows_what_was_recorded():
     recorded = json.loads(along.RECORDED.read_text())
     assert along.table(recorded) in along.PAGE.read_text(), (

@@ -79,7 +79,7 @@ class Toy:
         return Rollout(frames, frames[4:] * 1, [seconds] * 5, {"density": 1.0})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy():
     """Return what makes such a subject."""
     return Toy

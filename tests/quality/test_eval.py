@@ -8,9 +8,11 @@ import pytest
 
 from lipass.cli import main
 from lipass.errors import LipassError
+from lipass.quality.page import page
 from lipass.quality.results import Results
 from lipass.quality.run import evaluate, missing
 from lipass.quality.summary import KEPT, summary
+from lipass.quality.table import table
 
 CONFIGURATION = {"model": "toy", "cases": [1]}
 
@@ -146,15 +148,65 @@ def spoiling(subject, name, value):
     subject.roll_out = spoilt
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6, -3.0])
-def test_a_method_that_diverges_does_not_end_an_evaluation(value, toy, tmp_path):
+@pytest.fixture(scope="module")
+def one_that_broke(toy, tmp_path_factory):
+    """Results of which the second room of `close` has no figures of pictures."""
     subject = toy()
+    subject.methods = ("dense", "close")
+    spoiling(subject, "close", float("nan"))
+    results = Results(tmp_path_factory.mktemp("broke") / "r", {})
+    evaluate(subject, results, lambda *_, **__: None)
+    return results
+
+
+def test_means_without_a_walk_that_broke_are_not_kept(one_that_broke):
+    dense, close = summary(one_that_broke, "dense")
+    assert close["verdicts"] == {"unchanged": 2, "broken": 1}
+    assert close["kept"] == dict.fromkeys(KEPT, False)
+    assert close["metrics"]["psnr_vs_off_db"]["count"] == 2
+    assert close["metrics"]["seam"]["worst"] is None
+    assert close["metrics"]["chunk_s_p50"]["count"] == dense["metrics"]["seam"]["count"] == 3
+
+
+def test_a_method_that_broke_in_all_walks_keeps_nothing(target, tmp_path, capsys):
+    found = document(capsys, target[0], "--out", tmp_path / "eval.jsonl")
+    (broken,) = (one for one in found["summary"] if one["method"] == "broken")
+    assert broken["kept"] == dict.fromkeys(KEPT, False)
+    assert broken["metrics"].keys() == {
+        "speedup_vs_off", "chunk_s_p50", "chunk_s_p95", "chunk_s_slope", "density",
+    }  # fmt: skip
+
+
+def test_a_figure_that_the_dense_model_lacks_too_is_not_lost(one_that_broke):
+    entries = [
+        one._replace(values={**one.values, "loop_score": None}) if one.case.room == 2 else one
+        for one in one_that_broke
+    ]
+    (close,) = (one for one in summary(entries, "dense") if one["method"] == "close")
+    assert close["kept"]["seam"] is False
+    assert close["kept"]["loop_score"] is not False
+
+
+def test_table_and_page_say_of_how_many_walks_a_mean_is(one_that_broke):
+    found = summary(one_that_broke, "dense")
+    shown = table(found, "dense").splitlines()
+    assert "close: of 2 of 3 walks, others have values out of range" in shown
+    assert "  close: nothing; not: drift, slope, seams, worst seam, loop" in shown
+    text = page("toy", "", found, one_that_broke.entries, "dense")
+    assert "<small>of 2 walks<br>" in text
+    assert "worst broken" in text
+    assert "out of range: turn, explored, room 2.</p>" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), -3.0])
+def test_a_method_that_diverges_does_not_end_an_evaluation(value, toy, tmp_path):
+    subject = toy(rooms=(2, 3))
     spoiling(subject, "close", value)
     results = Results(tmp_path / "r", {})
     evaluate(subject, results, lambda *_, **__: None)
     assert missing(subject, results) == []
     said = [entry.verdict for entry in results if entry.method == "close"]
-    assert said == ["unchanged", "broken", "unchanged"]
+    assert said == ["broken", "unchanged"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +214,8 @@ def test_a_method_that_diverges_does_not_end_an_evaluation(value, toy, tmp_path)
     [(float("nan"), "must be finite, got 6912 of"), (1e6, r"must lie in 0..1, got .* 1e\+06")],
 )
 def test_a_dense_model_that_diverges_is_refused_by_its_case(value, said, toy, tmp_path):
-    subject = toy()
+    subject = toy(rooms=(1, 2))
+    subject.methods = ("dense",)
     spoiling(subject, "dense", value)
     results = Results(tmp_path / "r", {})
     with pytest.raises(LipassError, match=f"frames of 'dense', .* room 2, {said}"):
