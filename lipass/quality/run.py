@@ -13,10 +13,11 @@ from lipass.quality.subject import Case, Subject
 
 
 def missing(subject: Subject, results: Results) -> list[tuple[Case, list[str]]]:
-    """Name what is not there yet: cases with the methods that lack."""
+    """Name what is not there yet: cases with the methods that lack, each once."""
     found = []
-    for case in subject.cases:
-        methods = [method for method in subject.methods if (method, case) not in results]
+    for case in dict.fromkeys(subject.cases):
+        every = dict.fromkeys(subject.methods)
+        methods = [method for method in every if (method, case) not in results]
         if methods:
             found.append((case, methods))
     return found

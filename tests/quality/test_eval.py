@@ -1,6 +1,7 @@
 """`lipass eval`: what it prints, and that it goes on where it was ended."""
 
 import json
+import runpy
 import sys
 import textwrap
 
@@ -8,13 +9,16 @@ import pytest
 
 from lipass.cli import main
 from lipass.errors import LipassError
+from lipass.quality import results as results_module
 from lipass.quality.page import page
-from lipass.quality.results import Results
+from lipass.quality.results import Entry, Results
 from lipass.quality.run import evaluate, missing
+from lipass.quality.subject import Case
 from lipass.quality.summary import KEPT, summary
 from lipass.quality.table import table
 
 CONFIGURATION = {"model": "toy", "cases": [1]}
+CASE = Case("turn", "explored", 1)
 
 
 @pytest.fixture
@@ -97,6 +101,49 @@ def test_results_of_another_configuration_are_refused(tmp_path):
         LipassError, match=r"must be of the same run.* has cases \[1\] in place of"
     ):
         Results(path, {**CONFIGURATION, "cases": [2]})
+
+
+def test_a_second_run_on_one_file_is_refused_while_the_first_lives(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    with Results(path, CONFIGURATION):
+        with path.open("a") as file:
+            file.write('{"method": "off", "ca')  # as a line of the first that is being written
+        before = path.read_bytes()
+        with pytest.raises(LipassError, match=r"one run at a time, .* writes .*eval.jsonl; wait"):
+            Results(path, CONFIGURATION)
+        assert path.read_bytes() == before
+    Results(path, CONFIGURATION)  # goes on, and is closed by nobody
+    assert path.read_bytes() == before[: before.index(b"\n") + 1]
+    Results(path, CONFIGURATION)
+
+
+def test_a_refused_file_is_not_held(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    Results(path, CONFIGURATION)
+    with pytest.raises(LipassError) as refused:
+        Results(path, {**CONFIGURATION, "cases": [2]})
+    assert Results(path, CONFIGURATION).entries == []
+    del refused  # which held all that was on the stack
+
+
+def test_where_there_are_no_locks_entries_that_are_there_twice_count_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    unlocked = runpy.run_path(results_module.__file__)["Results"]
+    one, other = (unlocked(tmp_path / "r", CONFIGURATION) for _ in range(2))
+    one.add(Entry("off", CASE, {"seam": 1.0}))
+    other.add(Entry("off", CASE, {"seam": 2.0}))
+    other.add(Entry("all", CASE, {"seam": 3.0}))
+    values = [entry.values["seam"] for entry in Results(tmp_path / "r", CONFIGURATION)]
+    assert values == [1.0, 3.0]
+
+
+def test_what_a_subject_names_twice_is_rolled_out_once(toy, tmp_path):
+    subject = toy(rooms=(1, 1))
+    subject.methods = ("dense", "dense")
+    results = Results(tmp_path / "r", {})
+    evaluate(subject, results, lambda *_, **__: None)
+    assert [entry.method for entry in results] == ["dense"]
+    assert missing(subject, results) == []
 
 
 HEAD = '{"schema": 1, "model": "toy", "cases": [1]}\n'
