@@ -7,8 +7,10 @@ are written rollout by rollout, and a run that was ended goes on where it was.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,26 +92,39 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    subject = _own_subject(args) if args.target else _tinyworld(args)
     from lipass.quality.results import Results
     from lipass.quality.run import evaluate, missing
 
-    results = Results(
-        args.out,
-        {
-            "model": subject.name,
-            "methods": list(subject.methods),
-            "cases": [list(case) for case in subject.cases],
-            "settings": dict(subject.settings),
-        },
-    )
-    todo = sum(len(methods) for _, methods in missing(subject, results))
-    begin = time.perf_counter()
-    if todo:
-        with progress("eval", todo) as advance:
-            evaluate(subject, results, advance)
-    _tell(args, subject, results, time.perf_counter() - begin)
+    # What a model prints must not end up in a JSON document.
+    with contextlib.redirect_stdout(sys.stderr):
+        subject = _own_subject(args) if args.target else _tinyworld(args)
+        configuration = _configuration(subject)
+    with Results(args.out, configuration) as results:
+        todo = sum(len(methods) for _, methods in missing(subject, results))
+        begin = time.perf_counter()
+        if todo:
+            with contextlib.redirect_stdout(sys.stderr), progress("eval", todo) as advance:
+                evaluate(subject, results, advance)
+        _tell(args, subject, results, time.perf_counter() - begin)
     return OK
+
+
+def _configuration(subject: Subject) -> dict[str, Any]:
+    """Say what results depend on; threads and versions do for a model of one's own too."""
+    from importlib import metadata
+
+    import torch
+
+    import lipass
+
+    versions = {"lipass": lipass.__version__, "torch": metadata.version("torch")}
+    own = dict(subject.settings)
+    return {
+        "model": subject.name,
+        "methods": list(subject.methods),
+        "cases": [list(case) for case in subject.cases],
+        "settings": {"threads": torch.get_num_threads(), "versions": versions, **own},
+    }
 
 
 def _tell(args: argparse.Namespace, subject: Subject, results: Results, seconds: float) -> None:

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,10 @@ def test_document_has_rows_and_intervals(target, tmp_path, capsys):
     truth = by_method["dense"]["metrics"]["psnr_vs_truth_db"]
     assert truth["low"] <= truth["mean"] <= truth["high"]
     assert by_method["close"]["kept"].keys() == set(KEPT)
+    assert by_method["broken"]["kept"] == dict.fromkeys(KEPT, False)
+    assert by_method["broken"]["metrics"].keys() == {
+        "speedup_vs_off", "chunk_s_p50", "chunk_s_p95", "chunk_s_slope", "density",
+    }  # fmt: skip
 
 
 def test_table_and_page_name_all_methods(target, tmp_path, capsys):
@@ -215,15 +220,6 @@ def test_means_without_a_walk_that_broke_are_not_kept(one_that_broke):
     assert close["metrics"]["chunk_s_p50"]["count"] == dense["metrics"]["seam"]["count"] == 3
 
 
-def test_a_method_that_broke_in_all_walks_keeps_nothing(target, tmp_path, capsys):
-    found = document(capsys, target[0], "--out", tmp_path / "eval.jsonl")
-    (broken,) = (one for one in found["summary"] if one["method"] == "broken")
-    assert broken["kept"] == dict.fromkeys(KEPT, False)
-    assert broken["metrics"].keys() == {
-        "speedup_vs_off", "chunk_s_p50", "chunk_s_p95", "chunk_s_slope", "density",
-    }  # fmt: skip
-
-
 def test_a_figure_that_the_dense_model_lacks_too_is_not_lost(one_that_broke):
     entries = [
         one._replace(values={**one.values, "loop_score": None}) if one.case.room == 2 else one
@@ -286,6 +282,45 @@ def test_wrong_usage_is_told_before_the_work(arguments, said, capsys, tmp_path, 
     assert main(["eval", *arguments]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_prints_leaves_a_json_document_alone(tmp_path, capsys, monkeypatch, toy):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "loud.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            print("imported")
+            from lipass.quality.subject import Case
+
+            def build():
+                print("built")
+                toy = sys.modules["toys_of_a_test"].Toy(rooms=(1,))
+                scene, roll_out = toy.scene, toy.roll_out
+                toy.methods, toy.settings = ("dense",), {}
+                toy.scene = lambda case: (print("shown"), scene(case))[1]
+                toy.roll_out = lambda *given: (print("rolled out"), roll_out(*given))[1]
+                return toy
+            """
+        )
+    )
+    monkeypatch.setitem(sys.modules, "toys_of_a_test", SimpleNamespace(Toy=toy))
+    found = document(capsys, f"{path}:build", "--out", tmp_path / "r")
+    assert {row["method"] for row in found["rows"]} == {"dense"}
+
+
+def test_results_of_other_versions_are_refused_for_a_model_of_ones_own(target, tmp_path, capsys):
+    out = tmp_path / "eval.jsonl"
+    found = document(capsys, target[0], "--out", out)
+    head = json.loads(out.read_text().splitlines()[0])
+    assert found["settings"] == head["settings"]
+    assert head["settings"]["noise"] == 0.01
+    for key in ("versions", "threads"):
+        other = {**head, "settings": {**head["settings"], key: "another"}}
+        out.write_text(json.dumps(other) + "\n")
+        assert main(["eval", target[0], "--out", str(out)]) == 1
+        assert "must be of the same run" in capsys.readouterr().err
 
 
 def test_a_target_that_returns_something_else_is_refused(tmp_path, capsys, monkeypatch):
