@@ -142,7 +142,7 @@ class Contender:
     def roll_out(self, scenario: Scenario, text: list[KeyValue]) -> "Run":
         """Roll out once."""
         registry.reset_telemetry()
-        graphs = _graphs_compiled()
+        graphs = graphs_compiled()
         session = self.session()
         if session is None:
             rollout = roll_out(
@@ -157,7 +157,7 @@ class Contender:
                 )  # fmt: skip
             chunks = [c for c in lipass.report().chunks if c.session == session.number]
             plans = [c.to_dict()["plan"] | {"done": _done(c)} for c in chunks]
-        self.recompiles += _graphs_compiled() - graphs
+        self.recompiles += graphs_compiled() - graphs
         counts = registry.telemetry().values()
         total = sum(c.total_blocks for c in counts)
         visited = sum(c.visited_blocks for c in counts)
@@ -183,7 +183,8 @@ def _done(record: "lipass.receipt.ChunkRecord") -> dict[str, Any]:
     }
 
 
-def _graphs_compiled() -> int:
+def graphs_compiled() -> int:
+    """Graphs that this process has compiled so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 

@@ -23,7 +23,7 @@ from .model import CHUNK_LATENTS, tokenize
 from .rivals import RIVALS, rivals
 from .scenario import PATHS, REGIMES, Scenario
 from .train_batches import prompt_of
-from .weights import SHIPPED, load
+from .weights import CODEC, SHIPPED, load
 from .world import render_depth
 
 DENSE = "off"
@@ -96,15 +96,20 @@ class Small:
     def run(self, method: str, case: Case) -> Run:
         """Roll out the case whose scene was asked for last."""
         self._compile(method, case)
+        return self._run(method, case, self._text(case))
+
+    def _run(self, method: str, case: Case, text: Any) -> Run:
         registry.reset_telemetry()
         with torch.no_grad():
-            return self._made[method].roll_out(self._scenarios[case], self._text(case))
+            return self._made[method].roll_out(self._scenarios[case], text)
 
     def roll_out(self, method: str, case: Case, scene: Scene) -> Rollout:
         """Roll out and decode."""
         self._compile(method, case)
+        text = self._text(case)  # a prompt is there before an action comes
+        recompiled = self._made[method].recompiles
         begin = time.perf_counter()
-        run = self.run(method, case)
+        run = self._run(method, case, text)
         middle = time.perf_counter()
         with torch.no_grad():
             frames = self.codec.decode(run.rollout.latents)
@@ -125,7 +130,7 @@ class Small:
                 "context_latents_mean": sum(len(c.context) for c in chunks) / len(chunks),
                 "steps_per_chunk": (sum(c.steps_computed for c in chunks) + missed) / len(chunks),
                 "density": run.density,
-                "recompiles": self._made[method].recompiles,
+                "recompiles": self._made[method].recompiles - recompiled,
                 **kept_mass(),
             },
         )
@@ -166,9 +171,14 @@ def settings_of(weights: Path, inner: str) -> dict[str, Any]:
     return {
         "inner": inner,
         "threads": torch.get_num_threads(),
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+        "weights": _checksum(weights),
+        "codec": _checksum(CODEC),
         "versions": {"lipass": lipass.__version__, "torch": metadata.version("torch")},
     }
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def latencies(seconds: Sequence[float]) -> dict[str, float]:

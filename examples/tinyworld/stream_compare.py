@@ -168,7 +168,8 @@ class Run:
         self.session = contender.session()
         self.chunks: list[StreamedChunk] = []
         self.kv_bytes_peak = 0
-        self._visited = self._blocks = 0
+        self._visited = self._blocks = self._samples = 0
+        self._mass = 0.0
         self._rest = chunks_of(
             contender, text, walk.given, walk.w2c[None],
             seed=walk.room, cache=self.cache, session=self.session,
@@ -182,6 +183,8 @@ class Run:
         for counted in registry.telemetry().values():
             self._visited += counted.visited_blocks
             self._blocks += counted.total_blocks
+            self._samples += counted.mass_samples
+            self._mass += counted.kept_mass
         assert self.cache.pairs is not None
         held = sum(t.numel() * t.element_size() for pair in self.cache.pairs for t in pair)
         self.kv_bytes_peak = max(self.kv_bytes_peak, held)
@@ -208,6 +211,11 @@ class Run:
     def density(self) -> float:
         """Share of key blocks visited by calls of ours; 1 where there were none."""
         return self._visited / self._blocks if self._blocks else 1.0
+
+    @property
+    def kept_mass(self) -> float | None:
+        """Attention that visited keys held, of sampled queries; None where none were."""
+        return self._mass / self._samples if self._samples else None
 
     def frames(self, codec: Codec) -> Tensor:
         """Decode the way back: `[F/2, 3, H, W]`."""

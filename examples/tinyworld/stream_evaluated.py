@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from lipass.kernels import registry
 from lipass.quality import Rollout, Scene, Space
 from lipass.quality.subject import Case
 
 from .camera import FOV_DEG
-from .evaluated import Scope, cases_of, kept_mass, latencies, settings_of
+from .evaluated import Scope, cases_of, latencies, settings_of
 from .model import CHUNK_LATENTS
 from .stream_compare import METHODS as WAYS
 from .stream_compare import Run, StreamContender, Walk, make_walk, text_of
@@ -71,7 +70,7 @@ class Stream:
             self._made[method] = StreamContender(WAYS[method], self.model, self.inner)
             self._made[method].warm_up(walk, self.text)
         contender = self._made[method]
-        registry.reset_telemetry()
+        recompiled = contender.recompiles
         run = Run(contender, walk, self.text)
         run.finish()
         generated = run.generated
@@ -93,8 +92,8 @@ class Stream:
                 "context_latents_mean": sum(len(c.context) for c in generated) / count,
                 "steps_per_chunk": sum(c.steps_computed for c in generated) / count,
                 "density": run.density,
-                "recompiles": contender.recompiles,
-                **kept_mass(),
+                "recompiles": contender.recompiles - recompiled,
+                **({} if run.kept_mass is None else {"kept_mass": run.kept_mass}),
             },
         )
 

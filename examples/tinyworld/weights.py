@@ -10,6 +10,7 @@ from .model import BASE, SMALL, ModelConfig, TinyWorld
 from .stream import StreamWorld
 
 SHIPPED = Path(__file__).parent / "weights"
+CODEC = SHIPPED / "codec.safetensors"
 World = TypeVar("World", bound=TinyWorld)
 _SIZES = {"small": SMALL, "base": BASE}
 
@@ -49,5 +50,5 @@ def load_stream(
 def _ready(model: World, path: Path, folder: Path) -> tuple[World, Codec]:
     codec = Codec()
     model.load_state_dict(load_file(path))
-    codec.load_state_dict(load_file(folder / "codec.safetensors"))
+    codec.load_state_dict(load_file(folder / CODEC.name))
     return model.eval().requires_grad_(False), codec.eval().requires_grad_(False)

@@ -1,19 +1,29 @@
 """TinyWorld under `lipass eval`, and the walks that are made to be hard."""
 
 import dataclasses
+import itertools
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lipass.cli import main
-from lipass.examples.tinyworld import evaluated, stream_evaluated
+from lipass.examples.tinyworld import (
+    compare,
+    evaluated,
+    rivals,
+    stream_compare,
+    stream_evaluated,
+)
 from lipass.examples.tinyworld.camera import invert
 from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.hard_scenes import HARD, scene_of
 from lipass.examples.tinyworld.model import ModelConfig, TinyWorld
 from lipass.examples.tinyworld.scenario import REGIMES
 from lipass.examples.tinyworld.world import is_free, make_room, render, render_depth
+from lipass.kernels.registry import SiteCounts
 from lipass.quality import Space, consistency
 
 TINY = ModelConfig(width=48, heads=1, blocks=1)
@@ -85,11 +95,20 @@ def test_the_streaming_world_is_evaluated_too(
     model = untrained_stream(TINY)
     monkeypatch.setattr(stream_evaluated, "load_stream", lambda: (model, codec))
     monkeypatch.setattr(stream_evaluated, "_CHUNKS", {"16 chunks": 6})
+    masses = itertools.count()  # one more in each chunk
+
+    def telemetry():
+        return {"site": SiteCounts("site", kept_mass=next(masses), mass_samples=1)}
+
+    counted = SimpleNamespace(reset_telemetry=lambda: None, telemetry=telemetry)
+    monkeypatch.setattr(stream_compare, "registry", counted)
     asked = ["--model", "stream", "--quick", "--rooms", "9301", "--out", str(tmp_path / "r")]
     found = ran(capsys, *asked, "--method", "window 4")
     values = {(row["method"], row["metric"]): row["value"] for row in found["rows"]}
     assert values["window 4", "kv_bytes_peak"] < values["dense", "kv_bytes_peak"]
     assert values["dense", "loop_score"] <= 1
+    assert values["dense", "recompiles"] == 0
+    assert values["dense", "kept_mass"] % 1 == 0.5  # the mean of six chunks, not of the last
 
 
 def test_another_seed_is_other_noise_in_the_same_scene(untrained):
@@ -104,6 +123,35 @@ def test_another_seed_is_other_noise_in_the_same_scene(untrained):
     assert made.keys() == {0, 1}
     assert torch.equal(made[0][0].truth, made[1][0].truth)
     assert not torch.equal(made[0][1].latents, made[1][1].latents)
+
+
+def test_what_a_rollout_compiles_and_waits_for_is_its_own(untrained, monkeypatch):
+    scope = dataclasses.replace(evaluated.SCOPES["quick"], trajectories=("left/right",))
+    subject = evaluated.subject(scope)
+    case = next(one for one in subject.cases if one.regime == "free")
+    scene, told = subject.scene(case), []
+
+    def clock():
+        told.append("looked at the clock")
+        return time.perf_counter()
+
+    encoded, graphs = subject._text, itertools.count()  # a graph between any two looks
+    monkeypatch.setattr(subject, "_text", lambda case: (told.append("encoded"), encoded(case))[1])
+    for module in (compare, rivals):
+        monkeypatch.setattr(module, "graphs_compiled", lambda: next(graphs))
+    monkeypatch.setattr(evaluated, "time", SimpleNamespace(perf_counter=clock))
+    for method in ("off", "2 steps", "off"):
+        assert subject.roll_out(method, case, scene).figures["recompiles"] == 1
+        assert told[-4:] == ["encoded", *["looked at the clock"] * 3]
+
+
+def test_results_of_another_codec_are_others(monkeypatch, tmp_path):
+    weights = evaluated.SHIPPED / "small.safetensors"
+    before = evaluated.settings_of(weights, "eager")
+    (tmp_path / "codec").write_bytes(b"another")
+    monkeypatch.setattr(evaluated, "CODEC", tmp_path / "codec")
+    after = evaluated.settings_of(weights, "eager")
+    assert {key for key in before if before[key] != after[key]} == {"codec"}
 
 
 def test_rooms_of_doors_have_a_partition():
