@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -16,7 +17,7 @@ from lipass.errors import LipassError
 
 
 def import_callable(text: str) -> Callable[[], Any]:
-    """Import the callable of a target.
+    """Import the callable of a target; what it prints meanwhile goes to stderr.
 
     Raises:
         UsageError: for a target that does not exist.
@@ -28,7 +29,8 @@ def import_callable(text: str) -> Callable[[], Any]:
             f"TARGET must be module:callable or file.py:callable, got {text!r}; "
             "try my_model.py:build"
         )
-    module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
+    with contextlib.redirect_stdout(sys.stderr):  # a JSON document may follow
+        module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
     build: Any = module
     for part in name.split("."):
         build = getattr(build, part, None)

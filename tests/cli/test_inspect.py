@@ -61,6 +61,8 @@ MODEL = """
         return torch.nn.Identity.__base__(), ()
 
     constant = 3
+
+    print("hello from its file")
 """
 
 
