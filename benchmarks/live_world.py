@@ -40,11 +40,13 @@ CURVE = (1, 2, 4, 8, 16)
 _HELD_S = 0.6
 _WARM_S = 5.0
 
+Notes = dict[str, list[tuple[float, float]]]
+
 
 class _Counted:
-    """A part of a world that notes the CPU time of its thread; all else is the part's."""
+    """A part of a world that notes when it was done and the CPU time of its thread, in seconds."""
 
-    def __init__(self, part: Any, notes: dict[str, list[float]], name: str = "") -> None:
+    def __init__(self, part: Any, notes: Notes, name: str = "") -> None:
         self._part, self._notes, self._name = part, notes, name
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +67,8 @@ class _Counted:
     def _timed(self, name: str, function: Callable, *given: Any) -> Any:
         begin = time.thread_time()
         made = function(*given)
-        self._notes.setdefault(name, []).append(time.thread_time() - begin)
+        took = time.thread_time() - begin
+        self._notes.setdefault(name, []).append((time.monotonic(), took))
         return made
 
 
@@ -124,7 +127,7 @@ class Served:
     """A world that is served by this process, compiled."""
 
     def __init__(self, inner: str, visitors: int) -> None:
-        self.cpu: dict[str, list[float]] = {}
+        self.cpu: Notes = {}
         self.ready: dict[str, float] = {}
         begin = time.monotonic()
         self.host = Host(_Counted(LiveWorld(inner), self.cpu), visitors)
@@ -225,28 +228,35 @@ def measure(seconds: float, visitors: int, inner: str) -> dict[str, object]:
         "ratio_of_chunk_times": round(fast["own_fps"] / dense["own_fps"], 2) if dense else None,
         # What a chunk costs whatever else runs; true where a side has one thread.
         "cpu_ms_p50": {
-            name: round(1000 * statistics.median(c), 1) for name, c in served.cpu.items()
+            name: round(1000 * statistics.median(took for _, took in notes), 1)
+            for name, notes in served.cpu.items()
         },
         "latency_ms_p50": round(float(np.percentile(latencies, 50))) if latencies else None,
         "latency_ms_p95": round(float(np.percentile(latencies, 95))) if latencies else None,
         "dense_chunks_missed": sum(missed),
         "graphs_after_warm_up": graphs,
         "resident_mb": [round(memory[0]), round(memory[len(memory) // 2]), round(memory[-1])],
-        "by_minute": by_minute(walkers, since, memory) if seconds >= 120 else None,
+        "by_minute": by_minute(walkers, since, memory, served.cpu) if seconds >= 120 else None,
         **environment(),
     }
 
 
-def by_minute(walkers: list[Walker], since: float, memory: list[float]) -> list[dict]:
+def by_minute(
+    walkers: list[Walker], since: float, memory: list[float], cpu: Notes
+) -> list[dict[str, Any]]:
     """Give chunk time and memory of each minute, for what is to stay as it is."""
     chunks = sorted((at, c["seconds"]) for w in walkers for at, c in w.chunks["fast"])
     found = []
     for minute in range(int((chunks[-1][0] - since) / 60)):
-        seconds = [s for at, s in chunks if minute <= (at - since) / 60 < minute + 1]
+        seconds, busy = (
+            [s for at, s in own if minute <= (at - since) / 60 < minute + 1]
+            for own in (chunks, cpu["fast"])
+        )
         found.append(
             {
                 "chunks": len(seconds),
                 "chunk_ms_p50": round(1000 * statistics.median(seconds), 1) if seconds else None,
+                "cpu_ms_p50": round(1000 * statistics.median(busy), 1) if busy else None,
                 "resident_mb": round(memory[min(12 * minute, len(memory) - 1)]),
             }
         )
