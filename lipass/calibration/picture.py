@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from lipass.calibration.calibrate import Calibration
 
 _WIDTH, _HEIGHT = 760, 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 44, 56
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 60, 56
+# A speed is written where no other one is so near.
+_NAME = (40, 14)
 _STYLE = """
 svg { font: 12px system-ui, sans-serif; }
 .ground { fill: #fff; } .axis { stroke: #bbb; } .grid { stroke: #eee; }
 text { fill: #333; } .soft { fill: #777; } .end { text-anchor: end; } .mid { text-anchor: middle; }
 .tried { fill: #bbb; } .part { fill: none; stroke: #ccc; } .front { fill: #5b3fd6; }
-.line { fill: none; stroke: #5b3fd6; stroke-width: 1.5; } .default { fill: none; stroke: #5b3fd6; }
+path { fill: none; }
+.line { stroke: #5b3fd6; stroke-width: 1.5; } .default { fill: none; stroke: #5b3fd6; }
 @media (prefers-color-scheme: dark) {
  .ground { fill: #14141a; } text { fill: #ddd; } .soft { fill: #999; } .axis { stroke: #555; }
  .grid { stroke: #26262e; } .tried { fill: #555; } .part { stroke: #444; }
@@ -42,17 +45,22 @@ def picture(found: Calibration) -> str:
     places = [(across(one.chunk_ms), up(one.db)) for one in points]
     path = " L ".join(f"{x:.1f} {y:.1f}" for x, y in places)
     parts.append(f'<path class="line" d="M {path}"/>')
+    named: list[tuple[float, float]] = []
     for one, (x, y) in zip(points, places, strict=True):
         said = f"{one.name}: {one.chunk_ms:.1f} ms, {one.db:.1f} dB, worst {one.db_worst:.1f}"
         parts.append(_dot(x, y, 5.0, "front", said))
-        parts.append(_text(x - 8, y - 8, f"{one.speedup:.2f}x", "end"))
+        if not any(abs(x - a) < _NAME[0] and abs(y - b) < _NAME[1] for a, b in named):
+            named.append((x, y))
+            parts.append(_text(x - 8, y - 8, f"{one.speedup:.2f}x", "end"))
         if one.name == found.frontier.default:
             parts.append(f'<circle class="default" cx="{x:.1f}" cy="{y:.1f}" r="9"/>')
     told = f"{len(tried)} choices of options on {len(found.frontier.walks)} walks, "
     told += (
         f"{found.frontier.environment.get('device', '')}; dense {found.frontier.dense_ms:.1f} ms"
     )
-    parts.append(_text(_LEFT, 24, told, ""))
+    parts.append(_text(_LEFT, 20, told, ""))
+    key = "blue: points, timed; circled: the default; grey: tried, foreseen; open: given up"
+    parts.append(_text(_LEFT, 36, key, "soft"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
         f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="quality over time of a chunk">'

@@ -192,6 +192,8 @@ def test_pictures_have_a_dot_a_try_and_a_point(found):
     assert dots.count("front") == len(found.frontier.points)
     assert len(found.tried) == dots.count("tried") + dots.count("part")
     assert dots.count("default") == 1
+    # A path is filled where nothing else is said, and would hide the dots.
+    assert "path { fill: none; }" in picture(found)
 
 
 def test_the_command_writes_a_frontier_and_shows_it(tmp_path, capsys):
