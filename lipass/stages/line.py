@@ -163,7 +163,9 @@ class Here(Line):
     def __init__(self, stages: tuple[Stage, ...], depth: int) -> None:
         super().__init__(stages, depth)
         self.workers = [Worker(one) for one in stages]
-        self._waiting: dict[int, Packet] = {}
+        # By number: how many stages an item has passed, and what the latest one gave. An item is
+        # taken away when its result is laid down, so that Ctrl-C in between loses none.
+        self._waiting: dict[int, tuple[int, Packet | Failure]] = {}
         self._job: Job | None = None
         self._to_forget = False
         # One item at a time, whichever threads ask.
@@ -173,7 +175,7 @@ class Here(Line):
         return False
 
     def accept(self, number: int, packet: Packet) -> None:  # noqa: D102
-        self._waiting[number] = packet
+        self._waiting[number] = 0, packet
 
     def taken(self) -> None:
         """Nothing waits for that here."""
@@ -198,19 +200,33 @@ class Here(Line):
             if not self._waiting:
                 return
             job = self._job = Job(self.next_out)
-            found: Packet | Failure = self._waiting.pop(job.number)
+            passed, found = self._waiting[job.number]
             forget, self._to_forget = self._to_forget, False
-        if forget:
-            told = [one.forget(self.shown) for one in self.workers]
-            found = next((one for one in told if one is not None), found)
-        for worker in self.workers:
-            if job.stale or isinstance(found, Failure):
-                break
-            found = worker.compute(job, found)
-        with self.cond:
+        try:
+            if forget:
+                found = self._tell_to_forget() or found
+            for worker in self.workers[passed:]:
+                if job.stale or isinstance(found, Failure):
+                    break
+                found, passed = worker.compute(job, found), passed + 1
+                with self.cond:
+                    if not job.stale:
+                        self._waiting[job.number] = passed, found
+            with self.cond:
+                if not job.stale:
+                    self.results[job.number] = found
+                    del self._waiting[job.number]
+        finally:
             self._job = None
-            if not job.stale:
-                self.results[job.number] = found
+
+    def _tell_to_forget(self) -> Failure | None:
+        """Tell all stages what nobody has seen; who was told has nothing more to forget."""
+        try:
+            told = [one.forget(self.shown) for one in self.workers]
+        except BaseException:
+            self._to_forget = True
+            raise
+        return next((one for one in told if one is not None), None)
 
     def close(self) -> None:  # noqa: D102
         with self.cond:

@@ -61,14 +61,15 @@ class Worker:
     def forget(self, shown: int) -> Failure | None:
         """Tell the stage how many results behind number `shown` it has returned, if it asks."""
         unseen = sum(number > shown for number in self._returned)
-        self._returned.clear()
         told = getattr(self._computes, "forget", None)
+        failed = None
         try:
             if unseen and told is not None:
                 told(unseen)
         except Exception as error:
-            return Failure.of(self.stage.name, error)
-        return None
+            failed = Failure.of(self.stage.name, error)
+        self._returned.clear()  # not where Ctrl-C came: it is told again
+        return failed
 
     def close(self) -> None:
         """Close the stage, if it can be closed."""

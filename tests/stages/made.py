@@ -20,6 +20,7 @@ class Obedient:
 
     def __init__(self, name, closes=""):
         self.name, self.closes, self.forgotten, self.history = name, closes, [], []
+        self.interrupted = False
 
     def __call__(self, item):
         asked = item.get(self.name, {})
@@ -27,6 +28,9 @@ class Obedient:
         until = time.monotonic() + asked.get("work_until_stale", 0.0)
         while time.monotonic() < until and not is_stale():
             time.sleep(0.005)
+        if asked.get("interrupt") and not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
         if "raise" in asked:
             raise ValueError(asked["raise"])
         if "unplain" in asked:

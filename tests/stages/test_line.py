@@ -101,6 +101,51 @@ def test_an_item_that_cannot_be_handed_over_is_not_put(stages):
     assert stages.under_way == 0
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stage", ["first", "second"])
+def test_an_item_that_ctrl_c_interrupts_is_computed_by_the_next_get(here, stage):
+    here.put({"n": 0, stage: {"interrupt": True}})
+    here.put({"n": 1})
+    with pytest.raises(KeyboardInterrupt):
+        here.get()
+    assert here.under_way == 2
+    found = here.get()
+    assert (found["n"], found["history"]) == (0, [None])  # the first stage has returned it once
+    assert here.get()["n"] == 1
+    with pytest.raises(LipassError, match="got none"):
+        here.get(timeout_s=0.01)
+
+
+def test_an_item_that_ctrl_c_interrupts_can_be_given_up(here):
+    here.put({"n": 0, "first": {"remember": "never seen"}, "second": {"interrupt": True}})
+    with pytest.raises(KeyboardInterrupt):
+        here.get()
+    assert here.forget() == 1
+    (found,) = here.run([{"n": 1, "first": {"remember": "shown"}}])
+    assert (found["n"], found["history"]) == (1, ["shown"])
+
+
+def test_ctrl_c_while_a_stage_forgets_makes_it_forget_anew(here):
+    here.put({"n": 0, "second": {"raise": "nobody sees what the first stage made"}})
+    with pytest.raises(StageError):
+        here.get()
+    here.put({"n": 1})
+    here.forget()
+    here.put({"n": 2})
+    stage = here._line.workers[0]._computes
+
+    def interrupted(count):
+        del stage.forget  # once
+        raise KeyboardInterrupt
+
+    stage.forget = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        here.get()
+    found = here.get()
+    assert found["n"] == 2
+    assert [forgotten for _, _, forgotten in found["trace"]] == [[1], []]
+
+
 def test_forgotten_items_are_never_shown(stages):
     for n in range(3):
         stages.put({"n": n, "second": {"sleep": 0.05}})
