@@ -257,11 +257,12 @@ class Resumable:
 def mark_of(model: Module) -> dict[str, Any]:
     """Mark a model by its class, the names, shapes and dtypes of its weights, and some values.
 
-    Reads a few numbers of each tensor back from its device. Compiled or not makes no difference.
+    Reads a few numbers of each tensor back, in one copy a device. Compiled or not, and on which
+    devices tensors lie, makes no difference.
     """
     own = getattr(model, "_orig_mod", model)
     found = hashlib.sha256()
-    samples: dict[torch.device, list[Tensor]] = {}
+    samples: dict[torch.device, dict[int, Tensor]] = {}
     count = 0
     for name, tensor in (*own.named_parameters(), *own.named_buffers()):
         name = name.replace("_orig_mod.", "")
@@ -270,9 +271,13 @@ def mark_of(model: Module) -> dict[str, Any]:
         if tensor.numel() and tensor.device.type != "meta":
             flat = tensor.detach().reshape(-1)
             some = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]
-            samples.setdefault(tensor.device, []).append(some.double())
-    for some in samples.values():
-        found.update(torch.cat(some).cpu().numpy().tobytes())
+            samples.setdefault(tensor.device, {})[count] = some.double()
+    values: dict[int, Tensor] = {}
+    for there in samples.values():
+        here = torch.cat(tuple(there.values())).cpu()
+        values |= zip(there, here.split([len(some) for some in there.values()]), strict=True)
+    for number in sorted(values):
+        found.update(values[number].numpy().tobytes())
     return {"class": type(own).__qualname__, "tensors": count, "sha256": found.hexdigest()}
 
 

@@ -17,6 +17,7 @@ from lipass.passes.graph.marks import StepInputs
 from lipass.policy.steering import POLICIES
 from lipass.policy.trajectory import parse_trajectory
 from lipass.receipt import current_report, reset_report
+from lipass.runtime.snapshot import mark_of
 from lipass.runtime.steering_scores import SteeringScores
 from lipass.runtime.tree_file import from_bytes, to_bytes
 from lipass.runtime.written_slots import Placed
@@ -351,6 +352,24 @@ def test_another_model_is_refused():
         model.weight.add_(1)
     with pytest.raises(ValueError, match="other shapes or weights"):
         Session.resume(snapshot, model=model)
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it lies on another device."""
+
+    device = torch.device("cuda:1")
+
+
+def test_the_same_model_over_several_devices_is_no_other_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    before = mark_of(model)
+    for kept in (model[0]._parameters, model[1]._buffers):
+        for name, tensor in kept.items():
+            kept[name] = tensor.detach().as_subclass(Elsewhere)
+    devices = [tensor.device for _, tensor in (*model.named_parameters(), *model.named_buffers())]
+    assert len(set(devices)) == 2
+    assert mark_of(model) == before
 
 
 @pytest.fixture(scope="module")
