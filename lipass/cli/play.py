@@ -214,8 +214,9 @@ def load_world(target: str) -> World:
     """Build the world that a target names.
 
     Raises:
-        LipassError: it raises, or returns something else.
+        LipassError: it raises, or returns something else, or one whose names walks cannot hold.
     """
+    from lipass.play.vocabulary import Vocabulary
     from lipass.play.world import World
 
     build = import_callable(target)
@@ -228,6 +229,7 @@ def load_world(target: str) -> World:
             f"{target} must return a lipass.play.world.World, got {type(world).__name__} without "
             f"{', '.join(lacks)}; see docs/play.md"
         )
+    Vocabulary.of(world)
     return world
 
 

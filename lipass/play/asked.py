@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from lipass.play.protocol import Choose, Move, Say, Vocabulary
+from lipass.play.protocol import Choose, Move, Say
+from lipass.play.vocabulary import Vocabulary
 from lipass.play.walk import Stride, Walked, format_walk, parse_walk
 from lipass.play.world import STILL, Controls, Words, World
 

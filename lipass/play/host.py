@@ -13,8 +13,9 @@ from lipass.errors import LipassError
 from lipass.play.film import Films
 from lipass.play.keep import Keep, Keeping
 from lipass.play.lane import Lane
-from lipass.play.protocol import Enter, Vocabulary
+from lipass.play.protocol import Enter
 from lipass.play.visitor import Out, Visitor, room_of
+from lipass.play.vocabulary import Vocabulary
 from lipass.play.voice import Voice
 from lipass.play.world import DENSE, FAST, SIDES, World
 
@@ -52,6 +53,9 @@ class Host:
         keep_chunks: whether each chunk is kept at once, as where the keep outlives this process;
             else a visit is kept when it ends.
         tell: is called, in any thread, whenever the status changes.
+
+    Raises:
+        LipassError: words or presets that a walk cannot hold.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Host:
         self.visitors_max = visitors_max
         self.beside = _has_cores_for_both() if beside is None else beside
         self.threads = threads or max(1, _cores() // (len(SIDES) if self.beside else 1))
-        self.vocabulary = Vocabulary(world.words, world.presets, world.rooms)
+        self.vocabulary = Vocabulary.of(world)
         self.name = ""
         self.status = Status()
         self.failure: LipassError | None = None

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lipass.play.walk import Stride, parse_walk
+from lipass.play.vocabulary import Vocabulary
+from lipass.play.walk import LONGEST_TEXT, Stride, parse_walk
 from lipass.play.world import Controls, Pixels, Words
 
-# A walk of half an hour is shorter; anything else is some tens of bytes.
-LONGEST_MESSAGE = 128 * 1024
+# The longest walk, and what enters with it; anything else is some tens of bytes.
+LONGEST_MESSAGE = LONGEST_TEXT + 1024
 _LONGEST_PLAIN = 512
 _LONGEST_TICKET = 64
 _LOOK_MAX = 720  # degrees that one message can look on
@@ -93,19 +94,6 @@ class Enter:
 
 
 Message = Move | Say | Choose | Compare | Listen | Film | Recall | Fork | Enter
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What messages may name, all of it closed: words by group, presets, number of rooms."""
-
-    words: Mapping[str, Sequence[str]]
-    presets: Sequence[str]
-    rooms: int
-
-    def group_of(self, word: str) -> str | None:
-        """Return the group of a word; None for a word of none."""
-        return next((name for name, group in self.words.items() if word in group), None)
 
 
 def read(text: str | bytes | None, known: Vocabulary) -> Message:

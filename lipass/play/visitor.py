@@ -23,7 +23,8 @@ from lipass.play.figures import Rate, distance_db
 from lipass.play.film import Film
 from lipass.play.header import Stretch, header_of
 from lipass.play.keep import Keeping
-from lipass.play.protocol import Choose, Compare, Move, Say, Vocabulary
+from lipass.play.protocol import Choose, Compare, Move, Say
+from lipass.play.vocabulary import Vocabulary
 from lipass.play.walk import Stride
 from lipass.play.world import (
     DENSE,

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from lipass.play.vocabulary import PRESET, WORD, Vocabulary
 from lipass.play.world import Controls
 
-if TYPE_CHECKING:
-    from lipass.play.protocol import Vocabulary
-
-# Half an hour at 4 chunks a second.
-LONGEST_WALK = 7200
+# Half an hour at 4 chunks a second, if not one key is held for long.
+LONGEST_WALK, LONGEST_TEXT = 7200, 127 * 1024
 _TIMES = 9999
+_BESIDE = len(f"{_TIMES},")
 _ITEM = re.compile(
     r"(?P<times>[1-9]\d{0,3})?(?P<keys>[wsadlr]{0,3})(?:y(?P<yaw>-?\d{1,3}))?(?:p(?P<pitch>-?\d{1,3}))?"
-    r"(?P<words>(?:~[a-z]{1,20}){0,8})(?:@(?P<preset>[a-z-]{1,30}))?"
+    rf"(?P<words>(?:~{WORD})*)(?:@(?P<preset>{PRESET}))?"
 )
 _KEYS = {"w": (1, 0, 0), "s": (-1, 0, 0), "a": (0, -1, 0), "d": (0, 1, 0),
          "l": (0, 0, -1), "r": (0, 0, 1)}  # fmt: skip
@@ -40,8 +39,8 @@ def parse_walk(text: str, known: Vocabulary) -> tuple[Stride, ...]:
     """Read a walk; an empty text is none.
 
     Raises:
-        ValueError: no walk, a longer one than `LONGEST_WALK` chunks, or words and presets that
-            the world does not have.
+        ValueError: no walk, a longer one than `LONGEST_WALK` chunks, words and presets that the
+            world does not have, or two words of one group in a chunk.
     """
     strides: list[Stride] = []
     for item in text.split(",") if text else ():
@@ -57,6 +56,8 @@ def parse_walk(text: str, known: Vocabulary) -> tuple[Stride, ...]:
         for word in words:
             if known.group_of(word) is None:
                 raise ValueError(f"a walk says words of the world, got {word!r}")
+        if len({known.group_of(word) for word in words}) < len(words):
+            raise ValueError(f"a walk says one word of a group at once, got {item!r:.40}")
         preset = found["preset"] or ""
         if preset and preset not in known.presets:
             raise ValueError(f"a walk names presets of the world, got {preset!r}")
@@ -69,23 +70,28 @@ def parse_walk(text: str, known: Vocabulary) -> tuple[Stride, ...]:
 
 
 class Walked:
-    """A walk that is being walked, as short as its text, up to `LONGEST_WALK` chunks."""
+    """A walk that is being walked, as short as its text, to `LONGEST_WALK` or `LONGEST_TEXT`."""
 
     def __init__(self, strides: Iterable[Stride] = ()) -> None:
         self._items: list[tuple[int, str]] = []
-        self._chunks = 0
+        self._chunks = self._letters = 0
+        self._full = False
         for stride in strides:
             self.add(stride)
 
     def add(self, stride: Stride) -> None:
-        """Go on; what is too long for a link is left out."""
-        if self._chunks == LONGEST_WALK:
-            return
-        self._chunks += 1
+        """Go on; from where it is too long for a link, it is left out."""
         text, times = _item(stride), 1
+        letters = self._letters + len(text) + _BESIDE
+        self._full |= self._chunks == LONGEST_WALK or letters > LONGEST_TEXT
+        if self._full:
+            return
         plain = not stride.words and not stride.preset
         if self._items and plain and self._items[-1][1] == text and self._items[-1][0] < _TIMES:
             times += self._items.pop()[0]
+        else:
+            self._letters = letters
+        self._chunks += 1
         self._items.append((times, text))
 
     def __str__(self) -> str:

@@ -152,9 +152,11 @@ class World(Protocol):
         chunk_frames: frames of a chunk.
         size: rows and columns of a frame.
         fps: frames a second at which its motion has natural speed.
-        look: degrees that a camera can turn within a chunk.
-        words: groups of words, one of each is said; the first of a group is the default.
-        presets: that a visitor may switch the fast side to, without a new compilation.
+        look: degrees that a camera can turn within a chunk, a whole number.
+        words: groups of words, one of each is said; the first of a group is the default. Letters
+            a-z, digits and hyphens, as links to walks hold them; no word is in two groups.
+        presets: that a visitor may switch the fast side to, without a new compilation; named of
+            the same signs.
         room: the place that a visitor enters who names none.
         rooms: how many places there are, numbered from 0.
     """

@@ -369,6 +369,19 @@ def test_rest_of_a_recorded_walk_is_kept(enter):
     assert again.of("fast")[-1]["words"] == ("day", "fog")
 
 
+def test_who_said_a_word_of_each_of_many_groups_comes_back(enter):
+    world = PaintedWorld()
+    world.words = {f"group-{i}": (f"old-{i}", f"new-{i}") for i in range(11)}
+    host, visitor, out = enter(world)
+    new = tuple(f"new-{i}" for i in range(11))
+    visitor.say(Say(1, new))
+    wait(lambda: out.of("fast") and out.of("fast")[-1]["words"] == new)
+    host.leave(visitor)
+    back = host.enter(Enter(None, (), "", visitor.ticket), Out())
+    assert back.said[0] == new
+    assert back.walked() == visitor.walked()
+
+
 def test_each_chunk_is_kept_at_once_where_the_keep_lives_longer():
     keep = Keep()
     hosts = [

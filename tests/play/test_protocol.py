@@ -20,11 +20,11 @@ from lipass.play.protocol import (
     Recall,
     Refused,
     Say,
-    Vocabulary,
     pack,
     read,
     unpack,
 )
+from lipass.play.vocabulary import Vocabulary
 from lipass.play.walk import LONGEST_WALK, Stride, format_walk, parse_walk
 from lipass.play.world import Controls
 
@@ -71,6 +71,7 @@ def test_every_kind_is_understood():
         ({"do": "enter", "room": 100}, "room must be a whole number from 0 to 99"),
         ({"do": "enter", "walk": "9w,import os"}, "a walk has items like"),
         ({"do": "enter", "walk": "w~noon"}, "says words of the world"),
+        ({"do": "enter", "walk": "w~day~night"}, "one word of a group at once"),
         ({"do": "enter", "walk": "w@off"}, "names presets of the world"),
         ({"do": "enter", "walk": "9999w"}, "at most 7200 chunks"),
         ({"do": "enter", "token": 5}, "token, walk and ticket must be text"),
@@ -145,6 +146,17 @@ def test_walk_is_short():
     assert format_walk(walk) == "80w,l~fog"
     longest = [Stride(Controls(1, 1, 1, -98 + i % 2, -99)) for i in range(LONGEST_WALK)]
     assert len(format_walk(longest)) < LONGEST_MESSAGE
+
+
+def test_walk_that_says_much_ends_where_a_link_would_be_too_long():
+    words = {f"group-{i}": tuple(f"{end}-{i}".rjust(20, "x") for end in "ab") for i in range(12)}
+    known = Vocabulary(words, ("all",), 1)
+    every = [tuple(group[i % 2] for group in words.values()) for i in range(LONGEST_WALK)]
+    walk = [Stride(Controls(ahead=1), said, "all") for said in every]
+    text = format_walk(walk)
+    entered = read(json.dumps({"do": "enter", "walk": text, "ticket": "t" * 64}), known)
+    assert list(entered.walk) == walk[: len(entered.walk)]
+    assert len(entered.walk) > 100
 
 
 def test_chunk_is_unpacked_as_it_was():
