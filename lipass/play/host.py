@@ -86,7 +86,7 @@ class Host:
         self.voice, self.films = voice, films
         self._keep_chunks = keep_chunks
         self._lock = threading.Lock()
-        self._entering = threading.Lock()
+        self._entering, self._returning = threading.Lock(), threading.Lock()
         self._closing = False
         self._threads_before: int | None = None
         self._compiler = threading.Thread(
@@ -125,17 +125,19 @@ class Host:
     def enter(self, enter: Enter, out: Out) -> Visitor | None:
         """Let a visitor in; None where it is full. Takes a moment: not for an event loop.
 
+        Who holds the ticket of a visitor that is here takes that place.
+
         Raises:
             LipassError: a ticket that is not known any more.
         """
-        with self._lock:
-            if len(self.visitors) + self._coming >= self.visitors_max:
-                return None
-            self._coming += 1
+        parts = self._take_over(enter.ticket) if enter.ticket else None
+        if parts is None and not self._find_place():
+            return None
         try:
-            parts = self._parts(enter.ticket) if enter.ticket else {}
-            if enter.ticket and FAST not in parts:
-                raise LipassError("a ticket must be of a visit that is kept, got an old one")
+            if enter.ticket:
+                parts = parts or self.keep.get(enter.ticket)
+                if FAST not in parts:
+                    raise LipassError("a ticket must be of a visit that is kept, got an old one")
             room = self.world.room if enter.room is None else enter.room
             room = room_of(parts[FAST]) if parts else room
             with self._entering:  # one at a time, so that who walks already is not held up
@@ -143,13 +145,44 @@ class Host:
                 keep = self.keep if self._keep_chunks else None
                 visitor = Visitor(self.world, room, visit, enter.walk, out, self.wake, keep)
                 if parts:
-                    visitor.restore(parts, self.vocabulary)
+                    self._restore(visitor, parts)
             with self._lock:
                 self.visitors.add(visitor)
             return visitor
         finally:
             with self._lock:
                 self._coming -= 1
+
+    def _find_place(self) -> bool:
+        """Take a place for somebody who comes, if one is free."""
+        with self._lock:
+            free = len(self.visitors) + self._coming < self.visitors_max
+            self._coming += free
+            return free
+
+    def _take_over(self, ticket: str) -> dict[str, bytes] | None:
+        """Take the place of who is here with a ticket, and what they know; None if nobody is.
+
+        A socket that broke may look open from here for a while, and its owner is at the door.
+        """
+        with self._returning:  # who comes twice finds the second time what was kept the first time
+            with self._lock:
+                here = (one for one in self.visitors if one.ticket == ticket and one.can_be_kept)
+                found = next(here, None)
+                if found is None:
+                    return None
+                self.visitors.discard(found)
+                self._coming += 1
+            parts = self._let_go(found)
+        found.end("this visit goes on in another window")
+        return parts
+
+    def _restore(self, visitor: Visitor, parts: dict[str, bytes]) -> None:
+        try:
+            visitor.restore(parts, self.vocabulary)
+        except Exception:
+            visitor.close()
+            raise
 
     def begin(self, visitor: Visitor) -> None:
         """Make chunks for a visitor from now on."""
@@ -158,26 +191,30 @@ class Host:
 
     def leave(self, visitor: Visitor) -> None:
         """Let a visitor go and free all of it; waits for chunks that are being made."""
+        self._let_go(visitor)
+
+    def _let_go(self, visitor: Visitor) -> dict[str, bytes]:
+        """Free a visitor, and return what is kept of the visit."""
         for lane in self._lanes:
             lane.remove(visitor)
+        parts: dict[str, bytes] = {}
         try:
             if visitor.can_be_kept and not visitor.closed and not self._closing:
-                self.store(visitor, visitor.ticket)
+                parts = visitor.parts()
+                self._put(visitor.ticket, parts)
         except Exception:
             log.exception("a visit could not be kept")
         visitor.close()
         with self._lock:
             self.visitors.discard(visitor)
-
-    def _parts(self, ticket: str) -> dict[str, bytes]:
-        """Find a visit: one whose socket broke may look open from here for a while."""
-        with self._lock:
-            here = [one for one in self.visitors if one.ticket == ticket and one.can_be_kept]
-        return here[0].parts() if here else self.keep.get(ticket)
+        return parts
 
     def store(self, visitor: Visitor, ticket: str) -> None:
         """Keep a visit as it is now, under a ticket."""
-        if parts := visitor.parts():
+        self._put(ticket, visitor.parts())
+
+    def _put(self, ticket: str, parts: dict[str, bytes]) -> None:
+        if parts:
             self.keep.put(ticket, parts)
 
     def wake(self) -> None:

@@ -74,6 +74,7 @@ class Visitor:
 
     Attributes:
         ticket: with which the visit is kept.
+        can_be_kept: whether the world says how its visits go on.
         film: that is being made of it.
     """
 
@@ -92,6 +93,7 @@ class Visitor:
         self.plan, self.first, self.camera = visit.plan, visit.first, visit.camera
         self._world, self._visit, self._out, self._wake = world, visit, out, wake
         self._sides: dict[str, Side] = {name: visit.side(name) for name in SIDES}
+        self.can_be_kept = all(isinstance(o, Resumable) for o in (visit, *self._sides.values()))
         self._rates = {name: Rate(world.chunk_frames) for name in SIDES}
         self._lock = threading.Lock()
         self._making = {name: threading.Lock() for name in SIDES}
@@ -144,13 +146,6 @@ class Visitor:
         """Words and preset of the latest chunk."""
         return self._asked.words, self._asked.preset
 
-    # What is kept, and goes on elsewhere.
-
-    @property
-    def can_be_kept(self) -> bool:
-        """Whether the world says how its visits go on."""
-        return all(isinstance(one, Resumable) for one in (self._visit, *self._sides.values()))
-
     def parts(self) -> dict[str, bytes]:
         """Give all that goes on, behind the chunks that are being made."""
         found = {}
@@ -195,6 +190,10 @@ class Visitor:
             cast(Any, self._sides[DENSE]).restore(dense["side"])
             self._dense_done, self._missed = dense["done"], dense["missed"]
 
+    def end(self, why: str) -> None:
+        """Tell the visitor that the visit is over here."""
+        self._out.failed(why)
+
     def measure_anew(self, side: str) -> None:
         """Forget how fast a side was: it is compiled from now on."""
         self._rates[side] = Rate(self._world.chunk_frames)
@@ -233,11 +232,12 @@ class Visitor:
                     log.exception("a chunk could not be kept")
 
     def close(self) -> None:
-        """Free both sides, behind the chunks that are being made."""
+        """Free both sides, once, behind the chunks that are being made."""
         self.closed = True
         for name in SIDES:
             with self._making[name]:
-                self._sides[name].close()
+                if (side := self._sides.pop(name, None)) is not None:
+                    side.close()
         self._to_compare.clear()
         self._asked.forget()
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from painted import PaintedWorld
+from painted import PaintedVisit, PaintedWorld
 
 from lipass.errors import LipassError
 from lipass.play.host import Host
@@ -135,6 +135,13 @@ def enter():
     yield start
     for host in hosts:
         host.close()
+
+
+def started(world, **options):
+    """Start a host that its test closes."""
+    host = Host(world, beside=True, threads=1, **options)
+    host.start()
+    return host
 
 
 def test_fast_side_does_not_wait_for_the_dense_one(enter):
@@ -409,7 +416,43 @@ def test_who_comes_back_before_the_broken_socket_is_noticed_goes_on(enter):
     walk_on(visitor, out, 2)
     back = host.enter(Enter(None, (), "", visitor.ticket), Out())
     assert (back.first == out.of("fast")[-1]["frames"][-1]).all()
-    assert len(host.visitors) == 2
+    assert host.visitors == {back}  # the one whose socket broke was let go
+    assert out.why == "this visit goes on in another window"
+    host.leave(visitor)  # as when its socket is noticed at last
+    assert host.visitors == {back}
+    assert visitor._world.open_sides == 2
+
+
+def test_who_comes_back_to_a_full_house_takes_the_place_they_still_hold(enter):
+    world = PaintedWorld()
+    host, visitor, out = enter(world, host=started(world, visitors_max=2))
+    _, other, _ = enter(None, host=host)
+    walk_on(visitor, out, 2)
+    assert host.enter(Enter(None, (), ""), Out()) is None
+    assert host.enter(Enter(None, (), "", "no such one"), Out()) is None
+    back = host.enter(Enter(None, (), "", visitor.ticket), Out())
+    assert (back.first == out.of("fast")[-1]["frames"][-1]).all()
+    assert host.visitors == {back, other}
+    assert host.enter(Enter(None, (), "", visitor.ticket), Out()) is None  # it is used by now
+    host.close()
+    assert world.open_sides == 0
+
+
+def test_visit_that_cannot_be_gone_on_with_leaves_nothing_open(enter):
+    class Broken(PaintedVisit):
+        def restore(self, state):
+            raise ValueError("of another world")
+
+    world = PaintedWorld()
+    host, visitor, out = enter(world)
+    wait(lambda: out.of("dense"))
+    world.visit = lambda room: Broken(world, room)
+    with pytest.raises(ValueError, match="of another world"):
+        host.enter(Enter(None, (), "", visitor.ticket), Out())
+    assert world.open_sides == 0
+    assert not host.visitors
+    del world.visit
+    assert host.enter(Enter(None, (), "", visitor.ticket), Out()) is not None  # it is still kept
 
 
 def test_ticket_that_is_not_known_any_more_is_refused(enter):
