@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from lipass.play.protocol import Choose, Move, Say
+from lipass.play.settling import Settling
 from lipass.play.vocabulary import Vocabulary
 from lipass.play.walk import Stride, Walked, format_walk, parse_walk
 from lipass.play.world import STILL, Controls, Words, World
 
-# Chunks in which a new word shows; then a still view stays as it is and costs nothing.
-_CHUNKS_AFTER_WORDS = 4
 # Chunks' worth of looking that is kept while a pointer is faster than the camera.
 _LOOK_AHEAD = 2
 
@@ -41,7 +40,8 @@ class Asked:
         self._chosen = ""
         self._replay = deque(walk)
         self._walked = Walked()
-        self._unasked = 1  # chunks that are due without keys: first the view of the entrance
+        self._unasked = True  # whether a chunk is due without keys: the view of the entrance
+        self._settling = Settling(self.words)
         self._lock = threading.Lock()
 
     def move(self, message: Move) -> None:
@@ -64,13 +64,17 @@ class Asked:
             for word in message.words:
                 self._said[next(i for i, group in enumerate(self._groups) if word in group)] = word
             self.number = message.number
-            self._unasked = max(self._unasked, _CHUNKS_AFTER_WORDS)
+            self._unasked = True
 
     def choose(self, message: Choose) -> None:
         """Choose another preset from the next chunk on."""
         with self._lock:
             self._chosen = message.preset
-            self._unasked = max(self._unasked, 1)
+            self._unasked = True
+
+    def show(self) -> None:
+        """Ask for a chunk though nothing else is asked for."""
+        self._unasked = True
 
     @property
     def replays(self) -> int:
@@ -85,12 +89,12 @@ class Asked:
     @property
     def waits(self) -> bool:
         """Whether a chunk is asked for."""
-        return self.moves or self._unasked > 0
+        return self.moves or self._unasked or self._settling.left > 0
 
     def take(self) -> Stride:
         """Take what is asked of the next chunk."""
         with self._lock:
-            self._unasked = max(self._unasked - 1, 0)
+            self._unasked = False
             if self._replay:
                 stride = self._replay.popleft()
             else:
@@ -105,6 +109,7 @@ class Asked:
                 next((word for word in stride.words if word in group), before)
                 for group, before in zip(self._groups, self.words, strict=True)
             )
+            self._settling.take(self.words)
             self._walked.add(stride)
             return stride
 
@@ -119,12 +124,13 @@ class Asked:
             return {
                 "words": list(self.words),
                 "preset": self.preset,
+                "settling": self._settling.left,
                 "walked": str(self._walked),
                 "replay": format_walk(self._replay),
             }
 
     def restore(self, state: dict[str, Any], known: Vocabulary) -> None:
-        """Go on where a `state` was given; nothing is due until something is asked for.
+        """Go on where a `state` was given: with a change of words that had not come to its end.
 
         Raises:
             ValueError: words or presets of another world.
@@ -133,7 +139,8 @@ class Asked:
             self.words, self.preset = tuple(state["words"]), state["preset"]
             self._walked = Walked(parse_walk(state["walked"], known))
             self._replay = deque(parse_walk(state["replay"], known))
-            self._unasked = 0
+            self._settling.words, self._settling.left = self.words, state["settling"]
+            self._unasked = False
 
     def forget(self) -> None:
         """Drop what is left of a recorded walk."""

@@ -2,7 +2,7 @@
 
 The fast side takes what is asked when a chunk begins, and never waits for the other. The dense
 side gets the same cameras; where it is slower it takes the newest stretch and misses those
-between, which is counted.
+between, which is counted. A change of words is each side's own: either makes all chunks of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast
 
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 
 from lipass.play.asked import Asked
-from lipass.play.figures import Rate, distance_db
+from lipass.play.behind import Behind
+from lipass.play.figures import Rate
 from lipass.play.film import Film
 from lipass.play.header import Stretch, header_of
 from lipass.play.keep import Keeping
@@ -42,9 +42,7 @@ from lipass.runtime.tree_file import checked, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
 
-# Chunks of the fast side that wait to be compared with the dense one.
-_COMPARED = 16
-_KIND, _VERSION = "lipass.visit", 1
+_KIND, _VERSION = "lipass.visit", 2
 
 
 class Out(Protocol):
@@ -95,19 +93,15 @@ class Visitor:
         self._sides: dict[str, Side] = {name: visit.side(name) for name in SIDES}
         self.can_be_kept = all(isinstance(o, Resumable) for o in (visit, *self._sides.values()))
         self._rates = {name: Rate(world.chunk_frames) for name in SIDES}
-        self._lock = threading.Lock()
         self._making = {name: threading.Lock() for name in SIDES}
         self._asked = Asked(world, walk)
         self._compare = True
         self._next_at = 0.0
         self._chunks = 0
-        self._newest: Stretch | None = None
-        self._dense_done = -1
-        self._missed = 0
+        self._behind = Behind(self._asked.words)
         self._shown = visit.first
         self._beside = visit.first[None]
         self.film: Film | None = None
-        self._to_compare: OrderedDict[int, Pixels] = OrderedDict()
         self.closed = False
 
     # What is asked for: called by the socket.
@@ -133,8 +127,7 @@ class Visitor:
 
     def compare(self, message: Compare) -> None:
         """Let the dense side run, or not."""
-        with self._lock:
-            self._compare = message.on
+        self._compare = message.on
         self._wake()
 
     def walked(self) -> str:
@@ -168,7 +161,7 @@ class Visitor:
                 "shown": torch.from_numpy(np.ascontiguousarray(self._shown)),
             }
         else:
-            tree |= {"done": self._dense_done, "missed": self._missed}
+            tree["behind"] = self._behind.state()
         return to_bytes(checked(tree, "a visit"), _KIND, _VERSION)
 
     def restore(self, parts: Mapping[str, bytes], known: Vocabulary) -> None:
@@ -188,7 +181,9 @@ class Visitor:
         if DENSE in parts:
             dense = from_bytes(parts[DENSE], _KIND, _VERSION)
             cast(Any, self._sides[DENSE]).restore(dense["side"])
-            self._dense_done, self._missed = dense["done"], dense["missed"]
+            self._behind.restore(dense["behind"])
+            if self._behind.lags(self._chunks - 1):  # it catches up by what the fast side shows
+                self._asked.show()
 
     def end(self, why: str) -> None:
         """Tell the visitor that the visit is over here."""
@@ -206,9 +201,8 @@ class Visitor:
             return None
         if side == FAST:
             return self._next_at if self._asked.waits else None
-        newest = self._newest
-        waits = self._compare and newest is not None and newest.chunk > self._dense_done
-        return 0.0 if waits else None
+        rests_at = None if self._asked.waits else self._chunks - 1
+        return 0.0 if self._compare and self._behind.waits(rests_at) else None
 
     def make(self, side: str) -> None:
         """Make one chunk of a side and send it; what fails ends this visit alone."""
@@ -238,47 +232,37 @@ class Visitor:
             with self._making[name]:
                 if (side := self._sides.pop(name, None)) is not None:
                     side.close()
-        self._to_compare.clear()
+        self._behind.forget()
         self._asked.forget()
 
     def _make_fast(self) -> None:
         start = time.monotonic()
         self._next_at = start + self._world.chunk_frames / self._world.fps
+        chunk = self._chunks
+        self._chunks += 1  # before it is taken: the dense side sees that another one comes
         number, stride = self._asked.number, self._asked.take()
         begin = time.perf_counter()
         way = self._visit.go(stride.controls)
         stretch = Stretch(
-            self._chunks, way, self._visit.camera, self._asked.words, self._asked.preset, number,
+            chunk, way, self._visit.camera, self._asked.words, self._asked.preset, number,
             time.perf_counter() - begin,
         )  # fmt: skip
-        self._chunks += 1
         made, seconds = self._timed(FAST, stretch)
         self._shown = made.frames[-1]
         if (film := self.film) is not None:
             film.add(made.frames, self._beside)
         self._out.chunk(self._told(FAST, stretch, made, seconds), made.frames)
-        with self._lock:
-            self._to_compare[stretch.chunk] = made.frames
-            while len(self._to_compare) > _COMPARED:
-                self._to_compare.popitem(last=False)
-            self._newest = stretch
+        self._behind.show(stretch, made.frames)
         self._wake()
 
     def _make_dense(self) -> None:
-        stretch = self._newest
-        assert stretch is not None
-        self._missed += stretch.chunk - self._dense_done - 1
-        self._dense_done = stretch.chunk
+        stretch = self._behind.take()
         made, seconds = self._timed(DENSE, stretch)
         self._beside = made.frames
-        with self._lock:
-            other = self._to_compare.get(stretch.chunk)
-            for chunk in [one for one in self._to_compare if one <= stretch.chunk]:
-                del self._to_compare[chunk]
         header = self._told(DENSE, stretch, made, seconds)
-        header["db"] = None if other is None else round(distance_db(made.frames, other), 2)
+        header["db"] = self._behind.distance_db(stretch, made.frames)
         header["behind"] = self._chunks - 1 - stretch.chunk
-        header["missed"] = self._missed
+        header["missed"] = self._behind.missed
         self._out.chunk(header, made.frames)
 
     def _told(self, side: str, stretch: Stretch, made: Made, seconds: float) -> dict[str, Any]:

@@ -102,7 +102,8 @@ class Side(Protocol):
         """Generate the frames of one stretch of the way.
 
         Args:
-            chunk: its number; a side may have missed some.
+            chunk: its number; a side may have missed some, and while words change, it is asked for
+                its latest one again where the visitor stands still.
             stretch: what `Visit.go` returned.
             words: one of each group of `World.words`.
             preset: one of `World.presets`; means nothing to the dense side.

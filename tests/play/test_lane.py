@@ -179,6 +179,94 @@ def test_still_view_costs_nothing(enter):
     assert world.made[-1][3] == ("night", "clear")
 
 
+def said(world, side, word):
+    return [one for one in tuple(world.made) if one[0] == side and word in one[3]]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "in turns"])
+def test_each_side_makes_the_chunks_that_its_own_change_of_words_takes(beside):
+    world, out = PaintedWorld(dense_seconds=0.03), Out()
+    host = Host(world, beside=beside, threads=1)
+    host.start()
+    visitor = host.enter(Enter(None, (), ""), out)
+    host.begin(visitor)
+    wait(lambda: len(out.of("dense")) == 1)
+    visitor.say(Say(1, ("night",)))
+    wait(lambda: len(said(world, "dense", "night")) == 4)
+    time.sleep(0.1)
+    host.close()
+    assert len(said(world, "fast", "night")) == 4
+    assert len(said(world, "dense", "night")) == 4
+    assert out.of("dense")[-1]["chunk"] == out.of("fast")[-1]["chunk"]
+    assert out.of("dense")[-1]["db"] is not None
+    made = [one["chunk"] for one in out.of("dense")]
+    assert out.of("dense")[-1]["missed"] == made[-1] + 1 - len(set(made))
+
+
+def test_dense_side_makes_its_change_of_words_after_a_walk_too(enter):
+    world = PaintedWorld(dense_seconds=0.05)
+    _, visitor, out = enter(world)
+    wait(lambda: len(out.of("dense")) == 1)
+    visitor.move(Move(1, WALKS))
+    visitor.say(Say(2, ("night",)))
+    wait(lambda: len(said(world, "fast", "night")) >= 6)  # its own change is over
+    visitor.move(Move(3, Controls()))
+    wait(lambda: len(said(world, "dense", "night")) == 4)
+    time.sleep(0.15)
+    assert len(said(world, "dense", "night")) == 4
+    assert out.of("dense")[-1]["camera"] == out.of("fast")[-1]["camera"]
+
+
+def test_no_chunk_is_made_again_while_somebody_walks_and_words_change(enter):
+    _, visitor, out = enter(PaintedWorld(seconds=0.02))
+    visitor.move(Move(1, WALKS))
+    for number, word in enumerate(("night", "fog", "day", "clear")):
+        visitor.say(Say(number, (word,)))
+        seen = len(out.of("fast"))
+        wait(lambda: len(out.of("fast")) > seen + 2)  # noqa: B023
+    made = [one["chunk"] for one in out.of("dense")]
+    assert len(made) == len(set(made))
+
+
+def test_walk_that_ends_with_a_word_is_replayed_to_the_end_of_its_change(enter):
+    world = PaintedWorld()
+    enter(world, walk="3w,w~night")
+    wait(lambda: len(said(world, "fast", "night")) == 4)
+    time.sleep(0.05)
+    assert len(said(world, "fast", "night")) == 4
+
+
+def test_change_of_words_goes_on_after_a_socket_broke():
+    world = PaintedWorld()
+    host = Host(world, beside=True, threads=1)  # not started: chunks are made by hand
+    visitor = host.enter(Enter(None, (), ""), Out())
+    visitor.make("fast")
+    visitor.say(Say(1, ("night",)))
+    for side in ("fast", "fast", "dense"):
+        visitor.make(side)
+    back = host.enter(Enter(None, (), "", visitor.ticket), Out())
+    for _ in range(9):
+        for side in ("fast", "dense"):
+            if back.due(side) is not None:
+                back.make(side)
+    assert len(said(world, "fast", "night")) == 4
+    assert len(said(world, "dense", "night")) == 4
+
+
+def test_dense_side_that_was_behind_when_a_socket_broke_catches_up():
+    host = Host(PaintedWorld(), beside=True, threads=1)
+    visitor, out = host.enter(Enter(None, (), ""), Out()), Out()
+    for side in ("fast", "dense", "fast", "fast"):
+        visitor.make(side)
+    back = host.enter(Enter(None, (), "", visitor.ticket), out)
+    for _ in range(9):
+        for side in ("fast", "dense"):
+            if back.due(side) is not None:
+                back.make(side)
+    assert [one["chunk"] for one in out.of("fast")] == [3]
+    assert [one["chunk"] for one in out.of("dense")] == [3]
+
+
 def test_chunks_come_no_faster_than_the_motion_is_natural(enter):
     _, visitor, out = enter(PaintedWorld())
     begin = time.monotonic()
