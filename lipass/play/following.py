@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from lipass.play.host import Host
@@ -48,8 +49,9 @@ class Following:
         self._host, self._visitor, self._tell, self._spoke = host, visitor, tell, spoke
         self._listening: Listening | None = None
         if host.voice is not None:
-            self._listening = Listening(host.voice, self._say, tell)
-        self._under_way: asyncio.Task[None] | None = None
+            refuse = partial(self._refuse, what="listen")
+            self._listening = Listening(host.voice, self._say, tell, refuse)
+        self._under_way: dict[str, asyncio.Task[None]] = {}
 
     def follow(self, message: Message) -> None:
         """Do what a message asks."""
@@ -75,8 +77,8 @@ class Following:
 
     @property
     def listens(self) -> bool:
-        """Whether bytes are audio."""
-        return self._listening is not None and self._listening.on
+        """Whether bytes are audio: some are on their way when a microphone is switched off."""
+        return self._listening is not None
 
     def hear(self, audio: bytes) -> None:
         """Take audio.
@@ -89,8 +91,7 @@ class Following:
 
     def tasks(self) -> Iterator[asyncio.Task[None]]:
         """List what is under way."""
-        if self._under_way is not None:
-            yield self._under_way
+        yield from self._under_way.values()
         if self._listening is not None:
             yield from self._listening.tasks
 
@@ -98,26 +99,31 @@ class Following:
         self._visitor.hear(words)
         self._spoke()
 
-    def _refuse(self, why: str) -> None:
-        self._tell({"do": "refused", "why": why})
+    def _refuse(self, why: str, what: str = "") -> None:
+        """Say what is not done, so that its button does not look pressed."""
+        self._tell({"do": "refused", "what": what, "why": why})
 
     def _listen(self, on: bool) -> None:
         if self._listening is None:
-            self._refuse("nobody listens here; see docs of lipass play")
+            if on:
+                self._refuse("nobody listens here; see docs of lipass play", "listen")
         else:
             self._listening.switch(on)
 
-    def _begin(self, task: Callable[[], Any]) -> None:
-        """Do one thing at a time that takes longer than a message."""
-        if self._under_way is not None and not self._under_way.done():
-            self._refuse("one fork or film at a time; ask again in a moment")
-        else:
-            self._under_way = asyncio.create_task(task())
+    def _is_free(self, what: str) -> bool:
+        """Whether nothing of a kind is under way that takes longer than a message."""
+        task = self._under_way.get(what)
+        if task is None or task.done():
+            return True
+        self._refuse(f"one {what} at a time; ask again in a moment", what)
+        return False
 
     def _fork(self) -> None:
         """Keep the visit under a ticket of its own, when the chunks that are made now are."""
         if not self._visitor.can_be_kept:
-            self._refuse("visits of this world do not go on elsewhere")
+            self._refuse("visits of this world do not go on elsewhere", "fork")
+            return
+        if not self._is_free("fork"):
             return
 
         async def keep() -> None:
@@ -126,15 +132,16 @@ class Following:
             self._tell({"do": "forked", "ticket": ticket})
             await asyncio.sleep(_FORK_S)
 
-        self._begin(keep)
+        self._under_way["fork"] = asyncio.create_task(keep())
 
     def _film(self, on: bool) -> None:
         """Begin a film, or end it and tell where it can be fetched, once."""
         films = self._host.films
         if films is None:
-            self._refuse("no films are made here; see docs of lipass play")
+            self._refuse("no films are made here; see docs of lipass play", "film")
         elif on:
-            self._visitor.film = films.begin()
+            if self._is_free("film"):
+                self._visitor.film = films.begin()
         elif (film := self._visitor.film) is not None:
             self._visitor.film = None
 
@@ -143,4 +150,4 @@ class Following:
                 ticket = await loop.run_in_executor(films.thread, films.end, film)
                 self._tell({"do": "film", "ticket": ticket, "frames": film.frames})
 
-            self._begin(develop)
+            self._under_way["film"] = asyncio.create_task(develop())

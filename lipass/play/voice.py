@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,12 +52,7 @@ class Recogniser:
     """
 
     def __init__(self, groups: Mapping[str, Sequence[str]]) -> None:
-        try:
-            import pocketsphinx
-        except ImportError:
-            raise LipassError(
-                "voice needs pocketsphinx, got none; run pip install 'lipass[voice]'"
-            ) from None
+        pocketsphinx = _pocketsphinx()
         self._groups = {name: tuple(group) for name, group in groups.items()}
         model = Path(pocketsphinx.get_model_path()) / "en-us"
         wanted = [*_LEADING, *_BETWEEN, *groups, *_all(groups)]
@@ -95,12 +90,14 @@ class Recogniser:
 
 
 class Ear:
-    """Cuts what one visitor's microphone sends into utterances."""
+    """Cuts what one visitor's microphone sends into utterances.
+
+    Raises:
+        LipassError: pocketsphinx is not installed.
+    """
 
     def __init__(self) -> None:
-        import pocketsphinx
-
-        self._ends = pocketsphinx.Endpointer(sample_rate=RATE)
+        self._ends = _pocketsphinx().Endpointer(sample_rate=RATE)
         self._frame = self._ends.frame_bytes
         before = int(_PRE_ROLL_S / self._ends.frame_length)
         self._before: deque[bytes] = deque(maxlen=before)
@@ -133,23 +130,52 @@ class Voice:
 
     Args:
         groups: the words of a world.
+
+    Attributes:
+        failure: why nobody can be heard, once that is known.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[str]]) -> None:
         self._groups = groups
+        self.failure = ""
         self._recogniser: Recogniser | None = None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="lipass-play-voice")
         """Who hears somewhere else would hold up the event loop."""
 
     def hear(self, pcm: bytes) -> Heard:
-        """Understand one utterance; called in `thread`."""
+        """Understand one utterance; called in `thread`.
+
+        Raises:
+            LipassError: as `Recogniser` does; it is made once.
+        """
+        if self.failure:
+            raise LipassError(self.failure)
         if self._recogniser is None:
-            self._recogniser = Recogniser(self._groups)
+            try:
+                self._recogniser = Recogniser(self._groups)
+            except LipassError as error:
+                self.failure = str(error)
+                raise
         return self._recogniser.hear(pcm)
 
     def close(self) -> None:
         """Hear nothing more."""
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _pocketsphinx() -> Any:
+    """Import what hears.
+
+    Raises:
+        LipassError: it is not installed.
+    """
+    try:
+        import pocketsphinx
+    except ImportError:
+        raise LipassError(
+            "voice needs pocketsphinx, got none; run pip install 'lipass[voice]'"
+        ) from None
+    return pocketsphinx
 
 
 def language_of(groups: Mapping[str, Sequence[str]], sounds: set[str]) -> str:

@@ -58,6 +58,18 @@ def test_film_is_asked_for_where_none_is_made(serve, visit):
     assert fetched(port, "any")[0] == 404
 
 
+def test_film_that_ends_beside_a_fork_is_not_lost(serve, visit):
+    world = PaintedWorld()
+    _, port = serve(world, films=Films(world.fps))
+    client = visit(port)
+    client.enter()
+    client.send(do="film", on=True)
+    client.send(do="fork")
+    client.until(do="forked")
+    client.send(do="film", on=False)
+    assert client.until(do="film")["ticket"]
+
+
 def test_film_has_a_longest_length(monkeypatch):
     monkeypatch.setattr(films_module, "LONGEST_FRAMES", 6)
     made = Films(20.0)
