@@ -34,7 +34,7 @@ class Limits:
 
     Attributes:
         messages_a_second: on average; twice as many may come at once.
-        refusals: messages that are not understood before it is closed.
+        refusals: messages that may not be understood; one more closes it.
         enter_s: seconds until the first message.
         idle_s: seconds without a message until the visit ends.
         stall_s: seconds that sending one message may take.
@@ -203,12 +203,13 @@ class Connection:
                 "title": world.title,
                 "room": visitor.room,
                 "replica": self._host.name,
-                "voice": self._host.voice is not None,
+                "voice": self._host.voice is not None and not self._host.voice.failure,
                 "films": self._host.films is not None,
                 "ticket": visitor.ticket if visitor.can_be_kept else "",
                 "said": visitor.said[0],
                 "preset": visitor.said[1],
                 "rooms": world.rooms,
+                "entrance": world.room,
                 "plan": visitor.plan,
                 "words": {name: list(group) for name, group in world.words.items()},
                 "presets": list(world.presets),

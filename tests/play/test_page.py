@@ -17,9 +17,9 @@ def page(tmp_path_factory):
         yield opened
 
 
-def entered(page, port, **window):
+def entered(page, port, behind="", **window):
     page.said.clear()
-    page.open(f"http://127.0.0.1:{port}/", **window)
+    page.open(f"http://127.0.0.1:{port}/{behind}", **window)
     page.until("window.lipass?.fast && window.lipass.dense && window.lipass.ready.length == 2")
 
 
@@ -103,9 +103,38 @@ def test_visit_goes_on_after_its_socket_broke_or_it_was_idle(page, serve):
     page.key("KeyW", down=False)
 
 
-def test_fork_opens_where_the_visit_is(page, serve):
-    _, port = serve(PaintedWorld())
+def test_who_comes_back_to_a_full_server_waits_for_a_place(page, serve):
+    host, port = serve(PaintedWorld(), idle_s=0.7)
     entered(page, port)
+    page.key("KeyW", down=True)
+    page.until("lipass.camera[1] > 4")
+    page.key("KeyW", down=False)
+    page.until("lipass.gone")
+    places, host.visitors_max = host.visitors_max, 0
+    page.key("KeyW", down=True)
+    said = "document.getElementById('status').textContent"
+    page.until(f"{said}.startsWith('Waiting for a place: 0 visitors are in')")
+    host.visitors_max = places
+    page.until("lipass.fast?.camera[1] > 5")
+    page.key("KeyW", down=False)
+    page.said.clear()
+
+
+def test_dense_side_stays_switched_off_in_another_room(page, serve):
+    host, port = serve(PaintedWorld())
+    entered(page, port)
+    page.ask("document.getElementById('compare').click()")
+    page.ask("lipass.before = lipass.world; document.getElementById('another').click()")
+    page.until("lipass.world != lipass.before")
+    page.ask("document.querySelector('[data-choice=night]').click()")
+    page.until("lipass.fast?.words[0] == 'night'")
+    assert [one._compare for one in host.visitors if one.room != 7] == [False]
+    assert page.until("document.getElementById('dense-veil').textContent") == "not running"
+
+
+def test_fork_opens_where_the_visit_is_behind_a_token_too(page, serve):
+    _, port = serve(PaintedWorld(), token="sesame", loopback=False)
+    entered(page, port, "#token=sesame")
     page.key("KeyW", down=True)
     page.until("lipass.camera[1] > 4")
     page.key("KeyW", down=False)
@@ -113,7 +142,10 @@ def test_fork_opens_where_the_visit_is(page, serve):
     page.ask("document.getElementById('fork').click()")
     fork = page.until("lipass.opened")
     assert "#ticket=" in fork
+    page.ask("document.getElementById('link').click()")
+    assert "sesame" not in page.until("location.hash.includes('walk') && location.href")
     chunk = page.ask("lipass.fast.chunk")
+    page.ask("sessionStorage.clear()")  # a new tab has one of its own
     page.open("about:blank")
     page.open(fork)
     page.until("window.lipass?.camera && lipass.camera[1] > 4 && lipass.welcome")
@@ -121,6 +153,7 @@ def test_fork_opens_where_the_visit_is(page, serve):
     page.until(f"lipass.fast?.chunk > {chunk}")
     page.key("KeyW", down=False)
     assert page.ask("location.hash") == ""
+    page.ask("sessionStorage.clear()")
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -153,3 +186,27 @@ def test_film_that_the_server_makes_is_fetched(page, serve):
     assert page.until("lipass.film").startswith("film/")
     assert page.ask(f"{record}.textContent") == "record a film"
     assert page.said == []
+
+
+def test_film_is_fetched_before_another_visit_and_lost_with_its_socket(page, serve):
+    pytest.importorskip("av")
+    host, port = serve(PaintedWorld(), films=Films(200.0))
+    entered(page, port)
+    record = "document.getElementById('record')"
+    page.ask(f"{record}.click()")
+    page.key("KeyW", down=True)
+    page.until("lipass.camera[1] > 8")
+    page.key("KeyW", down=False)
+    page.ask("lipass.before = lipass.world; document.getElementById('another').click()")
+    page.until("lipass.world != lipass.before && lipass.fast")
+    assert page.ask("lipass.film").startswith("film/")
+    assert page.ask(f"{record}.ariaPressed") == "false"
+    page.ask(f"{record}.click()")
+    assert page.ask(f"{record}.ariaPressed") == "true"
+    page.until("lipass.ready.length == 2")
+    for visitor in tuple(host.visitors):
+        visitor._out._socket._send = None
+    page.key("KeyW", down=True)
+    page.until(f"{record}.textContent == 'the film was lost with its visit'")
+    page.key("KeyW", down=False)
+    assert page.ask(f"{record}.ariaPressed") == "false"

@@ -132,6 +132,49 @@ def test_audio_is_refused_where_nobody_listens(serve, visit):
     assert "must be JSON text, got bytes" in client.until(do="refused")["why"]
 
 
+def test_who_cannot_be_understood_is_told_once_and_walks_on(serve, visit):
+    class Mumbled(PaintedWorld):
+        words = {"mood": ("zyxgle", "qwrtz")}  # noqa: RUF012
+
+    _, port = serve(Mumbled(), voice=Voice(Mumbled.words), refusals=3)
+    client = visit(port)
+    client.enter()
+    client.send(do="listen", on=True)
+    client.socket.send(speech("night").tobytes())
+    refused = client.until(do="refused", seconds=20)
+    assert refused["what"] == "listen"
+    assert "use plain English words" in refused["why"]
+    for _ in range(30):  # as a page does that has not read it yet
+        client.socket.send(bytes(640))
+    client.send(do="walk")
+    while (told := client.receive())["do"] != "walk":
+        assert told["do"] != "refused"
+    client.send(do="listen", on=True)  # by now it is known
+    assert client.until(do="refused")["why"] == refused["why"]
+
+
+def test_utterance_that_breaks_the_recogniser_is_told(serve, visit, monkeypatch):
+    voice = Voice(WORDS)
+    monkeypatch.setattr(voice, "hear", lambda pcm: 1 / 0)
+    _, port = serve(SpokenWorld(), voice=voice)
+    client = visit(port)
+    client.enter()
+    client.send(do="listen", on=True)
+    client.socket.send(speech("night").tobytes())
+    assert "ZeroDivisionError while listening" in client.until(do="refused")["why"]
+
+
+def test_audio_behind_the_end_of_listening_is_dropped(serve, visit):
+    _, port = serve(SpokenWorld(), voice=Voice(WORDS), refusals=0)
+    client = visit(port)
+    client.enter()
+    client.send(do="listen", on=True)
+    client.send(do="listen", on=False)
+    client.socket.send(bytes(3200))
+    client.send(do="walk")
+    client.until(do="walk")
+
+
 def test_audio_that_comes_too_fast_ends_a_visit(serve, visit):
     _, port = serve(SpokenWorld(), voice=Voice(WORDS))
     client = visit(port)
@@ -152,7 +195,8 @@ def test_microphone_of_a_page_is_heard(serve, tmp_path):
         out.setsampwidth(2)
         out.setframerate(16_000)
         out.writeframes(pcm.tobytes())
-    _, port = serve(SpokenWorld(), voice=Voice(WORDS))
+    voice = Voice(WORDS)
+    _, port = serve(SpokenWorld(), voice=voice)
     options = (
         "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
         f"--use-file-for-fake-audio-capture={tmp_path / 'said.wav'}",
@@ -167,3 +211,7 @@ def test_microphone_of_a_page_is_heard(serve, tmp_path):
         page.ask("document.getElementById('speak').click()")
         assert page.ask("document.getElementById('speak').textContent") == "speak"
         assert page.said == []
+        voice.failure = "nobody can be heard"  # the microphone is switched off again
+        page.ask("document.getElementById('speak').click()")
+        page.until("document.getElementById('heard').textContent == 'nobody can be heard'")
+        assert page.ask("document.getElementById('speak').ariaPressed") == "false"

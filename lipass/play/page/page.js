@@ -11,20 +11,31 @@ const SHOWN_CHUNKS = 48;
 const TRAIL = 400;
 const LATENCIES = 200;
 const TRIES = 6;
+const FULL = 1013; // how a server says so
+const NOTICE_MS = 2500;
+const ANOTHER = 1000; // rooms behind that of the entrance
 const state = { chunks: [], trail: [], waiting: [], latencies: [], number: 0, ready: [], memory: [], tries: 0 };
 const hash = new URLSearchParams(location.hash.slice(1));
 // Links to a walk are shared, a token is not: it stays in this tab.
 if (hash.has("token")) sessionStorage.setItem("token", hash.get("token"));
 let socket = null;
 let films = null;
+const LOST = "the film was lost with its visit";
 
 const number = (value, digits = 1) => (value == null ? "–" : value.toFixed(digits));
-const send = (data) => socket?.readyState === 1 && socket.send(JSON.stringify(data));
+// Whether it could be sent.
+const send = (data) => {
+  const open = socket?.readyState === 1;
+  if (open) socket.send(JSON.stringify(data));
+  return open;
+};
 
-function enter(room, walk, ticket) {
+function enter(room, walk, ticket, tries = 0) {
   clearTimeout(state.coming_back);
+  film_lost(LOST);
   socket?.close();
   Object.assign(state, { chunks: [], trail: [], waiting: [], latencies: [], memory: [], camera: null });
+  Object.assign(state, { fast: null, dense: null, db: null, next: null, tries });
   const own = new WebSocket(`${location.protocol.replace("http", "ws")}//${location.host}/socket`);
   own.binaryType = "arraybuffer";
   own.addEventListener("open", () => {
@@ -37,10 +48,13 @@ function enter(room, walk, ticket) {
     if (typeof data === "string") heard(JSON.parse(data));
     else seen(data);
   });
-  own.addEventListener("close", ({ reason }) => {
+  own.addEventListener("close", ({ code, reason }) => {
     if (own !== socket) return;
-    if (ticket && !state.welcome) state.ticket = reason ? "" : ticket;
-    if (!reason && !state.gone && state.ticket && state.tries < TRIES) come_back();
+    film_lost(LOST);
+    state.full = code === FULL ? reason : "";
+    if (ticket && !state.welcome) state.ticket = reason && !state.full ? "" : ticket;
+    if (state.full && state.tries < TRIES) come_back(room, walk, ticket);
+    else if (!reason && !state.gone && state.ticket && state.tries < TRIES) come_back(null, "", state.ticket);
     else state.gone ||= reason || "the server is gone";
     say_status();
   });
@@ -49,10 +63,11 @@ function enter(room, walk, ticket) {
   socket = own;
 }
 
-// Where a socket broke, or a visit has ended, it goes on from its latest chunk.
-function come_back() {
+// Where a socket broke, it goes on from its latest chunk; where all places are taken, one may become free.
+function come_back(...where) {
+  state.gone = "";
   state.tries += 1;
-  state.coming_back = setTimeout(() => enter(null, "", state.ticket), 250 * 2 ** state.tries);
+  state.coming_back = setTimeout(() => enter(...where, state.tries), 250 * 2 ** state.tries);
 }
 
 function heard(told) {
@@ -62,9 +77,26 @@ function heard(told) {
   else if (told.do === "walk") show_link(told);
   else if (told.do === "heard") element("heard").textContent = told.words.length ? `heard: ${told.words.join(", ")}` : "nothing of this world was heard";
   else if (told.do === "film") fetch_film(told);
-  else if (told.do === "forked") open(address({ ticket: told.ticket }), "_blank", "noopener");
-  else if (told.do === "refused") console.warn(told.why);
+  else if (told.do === "forked") open_fork(told.ticket);
+  else if (told.do === "refused") refused(told);
   say_status();
+}
+
+function refused({ what, why }) {
+  console.warn(why);
+  if (what === "listen") hush(why);
+  else if (what === "film") {
+    film_lost(why);
+    state.next?.();
+  }
+  else if (what === "fork") notice(element("fork"), why, "fork in a new tab");
+}
+
+// Says something on a button for a moment.
+function notice(button, text, label) {
+  button.textContent = text;
+  clearTimeout(button.notice);
+  button.notice = setTimeout(() => (button.textContent = label), NOTICE_MS);
 }
 
 function welcome(told) {
@@ -88,9 +120,12 @@ function welcome(told) {
   element("presets").replaceWith(presets);
   element("preset-name").textContent = told.preset;
   element("fork").hidden = !told.ticket;
+  element("another").hidden = told.rooms < 2;
   // Browsers give a microphone to this machine's own pages and to those behind TLS.
   element("spoken").hidden = !told.voice || !navigator.mediaDevices;
-  if (voice.on) send({ do: "listen", on: true });
+  if (voice.on && told.voice) send({ do: "listen", on: true });
+  else if (voice.on) hush("nobody listens here");
+  if (!element("compare").checked) send({ do: "compare", on: false });
   element("how").textContent = how(told);
   if (keys.held.size) keys.send(); // held while the socket was being opened
 }
@@ -210,7 +245,8 @@ function say_status() {
   const seconds = Math.round((Date.now() - (state.since ?? Date.now())) / 1000);
   const doing = state.doing ? `${state.doing}${seconds > 1 ? `, ${seconds} s` : ""}` : "";
   const again = state.ticket ? "Any key goes on from here." : "Reload to enter again.";
-  if (!state.gone && state.tries && !state.welcome) line.textContent = "The connection broke; going on from the latest chunk.";
+  if (!state.gone && state.tries && !state.welcome)
+    line.textContent = state.full ? `Waiting for a place: ${state.full}.` : "The connection broke; going on from the latest chunk.";
   else line.textContent = state.gone ? `Ended: ${state.gone}. ${again}` : doing || (state.fast?.replays ? `replaying a walk, ${state.fast.replays} chunks left; any key takes over` : "");
   for (const side of SIDES) {
     const waits = missing.includes(side) ? (side === "fast" || state.ready.includes("fast") ? "being compiled, runs as it is" : "not compiled yet, runs as it is") : "";
@@ -236,8 +272,13 @@ function show_link({ room, walk }) {
   const link = address({ room, walk });
   history.replaceState(null, "", link);
   navigator.clipboard?.writeText(link).catch(() => {});
-  element("link").textContent = "link is in the address bar";
-  setTimeout(() => (element("link").textContent = "link to this walk"), 2500);
+  notice(element("link"), "link is in the address bar", "link to this walk");
+}
+
+// A new tab has no storage of this one, so a fork is told the token; links to walks are not.
+function open_fork(ticket) {
+  const token = sessionStorage.getItem("token");
+  open(address(token ? { ticket, token } : { ticket }), "_blank", "noopener");
 }
 
 let asked = false;
@@ -262,26 +303,39 @@ const keys = new Keys({
 });
 element("room").addEventListener("change", ({ target }) => {
   target.blur();
-  enter(Math.max(0, Math.min(target.valueAsNumber || 0, Number(target.max))));
+  go_to(Math.max(0, Math.min(target.valueAsNumber || 0, Number(target.max))));
 });
-element("another").addEventListener("click", () => enter(9000 + Math.floor(Math.random() * 1000)));
+element("another").addEventListener("click", () => {
+  const { entrance, rooms } = state.world;
+  go_to((entrance + 1 + Math.floor(Math.random() * Math.min(ANOTHER, rooms - 1))) % rooms);
+});
 const voice = new Voice((audio) => socket?.readyState === 1 && state.welcome && socket.send(audio));
-element("speak").addEventListener("click", async ({ target }) => {
+element("speak").addEventListener("click", async () => {
   if (voice.on) {
-    voice.stop();
+    hush();
     send({ do: "listen", on: false });
-  } else {
-    send({ do: "listen", on: true });
-    await voice.start().catch((error) => {
-      voice.stop();
-      send({ do: "listen", on: false });
-      element("heard").textContent = `the microphone cannot be used: ${error.message}`;
-    });
+    return;
   }
-  target.setAttribute("aria-pressed", String(voice.on));
-  target.textContent = voice.on ? "stop listening" : "speak";
-  if (voice.on) element("heard").textContent = "say words of this world, such as room at night in fog";
+  try {
+    await voice.start();
+    say_voice("say words of this world, such as room at night in fog");
+    send({ do: "listen", on: true });
+  } catch (error) {
+    hush(`the microphone cannot be used: ${error.message}`);
+  }
 });
+
+function hush(why) {
+  voice.stop();
+  say_voice(why);
+}
+
+function say_voice(text = element("heard").textContent) {
+  element("speak").setAttribute("aria-pressed", String(voice.on));
+  element("speak").textContent = voice.on ? "stop listening" : "speak";
+  element("heard").textContent = text;
+}
+
 element("fork").addEventListener("click", () => send({ do: "fork" }));
 element("link").addEventListener("click", () => send({ do: "walk" }));
 const recorder = new Recorder(SIDES.map(element), (film, ending) => {
@@ -291,20 +345,41 @@ const recorder = new Recorder(SIDES.map(element), (film, ending) => {
   link.click();
   URL.revokeObjectURL(link.href);
 });
-// The server makes mp4 where it can; else the browser makes what it can.
-element("record").addEventListener("click", ({ target }) => {
-  const on = target.getAttribute("aria-pressed") !== "true";
-  if (state.world.films) send({ do: "film", on });
-  else if (on) recorder.start();
-  else recorder.stop();
-  target.setAttribute("aria-pressed", String(on));
-  target.textContent = on ? "end the film" : "record a film";
+// The server makes mp4 where it can, of one visit; else the browser makes what it can.
+element("record").addEventListener("click", () => {
+  if (recorder.on) recorder.stop();
+  else if (state.filmed) state.filmed = !send({ do: "film", on: false });
+  else if (state.world?.films) state.filmed = send({ do: "film", on: true });
+  else recorder.start();
+  say_record();
 });
+
+function say_record(text) {
+  const on = Boolean(state.filmed || recorder.on);
+  const label = on ? "end the film" : "record a film";
+  element("record").setAttribute("aria-pressed", String(on));
+  notice(element("record"), text ?? label, label);
+}
 
 function fetch_film({ ticket, frames }) {
   const address = `film/${ticket}`;
   state.film = frames && address;
   if (frames) Object.assign(document.createElement("a"), { href: address, download: `walk-${state.world.room}.mp4` }).click();
+  else say_record("nothing moved, so there is no film");
+  state.next?.();
+}
+
+function film_lost(why) {
+  if (!state.filmed) return;
+  state.filmed = false;
+  say_record(why);
+}
+
+// The film of a visit is fetched before another visit begins.
+function go_to(room) {
+  if (!state.filmed) return enter(room);
+  element("record").click();
+  state.next = () => enter(room);
 }
 element("compare").addEventListener("change", ({ target }) => {
   send({ do: "compare", on: target.checked });
