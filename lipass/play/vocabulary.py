@@ -31,6 +31,11 @@ class Vocabulary:
         Raises:
             LipassError: a walk through the world could not be written and read back.
         """
+        if not isinstance(world.words, Mapping):
+            raise LipassError(
+                f"words of a world must be groups by name, got {world.words!r:.40}; such as "
+                "{'time': ('day', 'night')}"
+            )
         groups = [(f"words of group {name!r}", group) for name, group in world.words.items()]
         for what, names in (*groups, ("presets", world.presets)):
             _check_list(what, names)
@@ -55,7 +60,7 @@ class Vocabulary:
 
 
 def _check_list(what: str, names: Any) -> None:
-    if isinstance(names, str) or not names:
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise LipassError(
             f"{what} of a world must be a list of one name or more, got {names!r:.40}; such as "
             "('day', 'night')"

@@ -27,6 +27,8 @@ def world(**has):
         ({"words": {"time": ("day", "")}}, "got ''"),
         ({"words": {"time": ("day", 3)}}, "got 3"),
         ({"words": {"time": "day"}}, "words of group 'time' .* must be a list .* got 'day'"),
+        ({"words": ("day", "night")}, r"must be groups by name, got \('day', 'night'\)"),
+        ({"words": {"time": {"day", "night"}}}, "must be a list of one name or more"),
         ({"words": {"time": ()}}, "one name or more"),
         ({"words": {"sun": ("on", "off"), "fog": ("on", "off")}}, "in one group, once, got 'on'"),
         ({"presets": ("all", "2_steps")}, "a preset .* got '2_steps'; use one such as '2-steps'"),

@@ -127,7 +127,7 @@ function welcome(told) {
   else if (voice.on) hush("nobody listens here");
   if (!element("compare").checked) send({ do: "compare", on: false });
   element("how").textContent = how(told);
-  if (keys.held.size) keys.send(); // held while the socket was being opened
+  if (keys.held.size || keys.thumb.some(Boolean)) keys.send(); // held while the socket was being opened
 }
 
 function choices(name, all, said, chosen) {
