@@ -81,6 +81,9 @@ class Stages:
     def get(self, *, timeout_s: float = 0.0) -> Any:
         """Take the next result, in the order of the items; waits for it while stages work.
 
+        In one process, an item that Ctrl-C interrupts stays the next one: another `get` goes on
+        with the stage that was interrupted.
+
         Args:
             timeout_s: how long to wait, where nothing is under way, for another thread to put an
                 item.
