@@ -1,6 +1,6 @@
 """TinyWorld as `lipass calibrate` asks for a model: itself, its loop and walks of training rooms.
 
-    lipass calibrate lipass.examples.tinyworld.calibration:build --tries 64 \
+    lipass calibrate lipass.examples.tinyworld.calibration:build --default-db 37.5 --tries 64 \
         --out examples/tinyworld/weights/calibrated.toml
 
 Rooms of tables and tests are others. The mean over both regimes is asked for; explored has more.
