@@ -104,6 +104,7 @@ FIGURES = {
     "live_curve": Figure(
         _module("live_world", "--curve", "--seconds", "30"), ("docs/play.md",), 6
     ),
+    "live_soak": Figure(_module("live_world", "--soak-minutes", "30"), ("docs/play.md",), 32),
     "exact_passes": Figure(_module("exact_passes"), (DESIGN,), 10, threads=1),
     "hoist_rows": Figure(_module("hoist_rows"), (DESIGN,), 3),
     "nearest": Figure(_module("nearest", "--rollouts", "--json"), (DESIGN,), 8, threads=1),
@@ -115,7 +116,7 @@ FIGURES = {
     "along": Figure(
         _module("along", "--models", "small"), ("docs/eval.md",), 10, written="itself"
     ),
-    "tile_order": Figure(_module("tile_order"), (DESIGN,), 5, threads=1),
+    "tile_order": Figure(_module("tile_order", "--time"), (DESIGN,), 5, threads=1),
     "target_chunk": Figure(_module("target_chunk"), ("docs/calibrate.md",), 10),
     "stages": Figure(_module("stages", "--json"), ("docs/stages.md",), 10),
     "host_cost": Figure(_module("host_cost"), (DESIGN,), 1),
@@ -129,6 +130,8 @@ FIGURES = {
 BY_HAND = {
     "benchmarks/results/versions.json": "the tests that it names, with torch of those versions",
     "benchmarks/results/gpu": "make gpu-day, on a machine with a GPU",
+    "docs/frontier.svg": "lipass calibrate, as docs/calibrate.md has it, with --svg; it writes "
+    "examples/tinyworld/weights/calibrated.toml too",
     "docs/play.png": "a picture of the page of lipass play, with a chunk on its way",
     "docs/inspect.png": "a picture of the page that lipass inspect "
     "examples/targets.py:worldplay_size --html page.html writes",

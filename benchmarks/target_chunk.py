@@ -4,7 +4,9 @@
 
 TinyWorld turns to and fro in the free regime for 64 chunks behind 4 that are not counted. In the
 second and in the last quarter of them other processes compute as fast as they can. Without a
-target, it is 3 times what the fastest point takes on the idle machine.
+target, it is 3 times what the fastest point takes on the idle machine. Each row is a process of
+its own: with one thread, and with all of them, which wait for each other asleep or, as OpenMP has
+it by default, spinning.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from lipass.receipt_points import percentile
 WARM_CHUNKS, CHUNKS = 4, 64
 # Room for others on the machine: what takes twice as long is still early enough.
 _ROOM = 3.0
+# Threads that spin hold a core while the one that they wait for has none. OpenMP reads it once.
+_WAITS = "OMP_WAIT_POLICY"
 
 
 class Burners:
@@ -67,9 +71,9 @@ def burners(count: int) -> Iterator[Burners]:
         own.on(False)
 
 
-def busy(chunk: int) -> bool:
+def busy(chunk: int, chunks: int = CHUNKS) -> bool:
     """Whether others work, by the number of the chunk among those that are counted."""
-    return chunk >= 0 and chunk // (CHUNKS // 4) % 2 == 1
+    return chunk >= 0 and chunk // max(chunks // 4, 1) % 2 == 1
 
 
 @torch.no_grad()
@@ -101,7 +105,7 @@ def measure(
         session = lipass.Session(frontier=found, target_chunk_ms=target_ms, inner=inner)
 
         def begins(start: int) -> None:
-            others.on(busy(start // CHUNK_LATENTS - WARM_CHUNKS))
+            others.on(busy(start // CHUNK_LATENTS - WARM_CHUNKS, chunks))
 
         records = walk(session, w2c, begins)[WARM_CHUNKS:]
     times = [one.seconds * 1e3 for one in records]
@@ -122,8 +126,25 @@ def measure(
         "compiled_in": sum(one.compiled for one in records),
         "fastest_idle_ms": round(idle_ms, 1),
         "burners": count,
+        "threads": torch.get_num_threads(),
+        "waits": os.environ.get(_WAITS, "as OpenMP has it"),
         **environment(),
     }
+
+
+def rows(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure with one thread and with all, in processes of their own."""
+    found = []
+    for threads, waits in ((1, None), (os.cpu_count(), "passive"), (os.cpu_count(), None)):
+        given = {name: value for name, value in os.environ.items() if name != _WAITS}
+        command = [sys.executable, "-m", "benchmarks.target_chunk", *arguments]
+        made = subprocess.run(
+            [*command, "--threads", str(threads)],
+            env=given if waits is None else given | {_WAITS: waits},
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        found.append(json.loads(made.stdout))
+    return found
 
 
 def main() -> None:
@@ -134,10 +155,12 @@ def main() -> None:
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--burners", type=int, default=os.cpu_count())
     parser.add_argument("--chunks", type=int, default=CHUNKS)
-    parser.add_argument("--threads", type=int, help="of this process (default: what torch takes)")
+    parser.add_argument("--threads", type=int, help="one row, with so many")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if not args.threads:
+        print(json.dumps({"rows": rows(sys.argv[1:]), **environment()}, indent=1))
+        return
+    torch.set_num_threads(args.threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lipass.LipassWarning)  # of another device than calibrated
         found = measure(args.frontier, args.target_ms, args.inner, args.burners, args.chunks)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import readme
+from docs.make import calibrated
 from lipass.cli.options import known_options
 from lipass.passes import PASSES, PIPELINES
 from lipass.passes.core import Numerics, Pass
@@ -64,7 +65,13 @@ def pages() -> dict[str, str]:
     )
     counts = json.loads((ROOT / "benchmarks/results/real_models.json").read_text())["rows"]
     table = readme.models_table(ROOT / "docs" / "models", counts).replace("(docs/models/", "(")
+    calibrate = (ROOT / "docs" / "calibrate.md").read_text()
+    points = calibrated.points(ROOT / "examples/tinyworld/weights/calibrated.toml")
+    held = json.loads((ROOT / "benchmarks/results/target_chunk.json").read_text())["rows"]
     return {
+        "docs/calibrate.md": readme.between(
+            readme.between(calibrate, "points", points), "kept", calibrated.kept(held)
+        ),
         "docs/options.md": options_page(),
         "docs/passes.md": passes_page(),
         "docs/install.md": readme.between(

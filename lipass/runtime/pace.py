@@ -189,7 +189,8 @@ class Pace:
             tell(
                 f"chunks must keep target_chunk_ms, got {took_ms:.0f} ms for {self.target_ms:g} "
                 f"at the fastest point, {self.points[-1].name!r}, in {self._late} chunks running; "
-                "raise the target, or make room on the device",
+                "raise the target, make room on the device, or, on a CPU that others use, give "
+                "torch one thread",
                 strict=False,
             )
 

@@ -57,7 +57,7 @@ def test_every_picture_has_a_maker():
     shown = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "docs").iterdir()
-        if path.suffix in (".png", ".gif")
+        if path.suffix in (".png", ".gif", ".svg")
     }
     assert shown <= made
     assert set(figures.PICTURES.values()) <= set(figures.FIGURES)

@@ -18,6 +18,11 @@ def test_others_work_in_the_second_and_last_quarter(target_chunk):
     assert own == [False] * 20 + [True] * 16 + [False] * 16 + [True] * 16
 
 
+def test_others_work_as_long_of_fewer_chunks(target_chunk):
+    own = [target_chunk.busy(chunk, 8) for chunk in range(8)]
+    assert own == [False, False, True, True] * 2
+
+
 def test_others_end_with_the_block(target_chunk):
     with target_chunk.burners(1) as others:
         others.on(True)
