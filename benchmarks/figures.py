@@ -111,7 +111,13 @@ FIGURES = {
     "merge_history": Figure(_module("merge_history"), (DESIGN,), 5),
     "kept_plans": Figure(_module("kept_plans"), (DESIGN,), 5),
     "tile_choice": Figure(_module("tile_choice"), (DESIGN,), 10),
-    "base_world": Figure(_module("base_world", "--json"), (DESIGN,), 40),
+    "base_world": Figure(
+        _module(
+            "base_world", "--rooms", "9001", "--paths", "left/right", "--budgets", "0.3",
+            "--repeats", "2", "--json",
+        ),
+        (DESIGN,), 6,
+    ),
     "failures": Figure(_module("failures"), ("docs/failures.md",), 25, written="itself"),
     "along": Figure(
         _module("along", "--models", "small"), ("docs/eval.md",), 10, written="itself"
