@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import uvicorn
 from painted import Client
+from visits import Out
 
 from lipass.play.connection import Limits
 from lipass.play.host import Host
-from lipass.play.protocol import LONGEST_MESSAGE
+from lipass.play.protocol import LONGEST_MESSAGE, Enter
 from lipass.play.server import application
+from lipass.play.walk import parse_walk
 
 
 @pytest.fixture
@@ -69,3 +71,24 @@ def visit():
             return client
 
         yield open_
+
+
+@pytest.fixture
+def enter():
+    """Return a function that lets a visitor into a host of a painted world."""
+    hosts = []
+
+    def start(world, *, walk="", host=None, room=None):
+        if host is None:
+            host = Host(world, beside=True, threads=1)
+            hosts.append(host)
+            host.start()
+        out = Out()
+        strides = parse_walk(walk, host.vocabulary)
+        visitor = host.enter(Enter(room, strides, ""), out)
+        host.begin(visitor)
+        return host, visitor, out
+
+    yield start
+    for host in hosts:
+        host.close()
