@@ -61,10 +61,15 @@ class Ledger:
     def check(
         self, options: Mapping[str, Any], walk: str, chunks: Sequence[tuple[int, int]]
     ) -> None:
-        """Forget all where a choice does something else now: the loop was changed since."""
+        """Forget all, in the file too, where a choice does something else now.
+
+        The loop was changed since, or what it calls.
+        """
         found = self.get(options, walk)
         if found is not None and found.chunks != tuple(chunks):
             self._found.clear()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
 
     def _key(self, options: Mapping[str, Any], walk: str) -> str:
         text = json.dumps([self._marked[walk], sorted(options.items()), walk], sort_keys=True)

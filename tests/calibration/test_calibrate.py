@@ -251,8 +251,14 @@ def test_a_loop_that_was_changed_is_tried_anew(tmp_path):
     ledger.put({"a": 1}, "ahead", 0.5, ((4, 4), (8, 4)))
     ledger.check({"a": 1}, "ahead", ((4, 4), (8, 4)))
     assert ledger.get({"a": 1}, "ahead") is not None
+    ledger.put({"b": 1}, "ahead", 0.5, ((4, 4), (8, 4)))
     ledger.check({"a": 1}, "ahead", ((4, 4), (8, 2)))
-    assert ledger.get({"a": 1}, "ahead") is None
+    ledger.put({"a": 1}, "ahead", 0.4, ((4, 4), (8, 2)))
+    again = Ledger(tmp_path / "tries", {"ahead": {}})
+    again.check({"a": 1}, "ahead", ((4, 4), (8, 2)))
+    for one in (ledger, again):
+        assert one.get({"a": 1}, "ahead").error == 0.4
+        assert one.get({"b": 1}, "ahead") is None
 
 
 def test_walks_may_be_longer_than_the_receipt():
