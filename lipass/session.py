@@ -73,8 +73,8 @@ class Session(Resumable):
         options: as in `Config.resolve`, e.g. `preset="all"`, `**{"context.overlap_min": 0.3}`.
 
     Raises:
-        TypeError: both a config and options, a config of another kind, or events that are neither
-            a path nor a function.
+        TypeError: a config beside options or a frontier, a config of another kind, or events that
+            are neither a path nor a function.
         ValueError: options that `Config.resolve` refuses.
     """
 

@@ -99,17 +99,21 @@ def doubled(old: Any, new: Any) -> Any:
 
 
 def same(text: Any, other: Any) -> bool:
-    """Whether two texts are one, element by element; reads from devices."""
+    """Whether two texts are one, tensors element by element; reads from devices."""
     if text is other:
         return True
     mine, theirs = dict(_leaves(text, "text")), dict(_leaves(other, "text"))
     return mine.keys() == theirs.keys() and all(
-        _kind(leaf) == _kind(theirs[where])
-        and (
-            torch.equal(leaf, theirs[where]) if isinstance(leaf, Tensor) else leaf == theirs[where]
-        )
+        _kind(leaf) == _kind(theirs[where]) and _equal(leaf, theirs[where])
         for where, leaf in mine.items()
     )
+
+
+def _equal(leaf: Any, other: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return torch.equal(leaf, other)
+    # What equality means of anything else is not for us to ask: of an array it is an array.
+    return leaf is other or (isinstance(leaf, str | int | float) and bool(leaf == other))
 
 
 def text_tensors(text: Any) -> list[Tensor]:

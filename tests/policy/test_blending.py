@@ -1,9 +1,10 @@
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
-from lipass.policy.blending import check_like, check_text, doubled, mixed
+from lipass.policy.blending import check_like, check_text, doubled, mixed, same
 
 A, B = (torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
@@ -92,3 +93,17 @@ def test_what_is_mixed_lies_as_the_texts_do(policy):
     assert made.stride() == night.stride() != made.contiguous().stride()
     wide = torch.randn(1, 6, 1).expand(1, 6, 8)
     assert mixed(policy, [wide], [wide.clone()], 0.5)[0].shape == wide.shape
+
+
+def test_texts_are_one_where_their_tensors_are_equal():
+    assert same([A, {"mask": B, "words": 3}], [A.clone(), {"mask": B.clone(), "words": 3}])
+    assert not same([A, {"mask": B, "words": 3}], [A, {"mask": B, "words": 4}])
+    assert not same([A], [A + 1])
+    assert not same([A], (A[:, :3],))
+    assert same("night", "night")
+
+
+def test_texts_of_what_has_no_plain_equality_are_one_as_objects_only():
+    words = np.zeros(3)
+    assert same([words], [words])
+    assert not same([words], [words.copy()])
