@@ -9,7 +9,7 @@ from typing import Any
 from lipass.config import Config
 
 _SINK = (4, 2, 1, 0)
-_MEMORY = (16, 12, 8, 6, 4, 3, 2, 1, 0)
+_MEMORY = (16, 12, 8, 6, 5, 4, 3, 2, 1, 0)
 _WINDOW = (4, 3, 2, 1)
 _OVERLAP = (0.1, 0.3, 0.5)
 _REVISIT = (0.8, 0.65)

@@ -188,7 +188,7 @@ def test_every_rung_is_an_option_that_sessions_take():
 
 
 def test_a_search_begins_at_the_rung_of_the_options():
-    config = Config.resolve("all", {"context.memory_latents": 5})
+    config = Config.resolve("all", {"context.memory_latents": 7})
     found = ladders(config, 20, 4)
-    assert found["memory"][nearest(found["memory"], config)].label in ("memory 6", "memory 4")
+    assert found["memory"][nearest(found["memory"], config)].label in ("memory 8", "memory 6")
     assert found["steps"][nearest(found["steps"], config)].label == "2 steps on revisits from 0.8"
