@@ -22,6 +22,7 @@ from lipass._version import VERSION
 from lipass.calibration.density import Density
 from lipass.calibration.device import device_name
 from lipass.calibration.frontier import Frontier, undominated
+from lipass.calibration.ladders import choice_of
 from lipass.calibration.ledger import Ledger
 from lipass.calibration.search import frontier, thinned
 from lipass.calibration.subject import RollOut, Subject
@@ -69,6 +70,7 @@ def calibrate(
     frames: int = 24,
     compiled: bool = True,
     keep: str | os.PathLike[str] | None = None,
+    earlier: Frontier | None = None,
     advance: Advance = lambda step="", done=1: None,
 ) -> Calibration:
     """Find the frontier of a model between time and quality.
@@ -84,6 +86,7 @@ def calibrate(
         frames: history latents of which is asked what each is worth; 0 asks none.
         compiled: whether a module is compiled; False rolls it out as it is.
         keep: file of results, which a second call goes on from.
+        earlier: of this model or another; its points are tried first, and measured anew.
         advance: is told of progress.
 
     Raises:
@@ -107,10 +110,14 @@ def calibrate(
         work.choose_ladders()
         work.choose_density()
         work.fit_cost()
-        tried = work.search(tries, Ledger(keep, work.marked()), default_db)
-        points = work.timed(thinned(frontier(tried), _POINTS_MOST, default_db), repeats)
+        known = [
+            choice_of(work.ladders, work.shared, one.options)
+            for one in ([] if earlier is None else earlier.points)
+        ]
+        tried = work.search(tries, Ledger(keep, work.marked()), default_db, known)
+        timed = work.timed(thinned(frontier(tried), _POINTS_MOST, default_db), repeats)
         worth = work.worth(frames)
-    points = undominated(points)
+    points = undominated(timed)
     best = [one for one in points if one.db >= default_db]
     found = Frontier(
         options=work.shared,

@@ -66,6 +66,26 @@ def nearest(ladder: Ladder, config: Config) -> int:
     return min(range(len(ladder)), key=away)
 
 
+def choice_of(
+    found: Mapping[str, Ladder], shared: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Return the rungs that a point stands on, or those nearest to it.
+
+    Args:
+        found: ladders.
+        shared: options of all points.
+        options: of the point.
+    """
+    config = Config.resolve(None, {**shared, **options})
+
+    def place(ladder: Ladder) -> int:
+        # A window in latents is nearest to no window in chunks, whatever the config has of those.
+        own = (i for i, one in enumerate(ladder) if one.options.items() <= options.items())
+        return next(own, nearest(ladder, config))
+
+    return tuple(place(ladder) for ladder in found.values())
+
+
 def _of_context(config: Config, most: int) -> Iterator[tuple[str, Ladder]]:
     context = config.context
     if context is None or context.mode != "adaptive":

@@ -137,8 +137,10 @@ class Work:
                     self.took += run.chunks if number else ()
         self.cost = fit(self.took)
 
-    def search(self, tries: int, ledger: Ledger, default_db: float) -> list[Tried]:
-        """Try choices by their results."""
+    def search(
+        self, tries: int, ledger: Ledger, default_db: float, begin: Sequence[Choice]
+    ) -> list[Tried]:
+        """Try choices by their results, those to begin with first."""
         for (choice, walk), run in self.costed.items():
             ledger.check(self.options(choice), walk, run.decided)
         walks = list(self.subject.walks)
@@ -154,11 +156,11 @@ class Work:
             return sum(ms) / len(ms), self.reference.db(found.error)
 
         def note(one: Tried) -> None:
-            told = f"{self.label(one.choice)}: {one.db:.1f} dB"
-            self.advance(told if one.whole else f"{told}, given up")
+            end = "" if one.whole else ", given up"
+            self.advance(f"{self.label(one.choice)}: {one.db:.1f} dB{end}")
 
-        rungs = [len(ladder) for ladder in self.ladders.values()]
-        return search(rungs, self.starts(), len(walks), measure, tries, default_db, note)
+        rungs, begin = [len(one) for one in self.ladders.values()], [*begin, *self.starts()]
+        return search(rungs, begin, len(walks), measure, tries, default_db, note)
 
     def timed(self, chosen: Sequence[Tried], repeats: int) -> list[Point]:
         """Roll choices out in turn with the dense model, and give those that are worth it."""

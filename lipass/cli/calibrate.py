@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what graphs and sessions read (default: frontier.toml); tries are kept in "
         "FILE.tries, from which a second call goes on",
     )
+    parser.add_argument(
+        "--from",
+        dest="earlier",
+        type=Path,
+        metavar="FILE",
+        help="an earlier frontier, whose points are tried first",
+    )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture of it")
     parser.add_argument(
         "--tries", type=_count, default=40, metavar="N", help="choices of options (default: 40)"
@@ -77,11 +84,12 @@ def run(args: argparse.Namespace) -> int:
     check_file(args.svg, "--svg")
     given = options_given(args)
     from lipass.calibration.calibrate import calibrate
-    from lipass.calibration.frontier import writer
+    from lipass.calibration.frontier import Frontier, writer
     from lipass.calibration.told import table
     from lipass.cli.progress import progress
 
     writer()  # missing, it is better told before an hour of work
+    earlier = None if args.earlier is None else Frontier.load(args.earlier)
     model, roll_out, walks, options = _load(args.target)
     total = args.tries + args.frames
     # What a model prints must not end up in a JSON document.
@@ -97,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             frames=args.frames,
             compiled=not args.no_compile,
             keep=args.out.with_name(f"{args.out.name}.tries"),
+            earlier=earlier,
             advance=advance,
         )
     found.frontier.save(args.out)

@@ -228,6 +228,18 @@ def test_a_target_may_leave_options_out(tmp_path, capsys):
     assert "options = {" in capsys.readouterr().out
 
 
+def test_points_of_an_earlier_frontier_are_tried_first(found):
+    again = calibrated(earlier=found.frontier, tries=len(found.frontier.points))
+    assert {one["label"] for one in again.tried} == {one.name for one in found.frontier.points}
+
+
+def test_an_earlier_frontier_that_is_none_is_refused_before_any_work(tmp_path, capsys):
+    code = main(["calibrate", f"{TARGET}:build", "--from", str(tmp_path / "none.toml"),
+                 "--out", str(tmp_path / "own.toml")])  # fmt: skip
+    assert code != 0
+    assert "a frontier must be a file" in capsys.readouterr().err
+
+
 def test_frontiers_are_of_whole_tries_only():
     assert frontier([Tried((0,), (1.0,), (30.0,), whole=False)]) == []
 

@@ -2,7 +2,7 @@ import pytest
 
 from lipass.calibration.costs import fit
 from lipass.calibration.frontier import Cost
-from lipass.calibration.ladders import ladders, nearest
+from lipass.calibration.ladders import choice_of, ladders, nearest
 from lipass.calibration.search import Tried, around, frontier, search, thinned
 from lipass.calibration.subject import Took
 from lipass.config import Config
@@ -192,3 +192,20 @@ def test_a_search_begins_at_the_rung_of_the_options():
     found = ladders(config, 20, 4)
     assert found["memory"][nearest(found["memory"], config)].label in ("memory 8", "memory 6")
     assert found["steps"][nearest(found["steps"], config)].label == "2 steps on revisits from 0.8"
+
+
+def test_a_point_stands_on_its_own_rungs():
+    found = ladders(Config.resolve("all"), 20, 4)
+    for place in range(5):
+        choice = tuple(min(place, len(ladder) - 1) for ladder in found.values())
+        rungs = zip(found.values(), choice, strict=True)
+        options = {key: value for ladder, i in rungs for key, value in ladder[i].options.items()}
+        assert choice_of(found, {"preset": "all"}, options) == choice
+
+
+def test_a_point_between_rungs_stands_on_the_nearest():
+    found = ladders(Config.resolve("all"), 20, 4)
+    choice = choice_of(found, {"preset": "all"}, {"context.memory_latents": 14})
+    assert found["memory"][dict(zip(found, choice, strict=True))["memory"]].label in (
+        "memory 16", "memory 12",
+    )  # fmt: skip
