@@ -13,6 +13,7 @@ import torch._higher_order_ops.invoke_subgraph
 import torch._inductor.config as inductor_config
 import torch.fx
 import torch.nn.attention
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import is_from_unspecialized_nn_module_source
 from torch._dynamo.symbolic_convert import TensorifyState
@@ -192,9 +193,12 @@ def is_parameter(placeholder: torch.fx.Node) -> bool:
     return source is not None and is_from_unspecialized_nn_module_source(source)
 
 
-def unguarded(mode: FakeTensorMode) -> contextlib.AbstractContextManager[object]:
-    """Run fake tensors without adding guards."""
-    return mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
+@contextlib.contextmanager
+def unguarded(mode: FakeTensorMode) -> Iterator[None]:
+    """Run fake tensors without adding guards; sizes that are symbols go where Dynamo's do."""
+    env = mode.shape_env
+    with enable_python_dispatcher(), env.suppress_guards() if env else contextlib.nullcontext():
+        yield
 
 
 def device_of(func: object, args: tuple[Any, ...]) -> torch.device | None:

@@ -373,3 +373,18 @@ def test_training_a_batch_norm_writes_to_its_statistics(trace):
 )
 def test_inputs_of_which_a_call_needs_the_numbers(call, fn, read):
     assert [node.name for node in ops.reads(call(fn))] == read
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, n: F.pad(x, (0, 0, 0, n.shape[0])),
+        lambda x, n: F.interpolate(x, size=(n.shape[0], 8)),
+    ],
+)
+def test_call_by_a_size_that_varies_is_known_and_logs_nothing(trace, fn, caplog):
+    gm = trace(fn, (X.clone(), torch.randn(5)), grown=(X.clone(), torch.randn(6)))
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    assert calls
+    assert not any(map(ops.draws, calls))
+    assert "failed" not in caplog.text
