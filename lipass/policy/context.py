@@ -110,21 +110,29 @@ def keep(
     return ContextPlan(tuple(frames), None, None)
 
 
-def plan_window(history: int, read: LatentReading, options: ContextOptions) -> ContextPlan:
+def plan_window(
+    history: int, read: LatentReading, options: ContextOptions, held: Sequence[int] | None = None
+) -> ContextPlan:
     """Choose without cameras: sink and temporal window, as nothing says what the rest shows.
 
     Args:
         history: latents of it.
         read: what the latest of them say.
         options: budgets and thresholds.
+        held: indices that the model holds, ascending, as in `plan_context`.
     """
     dynamics, power = read
-    window_chunks = window_length(dynamics, options)
-    first = history - window_chunks * options.chunk_latents
+    window_latents, window_chunks = options.window_latents, None
+    if window_latents is None:
+        window_chunks = window_length(dynamics, options)
+        window_latents = window_chunks * options.chunk_latents
+    held = range(history) if held is None else held
+    reasons = dict.fromkeys(held, "dropped: no cameras, and older than the window")
+    reasons.update(dict.fromkeys(held[-window_latents:], "window"))
+    reasons.update(dict.fromkeys(held[: options.sink_latents], "sink"))
     frames = []
     for index in range(history):
-        reason = "window" if index >= first else "dropped: no cameras, and older than the window"
-        reason = "sink" if index < options.sink_latents else reason
+        reason = reasons.get(index, _NOT_HELD)
         frames.append(FrameDecision(index, not reason.startswith("dropped"), reason, None))
     return ContextPlan(tuple(frames), window_chunks, dynamics, power)
 

@@ -218,8 +218,10 @@ def _without_cameras(
     own = held if own_context is None else own_context
     chosen = keep(history, own, "held" if own_context is None else "own_context")
     if context is not None and latents is not None:
-        chosen = plan_window(history, _read(once, latents, history, context), context)
-        chosen = chosen if held is None else among(chosen, held)
+        asked = context.window_latents is None
+        read = _read(once, latents, history, context) if asked else LatentReading()
+        there = None if held is None else sorted(indices_of(held, history, "held"))
+        chosen = plan_window(history, read, context, there)
     revisit = Revisit(False, None, None, "no cameras, so no view is known to be seen again")
     if steps is None:
         revisit = Revisit(False, None, None, "step policy is off")

@@ -135,3 +135,32 @@ def test_planning_64_candidates_is_cheap():
         )
         best = min(best, time.process_time() - begin)
     assert best < 0.020
+
+
+def without_cameras(history, held=None, **options):
+    """Plan a chunk of a model that has latents and no cameras."""
+    made = plan_chunk(
+        Config.resolve("context", options),
+        poses=None,
+        query=None,
+        latents=torch.randn(history, 2, 2, 2),
+        own_context=None,
+        stream="main",
+        index=history // 4,
+        held=held,
+    )
+    return made.context
+
+
+def test_window_of_a_fixed_length_needs_no_cameras():
+    context = without_cameras(20, **{"context.window_latents": 2})
+    assert context.indices == [0, 18, 19]
+    assert context.window_chunks is None
+
+
+def test_without_cameras_sink_and_window_are_of_what_is_held():
+    context = without_cameras(20, held=[9, 8, 4, 5, 6, 7], **{"context.window_latents": 2})
+    assert context.indices == [4, 8, 9]
+    reasons = {frame.reason for frame in context.frames if frame.index not in (4, 5, 6, 7, 8, 9)}
+    assert reasons == {"dropped: the model does not hold it"}
+    assert without_cameras(8, held=[]).indices == []
