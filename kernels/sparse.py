@@ -221,6 +221,8 @@ def _why_dense(call: Call, chosen: registry.Choice | registry.Refused) -> str:
     route = registry.forced_route(call.role)
     if route == "dense":
         return registry.forced_reason()
+    if call.given is None and not call.scale > 0:
+        return f"blocks are ranked by a positive scale, got {call.scale:g}"
     if call.given is None and call.budget >= 1.0 and call.latent_mask is None:
         return "budget 1.0 visits every block"
     if isinstance(chosen, registry.Refused):

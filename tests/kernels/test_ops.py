@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from kernel_cases import NO_NATIVE, arguments, dense, frame_rows, make_case, masked_dense
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lipass.kernels.ops
@@ -54,6 +55,18 @@ def test_forced_sparse_equals_masked_dense_of_its_plan(role, size):
     assert (counts.sparse_calls, counts.provider, counts.role) == (1, provider, role)
     assert counts.density == pytest.approx(float(plan.density()))
     assert counts.density < 1.0
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scale_that_ranks_no_blocks_is_dense(scale, joins):
+    case = make_case("decode", 9, (8, 8), 7, (1, 4, 4))
+    with registry.force("sparse"):
+        out = sparse_attention(*arguments(case, scale=scale))
+    key, value = torch.cat(case.keys, 2), torch.cat(case.values, 2)
+    expected = F.scaled_dot_product_attention(case.q, key, value, scale=scale)
+    torch.testing.assert_close(out, expected)
+    reason = f"blocks are ranked by a positive scale, got {scale:g}"
+    assert registry.telemetry()["site"].reason == reason
 
 
 def test_query_tile_of_its_own():
