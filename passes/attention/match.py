@@ -105,8 +105,9 @@ def attention(
         scale = argument(node, scale)
     if scale is None:
         scale = value(q).shape[3] ** -0.5
-    if not isinstance(scale, float):
+    if not isinstance(scale, (int, float)):
         return Refusal("its scale is not a constant")
+    scale = float(scale)
     # a mask covers the keys as they are joined
     in_pieces = in_pieces and mask is None
     keys, values = (joined(k), joined(v)) if in_pieces else ((k,), (v,))

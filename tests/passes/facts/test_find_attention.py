@@ -123,6 +123,13 @@ def test_attention_that_is_no_plain_softmax(found, grown, options, reason):
     assert found(fn, *grown) == [("other", reason)]
 
 
+def test_scale_may_be_an_int(found, grown):
+    def fn(x, text, history):
+        return attend(x, text, history, scale=1)
+
+    assert found(fn, *grown) == [("decode", "it has history keys")]
+
+
 def test_data_dependent_mask(found, grown):
     def fn(x, text, history):
         return attend(x, text, history, attn_mask=x.sum() > history[0, 0, :1, :1])
