@@ -33,8 +33,9 @@ class CollapseKeys(Pass):
     How many keys are equal is counted where the graph runs, so one graph serves all prompts,
     padded or not; `hoist-steps` and `hoist-calls` then count once a prompt.
 
-    Keeps: sites other than cross-attention; fewer keys than `keys_min`; heads of k that heads of q
-    share; devices other than CPUs; calls whose gradient is recorded or whose kernel was chosen.
+    Keeps: sites other than cross-attention; fewer keys than `keys_min`; fp64; heads of k that
+    heads of q share; devices other than CPUs; calls whose gradient is recorded or whose kernel
+    was chosen.
     """
 
     name: ClassVar[str] = "collapse-keys"
@@ -87,6 +88,8 @@ class CollapseKeys(Pass):
             return f"equal keys are merged on a CPU, got {keys.device.type}"
         if not isinstance(keys.shape[2], int) or keys.shape[2] < self.keys_min:
             return f"{keys.shape[2]} keys, padded prompts have {self.keys_min} or more"
+        if keys.dtype is torch.float64:
+            return "equal keys are weighed in fp32, got torch.float64"
         if operands.groups > 1:
             return "heads of k and v are shared by groups of q"
         return refuse_rewrite(node)

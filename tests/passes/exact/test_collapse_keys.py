@@ -69,6 +69,11 @@ def test_short_prompt_stays(cross):
     assert_refuses(cross, (LATENTS, prompt(9, 32)), TEXT, "32 keys, padded prompts have 64")
 
 
+def test_prompt_in_fp64_stays():
+    args = LATENTS.double(), prompt(9).double()
+    assert_refuses(Cross().double().eval(), args, TEXT, "weighed in fp32, got torch.float64")
+
+
 def test_prompt_of_any_length_stays(cross):
     grown = LATENTS, prompt(9, 200)
     assert_refuses(cross, (LATENTS, prompt(9)), TEXT, "padded prompts", grown=grown)
