@@ -164,7 +164,7 @@ class Session(Resumable):
         with self.ranks.together():
             index = self.turns.next(stream)
             if self.recorded is not None:
-                return Chunk(self, self.recorded.next(stream, poses))
+                return Chunk(self, self.recorded.next(stream, poses, held), held)
             poses, query = self.given.checked(poses, query, latents, stream, index)
             if latents is not None:
                 check_latents(latents)

@@ -467,3 +467,16 @@ def test_first_chunk_without_cameras_needs_nothing_and_later_ones_a_history():
         session.chunk()
     with session.chunk(latents=torch.randn(4, 2, 3, 3)) as chunk:
         assert list(chunk.context) == [0, 1, 2, 3]
+def test_replay_knows_what_is_held():
+    order = [3, 2, 1, 0, *range(4, 24)]
+    with session_of("all") as session, chunk_of(session, 6, held=order) as chunk:
+        plan = chunk.plan
+    replayed = Session.replay([plan])
+    with pytest.raises(ValueError, match="must hold what its plan reads, got none of"):
+        replayed.chunk(held=[1])
+    with pytest.raises(ValueError, match="held must hold indices of the 24 history latents"):
+        replayed.chunk(held=[24])
+    with replayed.chunk(held=order) as chunk:
+        assert (chunk.held, chunk.says_held) == (tuple(order), True)
+
+

@@ -85,7 +85,7 @@ class DenseTwin:
             chunk: that the call belongs to.
             short: why its context is too short for the graph, or None.
         """
-        if chunk.session.config.context is None and any(call.masked for call in self._calls):
+        if not chunk.chooses and any(call.masked for call in self._calls):
             return None
         if all(call.budget == 1.0 for call in self._calls):
             return _EVERY_KEY

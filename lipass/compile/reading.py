@@ -121,25 +121,27 @@ class GraphReading:
 
     def _first(self, chunk: Chunk, args: tuple[Any, ...], sizes: Bindings) -> Reading:
         session, there = chunk.session, chunk.plan.history_latents
-        if session.config.context is None:
+        if not chunk.chooses:
             self._check_cameras(chunk, args, dict(sizes))
-        if self._history is None or (session.config.context is None and self._prunes):
+        if self._history is None or (not chunk.chooses and self._prunes):
             return _AS_GIVEN
         read, chosen = number(self._history, dict(sizes)), chunk.context
         reading = _AS_GIVEN
         why = self._out_of_order(chunk, dict(sizes), read)
         # What is merged is read, whatever was chosen; its site says so.
-        if session.config.context is not None and read > len(chosen) and not self._merges:
+        if chunk.chooses and read > len(chosen) and not self._merges:
+            kept = tuple(chosen)
+            if read == len(chunk.held):
+                kept = tuple(i for i, latent in enumerate(chunk.held) if latent in set(chosen))
             if self._asks and read == len(chunk.held) and why:
                 self._tell(session, f"{why}; until then nothing is left out")
             elif self._asks and read == len(chunk.held):
-                kept = tuple(i for i, latent in enumerate(chunk.held) if latent in set(chosen))
                 reading, read = Reading(kept, read), len(kept)
             elif read == there and self._prunes and not self._prefills:
                 self._check_cameras(chunk, args, dict(sizes))
-                reading = Reading(tuple(chosen), there)
+                reading = Reading(kept, there)
                 window = range(max(0, there - self._window), there)
-                read = len({*chosen, *window, *range(min(self._sink, there))})
+                read = len({*kept, *window, *range(min(self._sink, there))})
             else:
                 said = _ignored(read, len(chosen), there, self._reader, self._asks)
                 self._tell(session, said)

@@ -115,7 +115,7 @@ class CompiledUnit:
             if (reason := chunk.plan.dense_reason or reading.dense_reason) is not None:
                 sparse = roles_that_stay_sparse(chunk.session.config)
                 scopes.enter_context(registry.force("dense", reason, but_roles=sparse))
-            if chunk.session.config.context is not None:
+            if chunk.chooses:
                 scopes.enter_context(chosen_by_caller(chosen, reading.latents))
             return self.compiled(*args)
 

@@ -154,7 +154,7 @@ def _chosen_frames(
     Raises:
         LipassError: with `strict`, if the history is neither what was chosen nor everything.
     """
-    if chunk is None or history is None or chunk.session.config.context is None:
+    if chunk is None or history is None or not chunk.chooses:
         return None, ""
     latents, chosen = history[0], chunk.context
     if latents == len(chosen):

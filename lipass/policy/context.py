@@ -37,6 +37,7 @@ from lipass.policy.revisit import left_since
 # Views that differ by less than this share show the same.
 _SAME_VIEW = 1e-3
 _NOT_HELD = "dropped: the model does not hold it"
+_POLICY_OFF, _BY_LOOP = "kept: context policy is off", "dropped: by the loop itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,11 @@ class ContextPlan:
         """Kept latents, ascending, each once."""
         return [frame.index for frame in self.frames if frame.kept]
 
+    @property
+    def chosen(self) -> bool:
+        """Whether a policy has decided, and not the loop."""
+        return any(frame.reason not in (_POLICY_OFF, _BY_LOOP) for frame in self.frames)
+
     def to_dict(self) -> dict[str, Any]:
         """Give plain data; `from_dict` takes it back."""
         return asdict(self)
@@ -102,11 +108,9 @@ def keep(
         TypeError: no list of ints.
         ValueError: an index outside the history or given twice.
     """
-    chosen = range(history) if own_context is None else indices_of(own_context, history, name)
-    kept, frames = set(chosen), []
-    for index in range(history):
-        reason = "kept: context policy is off" if index in kept else "dropped: by the loop itself"
-        frames.append(FrameDecision(index, index in kept, reason, None))
+    kept = set(range(history) if own_context is None else indices_of(own_context, history, name))
+    reasons = [(i, _POLICY_OFF if i in kept else _BY_LOOP) for i in range(history)]
+    frames = (FrameDecision(i, i in kept, reason, None) for i, reason in reasons)
     return ContextPlan(tuple(frames), None, None)
 
 
@@ -115,11 +119,7 @@ def plan_window(
 ) -> ContextPlan:
     """Choose without cameras: sink and temporal window, as nothing says what the rest shows.
 
-    Args:
-        history: latents of it.
-        read: what the latest of them say.
-        options: budgets and thresholds.
-        held: indices that the model holds, ascending, as in `plan_context`.
+    Args: as in `plan_context`; `read` is what the latest latents say.
     """
     dynamics, power = read
     window_latents, window_chunks = options.window_latents, None
@@ -128,8 +128,8 @@ def plan_window(
         window_latents = window_chunks * options.chunk_latents
     held = range(history) if held is None else held
     reasons = dict.fromkeys(held, "dropped: no cameras, and older than the window")
-    reasons.update(dict.fromkeys(held[-window_latents:], "window"))
-    reasons.update(dict.fromkeys(held[: options.sink_latents], "sink"))
+    reasons |= dict.fromkeys(held[-window_latents:], "window")
+    reasons |= dict.fromkeys(held[: options.sink_latents], "sink")
     frames = []
     for index in range(history):
         reason = reasons.get(index, _NOT_HELD)

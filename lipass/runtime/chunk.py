@@ -34,6 +34,7 @@ class Chunk:
         plan: its decisions.
         held: history latents that the loop holds, in the order in which it does.
         says_held: whether the loop has said so; all of them in the order of time if not.
+        chooses: whether its plan says what is read, and not the loop or a graph.
         active: the step that model calls belong to; None outside of steps.
         loop: the loop of steps that is running; None outside of one.
         lookups: calls answered from kept outputs.
@@ -49,6 +50,7 @@ class Chunk:
         self.plan = plan
         self.held = tuple(range(plan.history_latents) if held is None else held)
         self.says_held = held is not None
+        self.chooses = session.config.context is not None or plan.context.chosen
         self.active: StepState | None = None
         self.loop: StepLoop | None = None
         self.lookups = 0

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from lipass.errors import LipassError
+from lipass.policy.context import keep
+from lipass.policy.indices import indices_of
 from lipass.policy.plan import ChunkPlan
+from lipass.policy.revisit import Revisit
+from lipass.switch import is_off
 
 
 class Replay:
@@ -32,12 +37,14 @@ class Replay:
                 )
             self._left.setdefault(plan.stream, deque()).append(plan)
 
-    def next(self, stream: str, poses: Tensor | None) -> ChunkPlan:
+    def next(
+        self, stream: str, poses: Tensor | None, held: Sequence[int] | None = None
+    ) -> ChunkPlan:
         """Return the plan of a stream's next chunk; it stays until the chunk is finished.
 
         Raises:
             LipassError: there is no more.
-            ValueError: another history than was recorded.
+            ValueError: another history than was recorded, or one that does not hold what is read.
         """
         left = self._left.get(stream)
         if not left:
@@ -50,7 +57,16 @@ class Replay:
                 f"a replayed chunk must have the recorded history, got {len(poses)} latents for "
                 f"{left[0].history_latents}; replay with the trajectory it was recorded on"
             )
-        return left[0]
+        plan = left[0]
+        there = None if held is None else indices_of(held, plan.history_latents, "held")
+        if is_off():
+            return _all_of(plan, there)
+        if there is not None and (lost := set(plan.context.indices) - set(there)):
+            raise ValueError(
+                f"a replayed chunk must hold what its plan reads, got none of {sorted(lost)}; "
+                "hold what was held when it was recorded"
+            )
+        return plan
 
     def finished(self, stream: str) -> None:
         """Go on to the plan behind the one that was followed."""
@@ -64,3 +80,10 @@ class Replay:
     def of(cls, state: list[Any]) -> Replay:
         """Build the replay of a `state`."""
         return cls(map(ChunkPlan.from_dict, state))
+
+
+def _all_of(plan: ChunkPlan, held: Sequence[int] | None) -> ChunkPlan:
+    """Return the plan of the same chunk where lipass is switched off."""
+    context = keep(plan.history_latents, held, "held")
+    every = Revisit(False, None, None, "lipass is switched off")
+    return replace(plan, context=context, revisit=every, steps=None, dense_reason=None)

@@ -56,6 +56,20 @@ def test_chunk_that_is_open_computes_calls_of_a_disabled_block():
     assert chunk.lookups == 0
 
 
+def test_a_replay_in_a_disabled_block_computes_everything():
+    model = Mini().eval()
+    expected, _ = rollout(model, lipass.Session(preset="off"), history=16)
+    session = lipass.Session(preset="all", **{"steps.overlap_min": 0, "context.memory_latents": 0})
+    _, recorded = rollout(model, session, history=16)
+    assert recorded.plan.steps.reused
+    assert recorded.context != list(range(16))
+    with lipass.disabled():
+        plain, chunk = rollout(model, lipass.Session.replay([recorded.plan]), history=16)
+    assert torch.equal(plain, expected)
+    assert chunk.context == list(range(16))
+    assert not chunk.plan.steps.reused
+
+
 def test_process_with_lipass_off_has_no_passes():
     code = (
         "import torch, lipass\n"
