@@ -21,6 +21,7 @@ def choose_chunks(
     held: Sequence[int],
     taken: set[int],
     options: ContextOptions,
+    history: int,
 ) -> dict[int, str]:
     """Give a reason for each latent outside sink and window; those chosen say "memory".
 
@@ -30,11 +31,14 @@ def choose_chunks(
         taken: places in `held` of sink and window; what they leave of a chunk is a candidate.
         options: `memory_chunks`, `overlap_min` for a chunk's best latent, and `gain_min`, within
             which two chunks rank equal.
+        history: latents of it; chunks are counted from its end, as the first may have another
+            length.
     """
     chunks: dict[int, list[int]] = {}
     for place, index in enumerate(held):
         if place not in taken:
-            chunks.setdefault(index // options.chunk_latents, []).append(place)
+            chunk = (history - 1 - index) // options.chunk_latents
+            chunks.setdefault(chunk, []).append(place)
     reasons, means = {}, {}
     for chunk, places in chunks.items():
         best = max(overlap[place] for place in places)

@@ -201,7 +201,7 @@ def plan_context(
             points, overlap, held, list(sink), list(window), earlier_visit, options
         )
     else:
-        memory = choose_chunks(overlap, held, {*sink, *window}, options)
+        memory = choose_chunks(overlap, held, {*sink, *window}, options, history)
     reasons.update(memory)
     frames = {}
     for place, index in enumerate(held):

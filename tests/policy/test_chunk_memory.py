@@ -15,9 +15,10 @@ def options(**changed):
     return Config.resolve(None, given | {f"context.{k}": v for k, v in changed.items()})
 
 
-def chosen(overlap, held=None, taken=(), **changed):
+def chosen(overlap, held=None, taken=(), history=None, **changed):
     held = range(len(overlap)) if held is None else held
-    reasons = choose_chunks(overlap, held, set(taken), options(**changed).context)
+    history = len(overlap) if history is None else history
+    reasons = choose_chunks(overlap, held, set(taken), options(**changed).context, history)
     assert set(reasons) == set(range(len(overlap))) - set(taken)
     return [place for place, reason in sorted(reasons.items()) if reason.startswith("memory")]
 
@@ -51,12 +52,18 @@ def test_several_visits_of_a_place_are_no_duplicates():
 
 def test_chunks_that_show_too_little_are_dropped_with_the_numbers():
     overlap = [0.2, 0.29, 0.1, 0.0]
-    reasons = choose_chunks(overlap, range(4), set(), options().context)
+    reasons = choose_chunks(overlap, range(4), set(), options().context, 4)
     assert set(reasons.values()) == {"dropped: overlap 0.29 < 0.30"}
 
 
 def test_chunks_are_those_of_the_history_where_some_are_not_held():
-    assert chosen([0.4, 0.4, 0.9, 0.9], held=[2, 3, 4, 5], memory_chunks=1) == [2, 3]
+    overlap = [0.4, 0.4, 0.9, 0.9]
+    assert chosen(overlap, held=[2, 3, 4, 5], history=8, memory_chunks=1) == [2, 3]
+
+
+def test_a_first_chunk_of_another_length_moves_no_other():
+    assert chosen([0.9, *[0.4] * 4, *[0.6] * 4], memory_chunks=1) == [0]
+    assert chosen([0.4, *[0.9] * 4, *[0.6] * 4], memory_chunks=1) == [1, 2, 3, 4]
 
 
 def test_no_budget_reads_no_memory():
