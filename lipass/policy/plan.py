@@ -181,6 +181,8 @@ def plan_chunk(
         )
     if step_options is None:
         revisit = Revisit(False, None, None, "step policy is off")
+    # The last chunk may be shorter than those before it.
+    length = new if counted or context_options is None else context_options.chunk_latents
     if context is not None and held is not None and modes - {"adaptive"}:
         context = among(context, held)
     if context is None:
@@ -194,7 +196,7 @@ def plan_chunk(
         context=context,
         revisit=revisit or Revisit(False, None, None, "no history"),
         steps=None,
-        dense_reason=dense_chunk(config.sparse, history // new),
+        dense_reason=dense_chunk(config.sparse, history // length),
     )
 
 

@@ -109,6 +109,20 @@ def test_early_chunks_stay_dense_by_rule():
     assert plan("sparse", 12).dense_reason is None
 
 
+def test_a_shorter_last_chunk_makes_no_more_chunks_of_its_history():
+    poses, query = check_poses(WAY_BACK[:8], WAY_BACK[8:9])
+    made = plan_chunk(
+        Config.resolve("all", {"sparse.dense_chunks": 3}),
+        poses=poses,
+        query=query,
+        latents=None,
+        own_context=None,
+        stream="main",
+        index=2,
+    )
+    assert made.dense_reason == "history of 2 chunks < sparse.dense_chunks 3"
+
+
 def test_planning_leaves_its_inputs_and_the_generator_alone():
     before, state = WAY_BACK.clone(), torch.get_rng_state()
     plan("all", 48)
