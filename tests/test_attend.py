@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import lipass
 from lipass.errors import LipassError
-from lipass.kernels import merge_partials, registry
+from lipass.kernels import merge_partials, registry, sparse
 from lipass.policy.trajectory import parse_trajectory
 from lipass.receipt import reset_report
 
@@ -113,6 +113,34 @@ def test_dense_layers_are_named_by_number():
     assert site("layer 1").reason.startswith("layer 1 is in dense_layers")
 
 
+def test_first_steps_stay_dense():
+    q, runs = decode(history=28)
+    options = {**SPARSE, "sparse.budget": 0.1, "sparse.dense_steps": 1}
+    with (
+        lipass.Session(preset="sparse", **options) as session,
+        chunk_of(session, 7) as chunk,
+        registry.force("sparse"),
+    ):
+        for _ in chunk.steps((1.0, 0.5, 0.0)):
+            lipass.attend(q, runs, site="layer")
+    assert (site().calls, site().dense_calls) == (2, 1)
+    assert "denoising step 0 < sparse.dense_steps 1" in site().reason
+
+
+def test_blocks_rank_as_the_session_says(monkeypatch):
+    asked = []
+    plan = sparse.plan_attention
+    monkeypatch.setattr(
+        sparse, "plan_attention", lambda *a, **k: asked.append(k["planner"]) or plan(*a, **k)
+    )
+    q, runs = decode(history=28)
+    for ranking in ("product", "cosine"):
+        options = {**SPARSE, "sparse.budget": 0.1, "sparse.ranking": ranking}
+        with lipass.Session(preset="sparse", **options), registry.force("sparse"):
+            lipass.attend(q, runs, site=ranking)
+    assert asked == ["mean", "cosine"]
+
+
 @pytest.mark.parametrize("given", ["all latents", "those of the context"])
 def test_only_the_context_of_the_session_is_read(given):
     q, runs = decode(history=28)
@@ -130,12 +158,28 @@ def test_only_the_context_of_the_session_is_read(given):
     assert (told in site().reason) == (given == "all latents")
 
 
+@pytest.mark.parametrize("held", [[*range(14, 28), *range(14)], [*range(20, 28), *range(9)]])
+def test_latents_lie_in_the_order_in_which_they_are_held(held):
+    q, runs = decode(history=len(held))
+    with (
+        lipass.Session(preset="context") as session,
+        session.chunk(poses=WAY_BACK[:28], query=WAY_BACK[28:32], held=held) as chunk,
+    ):
+        assert 0 < len(chunk.context) < len(held)
+        rows = torch.tensor([held.index(latent) for latent in chunk.context])
+        rows = (rows[:, None] * 16 + torch.arange(16)).flatten()
+        role, k, v, _ = runs[1]
+        chosen = (role, k[:, :, rows], v[:, :, rows], (len(chunk.context), 4, 4))
+        out = lipass.attend(q, runs, site="layer")
+    torch.testing.assert_close(out, dense(q, [runs[0], chosen, runs[2]]), atol=1e-5, rtol=1e-5)
+
+
 def test_a_history_that_is_neither_is_told_and_refused_under_strict():
     q, runs = decode(history=27)
     for strict in (False, True):
         with lipass.Session(preset="context", strict=strict) as session, chunk_of(session, 7):
             if strict:
-                with pytest.raises(LipassError, match=r"strict: .* all 28, got 27; pass"):
+                with pytest.raises(LipassError, match=r"strict: .* all 28 that .* got 27; pass"):
                     lipass.attend(q, runs, site="layer")
             else:
                 out = lipass.attend(q, runs, site="layer")

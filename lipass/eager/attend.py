@@ -17,7 +17,7 @@ from lipass import session
 from lipass.eager.keys import Grid, Keys, check, grid_of, heads_of, joined_bias, own_grid
 from lipass.errors import LipassError
 from lipass.kernels import registry
-from lipass.policy.blocks import short_context
+from lipass.policy.blocks import early_step, short_context
 from lipass.receipt import SiteRecord, current_report
 
 # Where no session sets one, and where a pass will.
@@ -33,6 +33,7 @@ class _Scope(NamedTuple):
     dense_reason: str
     """Why every call of the site stays dense, or nothing."""
     chunk: session.Chunk | None
+    planner: str = "mean"
 
 
 def attend(
@@ -47,11 +48,11 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from `q` to text, history and current keys, sparse where the open session says so.
 
-    Tile, budgets and sink are those of the session's config; chunks that stay dense stay dense
-    here; where a session has chosen some latents and the history holds all of them, the others
-    are not read. Outside of sessions, at budget 1.0 and with the section `sparse` off this is
-    dense attention. In a model that is compiled the call becomes a site of the graph, whose
-    passes set the same.
+    Tile, budgets, sink and ranking are those of the session's config; chunks and first steps that
+    stay dense stay dense here; where a session has chosen some latents and the history holds all
+    of `held`, in that order, the others are not read. Outside of sessions, at budget 1.0 and with
+    the section `sparse` off this is dense attention. In a model that is compiled the call becomes
+    a site of the graph, whose passes set the same.
 
     Args:
         q: queries `[B, H, Lq, D]`.
@@ -100,7 +101,7 @@ def attend(
     scope = _scope(role, layer)
     keep, told = _chosen_frames(scope.chunk, grids.get("history"), q, site)
     _record(site, role, own, tuple(grids), scope, told)
-    reason = scope.dense_reason or _of_chunk(scope.chunk, own)
+    reason = scope.dense_reason or _of_chunk(scope.chunk, own, role)
     with registry.force("dense", reason) if reason else contextlib.nullcontext():
         return _out(
             call(
@@ -108,6 +109,7 @@ def attend(
                 budget=scope.budget,
                 sink_latents=scope.sink_latents,
                 keep_frames=keep,
+                planner=scope.planner,
             )
         )
 
@@ -117,13 +119,17 @@ def _out(result: Any) -> Tensor | tuple[Tensor, Tensor]:
     return found
 
 
-def _of_chunk(chunk: session.Chunk | None, own: Grid) -> str | None:
-    """Say why every call of a chunk stays dense, or None."""
+def _of_chunk(chunk: session.Chunk | None, own: Grid, role: str) -> str | None:
+    """Say why a call of a chunk stays dense, or None."""
     if chunk is None:
         return None
     options, latent_tokens = chunk.session.config.sparse, own[1] * own[2]
     short = short_context(options, len(chunk.context), latent_tokens)
-    return chunk.plan.dense_reason or short
+    if (reason := chunk.plan.dense_reason or short) or options is None:
+        return reason
+    asks = role == "decode" and options.dense_steps > 0
+    step = session.current_step() if asks else None
+    return None if step is None else early_step(options, step.index)
 
 
 def _scope(role: str, layer: int | None) -> _Scope:
@@ -143,7 +149,8 @@ def _scope(role: str, layer: int | None) -> _Scope:
     reason = f"layer {layer} is in dense_layers" if layer in options.dense_layers else ""
     budget = options.budget_decode if role == "decode" else options.budget_prefill
     tile = options.tile + (options.query_tile or ())
-    return _Scope(budget, tile, options.sink_latents, reason, chunk)
+    planner = "cosine" if options.ranking == "cosine" else "mean"
+    return _Scope(budget, tile, options.sink_latents, reason, chunk, planner)
 
 
 def _chosen_frames(
@@ -159,13 +166,18 @@ def _chosen_frames(
     latents, chosen = history[0], chunk.context
     if latents == len(chosen):
         return None, ""
-    if latents == chunk.plan.history_latents:
-        keep = _mask(tuple(chosen), latents, q.device)
+    places = None
+    if latents == len(chunk.held):
+        places = tuple(n for n, latent in enumerate(chunk.held) if latent in set(chosen))
+    elif latents == chunk.plan.history_latents:
+        places = tuple(chosen)
+    if places is not None:
+        keep = _mask(places, latents, q.device)
         told = f"; {latents - len(chosen)} of {latents} history latents are not in the context"
         return keep.expand(q.shape[0], -1), told
     told = (
         f"history must hold the {len(chosen)} latents of chunk.context or all "
-        f"{chunk.plan.history_latents}, got {latents}"
+        f"{len(chunk.held)} that are held, got {latents}"
     )
     if chunk.session.config.strict:
         raise LipassError(f"strict: at {site}, {told}; pass the keys of chunk.context")
