@@ -74,6 +74,13 @@ class Config:
         check_choice("inner", self.inner, INNERS)
         check_choice("verify", self.verify, VERIFY)
         if self.context is not None and self.steps is not None:
+            modes = (self.context.mode, self.steps.mode)
+            check(
+                len(set(modes)) == 1 or "matrix-game" not in modes,
+                "context.mode and steps.mode must both be 'matrix-game' or none",
+                modes,
+                "set both, as its cameras are of video frames, or switch one section off",
+            )
             for field in dataclasses.fields(ViewOptions):
                 ours, theirs = getattr(self.context, field.name), getattr(self.steps, field.name)
                 check(

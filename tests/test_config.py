@@ -169,3 +169,14 @@ def test_what_describes_a_walk_stays_when_another_preset_is_tried(preset):
     given = {"chunk_latents": 3, "near": 1, "hfov_deg": 90}
     assert Config.resolve(preset, given) == Config.resolve(preset)
     assert Config.resolve("all", given).context.chunk_latents == 3
+
+
+@pytest.mark.parametrize("section", ["context", "steps"])
+def test_cameras_of_frames_are_of_both_sections(section):
+    with pytest.raises(ValueError, match=r"must both be 'matrix-game' or none, .* switch one"):
+        Config.resolve("all", {f"{section}.mode": "matrix-game"})
+    with pytest.raises(ValueError, match="must both be 'matrix-game' or none"):
+        Config.resolve("reference-matrix-game", {f"{section}.mode": "adaptive"})
+    alone = {"context": "steps", "steps": "context"}[section]
+    mixed = {alone: False, f"{section}.mode": "matrix-game"}
+    assert getattr(Config.resolve("all", mixed), section).mode == "matrix-game"
