@@ -162,14 +162,31 @@ class _Dump:
         if not root:
             return cls(None)
         folder = Path(root) / f"graph_{next(_GRAPHS)}"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            _tell_unwritten(folder, error)
+            return cls(None)
         return cls(folder)
 
     def write(self, name: str, text: str, diff: str = "") -> None:
         if self.folder is None:
             return
         stem = f"{self.index:02d}_{name.replace('-', '_')}"
-        (self.folder / f"{stem}.txt").write_text(text)
-        if self.index:
-            (self.folder / f"{stem}.diff").write_text(diff)
+        try:
+            (self.folder / f"{stem}.txt").write_text(text)
+            if self.index:
+                (self.folder / f"{stem}.diff").write_text(diff)
+        except OSError as error:
+            _tell_unwritten(self.folder, error)
+            self.folder = None
         self.index += 1
+
+
+def _tell_unwritten(folder: Path, error: OSError) -> None:
+    """Say that a graph is not dumped; the model is compiled all the same."""
+    log.warning(
+        "LIPASS_DUMP must name a folder that can be written, got %s: %s; its graph is not dumped",
+        folder,
+        error.strerror,
+    )

@@ -184,6 +184,15 @@ def test_dumps_are_numbered(trace, apply, tmp_path, monkeypatch):
     assert (folder / "02_find_attention.diff").read_text() == ""
 
 
+def test_model_compiles_where_no_graph_can_be_dumped(trace, apply, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIPASS_DUMP", str(tmp_path / "file"))
+    gm = trace(lambda x: x.view(4) * 2, (torch.randn(2, 2),))
+    records, _ = apply(gm, "canonicalize")
+    assert records[0].changed
+    assert "LIPASS_DUMP must name a folder that can be written" in caplog.text
+
+
 def test_nothing_is_dumped_by_default(trace, apply, tmp_path, monkeypatch):
     monkeypatch.delenv("LIPASS_DUMP", raising=False)
     monkeypatch.chdir(tmp_path)
