@@ -41,7 +41,7 @@ from lipass.runtime.pace_target import opened
 from lipass.runtime.prompts import Prompts
 from lipass.runtime.replay import Replay
 from lipass.runtime.results import Invariants
-from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, leave
+from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, latest, leave
 from lipass.runtime.snapshot import Resumable
 from lipass.runtime.turns import Turns, check_stream
 from lipass.runtime.written_slots import WrittenSlots
@@ -291,7 +291,9 @@ class Session(Resumable):
         return self
 
     def __exit__(self, *error: object) -> None:
-        leave(self._blocks.pop())
+        block = latest(self._blocks)
+        self._blocks.remove(block)
+        leave(block)
         self.effect.told |= error[0] is not None
         if not self._blocks:
             self.close()

@@ -316,6 +316,32 @@ def test_threads_do_not_see_each_other():
     assert seen == [None]
 
 
+def test_thread_that_leaves_a_shared_session_ends_its_own_block():
+    session, order, seen = Session(preset="off"), threading.Barrier(2, timeout=60), []
+    entered = threading.Event()
+
+    def first():
+        with session:
+            entered.set()
+            order.wait()  # both are inside
+        order.wait()
+
+    def later():
+        entered.wait(60)
+        with session:
+            order.wait()
+            order.wait()  # the other one has left
+            seen.append(current())
+
+    threads = [threading.Thread(target=one) for one in (first, later)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [session]
+    assert session.turns.closed
+
+
 def test_tasks_do_not_see_each_other():
     async def task(seed):
         with session_of("cache", **LOOKUP) as session:
@@ -459,14 +485,6 @@ def test_replay_refuses_another_history():
         assert chunk.plan == plan
 
 
-def test_first_chunk_without_cameras_needs_nothing_and_later_ones_a_history():
-    session = Session(Config.resolve("all"))
-    with session.chunk() as chunk:
-        assert (list(chunk.context), len(list(chunk.steps((1.0, 0.5, 0.0))))) == ([], 2)
-    with pytest.raises(ValueError, match=r"query must hold .* got None; .* first chunk"):
-        session.chunk()
-    with session.chunk(latents=torch.randn(4, 2, 3, 3)) as chunk:
-        assert list(chunk.context) == [0, 1, 2, 3]
 def test_replay_knows_what_is_held():
     order = [3, 2, 1, 0, *range(4, 24)]
     with session_of("all") as session, chunk_of(session, 6, held=order) as chunk:
@@ -480,3 +498,11 @@ def test_replay_knows_what_is_held():
         assert (chunk.held, chunk.says_held) == (tuple(order), True)
 
 
+def test_first_chunk_without_cameras_needs_nothing_and_later_ones_a_history():
+    session = Session(Config.resolve("all"))
+    with session.chunk() as chunk:
+        assert (list(chunk.context), len(list(chunk.steps((1.0, 0.5, 0.0))))) == ([], 2)
+    with pytest.raises(ValueError, match=r"query must hold .* got None; .* first chunk"):
+        session.chunk()
+    with session.chunk(latents=torch.randn(4, 2, 3, 3)) as chunk:
+        assert list(chunk.context) == [0, 1, 2, 3]

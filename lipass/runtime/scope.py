@@ -74,6 +74,12 @@ def leave(block: Block) -> None:
             _everywhere.remove(block)
 
 
+def latest(blocks: list[Block]) -> Block:
+    """Return which of some open blocks ends here: threads that share a session enter their own."""
+    entered = _here.get()
+    return ([one for one in blocks if one in entered] or blocks)[-1]
+
+
 def _is_inside(block: Block, outer: Block) -> bool:
     """Whether a block is inside another one, and not beside it as chunks of two users are."""
     if outer.chunk is None or block.step is not None:

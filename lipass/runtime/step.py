@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lipass.passes.graph.marks import StepInputs
 from lipass.runtime.results import Miss
-from lipass.runtime.scope import Block, branch_name, enter, leave
+from lipass.runtime.scope import Block, branch_name, enter, latest, leave
 
 if TYPE_CHECKING:
     from lipass.runtime.chunk import Chunk
@@ -117,4 +117,6 @@ class StepState:
 
     def leave(self) -> None:
         """Close the latest block."""
-        leave(self._blocks.pop())
+        block = latest(self._blocks)
+        self._blocks.remove(block)
+        leave(block)
