@@ -59,6 +59,7 @@ class Events:
             )
         self.sink: Sink | None = sink if sink is not None else os.environ.get(VARIABLE) or None
         self._file: int | None = None
+        self._end_of_cut = b""
         self._number = number
         self._preset = config.preset
         self._begun = False
@@ -148,8 +149,12 @@ class Events:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             self._file = os.open(self.sink, flags, 0o644)
         # One write a line, so that processes may share a file.
-        line = (json.dumps(event) + "\n").encode()
-        if os.write(self._file, line) != len(line):
+        line = self._end_of_cut + (json.dumps(event) + "\n").encode()
+        written = os.write(self._file, line)
+        # What a full disk has cut short must not begin the next line that there is room for.
+        if written:
+            self._end_of_cut = b"\n" if written < len(line) else b""
+        if written != len(line):
             raise OSError(f"a line of {len(line)} bytes was cut short")
 
 

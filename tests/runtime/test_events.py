@@ -52,6 +52,24 @@ def test_file_gets_a_line_for_each_chunk_between_start_and_end(tmp_path):
     assert events[7]["attributes"]["lipass.session.chunks"] == 6
 
 
+def test_line_that_a_full_disk_has_cut_spoils_no_other(tmp_path, monkeypatch):
+    written = []
+
+    def write(file, line, real=os.write):
+        written.append(line)
+        return real(file, line[:40] if len(written) == 3 else line)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.warns(lipass.LipassWarning, match="was cut short"):
+        roll(4, events=tmp_path / "events.jsonl")
+    monkeypatch.undo()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    assert len(lines[2]) == 40
+    events = [json.loads(line) for place, line in enumerate(lines) if place != 2]
+    assert events[-1]["attributes"]["lipass.session.events_lost"] == 1
+
+
 def test_sessions_append_to_one_file(tmp_path):
     for _ in range(2):
         roll(2, events=str(tmp_path / "events.jsonl"))
