@@ -17,8 +17,8 @@ import torch
 
 from lipass.kernels import calibration, chip, gpu_calibration
 from lipass.kernels.calibration import Form, Rates
+from lipass.kernels.fastest import GpuKind
 from lipass.kernels.formulas import work_of
-from lipass.kernels.gpu_calibration import GpuKind
 from lipass.kernels.plan import BlockGrid, KvLayout
 
 # Of a GPU that nobody has measured, assumed from published figures of an H100: dense attention by
@@ -80,7 +80,7 @@ def predict(
         rates = rates_of(dtype, dim, torch.get_num_threads())
         compiled = rates.apart is not None
     else:
-        kind = GpuKind(device, dtype, dim, layout.block_tokens)
+        kind = GpuKind(device, dtype, dim, layout.block_tokens, layout.in_runs)
         rates = gpu_calibration.rates_of(kind) or ASSUMED
         gpu = batch * heads * q_grid.blocks, chip.processors(device)
     rows = batch * heads * dim

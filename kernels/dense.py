@@ -76,7 +76,7 @@ def _kernel_of_all(
     """Find a kernel that reads keys where they lie; gathering all of them is no gain."""
     plan = plan_of_all(*q.shape[:3], tokens, q.device)
     asking = Asking(q, k, v, plan.q_grid, plan.kv, bias is not None)
-    found = registry.find("block_sparse", q.device, asking)
+    found = registry.find("block_sparse", q.device, asking, asking.measured)
     if isinstance(found, registry.Refused) or found.name in ("gather", "reference"):
         return None
     return found

@@ -1,34 +1,30 @@
 """Measure what this GPU does with each form of attention, when a model is compiled for it.
 
-Never in a frame: until a device has been measured, the gate reads what is assumed in `cost.py`.
-Each form is timed in bursts at six sizes, as models pass their keys; a line through the times
-gives its fixed cost, its rate over slots and its bandwidth. Kept for GPU, dtype, head dim, volume
-of a tile, versions and source of the kernels. Has not run on a GPU.
+Never in a frame: until a device has been measured, the gate reads what is assumed in `cost.py`,
+and providers are asked in the order of the registry. Each form is timed in bursts at six sizes, as
+models pass their keys, the sparse one by every provider that takes such calls; a contender is
+tried in a process of its own first. A line through the times gives the fixed cost of a form, its
+rate over slots and its bandwidth. Kept for GPU, dtype, head dim, volume of a tile, whether blocks
+are runs, versions and source of the kernels. Has not run on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lipass.kernels import chip, dense, registry
-from lipass.kernels.block_sparse import native
+from lipass.kernels import chip, dense, fastest, probe, registry
 from lipass.kernels.block_sparse.kind import Asking, Kind
 from lipass.kernels.calibration import Form, Rates, fit
+from lipass.kernels.fastest import GpuKind
 from lipass.kernels.formulas import work_of
 from lipass.kernels.plan import BlockGrid, KvLayout
 from lipass.kernels.planning import plan_attention
 from lipass.kernels.select.api import selected_blocks
-from lipass.kernels.source import kernels_hash
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +34,7 @@ _CASES = ((8, 4, 0.5), (32, 4, 0.2), (32, 4, 0.8), (16, 8, 0.3), (8, 16, 0.2), (
 # A burst is long enough for clocks to be those under load.
 _BURST_MS, _ROUNDS = 12.0, 3
 _TILES = {64: (4, 4, 4), 128: (4, 8, 4)}
-
-
-class GpuKind(NamedTuple):
-    """What a GPU's constants hold for."""
-
-    device: torch.device
-    dtype: torch.dtype
-    dim: int
-    """Head dim."""
-    volume: int
-    """Slots of a tile."""
-
+_KEPT = "gpu_rates"
 
 _known: dict[GpuKind, Rates | None] = {}
 
@@ -65,41 +50,72 @@ def calibrate(kind: GpuKind) -> Rates | None:
     """Measure unless it is known; None, with the reason in the log, where that fails."""
     if (found := rates_of(kind)) is not None or kind.volume not in _TILES:
         return found
-    asked = Kind(*kind[:3], kind.volume, kind.volume, records=False)
-    chosen = registry.find("block_sparse", kind.device, lambda module: module.why_not(asked))
-    if isinstance(chosen, registry.Refused):
+    names = _that_take(kind)
+    if not names:
         return None  # such calls are dense whatever they cost
     try:
         with torch.inference_mode(False), torch.no_grad():
-            rates = measure(kind, _burst_ms)
+            rates, times = measure(kind, names, _burst_ms)
     except (RuntimeError, ValueError) as error:  # such as too little memory beside a model
         log.warning("how fast attention is on %s was not measured: %s", kind.device, error)
         return None
     _known[kind] = rates
-    path = _path(kind)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{time.time_ns()}")
-        part.write_text(json.dumps(rates))
-        part.replace(path)
+    order = fastest.keep_times(kind, times)
+    log.info("block-sparse attention on %s, fastest first: %s", kind.device, ", ".join(order))
+    fastest.keep(kind, _KEPT, rates)
     return rates
 
 
-def measure(kind: GpuKind, ms_of: Callable[[Callable[[], object]], float]) -> Rates:
-    """Time both forms at every size.
+def _that_take(kind: GpuKind) -> list[str]:
+    """Name the providers that take such calls, after trying those that nobody has seen run."""
+    asked = Kind(kind.device, kind.dtype, kind.dim, kind.volume, kind.volume, records=False)
+    untried = registry.contenders("block_sparse", kind.device)
+    names = []
+    for name in (*registry.providers("block_sparse", kind.device), *untried):
+        module = registry.module_of("block_sparse", name)
+        if isinstance(module, str):
+            continue
+        if name in untried and module.unfit(asked) is None and (why := probe.try_out(name, asked)):
+            log.warning("provider %s is not used on %s: %s", name, kind.device, why)
+        if module.why_not(asked) is None:
+            names.append(name)
+    return names
+
+
+def measure(
+    kind: GpuKind, names: list[str], ms_of: Callable[[Callable[[], object]], float]
+) -> tuple[Rates, dict[str, list[float]]]:
+    """Time both forms at every size, the sparse one by each provider.
+
+    Returns:
+        Constants of the dense form and of the fastest provider, and the times of all providers
+        that take the calls.
 
     Raises:
         ValueError: if no kernel takes such calls.
     """
+    joined_ms, times = [], {name: [0.0] * 0 for name in names}
     work: dict[str, list[tuple[float, float]]] = {"joined": [], "sparse": []}
-    times: dict[str, list[float]] = {"joined": [], "sparse": []}
+    refused: dict[str, str] = {}
     for history, current, budget in _CASES:
         case = _Case(kind, history, current, budget)
         for form in work:
             work[form].append(case.work(form))
-            times[form].append(ms_of(case.call(form)))
-    joined, sparse = (fit(work[form], times[form]) for form in ("joined", "sparse"))
-    return Rates(joined, None, sparse)
+        joined_ms.append(ms_of(case.joined))
+        for name in names:
+            if name in refused:
+                continue
+            try:
+                times[name].append(ms_of(case.sparse(name)))
+            except (RuntimeError, ValueError) as error:
+                refused[name] = str(error).strip().partition("\n")[0]
+                log.info("provider %s was not measured: %s", name, refused[name])
+    whole = {name: taken for name, taken in times.items() if name not in refused}
+    if not whole:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in refused.items()))
+    best = fastest.order(whole)[0]
+    rates = Rates(fit(work["joined"], joined_ms), None, fit(work["sparse"], whole[best]))
+    return rates, whole
 
 
 class _Case:
@@ -107,8 +123,10 @@ class _Case:
 
     def __init__(self, kind: GpuKind, history: int, current: int, budget: float) -> None:
         tile = _TILES[kind.volume]
-        grids = ((1, 1, _TEXT_TOKENS), (history, *_SIZE), (current, *_SIZE))
-        self.layout = KvLayout.build(("text", "history", "current"), grids, tile)
+        grids = [(1, 1, _TEXT_TOKENS), (history, *_SIZE), (current, *_SIZE)]
+        if kind.in_runs:
+            grids, tile = [(1, 1, t * y * x) for t, y, x in grids], (1, 1, kind.volume)
+        self.layout = KvLayout.build(("text", "history", "current"), tuple(grids), tile)
         self.q_grid = BlockGrid(grids[-1], tile)
         self.budget, self.scale, self.kind = budget, kind.dim**-0.5, kind
 
@@ -131,12 +149,18 @@ class _Case:
             visited, True, (programs, chip.processors(self.kind.device)),
         )  # fmt: skip
 
-    def call(self, form: str) -> Callable[[], object]:
-        """Return one call, planning included."""
-        if form == "joined":
-            return lambda: dense.attend_joined(self.q, self.k, self.v, self.scale)
+    def joined(self) -> Tensor:
+        """Attend densely."""
+        return dense.attend_joined(self.q, self.k, self.v, self.scale)
+
+    def sparse(self, provider: str) -> Callable[[], object]:
+        """Return one call of a provider, planning included.
+
+        Raises:
+            ValueError: if it refuses the call.
+        """
         asking = Asking(self.q, self.k, self.v, self.q_grid, self.layout, False)
-        chosen = registry.choose("block_sparse", self.q.device, None, asking)
+        chosen = registry.choose("block_sparse", self.q.device, provider, asking)
 
         def attend() -> object:
             plan = plan_attention(
@@ -171,17 +195,7 @@ def _burst_ms(call: Callable[[], object]) -> float:
 
 
 def _read(kind: GpuKind) -> Rates | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        joined, _, sparse = json.loads(_path(kind).read_text())
+    with contextlib.suppress(ValueError, TypeError):
+        joined, _, sparse = fastest.read(kind, _KEPT)
         return Rates(Form(*joined), None, Form(*sparse))
     return None
-
-
-def _path(kind: GpuKind) -> Path:
-    """Name the file by all that the constants depend on."""
-    parts = [
-        chip.name(kind.device), str(kind.dtype), str(kind.dim), str(kind.volume),
-        torch.__version__, chip.triton_version(), kernels_hash(),
-    ]  # fmt: skip
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return native.cache_folder() / f"gpu_rates_{key}.json"

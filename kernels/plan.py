@@ -93,6 +93,11 @@ class BlockGrid:
         return self.blocks * self.block_tokens == self.tokens
 
     @functools.cached_property
+    def is_row(self) -> bool:
+        """Whether blocks are runs of tokens as they stand in the grid, as those of text are."""
+        return self.grid[:2] == (1, 1) and self.tile[:2] == (1, 1)
+
+    @functools.cached_property
     def latents_apart(self) -> bool:
         """Whether each block is of one latent."""
         per_latent = self.grid[1] * self.grid[2]
@@ -223,6 +228,11 @@ class KvLayout:
         if not any(part.grid.in_order for part in self.segments):
             return self
         return KvLayout(tuple(Segment(part.role, part.grid.laid) for part in self.segments))
+
+    @functools.cached_property
+    def in_runs(self) -> bool:
+        """Whether every block is a run of tokens as they lie."""
+        return all(segment.grid.laid.is_row for segment in self.segments)
 
     @functools.cached_property
     def tokens(self) -> int:

@@ -36,6 +36,8 @@ _PROVIDERS = {
     ("block_sparse", "cpu"): ("native", "gather", "reference"),
     ("block_sparse", "cuda"): ("tma", "triton"),
 }
+# What is asked only where it was measured; by hope it is never called.
+_CONTENDERS: dict[tuple[str, str], tuple[str, ...]] = {("block_sparse", "cuda"): ("gluon", "fa4")}
 # On other devices. No attention is computed block by block in Python there unless it is asked for
 # by name: calls that no kernel takes are dense.
 _ELSEWHERE: dict[str, tuple[str, ...]] = {"pool": ("vectorized",), "select": ("vectorized",)}
@@ -199,13 +201,16 @@ def choose(
     device: torch.device,
     provider: str | None,
     why_not: Callable[[ModuleType], str | None],
+    measured: tuple[str, ...] = (),
 ) -> Choice:
     """Pick the named provider, or the best one for the device that does not refuse.
+
+    Those that were `measured`, fastest first, are asked before others.
 
     Raises:
         ValueError: if the named provider does not exist or refuses, or if all refuse.
     """
-    names = _names(operation, device) if provider is None else (provider,)
+    names = _names(operation, device, measured) if provider is None else (provider,)
     found = _ask(operation, names, why_not)
     if isinstance(found, Choice):
         return found
@@ -218,19 +223,39 @@ def choose(
 
 
 def find(
-    operation: str, device: torch.device, why_not: Callable[[ModuleType], str | None]
+    operation: str,
+    device: torch.device,
+    why_not: Callable[[ModuleType], str | None],
+    measured: tuple[str, ...] = (),
 ) -> Choice | Refused:
-    """Pick the best provider for the device that does not refuse, or say why there is none."""
-    found = _ask(operation, _names(operation, device), why_not)
+    """Pick the best provider for the device that does not refuse, or say why there is none.
+
+    Those that were `measured`, fastest first, are asked before others.
+    """
+    found = _ask(operation, _names(operation, device, measured), why_not)
     if isinstance(found, Choice):
         return found
     return Refused(f"no kernel takes it: {_said(found, device)}", found)
 
 
-def _names(operation: str, device: torch.device) -> tuple[str, ...]:
-    names = _PROVIDERS.get((operation, device.type), _ELSEWHERE.get(operation, ()))
+def contenders(operation: str, device: torch.device) -> tuple[str, ...]:
+    """Name the providers that are called only where they were measured to be fast."""
+    return _CONTENDERS.get((operation, device.type), ())
+
+
+def providers(operation: str, device: torch.device) -> tuple[str, ...]:
+    """Name the providers of a device, best first where none was measured."""
+    return _PROVIDERS.get((operation, device.type), _ELSEWHERE.get(operation, ()))
+
+
+def _names(
+    operation: str, device: torch.device, measured: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    names = providers(operation, device)
     first = (_preferred.get() or {}).get(operation)
-    return names if first is None else (first, *(name for name in names if name != first))
+    if first is None and not measured:
+        return names
+    return tuple(dict.fromkeys(([] if first is None else [first]) + [*measured, *names]))
 
 
 def _ask(

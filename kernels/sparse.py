@@ -148,7 +148,7 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
     """Run one call sparse or dense, whichever the gate says, and count it."""
     biased = call.key_bias is not None or call.keep_frames is not None
     asking = Asking(call.q, call.k, call.v, call.q_grid.laid, call.layout.laid, biased)
-    chosen = registry.find("block_sparse", call.q.device, asking)
+    chosen = registry.find("block_sparse", call.q.device, asking, asking.measured)
     reason = _why_dense(call, chosen)
     if not reason or isinstance(chosen, registry.Refused):
         for name, refusal in chosen.refusals:

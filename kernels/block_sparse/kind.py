@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lipass.kernels.fastest import GpuKind, order_of
 from lipass.kernels.plan import BlockGrid, KvLayout
 
 
@@ -39,6 +40,13 @@ def kind_of(q: Tensor, q_grid: BlockGrid, kv: KvLayout) -> Kind:
     return Kind(q.device, q.dtype, q.shape[3], *volumes, records)
 
 
+def measured(kind: Kind, kv: KvLayout) -> tuple[str, ...]:
+    """Name the providers that were measured on calls of a kind, fastest first."""
+    if kind.device.type != "cuda":
+        return ()
+    return order_of(GpuKind(kind.device, kind.dtype, kind.dim, kind.k_volume, kv.in_runs))
+
+
 class Asking:
     """Ask providers why they cannot take a call.
 
@@ -62,6 +70,11 @@ class Asking:
         self.laid: Any = None
         self._call = (q, keys, values, q_grid, kv, biased)
         self._kind = kind_of(q, q_grid, kv)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Providers that were measured on such calls, fastest first."""
+        return measured(self._kind, self._call[4])
 
     def __call__(self, module: ModuleType) -> str | None:
         """Give the reason why a provider cannot take the call, or None."""

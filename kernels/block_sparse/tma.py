@@ -76,13 +76,20 @@ def lay(
         kv: the key segments.
         biased: whether scores get a bias, or keys inside a visited block are masked.
     """
+    if why := unfit_tensors(q, keys, values, biased):
+        return why
+    strides = tuple([x.stride() for x in (*keys, *values)])
+    return describe(q.shape, q.dtype, q.stride(), strides, q_grid, kv)
+
+
+def unfit_tensors(q: Tensor, keys: list[Tensor], values: list[Tensor], biased: bool) -> str | None:
+    """Say what of a call the TMA unit cannot do, wherever its tensors lie."""
     if biased:
         return "adds no bias and masks no key inside a block"
     for x in (q, *keys, *values):
         if x.data_ptr() % _ALIGNED:
             return "takes tensors that begin at multiples of 16 bytes"
-    strides = tuple([x.stride() for x in (*keys, *values)])
-    return _lay(q.shape, q.dtype, q.stride(), strides, q_grid, kv)
+    return None
 
 
 def block_sparse_attention(
@@ -105,14 +112,9 @@ def block_sparse_attention(
         found = lay(q, keys, values, plan.q_grid, plan.kv, False)
         assert isinstance(found, Laid)
         laid = found
-    if len(keys) == 1 and len(plan.kv.segments) > 1:
-        keys, values = _by_segment(keys[0], plan.kv), _by_segment(values[0], plan.kv)
     out = empty_token_major(q)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32) if return_lse else plan.counts
-    placed = [q, out]
-    for number in laid.order:
-        placed += [keys[number], values[number]]
-    descriptors = _described(laid, placed)
+    descriptors = described(laid, q, out, keys, values, plan.kv)
     indices, counts = plan.indices.contiguous(), plan.counts.contiguous()
     programs = (plan.q_grid.blocks, batch * heads)
     with chip.launching_on(q.device):
@@ -137,7 +139,7 @@ def block_sparse_attention(
             num_warps=4 if plan.q_grid.block_tokens <= 64 else 8,
             num_stages=STAGES,
         )
-    _give_back(laid, descriptors)
+    give_back(laid, descriptors)
     return out, lse if return_lse else None
 
 
@@ -160,7 +162,7 @@ def geometry(
     found = [(n, part.grid) for n, part in enumerate(kv.segments) if part.grid.blocks]
     grids = [grid for _, grid in found]
     padded = grids + [BlockGrid((0, 1, 1), (1, 1, kv.block_tokens))] * (_SEGMENTS - len(grids))
-    rows = tuple(_is_row(grid) for grid in padded)
+    rows = tuple(grid.is_row for grid in padded)
     constants: dict[str, Any] = {
         "Q_TILE": q_grid.tile,
         **dict(zip(("A_TILE", "B_TILE", "C_TILE"), (grid.tile for grid in padded), strict=True)),
@@ -175,14 +177,9 @@ def geometry(
     return Geometry(corners.to(device), numbers, constants)
 
 
-def _is_row(grid: BlockGrid) -> bool:
-    """Whether the blocks of a grid are runs of tokens, as those of text are."""
-    return grid.grid[:2] == (1, 1) and grid.tile[:2] == (1, 1)
-
-
 def _corners(grid: BlockGrid) -> Tensor:
     block = torch.arange(grid.blocks, device="cpu")
-    if _is_row(grid):
+    if grid.is_row:
         return torch.zeros_like(block).int()  # not read: block times slots
     (_, n_y, n_x), (t, y, x) = grid.block_shape, grid.tile
     at_t, at_y, at_x = block // (n_y * n_x) * t, block // n_x % n_y * y, block % n_x * x
@@ -201,12 +198,14 @@ class Laid(NamedTuple):
     fields: list[dict[str, Any]]
     """Of the descriptors of queries, output, and keys and values, but for the tensors."""
     folds: tuple[int, ...]
-    spare: list[list[TensorDescriptor]]
+    made_of: type
+    """Class of the descriptors."""
+    spare: list[list[Any]]
     """Descriptors that no call uses: making those of a call takes 2 us."""
 
 
 @functools.lru_cache(maxsize=1024)
-def _lay(
+def describe(
     q_shape: torch.Size,
     dtype: torch.dtype,
     q_stride: tuple[int, ...],
@@ -241,12 +240,13 @@ def _lay(
         fields.append(_fields(batch, heads, dim, stride, dtype, grid, fold))
         folds.append(fold)
     del folds[1]  # the output's
-    return Laid(order, fields, (*folds, *[1] * (_PLACES - 1 - len(folds))), [])
+    folds += [1] * (_PLACES - 1 - len(folds))
+    return Laid(order, fields, tuple(folds), TensorDescriptor, [])
 
 
 def _unfit_grids(q_grid: BlockGrid, kv: KvLayout) -> str | None:
     for grid in (q_grid, *(segment.grid for segment in kv.segments)):
-        if not _is_row(grid) and any(
+        if not grid.is_row and any(
             size > most for size, most in zip(grid.grid, _LARGEST, strict=True)
         ):
             return f"takes grids up to {_LARGEST}, got {grid.grid}"
@@ -288,12 +288,19 @@ def _fields(
     return {name: field for name, field in fields.items() if name != "base"}
 
 
-def _described(laid: Laid, placed: list[Tensor]) -> list[TensorDescriptor]:
+def described(
+    laid: Laid, q: Tensor, out: Tensor, keys: list[Tensor], values: list[Tensor], kv: KvLayout
+) -> list[Any]:
     """Describe the tensors of a call; kernels with fewer segments get the first one again."""
+    if len(keys) == 1 and len(kv.segments) > 1:
+        keys, values = _by_segment(keys[0], kv), _by_segment(values[0], kv)
+    placed = [q, out]
+    for number in laid.order:
+        placed += [keys[number], values[number]]
     try:
         made = laid.spare.pop()  # in one step: another thread may be here
     except IndexError:
-        made = [object.__new__(TensorDescriptor) for _ in placed]
+        made = [object.__new__(laid.made_of) for _ in placed]
         for descriptor, fields in zip(made, laid.fields, strict=True):
             descriptor.__dict__.update(fields)
         made += made[:1] * (_PLACES - len(made))
@@ -302,7 +309,7 @@ def _described(laid: Laid, placed: list[Tensor]) -> list[TensorDescriptor]:
     return made
 
 
-def _give_back(laid: Laid, made: list[TensorDescriptor]) -> None:
+def give_back(laid: Laid, made: list[Any]) -> None:
     """Let other calls use descriptors, which hold no tensor meanwhile."""
     for descriptor in made:
         descriptor.base = None

@@ -67,7 +67,7 @@ def _predict(call: SparseCall) -> SitePrediction:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from lipass.kernels import cost, registry
-    from lipass.kernels.block_sparse.kind import Kind
+    from lipass.kernels.block_sparse.kind import Kind, measured
     from lipass.kernels.select.api import selected_blocks
     from lipass.passes.graph.compat import hint, value
 
@@ -93,8 +93,9 @@ def _predict(call: SparseCall) -> SitePrediction:
     # On a CPU the best is built when the model is compiled.
     built_later = query.device.type == "cpu"
     chosen = registry.find(
-        "block_sparse", kind.device, lambda module: None if built_later else module.why_not(kind)
-    )
+        "block_sparse", kind.device, lambda module: None if built_later else module.why_not(kind),
+        measured(kind, layout),
+    )  # fmt: skip
     if not dense and isinstance(chosen, registry.Refused):
         dense = chosen.reason
     if dense or isinstance(chosen, registry.Refused):

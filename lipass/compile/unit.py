@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -40,12 +39,13 @@ from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.kernels.calibration import cpu_rates, sorted_rates
-from lipass.kernels.gpu_calibration import GpuKind, calibrate
+from lipass.kernels.fastest import GpuKind
+from lipass.kernels.gpu_calibration import calibrate
 from lipass.passes import runner
 from lipass.passes.attention.site import OVER_LATENTS
 from lipass.passes.attention.sparse_call import SparseCall
 from lipass.passes.core import PassContext, PassError, PassPipeline
-from lipass.passes.graph.compat import start_again_with_constants, undisturbed
+from lipass.passes.graph.compat import hint, start_again_with_constants, undisturbed
 from lipass.passes.graph.frame import is_recompile
 from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.policy.blocks import roles_that_stay_sparse
@@ -243,9 +243,11 @@ def _measure_gpus(nodes: list[torch.fx.Node]) -> None:
     """Measure attention on the GPUs of sparse calls, once for each kind of them."""
     kinds = set()
     for node in filter(SparseCall.is_one, nodes):
-        out, tile = node.meta["example_value"], SparseCall.of(node).tile[:3]
+        out = node.meta["example_value"]
         if out.device.type == "cuda":
-            kinds.add(GpuKind(out.device, out.dtype, int(out.shape[3]), math.prod(tile)))
+            kv, _ = SparseCall.of(node).layout(hint)
+            given = out.device, out.dtype, int(out.shape[3])
+            kinds.add(GpuKind(*given, kv.block_tokens, kv.in_runs))
     with undisturbed():
         for kind in kinds:
             calibrate(kind)

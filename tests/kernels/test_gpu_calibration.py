@@ -1,15 +1,17 @@
 """The gate on a GPU: what it assumes, what is measured and kept, and what slots and waves cost."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kernel_cases import make_case
 
-from lipass.kernels import chip, cost, gpu_calibration
+from lipass.kernels import chip, cost, fastest, gpu_calibration, probe, registry
+from lipass.kernels.block_sparse import reference
 from lipass.kernels.calibration import Form, Rates
+from lipass.kernels.fastest import GpuKind
 from lipass.kernels.formulas import work_of
-from lipass.kernels.gpu_calibration import GpuKind
 from lipass.kernels.plan import BlockGrid, KvLayout
 from lipass.kernels.select.api import selected_blocks
 
@@ -27,6 +29,7 @@ def _gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(chip, "capability", lambda device: (9, 0))
     monkeypatch.setattr(chip, "name", lambda device: "a GPU")
     monkeypatch.setattr(gpu_calibration, "_known", {})
+    monkeypatch.setattr(fastest, "_orders", {})
 
 
 def predicted(text, history, budget, batch=2, heads=16):
@@ -64,42 +67,128 @@ def test_what_was_measured_replaces_what_is_assumed(monkeypatch):
     assert cost.ASSUMED.joined.flops_per_ms > RATES.joined.flops_per_ms
 
 
-def test_measuring_fits_the_times_of_both_forms(monkeypatch):
-    """Times are those of known constants; calls run once, on the host."""
-    pytest.importorskip("triton", reason="needs Triton")
-    case = gpu_calibration._Case
+@pytest.fixture
+def clock(monkeypatch):
+    """Let calls run once, on the host, and take what known constants say."""
     monkeypatch.setattr(gpu_calibration, "_HEADS", 1)
     monkeypatch.setattr(gpu_calibration, "_SIZE", (8, 8))
     monkeypatch.setattr(gpu_calibration, "_TEXT_TOKENS", 32)
-    times, ran = [], []
+    monkeypatch.setattr(registry, "choose", lambda operation, device, name, asking: _Choice(name))
+    case = gpu_calibration._Case
+    found = SimpleNamespace(slower={}, ran=[])
 
     class Timed(case):
-        def call(self, form):
-            call, (flops, moved) = super().call(form), self.work(form)
-            rates = RATES.joined if form == "joined" else RATES.sparse
-            times.append(rates.fixed_ms + flops / rates.flops_per_ms + moved / rates.bytes_per_ms)
-            return call
+        def sparse(self, provider):
+            if (slower := found.slower.get(provider, 1.0)) is None:
+                raise ValueError(f"{provider} refuses")
+            found.next = self.work("sparse"), RATES.sparse, slower, provider
+            return super().sparse(provider)
 
-    monkeypatch.setattr(gpu_calibration, "_Case", Timed)
+        def joined(self):
+            found.next = self.work("joined"), RATES.joined, 1.0, "sdpa"
+            return super().joined()
 
     def ms_of(call):
-        ran.append(call())
-        return times[-1]
+        call()
+        (flops, moved), form, slower, name = found.next
+        found.ran.append(name)
+        return slower * (form.fixed_ms + flops / form.flops_per_ms + moved / form.bytes_per_ms)
 
-    kind = GpuKind(torch.device("cpu"), torch.float32, 16, 64)
-    found = gpu_calibration.measure(kind, ms_of)
-    assert len(ran) == 12
+    monkeypatch.setattr(gpu_calibration, "_Case", Timed)
+    monkeypatch.setattr(gpu_calibration, "_burst_ms", ms_of)
+    found.ms_of = ms_of
+    return found
+
+
+class _Choice:
+    """Whatever was asked for, by the definition."""
+
+    def __init__(self, name):
+        self.name, self.module = name, reference
+
+
+HOST = GpuKind(torch.device("cpu"), torch.float32, 16, 64)
+
+
+@pytest.mark.parametrize("in_runs", [False, True])
+def test_measuring_fits_the_times_of_both_forms(in_runs, clock):
+    kind = HOST._replace(in_runs=in_runs)
+    found, times = gpu_calibration.measure(kind, ["tma"], clock.ms_of)
+    assert clock.ran == ["sdpa", "tma"] * 6
+    assert list(times) == ["tma"]
     for form, wanted in ((found.joined, RATES.joined), (found.sparse, RATES.sparse)):
         assert form == pytest.approx(wanted, rel=1e-3)
 
 
+def test_the_gate_reads_the_constants_of_the_fastest_provider(clock):
+    clock.slower = {"tma": 1.5, "triton": 3.0, "gluon": 1.0}
+    found, times = gpu_calibration.measure(HOST, ["tma", "triton", "gluon"], clock.ms_of)
+    assert found.sparse == pytest.approx(RATES.sparse, rel=1e-3)
+    assert fastest.order(times) == ("gluon", "tma", "triton")
+
+
+def test_who_refuses_what_is_measured_is_left_out(clock):
+    clock.slower = {"tma": None, "triton": 2.0}
+    found, times = gpu_calibration.measure(HOST, ["tma", "triton"], clock.ms_of)
+    assert list(times) == ["triton"]
+    assert found.sparse.fixed_ms == pytest.approx(2 * RATES.sparse.fixed_ms, rel=1e-3)
+    clock.slower = {"tma": None}
+    with pytest.raises(ValueError, match="tma: tma refuses"):
+        gpu_calibration.measure(HOST, ["tma"], clock.ms_of)
+
+
+@pytest.mark.parametrize("outcome", ["", "did not end within the 120 s that trying it may take"])
+def test_a_contender_is_measured_once_its_probe_has_passed(outcome, clock, monkeypatch, caplog):
+    tried = []
+
+    def try_out(name, kind):
+        tried.append(name)
+        return outcome
+
+    def module_of(operation, name):
+        def why_not(kind):
+            if name == "gluon":
+                return (outcome if tried else "not tried") or None
+            return "not here" if name == "triton" else None
+
+        return SimpleNamespace(unfit=lambda kind: None, why_not=why_not)
+
+    monkeypatch.setattr(probe, "try_out", try_out)
+    monkeypatch.setattr(registry, "module_of", module_of)
+    monkeypatch.setattr(registry, "_CONTENDERS", {("block_sparse", "cpu"): ("gluon",)})
+    monkeypatch.setitem(registry._PROVIDERS, ("block_sparse", "cpu"), ("tma", "triton"))
+    clock.slower = {"tma": 2.0}
+    assert gpu_calibration.calibrate(HOST) is not None
+    assert tried == ["gluon"]
+    assert fastest.order_of(HOST) == (("tma",) if outcome else ("gluon", "tma"))
+    assert ("provider gluon is not used" in caplog.text) == bool(outcome)
+    # Nothing is tried or timed twice.
+    clock.ran.clear()
+    gpu_calibration._known.clear()
+    fastest._orders.clear()
+    assert gpu_calibration.calibrate(HOST) is not None
+    assert (clock.ran, tried) == ([], ["gluon"])
+    assert fastest.order_of(HOST) == (("tma",) if outcome else ("gluon", "tma"))
+
+
+def test_contenders_that_cannot_take_a_call_are_not_tried(monkeypatch):
+    refuses = SimpleNamespace(unfit=lambda kind: "never", why_not=lambda kind: "never")
+    monkeypatch.setattr(registry, "module_of", lambda operation, name: refuses)
+    monkeypatch.setattr(probe, "try_out", None)
+    assert gpu_calibration.calibrate(KIND) is None
+
+
 def test_constants_are_kept_for_later_processes(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_calibration, "measure", lambda kind, ms_of: RATES)
+    times = {"triton": [2.0], "tma": [1.0]}
+    monkeypatch.setattr(gpu_calibration, "_that_take", lambda kind: ["tma", "triton"])
+    monkeypatch.setattr(gpu_calibration, "measure", lambda kind, names, ms_of: (RATES, times))
     assert gpu_calibration.rates_of(KIND) is None
     assert gpu_calibration.calibrate(KIND) == RATES
     (path,) = tmp_path.rglob("gpu_rates_*.json")
     assert json.loads(path.read_text())[1] is None
     gpu_calibration._known.clear()
+    fastest._orders.clear()
+    assert fastest.order_of(KIND) == ("tma", "triton")
     monkeypatch.setattr(gpu_calibration, "measure", None)
     assert gpu_calibration.rates_of(KIND) == RATES
     assert gpu_calibration.calibrate(KIND) == RATES
@@ -110,9 +199,10 @@ def test_constants_are_kept_for_later_processes(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("no kernel")])
 def test_what_cannot_be_measured_is_told_and_assumed(error, monkeypatch, caplog):
-    def fail(kind, ms_of):
+    def fail(kind, names, ms_of):
         raise error
 
+    monkeypatch.setattr(gpu_calibration, "_that_take", lambda kind: ["tma"])
     monkeypatch.setattr(gpu_calibration, "measure", fail)
     assert gpu_calibration.calibrate(KIND) is None
     assert f"was not measured: {error}" in caplog.text
@@ -142,4 +232,7 @@ def test_compiling_measures_the_gpus_of_its_calls(monkeypatch):
             device, 0 if device == "cuda" else None
         )
         unit._measure_gpus([node])
-    assert asked == [GpuKind(CUDA, torch.bfloat16, 8, 16)]
+    assert asked == [GpuKind(CUDA, torch.bfloat16, 8, 16, in_runs=False)]
+    node.kwargs = {"tile_order": "current"}
+    unit._measure_gpus([node])
+    assert asked[1:] == [GpuKind(CUDA, torch.bfloat16, 8, 16, in_runs=True)]
