@@ -34,6 +34,9 @@ def compile_for(chip, kernel, pointers, constants, aligned="", **options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+
     types, attributes = {}, {}
     for position, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -53,6 +56,12 @@ def stack_bytes(binary):
     """Read the stack of one thread from the binary; skip where the tool is missing."""
 
     return int(re.search(r"STACK:(\d+)", _told(binary, "cuobjdump", "-res-usage")).group(1))
+
+
+def machine_code(binary):
+    """List the instructions of a binary, as text."""
+    listing = _told(binary, "nvdisasm", "-c")
+    return [found.group(1) for found in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", listing)]
 
 
 def product_loops(binary):
