@@ -49,6 +49,10 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("about", "about", 45),
+    # Nobody has seen these run. They are alone and first: one that hangs holds the GPU up, and
+    # what came of them is kept, so that no later part tries them.
+    Part("right_gluon", "right", 90, ("gluon",)),
+    Part("right_fa4", "right", 60, ("fa4",)),
     Part("right_tma", "right", 100, ("tma",)),
     Part("right_triton", "right", 100, ("triton",), beside=True),
     Part("right_planning", "right", 100, ("planning",), beside=True),

@@ -1,6 +1,7 @@
 """Compare one kernel with attention in fp64, call after call: is it right, and is it always so?
 
-`python -m benchmarks.gpu.right tma --out FILE`; other names are triton, planning and operator.
+`python -m benchmarks.gpu.right tma --out FILE`; other names are triton, gluon, fa4, planning and
+operator. Gluon and fa4 are tried in a process of their own first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 import lipass.kernels.ops  # noqa: F401
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.problem import NONE, Problem
-from lipass.kernels import block_sparse_attention, pool_blocks, registry, select_blocks
+from lipass.kernels import block_sparse_attention, pool_blocks, probe, registry, select_blocks
+from lipass.kernels.block_sparse.kind import Asking, Kind
 from lipass.kernels.plan import BlockPlan
 
 # Batch, heads, text, history, current, tile; head dim, whether blocks are runs.
@@ -31,6 +33,8 @@ OF_POINTERS = {
     "blocks of 32": ((1, 2, 9, (4, 8, 8), (2, 8, 8), (1, 8, 4)), 64, False),
 }
 _REPEATS = 20
+# Left for what is checked here once a process apart has passed.
+_SPARE_S = 25.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +50,9 @@ def _kernel(part: Part) -> bool:
     provider = "reference" if part.dry else part.name
     calls = {**CALLS, **(OF_POINTERS if part.name == "triton" else {})}
     right = True
+    contends = part.name in registry.contenders("block_sparse", torch.device("cuda"))
+    if contends and not part.dry and (tried := _tried(part)) is not None:
+        return tried
     for name, (shape, dim, runs) in calls.items():
         if part.dry:
             shape = (
@@ -55,6 +62,9 @@ def _kernel(part: Part) -> bool:
                 shape[5],
             )
         problem = Problem(part, *shape, dim=dim, runs=runs)
+        if contends and (why := _why_not(problem, provider)):
+            part.row(call=name, left_out=why)
+            continue
         plan = problem.plan(0.4)
         plans: dict[str, tuple[BlockPlan, Tensor | None]] = {name: (plan, None)}
         # Each is compiled anew.
@@ -71,6 +81,29 @@ def _kernel(part: Part) -> bool:
         if first:
             right &= _without_lse(part, provider, problem, plan)
     return right
+
+
+def _tried(part: Part) -> bool | None:
+    """Try a provider that nobody has seen run; None where it may be used."""
+    kind = Kind(part.device, part.dtype, 128, 128, 128, False)
+    module = registry.module_of("block_sparse", part.name)
+    why = module if isinstance(module, str) else module.unfit(kind)
+    if why:
+        part.row(call="in a process of its own", left_out=why)
+        return True
+    why = probe.try_out(part.name, kind, min(probe.LIMIT_S, part.left_s - _SPARE_S))
+    part.row(call="in a process of its own", right=not why, failed=why)
+    return False if why else None
+
+
+def _why_not(p: Problem, provider: str) -> str | None:
+    """Say why a provider refuses the call of a problem, or nothing."""
+    module = registry.module_of("block_sparse", provider)
+    return (
+        module
+        if isinstance(module, str)
+        else Asking(p.q, p.k, p.v, p.q_grid, p.layout, False)(module)
+    )
 
 
 def _compared(

@@ -44,6 +44,8 @@ _FORMS_OF_FLEX = {
     "self-forcing": ("flex",),
     "matrix-game-3": ("flex",),
 }
+# Those that refuse a call, as before a probe has passed, say why.
+_PROVIDERS = ("tma", "triton", "gluon", "fa4")
 _BUDGETS = (0.3, 0.2, 0.5)
 # A row of the largest case takes so long.
 _A_ROW_S = 8.0
@@ -92,7 +94,7 @@ def _row(
     laid = {"tiles": problem, "runs": Problem(part, *shape, runs=True)}
     for order, p in laid.items():
         plan = p.plan(budget)
-        for name in ("reference",) if part.dry else ("tma", "triton"):
+        for name in ("reference",) if part.dry else _PROVIDERS:
             calls[f"{name}, {order}"] = _own(p, plan, name)
             pairs[f"{name}, {order}"] = p.pairs(plan)
     if flex:

@@ -7,6 +7,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks.gpu.part import Part
 from lipass.examples.tinyworld.learner import working_copy
 from lipass.examples.tinyworld.model import ModelConfig, TinyWorld, tokenize
 from lipass.examples.tinyworld.rollout import roll_out
+from lipass.kernels.block_sparse import reference
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +32,77 @@ def rows(main, tmp_path, *arguments):
     return code, document
 
 
-@pytest.mark.parametrize("name", ["tma", "triton", "planning", "operator"])
+@pytest.mark.parametrize("name", ["tma", "triton", "gluon", "fa4", "planning", "operator"])
 def test_what_is_checked_is_right_by_its_stand_in(name, tmp_path):
     code, document = rows(right.main, tmp_path, name)
     assert code == 0
     assert all(row["right"] for row in document["rows"])
+
+
+@pytest.mark.parametrize("name", ["gluon", "fa4"])
+def test_what_nobody_has_seen_run_is_alone_and_in_front(name):
+    names = [part.name for part in day.PARTS]
+    assert names.index(f"right_{name}") < names.index("right_tma")
+    alone = next(group for group in day._groups(list(day.PARTS)) if len(group) == 1
+                 and group[0].name == f"right_{name}")  # fmt: skip
+    assert alone[0].limit_s <= 90
+
+
+class OnGpu(Part):
+    """A part that is no dry run, on the host."""
+
+    def __init__(self, argv):
+        super().__init__([*argv, "--dry"])
+        self.dry = False
+
+
+def on_gpu(name, tmp_path, monkeypatch, unfit="", outcome=""):
+    made = SimpleNamespace(
+        unfit=lambda kind: unfit or None, why_not=lambda kind: outcome or None,
+        block_sparse_attention=reference.block_sparse_attention,
+    )  # fmt: skip
+    tried = []
+
+    def try_out(name, kind, limit_s):
+        tried.append(limit_s)
+        return outcome
+
+    real = right.registry.module_of
+
+    def module_of(operation, provider):
+        return made if operation == "block_sparse" else real(operation, provider)
+
+    monkeypatch.setattr(right, "Part", OnGpu)
+    monkeypatch.setattr(right.probe, "try_out", try_out)
+    monkeypatch.setattr(
+        right, "CALLS", {"one": ((1, 1, 5, (2, 8, 8), (2, 8, 8), (2, 4, 4)), 16, False)}
+    )
+    monkeypatch.setattr(right.registry, "module_of", module_of)
+    out = tmp_path / "part.json"
+    code = right.main([name, "--out", str(out), "--seconds", "90"])
+    return code, json.loads(out.read_text())["rows"], tried
+
+
+def test_a_contender_is_tried_apart_before_it_is_called(tmp_path, monkeypatch):
+    code, rows, tried = on_gpu("gluon", tmp_path, monkeypatch)
+    assert code == 0
+    assert len(tried) == 1
+    assert 0 < tried[0] <= 65
+    assert [row["right"] for row in rows] == [True] * len(rows)
+    assert rows[0]["call"] == "in a process of its own"
+    assert len(rows) > 2
+
+
+def test_a_contender_that_hangs_is_not_called(tmp_path, monkeypatch):
+    code, rows, _ = on_gpu("gluon", tmp_path, monkeypatch, outcome="did not end")
+    assert code == 1
+    assert [(row["right"], row["failed"]) for row in rows] == [(False, "did not end")]
+
+
+def test_a_contender_that_cannot_run_here_is_left_out(tmp_path, monkeypatch):
+    code, rows, tried = on_gpu("fa4", tmp_path, monkeypatch, unfit="needs another chip")
+    assert (code, tried) == (0, [])
+    assert [row["left_out"] for row in rows] == ["needs another chip"]
 
 
 def test_a_kernel_that_is_wrong_fails_the_part(tmp_path, monkeypatch):
