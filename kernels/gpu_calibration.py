@@ -94,7 +94,8 @@ def measure(
     Raises:
         ValueError: if no kernel takes such calls.
     """
-    joined_ms, times = [], {name: [0.0] * 0 for name in names}
+    joined_ms: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in names}
     work: dict[str, list[tuple[float, float]]] = {"joined": [], "sparse": []}
     refused: dict[str, str] = {}
     for history, current, budget in _CASES:

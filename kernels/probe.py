@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from lipass.kernels import fastest
 from lipass.kernels.block_sparse.kind import Asking, Kind
 from lipass.kernels.fastest import GpuKind
 from lipass.kernels.plan import BlockGrid, KvLayout, Triple
-
-if TYPE_CHECKING:
-    from lipass.kernels.plan import BlockPlan
 
 # Compiling takes most of it.
 LIMIT_S = 120.0
@@ -190,7 +187,7 @@ class _Call:
 
         tokens = self.layout.segment_tokens
         self.q, self.k, self.v = draw(tokens[-1]), [*map(draw, tokens)], [*map(draw, tokens)]
-        self.plan: BlockPlan = plan_attention(
+        self.plan = plan_attention(
             self.q, self.k, self.layout, self.q_grid, budget=0.4, scale=self.scale,
             role="decode", sink_latents=0,
         )  # fmt: skip

@@ -99,11 +99,9 @@ def _tried(part: Part) -> bool | None:
 def _why_not(p: Problem, provider: str) -> str | None:
     """Say why a provider refuses the call of a problem, or nothing."""
     module = registry.module_of("block_sparse", provider)
-    return (
-        module
-        if isinstance(module, str)
-        else Asking(p.q, p.k, p.v, p.q_grid, p.layout, False)(module)
-    )
+    if isinstance(module, str):
+        return module
+    return Asking(p.q, p.k, p.v, p.q_grid, p.layout, False)(module)
 
 
 def _compared(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -36,11 +37,8 @@ def unfit(kind: Kind) -> str | None:
     """Give the reason why it could not, whatever a probe has said."""
     if why := chip.why_not(kind.device):
         return why
-    missing = [
-        name for name in _ASKED if name not in inspect.signature(flash_attn_func).parameters
-    ]
-    if missing:
-        return f"needs a flash_attn.cute that takes {', '.join(missing)}; install a newer one"
+    if missing := _missing(flash_attn_func):
+        return f"needs a flash_attn.cute that takes {missing}; install a newer one"
     if (found := chip.capability(kind.device)) != _CAPABILITY:
         # On Blackwell its query blocks have 256 rows.
         return f"takes blocks of {BLOCK} queries on 9.0 only, got {found[0]}.{found[1]}"
@@ -53,6 +51,13 @@ def unfit(kind: Kind) -> str | None:
     if kind.records:
         return "is called without its backward, and q requires one"
     return None
+
+
+@functools.lru_cache(maxsize=4)
+def _missing(function: Callable[..., object]) -> str:
+    """Name what a function of the package does not take; older versions know no lists."""
+    known = inspect.signature(function).parameters
+    return ", ".join(name for name in _ASKED if name not in known)
 
 
 def lay(
@@ -96,10 +101,11 @@ def block_sparse_attention(
         full_block_idx=_lists(plan, order),
         block_size=(BLOCK, BLOCK),
     )
-    out, lse = flash_attn_func(
-        q.transpose(1, 2), k, v, softmax_scale=scale, block_sparse_tensors=blocks,
-        return_lse=return_lse,
-    )  # fmt: skip
+    with chip.launching_on(q.device):
+        out, lse = flash_attn_func(
+            q.transpose(1, 2), k, v, softmax_scale=scale, block_sparse_tensors=blocks,
+            return_lse=return_lse,
+        )  # fmt: skip
     return out.transpose(1, 2), lse if return_lse else None
 
 
