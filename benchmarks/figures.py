@@ -128,7 +128,9 @@ FIGURES = {
     "host_cost": Figure(_module("host_cost"), (DESIGN,), 1),
     "loop_choice": Figure(_module("loop_choice", "--json"), (RESULTS_PAGE, DESIGN), 20),
     "split_heads": Figure(_module("split_heads"), (DESIGN,), 10),
-    "grow_resolution": Figure(_module("grow_resolution", "--json"), (DESIGN,), 15),
+    "grow_resolution": Figure(
+        _module("grow_resolution", "--json"), (DESIGN, "docs/grow.md"), 30, threads=1
+    ),
     "pose_check": Figure(_module("pose_check"), ("docs/poses.md", DESIGN), 3),
     "first_run": Figure(_module("first_run"), (RESULTS_PAGE,), 10),
 }  # fmt: skip

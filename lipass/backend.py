@@ -51,7 +51,8 @@ def light_interaction(
     if config.strict:
         refuse_lints(model)
     plain = config.preset == "off" and config.pipeline is None
-    if plain and not any(getattr(config, name) for name in SECTIONS):
+    # Of these sessions alone read `grow`.
+    if plain and not any(getattr(config, name) for name in SECTIONS if name != "grow"):
         from lipass.compile.plain import counted, telling
 
         with counted(config):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lipass.grow_options import GrowOptions
 from lipass.merge_options import MergeOptions
 from lipass.option_kinds import coerced
 from lipass.options import (
@@ -28,7 +29,7 @@ from lipass.presets import ADAPTIVE, PRESETS, SECTIONS_OF
 
 INNERS = ("inductor", "aot_eager", "eager")
 VERIFY = ("off", "first")
-SECTIONS = ("context", "sparse", "steps", "merge", "steering")
+SECTIONS = ("context", "sparse", "steps", "merge", "steering", "grow")
 
 _NO_PRESET = "use 'all', or 'exact' where nothing may change"
 ONE_SIDED = ("preset", "inner", "strict", "verify")
@@ -52,6 +53,7 @@ class Config:
             from call to call of a session.
         context, sparse, steps, merge: options of the approximations; None is off.
         steering: lets attention weigh prompts and older history as a session says; None is off.
+        grow: which early steps sessions take on half of the grid; None is off.
         passes: options of single passes, `("pass-name.option", value)` in the order of the names.
     """
 
@@ -67,6 +69,7 @@ class Config:
     steps: StepOptions | None
     merge: MergeOptions | None
     steering: SteeringOptions | None
+    grow: GrowOptions | None
     passes: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
@@ -192,6 +195,7 @@ _SECTION_TYPES: dict[str, Any] = {
     "steps": StepOptions,
     "merge": MergeOptions,
     "steering": SteeringOptions,
+    "grow": GrowOptions,
 }
 
 # True of a walk under any preset, so that one can be put in place of another and the rest stays.

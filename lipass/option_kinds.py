@@ -18,6 +18,7 @@ _WORDS = {
     "tuple[int, ...]": "a tuple of ints",
     "str | tuple[int, ...]": "a string or a tuple of ints",
     "tuple[str, ...]": "a tuple of strings",
+    "tuple[float, float] | None": "None or two numbers",
 }
 
 
@@ -42,21 +43,31 @@ def coerced(key: str, value: Any, kind: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     ints = isinstance(value, tuple) and all(type(item) is int for item in value)
+    numbers = isinstance(value, tuple) and all(_is_number(item) for item in value)
     accepts = {
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
         "int": plain_int,
         "int | None": value is None or plain_int,
-        "float": plain_int or (isinstance(value, float) and not math.isnan(value)),
+        "float": _is_number(value),
         "tuple[int, int, int]": ints and len(value) == 3,
         "tuple[int, int, int] | None": value is None or (ints and len(value) == 3),
         "tuple[int, ...] | None": value is None or ints,
         "tuple[int, ...]": ints,
         "str | tuple[int, ...]": isinstance(value, str) or ints,
         "tuple[str, ...]": isinstance(value, tuple) and all(isinstance(x, str) for x in value),
+        "tuple[float, float] | None": value is None or (numbers and len(value) == 2),
     }
     if not accepts[kind]:
         raise TypeError(
             f"option {key!r} must be {_WORDS[kind]}, got {value!r}; {_remedy(kind, value)}"
         )
+    if kind == "tuple[float, float] | None" and value is not None:
+        return tuple(map(float, value))
     return float(value) if kind == "float" else value
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isnan(value)
+    return isinstance(value, int) and not isinstance(value, bool)

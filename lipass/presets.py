@@ -59,6 +59,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     },
     "merge": {"threshold": 0.7, "kv_tokens": None, "sink_latents": 1},
     "steering": {},
+    "grow": {"delta": 0.0, "spectrum": None, "grid": None, "steps": 0},
 }
 
 # Light Interaction's release for HY-WorldPlay: 12 context latents (4 sink, 4 retrieved, 4 recent),
@@ -98,6 +99,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
     },
     "merge": ADAPTIVE["merge"],
     "steering": ADAPTIVE["steering"],
+    "grow": ADAPTIVE["grow"],
 }
 
 # Its release for Matrix-Game-3.0: threshold 0.45, the sink and up to four retrieved latents, tile
@@ -126,6 +128,7 @@ REFERENCE_MATRIX_GAME: dict[str, dict[str, Any]] = {
     },
     "merge": ADAPTIVE["merge"],
     "steering": ADAPTIVE["steering"],
+    "grow": ADAPTIVE["grow"],
 }
 
 _TOP: dict[str, Any] = {
@@ -137,11 +140,12 @@ _TOP: dict[str, Any] = {
     "counted_writes": False,
 }
 _OFF: dict[str, Any] = {
-    "context": None, "sparse": None, "steps": None, "merge": None, "steering": None,
+    "context": None, "sparse": None, "steps": None, "merge": None, "steering": None, "grow": None,
 }  # fmt: skip
 # No preset merges: how much may be merged depends on what a model keeps in its cache. None steers:
-# a row of zeros on the scores keeps attention from its fastest kernels.
-_LEFT_OUT: dict[str, Any] = {"merge": None, "steering": None}
+# a row of zeros on the scores keeps attention from its fastest kernels. None grows: of few steps
+# fewer are as cheap and nearer.
+_LEFT_OUT: dict[str, Any] = {"merge": None, "steering": None, "grow": None}
 
 SECTIONS_OF = {"reference": REFERENCE, "reference-matrix-game": REFERENCE_MATRIX_GAME}
 """Preset name to its own defaults of the sections; those of the others are `ADAPTIVE`."""

@@ -193,7 +193,17 @@ def _chunks(report: Report) -> str:
 def _below(record: ChunkRecord, report: Report) -> list[str]:
     blend = record.plan.steering
     prompt = _wrapped(blend.said()) if blend is not None and blend.changes else []
-    return [*prompt, *_wrapped(_why_steps(record, report))]
+    return [*prompt, *_wrapped(_why_steps(record, report)), *_wrapped(_grown(record))]
+
+
+def _grown(record: ChunkRecord) -> str:
+    """Say what was taken on half of the grid, if that was asked for."""
+    steps = record.plan.steps
+    if steps is None or steps.coarse is None:
+        return ""
+    taken, planned = record.coarse_steps, len(steps.coarse)
+    short = f", {planned} were planned" if taken < planned else ""
+    return f"{taken} of {steps.total} steps on half of the grid{short}"
 
 
 def _why_steps(record: ChunkRecord, report: Report) -> str:

@@ -86,6 +86,7 @@ class ChunkRecord:
         preset: of the session.
         compiled: whether something was compiled meanwhile, so that `seconds` say nothing.
         target_chunk_ms: what the session was to keep; None where it has no such target.
+        coarse_steps: steps that were taken on half of the grid, reused ones among them.
     """
 
     session: int
@@ -99,6 +100,7 @@ class ChunkRecord:
     preset: str = ""
     compiled: bool = False
     target_chunk_ms: float | None = None
+    coarse_steps: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""

@@ -168,6 +168,8 @@ class Session(Resumable):
             poses, query = self.given.checked(poses, query, latents, stream, index)
             if latents is not None:
                 check_latents(latents)
+            if self.measured is not None:
+                self.measured.latents = latents
             plan_at = functools.partial(
                 plan_chunk,
                 poses=poses,

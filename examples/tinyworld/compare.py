@@ -51,7 +51,10 @@ def options_of(preset: str, inner: str) -> dict[str, Any]:
 
 
 def marking_lengths(compiled: Callable) -> Callable:
-    """Call a compiled model so that the context length is the one dimension that varies."""
+    """Call a compiled model so that the context length is the one dimension that varies.
+
+    Where early steps are on half of the grid there is a graph for each grid, of sizes of its own.
+    """
 
     def call(
         latents: Tensor,
@@ -61,6 +64,8 @@ def marking_lengths(compiled: Callable) -> Callable:
         history: list[KeyValue] | None = None,
         walls: Tensor | None = None,
     ) -> Any:
+        for axis in (3, 4):
+            torch._dynamo.mark_static(latents, axis)
         torch._dynamo.mark_dynamic(w2c, 1)
         if history is None:
             torch._dynamo.mark_dynamic(latents, 2)

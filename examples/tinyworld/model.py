@@ -63,7 +63,10 @@ def camera_transforms(w2c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rotary(nn.Module):
-    """Rotary positions over the two spatial axes of a frame, in units of an 8x8 grid."""
+    """Rotary positions over the two spatial axes of a frame, in units of an 8x8 grid.
+
+    They serve half of the grid too, whose tokens lie between four of the whole one.
+    """
 
     def __init__(self, rows: int, columns: int, dims: int) -> None:
         super().__init__()
@@ -73,15 +76,25 @@ class Rotary(nn.Module):
         angle_y = (y[:, None, None] * frequency).expand(rows, columns, -1)
         angle_x = (x[None, :, None] * frequency).expand(rows, columns, -1)
         angle = torch.cat([angle_y, angle_x], -1).reshape(rows * columns, -1)
+        self.grid = rows, columns
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate `[B, H, F, YX, dims]`."""
+        cos, sin = self.cos, self.sin
+        if x.shape[3] != len(cos):
+            cos, sin = self.between_four()
         first, second = x.chunk(2, -1)
-        return torch.cat(
-            [first * self.cos - second * self.sin, first * self.sin + second * self.cos], -1
-        )
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+    def between_four(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of half of the grid: the mean of four directions, of length 1."""
+        rows, columns = self.grid
+        grids = torch.stack([self.cos, self.sin]).unflatten(1, (rows // 2, 2, columns // 2, 2))
+        mean = grids.mean((2, 4)).flatten(1, 2)
+        cos, sin = (mean / mean.norm(dim=0)).unbind(0)
+        return cos, sin
 
 
 class Block(nn.Module):
@@ -209,7 +222,8 @@ class TinyWorld(nn.Module):
         """Prefill (no history) or decode (with history).
 
         Args:
-            latents: `[B, C, F, Y, X]`; the `n` clean context latents, or the 4 being denoised.
+            latents: `[B, C, F, Y, X]`; the `n` clean context latents, or the 4 being denoised,
+                which may be on half of the grid.
             sigma: noise level `[B, F]` of each latent in 0..1.
             w2c: `[B, n + 4, 4, 4]`, cameras of the context, then of the chunk, all relative to
                 the chunk's first view.

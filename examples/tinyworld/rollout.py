@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lipass.grow import smaller
+
 from .camera import relative_to, view_similarity
 from .model import CHUNK_LATENTS, KeyValue, TinyWorld
 
@@ -88,6 +90,10 @@ class Step(NamedTuple):
     sigma: float
     sigma_next: float
     reused: bool
+
+    def velocity(self, call: Callable[[Tensor, float], Tensor], x: Tensor) -> Tensor:
+        """Call the model."""
+        return call(x, self.sigma)
 
 
 @dataclass
@@ -218,9 +224,14 @@ def run_chunk(
     middle = _now(noise.device)
     poses = cameras(context)
     x, computed = noise, 0
+
+    def denoised(x: Tensor, sigma: float) -> Tensor:
+        level = torch.full((1, CHUNK_LATENTS), sigma, device=x.device)
+        whole = query is None or query.shape[3:] == x.shape[3:]
+        return model(x, level, poses, text, history, query if whole else smaller(query))
+
     for step in steps:
-        level = torch.full((1, CHUNK_LATENTS), step.sigma, device=x.device)
-        velocity = model(x, level, poses, text, history, query)
+        velocity = step.velocity(denoised, x)
         x = x + (step.sigma_next - step.sigma) * velocity
         computed += not step.reused
     end = _now(noise.device)

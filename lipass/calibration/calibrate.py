@@ -25,6 +25,7 @@ from lipass.calibration.frontier import Frontier, undominated
 from lipass.calibration.ladders import choice_of
 from lipass.calibration.ledger import Ledger
 from lipass.calibration.search import frontier, thinned
+from lipass.calibration.spectrum import spectrum_of
 from lipass.calibration.subject import RollOut, Subject
 from lipass.calibration.told import plain
 from lipass.calibration.work import Advance, Work, room_for_graphs
@@ -134,6 +135,7 @@ def calibrate(
             "python": sys.version.split()[0],
             "tries": len(tried),
             "repeats": repeats,
+            **spectrum_of(work.dense_runs.values()),
         },
     )
     seconds = time.perf_counter() - begin

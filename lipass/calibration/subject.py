@@ -34,11 +34,13 @@ class Run:
         output: what the loop returned, on the CPU in float32.
         chunks: what each chunk took.
         plans: their decisions.
+        latents: history that the last chunk was shown, on the CPU; None where none was.
     """
 
     output: Tensor
     chunks: tuple[Took, ...]
     plans: tuple[ChunkPlan, ...]
+    latents: Tensor | None = None
 
     @property
     def decided(self) -> tuple[tuple[int, int], ...]:
@@ -116,4 +118,10 @@ class Subject:
             read = len(one.plan.context.indices)
             took.append(Took(read, computed, one.seconds * 1e3, one.compiled))
         plans = tuple(one.plan for one in records)
-        return Run(output.detach().to("cpu", torch.float32), tuple(took), plans)
+        shown = session.measured.latents
+        return Run(
+            output.detach().to("cpu", torch.float32),
+            tuple(took),
+            plans,
+            None if shown is None else shown.detach().cpu(),
+        )

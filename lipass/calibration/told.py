@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lipass.calibration.density import chosen
@@ -38,7 +38,8 @@ def table(found: Calibration, path: str) -> str:
         "dB to the dense model, mean of all walks and worst, 60 at most; "
         f"* holds where no target is given. Two dense rollouts agree at {found.again_db:.0f} dB."
     )
-    lines += ["", *textwrap.wrap(said, _WIDTH), *_attention(found), *_worth(found), ""]
+    lines += ["", *textwrap.wrap(said, _WIDTH), *_attention(found), *_worth(found)]
+    lines += [*_spectrum(frontier.environment), ""]
     ms = round(own[len(own) // 2].chunk_ms * 1.05)
     lines += [
         f'options = {{"frontier": "{path}"}}',
@@ -46,6 +47,12 @@ def table(found: Calibration, path: str) -> str:
         f'session = lipass.Session(frontier="{path}", target_chunk_ms={ms})',
     ]
     return "\n".join(lines)
+
+
+def _spectrum(environment: Mapping[str, Any]) -> Iterator[str]:
+    if "grow.spectrum" in environment:
+        told = {name: tuple(environment[name]) for name in ("grow.spectrum", "grow.grid")}
+        yield from ("", f"Spectrum of the latents: {told}")
 
 
 def _attention(found: Calibration) -> Iterator[str]:

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 def known_options() -> list[dict[str, Any]]:
     """Return name, default, meaning and other defaults of presets, in the order of the classes."""
     from lipass.config import SECTIONS, SHORTHANDS, Config
+    from lipass.grow_options import GrowOptions
     from lipass.merge_options import MergeOptions
     from lipass.options import ContextOptions, SparseOptions, SteeringOptions, StepOptions
     from lipass.presets import ADAPTIVE, PRESETS
@@ -70,6 +71,7 @@ def known_options() -> list[dict[str, Any]]:
         "steps": StepOptions,
         "merge": MergeOptions,
         "steering": SteeringOptions,
+        "grow": GrowOptions,
     }
     for section in SECTIONS:
         said = _meanings(kinds[section])

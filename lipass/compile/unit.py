@@ -51,6 +51,8 @@ from lipass.passes.graph.marks import StepInputs, skipped_stages, step_inputs_of
 from lipass.policy.blocks import roles_that_stay_sparse
 from lipass.receipt import PassRecord, SiteRecord, current_report
 from lipass.runtime.chosen_context import chosen_by_caller
+from lipass.runtime.chunk import Chunk
+from lipass.runtime.coarse_steps import WHY_DENSE
 from lipass.runtime.kept_plans import KeptPlans
 from lipass.runtime.merged_history import unmerged
 from lipass.runtime.scope import current_chunk, current_step
@@ -98,6 +100,8 @@ class CompiledUnit:
 
     def _compute(self, args: tuple[Any, ...]) -> Any:
         chunk = current_chunk()
+        if chunk is not None and chunk.coarse.running:
+            return self._on_half_of_the_grid(chunk, args)
         reading = self.reading.of_call(chunk, args) if self.reading else Reading()
         chosen = reading.chosen
         with contextlib.ExitStack() as scopes:
@@ -117,6 +121,17 @@ class CompiledUnit:
                 scopes.enter_context(registry.force("dense", reason, but_roles=sparse))
             if chunk.chooses:
                 scopes.enter_context(chosen_by_caller(chosen, reading.latents))
+            return self.compiled(*args)
+
+    def _on_half_of_the_grid(self, chunk: Chunk, args: tuple[Any, ...]) -> Any:
+        """Run the model's own attention: in a history, tokens of a latent are as many as ever."""
+        with contextlib.ExitStack() as scopes:
+            scopes.enter_context(registry.one_call())
+            scopes.enter_context(chunk.session.prompts.scores.answering(chunk))
+            scopes.enter_context(registry.force("dense", WHY_DENSE))
+            scopes.enter_context(unmerged())
+            if self.twin is not None:
+                return self.twin.run(args, chunk, WHY_DENSE)
             return self.compiled(*args)
 
 

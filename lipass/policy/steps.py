@@ -27,11 +27,13 @@ class PlannedStep:
         index: number in the full list of steps.
         next_index: number of the step at whose sigma this one ends.
         reused: take the output of the last computed step instead of computing.
+        coarse: on half of the grid.
     """
 
     index: int
     next_index: int
     reused: bool
+    coarse: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,14 @@ class StepPlan:
         form: "merge" or "lookup".
         reused: indices of the steps that do not compute, ascending.
         reasons: per step of the full list, why it computes or not.
+        coarse: indices of the steps that are taken on half of the grid, in the lookup form those
+            among them that are reused; None until the noise levels are known.
     """
 
     form: str
     reused: tuple[int, ...]
     reasons: tuple[str, ...]
+    coarse: tuple[int, ...] | None = None
 
     @property
     def total(self) -> int:
@@ -61,22 +66,34 @@ class StepPlan:
 
     def sequence(self) -> tuple[PlannedStep, ...]:
         """List the steps that the sampler takes, in order."""
+        coarse = set(self.coarse or ())
         if self.form == "lookup":
             reused = set(self.reused)
-            return tuple(PlannedStep(i, i + 1, i in reused) for i in range(self.total))
+            return tuple(
+                PlannedStep(i, i + 1, i in reused, i in coarse) for i in range(self.total)
+            )
         ends = (*self.computed[1:], self.total)
         return tuple(
-            PlannedStep(i, end, False) for i, end in zip(self.computed, ends, strict=True)
+            PlannedStep(i, end, False, i in coarse)
+            for i, end in zip(self.computed, ends, strict=True)
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data; `from_dict` takes it back."""
-        return {"form": self.form, "reused": list(self.reused), "reasons": list(self.reasons)}
+        coarse = {} if self.coarse is None else {"coarse": list(self.coarse)}
+        own = {"form": self.form, "reused": list(self.reused), "reasons": list(self.reasons)}
+        return own | coarse
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> StepPlan:
         """Rebuild a plan from `to_dict`."""
-        return cls(data["form"], tuple(data["reused"]), tuple(data["reasons"]))
+        coarse = data.get("coarse")
+        return cls(
+            data["form"],
+            tuple(data["reused"]),
+            tuple(data["reasons"]),
+            None if coarse is None else tuple(coarse),
+        )
 
 
 def plan_steps(total: int, options: StepOptions | None, *, allowed: bool, reason: str) -> StepPlan:

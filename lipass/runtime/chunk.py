@@ -14,6 +14,7 @@ from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, with_steps
 from lipass.policy.steps import StepPlan, all_taken, plan_steps
 from lipass.receipt import ChunkRecord, current_report
+from lipass.runtime.coarse_steps import CoarseSteps
 from lipass.runtime.events import Compiled
 from lipass.runtime.follow import Follow
 from lipass.runtime.schedule import Schedule
@@ -41,6 +42,7 @@ class Chunk:
         misses: calls of reused steps that computed; `why_missed` counts the reasons.
         latents_read: most history latents that a compiled call read; None where none was called,
             or it chose by itself.
+        coarse: what it takes on half of the grid.
     """
 
     def __init__(
@@ -53,16 +55,13 @@ class Chunk:
         self.chooses = session.config.context is not None or plan.context.chosen
         self.active: StepState | None = None
         self.loop: StepLoop | None = None
-        self.lookups = 0
-        self.misses = 0
+        self.lookups = self.misses = 0
         self.why_missed: Counter[str] = Counter()
-        self._answered: set[int] = set()
-        self._missed: set[int] = set()
+        self._answered, self._missed = set[int](), set[int]()
         self.latents_read: int | None = None
+        self.coarse = CoarseSteps(self)
         self._listed = False
-        self._began = 0.0
-        self._graphs = 0
-        self._began_ns = 0
+        self._began, self._began_ns, self._graphs = 0.0, 0, 0
         self._compiled = Compiled.now()
         self._finished = False
         self._block: Block | None = None
@@ -120,13 +119,14 @@ class Chunk:
 
         Raises:
             ValueError: fewer than two levels, one that is not finite, timesteps in place of
-                sigmas, or a scheduler that has no timesteps yet.
+                sigmas, a scheduler that has no timesteps yet, or levels that `grow` cannot read.
         """
         schedule = Schedule.of(sigmas)
         plan = self.step_plan(schedule.steps)
         if schedule.form is not None:
             plan = all_taken(plan, schedule.why_all)
-            self.plan = with_steps(self.plan, plan)
+        plan = self.coarse.planned(plan, schedule)
+        self.plan = with_steps(self.plan, plan)
         return StepSequence(self, plan.sequence(), schedule)
 
     def follow(self, scheduler: Any) -> Follow:
@@ -271,6 +271,7 @@ class Chunk:
             return  # closed under way: the chunk may be tried again
         if kind is None and not is_off():
             self.session.prompts.scores.check_asked(self)
+            self.coarse.tell()
         if self.session.measured is not None:
             self.session.measured.wait()
         seconds = time.perf_counter() - self._began
@@ -286,6 +287,7 @@ class Chunk:
             "off" if is_off() else self.session.config.preset,
             current_report().graphs != self._graphs,
             None if self.session.pace is None else self.session.pace.target_ms,
+            len(self.coarse.taken),
         )
         if kind is None:
             self._finished = True

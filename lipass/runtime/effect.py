@@ -24,10 +24,11 @@ class Effect:
 
     Attributes:
         told: whether nothing more is to be said, as after an error.
+        told_whole: whether it was told that no step is taken on half of the grid.
     """
 
     def __init__(self, config: Config, number: int) -> None:
-        self.told = False
+        self.told = self.told_whole = False
         self._config = config
         self._number = number
         self._chunks = 0

@@ -217,6 +217,7 @@ def chunk_attributes(
             "lipass.steps.computed": steps.total - record.steps_skipped,
             "lipass.steps.reused": record.steps_skipped,
             "lipass.steps.form": steps.form,
+            "lipass.steps.coarse": None if steps.coarse is None else record.coarse_steps,
         }
     attributes |= {"lipass.point": plan.point, "lipass.target.chunk_ms": record.target_chunk_ms}
     if (blend := plan.steering) is not None:

@@ -93,6 +93,16 @@ def _expected(moved: Sequence[tuple[float, float]], then: Any) -> list[list[floa
     ]
 
 
+def numbers_of(given: Any) -> list[float] | None:
+    """Return a list of levels as numbers, or None where one lies on a device."""
+    if hasattr(given, "tolist") and not isinstance(given, Tensor):
+        given = given.tolist()
+    if isinstance(given, Sequence):
+        known = [_number(one) for one in given]
+        return None if None in known else [one for one in known if one is not None]
+    return _numbers(given)
+
+
 def _number(given: Any) -> float | None:
     """Return what is one number on the host."""
     numbers = _numbers(given)

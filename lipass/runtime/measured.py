@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from lipass.receipt import ChunkRecord
 
@@ -18,9 +19,11 @@ class Measured:
 
     Attributes:
         records: of all chunks that were finished.
+        latents: history that the latest chunk was shown, if it was.
     """
 
     records: list[ChunkRecord] = field(default_factory=list)
+    latents: Tensor | None = None
 
     def wait(self) -> None:
         """Let the device do what was launched on it."""

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from lipass.passes.graph.marks import StepInputs
 from lipass.runtime.results import Miss
 from lipass.runtime.scope import Block, branch_name, enter, latest, leave
+from lipass.switch import is_off
 
 if TYPE_CHECKING:
     from lipass.runtime.chunk import Chunk
@@ -29,6 +32,7 @@ class Step:
         sigma_next: noise level it ends at.
         timestep: what a scheduler calls this step; None where none was passed.
         reused: the compiled model will answer with a stored output.
+        coarse: `velocity` will call the model on half of the grid.
         state: what the compiled model reads.
     """
 
@@ -38,6 +42,31 @@ class Step:
     reused: bool
     state: StepState = field(repr=False, compare=False)
     timestep: Any = None
+    coarse: bool = False
+
+    def velocity(self, call: Callable[[Tensor, Any], Tensor], x: Tensor) -> Tensor:
+        """Return the velocity of a state, on half of its grid where the plan says so.
+
+        ::
+
+            velocity = step.velocity(lambda x, sigma: model(x, sigma, cameras, cache), x)
+            x = x + (step.sigma_next - step.sigma) * velocity
+
+        Args:
+            call: `(x, sigma)` to the velocity `noise - clean` of a state, of the shape of x. In
+                steps on half of the grid x is `[B, .., Y/2, X/2]` and sigma another one than that
+                of the step; positions are those of the centres of its cells, and the history
+                stays (docs/grow.md).
+            x: the state of the sampler `[B, .., Y, X]`.
+
+        Raises:
+            TypeError: a call that returns no tensor.
+            ValueError: in a step on half of the grid: a state without planes, another grid than
+                `grow.grid` or an odd one, or a velocity of another shape.
+        """
+        if not self.coarse or is_off():
+            return call(x, self.sigma)
+        return self.state.chunk.coarse.velocity(self, call, x)
 
     def __enter__(self) -> Step:
         self.state.enter()

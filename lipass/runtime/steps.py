@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lipass.errors import LipassError
+from lipass.grow import retimed
 from lipass.passes.graph.marks import StepInputs
 from lipass.policy.steps import PlannedStep
 from lipass.runtime.levels import forms_of
@@ -69,7 +70,7 @@ class StepSequence:
                 # Read only where outputs are kept or asked for.
                 compared = wanted or planned.reused
                 following = self._schedule.level(planned.next_index)
-                forms = forms_of(sigma, timestep, following) if compared else ()
+                forms = _forms(planned, sigma, timestep, following) if compared else ()
                 state = StepState(loop, planned.index, forms, planned.reused, keeps=wanted)
                 loop.take(state)
                 self._chunk.active = state
@@ -79,6 +80,7 @@ class StepSequence:
                     sigma_next=following,
                     timestep=timestep,
                     reused=planned.reused,
+                    coarse=planned.coarse,
                     state=state,
                 )
         finally:
@@ -165,6 +167,13 @@ class StepLoop:
         self._outputs.clear()
         self._made.clear()
         self.chunk.end(self)
+
+
+def _forms(
+    planned: PlannedStep, sigma: Any, timestep: Any, following: Any
+) -> tuple[float | None, ...]:
+    """List what a model may be given for the level of a step, on the grid that it is on."""
+    return forms_of(retimed(sigma)[1]) if planned.coarse else forms_of(sigma, timestep, following)
 
 
 def _lies_in(given: Any, outputs: Any) -> bool:

@@ -1,3 +1,5 @@
+import ast
+import dataclasses
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,6 +13,8 @@ from lipass.calibration.ledger import Ledger
 from lipass.calibration.picture import picture
 from lipass.calibration.quality import Reference
 from lipass.calibration.search import Tried, frontier
+from lipass.calibration.spectrum import spectrum_of
+from lipass.calibration.subject import Run
 from lipass.calibration.told import table
 from lipass.calibration.worth import Worth, correlation, curve
 from lipass.cli import main
@@ -296,3 +300,18 @@ def test_what_writes_the_file_is_missed_before_any_work(monkeypatch, tmp_path, c
     code = main(["calibrate", f"{TARGET}:no_such_function", "--out", str(tmp_path / "x.toml")])
     assert code != 0
     assert "pip install 'lipass[calibrate]'" in capsys.readouterr().err
+
+
+def test_the_spectrum_of_latents_that_the_loop_shows_is_fitted(found):
+    assert "grow.spectrum" not in found.frontier.environment  # no planes
+    assert "Spectrum" not in table(found, "own.toml")
+    planes = torch.randn(12, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    told = spectrum_of([Run(torch.zeros(1), (), (), one) for one in (planes, None)])
+    assert told["grow.grid"] == [8, 16]
+    assert told["grow.spectrum"] == pytest.approx([1.0, 0.0], abs=0.2)  # white noise
+    own = {**found.frontier.environment, **told}
+    again = dataclasses.replace(
+        found, frontier=dataclasses.replace(found.frontier, environment=own)
+    )
+    said = table(again, "own.toml").partition("Spectrum of the latents: ")[2].splitlines()[0]
+    lipass.Config.resolve("off", {"grow": True, "grow.delta": 0.1, **ast.literal_eval(said)})
