@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from lipass.config import SECTIONS, Config
+from lipass.grow_options import GrowOptions
 from lipass.merge_options import MergeOptions
 from lipass.options import (
     ContextOptions,
@@ -59,9 +60,13 @@ def test_reference_for_matrix_game_holds_the_released_numbers():
     assert (steps.mode, steps.form, steps.reuse) == ("matrix-game", "lookup", (1,))
 
 
-@pytest.mark.parametrize("kind", [ContextOptions, SparseOptions, StepOptions, MergeOptions])
+@pytest.mark.parametrize(
+    "kind", [ContextOptions, SparseOptions, StepOptions, MergeOptions, GrowOptions]
+)
 def test_every_field_has_a_default_in_both_tables_and_a_line_in_the_docstring(kind):
-    kinds = (ContextOptions, SparseOptions, StepOptions, MergeOptions, SteeringOptions)
+    kinds = (
+        ContextOptions, SparseOptions, StepOptions, MergeOptions, SteeringOptions, GrowOptions,
+    )  # fmt: skip
     name = dict(zip(kinds, SECTIONS, strict=True))[kind]
     fields = {field.name for field in dataclasses.fields(kind)}
     for defaults in (ADAPTIVE, REFERENCE, REFERENCE_MATRIX_GAME):

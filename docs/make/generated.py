@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import readme
-from docs.make import calibrated
+from docs.make import calibrated, grown
 from lipass.cli.options import known_options
 from lipass.passes import PASSES, PIPELINES
 from lipass.passes.core import Numerics, Pass
@@ -71,6 +71,9 @@ def pages() -> dict[str, str]:
     return {
         "docs/calibrate.md": readme.between(
             readme.between(calibrate, "points", points), "kept", calibrated.kept(held)
+        ),
+        "docs/grow.md": readme.between(
+            (ROOT / "docs" / "grow.md").read_text(), "grow", grown.table()
         ),
         "docs/options.md": options_page(),
         "docs/passes.md": passes_page(),
