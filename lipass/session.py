@@ -1,8 +1,7 @@
 """Carry what no graph can show from the user's loop to the compiled model: chunks, poses, steps.
 
-`Session` is the only stateful object of the project. Its state is keyed by stream, chunk and
-region, lives in the chunk and dies with it. `lipass.runtime.scope` knows what is open where the
-model is being called.
+`Session` is the only stateful object of the project. Its state lives in the chunk and dies with
+it. `lipass.runtime.scope` knows what is open where the model is being called.
 
     with lipass.Session(preset="all") as session:
         with session.chunk(poses=history_w2c, query=new_w2c, latents=history) as chunk:

@@ -55,15 +55,13 @@ class Chunk:
         self.chooses = session.config.context is not None or plan.context.chosen
         self.active: StepState | None = None
         self.loop: StepLoop | None = None
-        self.lookups = self.misses = 0
-        self.why_missed: Counter[str] = Counter()
-        self._answered, self._missed = set[int](), set[int]()
         self.latents_read: int | None = None
+        self.lookups, self.misses, self.why_missed = 0, 0, Counter[str]()
+        self._answered, self._missed = set[int](), set[int]()
         self.coarse = CoarseSteps(self)
-        self._listed = False
+        self._listed = self._finished = False
         self._began, self._began_ns, self._graphs = 0.0, 0, 0
         self._compiled = Compiled.now()
-        self._finished = False
         self._block: Block | None = None
 
     @property
