@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lipass.policy.trajectory import parse_trajectory
 
+from .catalogue import CATALOGUE_SEED
 from .codec import Codec
 from .model import tokenize
 from .train_batches import prompt_of
@@ -79,7 +80,8 @@ def draw_walk(seed: int, frames: int) -> Tensor:
 def draw(seed: int) -> Walk:
     """Draw the walk of a seed and its two prompts."""
     generator = torch.Generator().manual_seed(seed + 2_000_003)
-    first = Attributes() if float(torch.rand((), generator=generator)) < 0.3 else None
+    plain = float(torch.rand((), generator=generator)) < 0.3 or seed >= CATALOGUE_SEED
+    first = Attributes() if plain else None
     attributes = (first or draw_attributes(generator), draw_attributes(generator))
     return Walk(seed, draw_walk(seed, FRAMES), attributes)
 

@@ -1,8 +1,9 @@
 """Train a world of TinyWorld: all stages, one after the other, by themselves.
 
-`python -m lipass.examples.tinyworld.train --model small` begins with nothing, `base` and `stream`
-with the weights of `small`. It goes on where it was stopped, writes weights that `weights.load`
-reads and a card beside them, and says how near to the renderer they come.
+`python -m lipass.examples.tinyworld.train --model small` begins with nothing, `base`, `stream` and
+`sampler` with the weights of `small`. It goes on where it was stopped, writes weights that
+`weights.load` reads and a card beside them, and says how near to the renderer they come, or how
+much of what the sampler imagines has a name.
 """
 
 import argparse
@@ -136,11 +137,11 @@ class Training:
         save_file(codec.state_dict(), self.out / "codec.safetensors")
 
     def _rooms(self, seconds: float) -> None:
-        rooms, pixels = self.recipe.rooms, self.recipe.pixels
+        first, rooms, pixels = self.recipe.first_room, self.recipe.rooms, self.recipe.pixels
         sizes = (pixels,) if self.init else (pixels, pixels // 2)
         record(
-            range(rooms), self.out / "rooms", self._encoder, sizes, self.device, self.processes,
-            seconds,
+            range(first, first + rooms), self.out / "rooms", self._encoder, sizes, self.device,
+            self.processes, seconds,
             lambda count: bar("rooms", count / rooms, f"{count} of at most {rooms}"),
         )  # fmt: skip
 
@@ -180,7 +181,7 @@ class Training:
     def _score(self, seconds: float) -> None:
         found = score(
             self.recipe, self.out, self.device,
-            lambda kind, db: log(f"{kind}: {db:.2f} dB to the renderer"),
+            lambda kind, value: log(f"{kind}: {value:.2f} {self.recipe.score}"),
         )  # fmt: skip
         write(self.out / "scores.json", found)
 
@@ -204,14 +205,14 @@ class Training:
             "steps": {stage: curve["steps"] for stage, curve in curves.items()},
             "recorded": self._recorded(),
             **(json.loads(codec.read_text()) if codec.exists() else {}),
-            "db_to_the_renderer": scores,
+            self.recipe.score.lower().replace(" ", "_"): scores,
             "goal": {kind: wanted},
             "reached": scores[kind] >= wanted,
             "loss": {stage: curve["loss"] for stage, curve in curves.items()},
         }
         write(self.out / f"{name}.json", card)
         log(
-            f"{name}: {kind} {scores[kind]:.2f} dB to the renderer, goal {wanted:.0f}: "
+            f"{name}: {kind} {scores[kind]:.2f} {self.recipe.score}, goal {wanted:g}: "
             f"{'reached' if card['reached'] else 'not reached'}; {self.out}/{name}.safetensors"
         )
         return card
@@ -237,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="default: build/tinyworld/MODEL")
     parser.add_argument(
-        "--init", type=Path, help="weights to begin with; those of small for base and stream"
+        "--init", type=Path, help="weights to begin with; those of small for the other models"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)

@@ -15,6 +15,7 @@ from .stream_walks import load_walks
 from .train_progress import bar, log, write
 from .train_recipes import finishing_phases, phases
 from .train_rollouts import RolloutTrainer
+from .train_sampler import SamplerTrainer
 from .train_stream import StreamTrainer
 from .train_unseen import UnseenTrainer
 from .train_world import Trainer
@@ -56,7 +57,15 @@ def _stream(training: "Training", model: TinyWorld) -> tuple[Learner, Callable[.
     return stream, partial(stream.run, load_walks(training.out / "walks"))
 
 
-TRAINERS = {"world": _world, "unseen": _unseen, "rollouts": _rollouts, "stream": _stream}
+def _sampler(training: "Training", model: TinyWorld) -> tuple[Learner, Callable[..., None]]:
+    sampler = SamplerTrainer(model, training.sizes.sampler)
+    return sampler, partial(sampler.run, training.walks(training.recipe.pixels))
+
+
+TRAINERS = {
+    "world": _world, "unseen": _unseen, "rollouts": _rollouts, "stream": _stream,
+    "sampler": _sampler,
+}  # fmt: skip
 
 
 def learn(rank: int, training: "Training", stage: str, seconds: float) -> None:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from .catalogue import CATALOGUE_HELD_OUT_SEED, CATALOGUE_SEED
 from .model import BASE, SMALL, ModelConfig
 from .train_rollouts import RolloutOptions
+from .train_sampler import SamplerOptions
 from .train_stream import StreamOptions
 from .train_unseen import UnseenOptions
 from .train_world import Phase, Walks
@@ -17,6 +19,7 @@ class Sizes:
     unseen: UnseenOptions = field(default_factory=UnseenOptions)
     rollouts: RolloutOptions = field(default_factory=RolloutOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,11 @@ class Recipe:
         seconds: time in all that is suggested on a CPU.
         on_cpu: what a step takes there.
         on_gpu: what it takes on a GPU.
-        scored: held-out rooms, and regimes, or numbers of chunks of the streaming model.
-        goal: which score is to be reached, and how many dB to the renderer.
+        scored: held-out rooms, and regimes, or numbers of chunks of the streaming model, or of
+            steps of the sampler.
+        goal: which score is to be reached, and how much of it.
+        score: what scores are.
+        first_room: seed of the first room that is recorded.
     """
 
     model: str
@@ -46,6 +52,8 @@ class Recipe:
     on_gpu: Sizes
     scored: tuple[tuple[int, ...], tuple[str | int, ...]]
     goal: tuple[str, float]
+    score: str = "dB to the renderer"
+    first_room: int = 0
 
 
 RECIPES = {
@@ -71,6 +79,14 @@ RECIPES = {
         12_000, Sizes(1),
         Sizes(8, stream=StreamOptions(batch=8, chunks=(6, 8, 12, 12, 16), own_chunks=(8, 12, 16))),
         ((9001,), (16, 64)), ("64 chunks", 28.0),
+    ),
+    "sampler": Recipe(
+        "sampler", SMALL, 64, 1000,
+        {"rooms": 0.15, "sampler": 0.75, "score": 0.10},
+        12_000, Sizes(1),
+        Sizes(1, sampler=SamplerOptions(contexts=32, anchors=8, average_steps=200)),
+        (tuple(range(CATALOGUE_HELD_OUT_SEED, CATALOGUE_HELD_OUT_SEED + 6)), (1, 4)),
+        ("4 steps", 0.7), "share of pictures named", CATALOGUE_SEED,
     ),
 }  # fmt: skip
 

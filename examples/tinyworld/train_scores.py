@@ -1,4 +1,7 @@
-"""Score trained weights: rollouts of the dense model in held-out rooms, in dB to the renderer."""
+"""Score trained weights: rollouts of the dense model in held-out rooms, in dB to the renderer.
+
+The sampler, which is right where it is plausible, is scored by what a recogniser names.
+"""
 
 import statistics
 from collections.abc import Callable
@@ -7,12 +10,15 @@ from pathlib import Path
 import torch
 
 from .codec import Codec
+from .imagined import judge
 from .metrics import psnr_db
 from .model import TinyWorld, tokenize
+from .recogniser import recogniser_at
 from .rollout import roll_out
 from .scenario import PATHS, make_scenario
 from .stream_scores import way_back
 from .train_batches import prompt_of
+from .train_progress import write
 from .train_recipes import Recipe
 from .weights import load, load_stream
 
@@ -22,6 +28,8 @@ def score(
 ) -> dict[str, float]:
     """Give the mean of each kind of rollout that a recipe is scored by."""
     rooms, kinds = recipe.scored
+    if recipe.model == "sampler":
+        return _named(recipe, folder, device, progress)
     if recipe.model == "stream":
         stream, codec = load_stream(folder / "stream.safetensors", folder, recipe.config)
         stream, codec = stream.to(device), codec.to(device)
@@ -58,3 +66,19 @@ def explored_or_free(
     made = roll_out(model, model.text(tokens), given, scenario.w2c, walls, seed=room)
     shown = codec.decode(made.latents[len(given) :])
     return psnr_db(shown, scenario.truth[len(given) :])
+
+
+def _named(
+    recipe: Recipe, folder: Path, device: torch.device, progress: Callable[[str, float], None]
+) -> dict[str, float]:
+    """Share of unseen pictures that a recogniser names, by steps; the other figures are kept."""
+    rooms, steps = recipe.scored
+    model, codec = load(recipe.model, folder, recipe.config)
+    model, codec = model.to(device), codec.to(device)
+    recogniser = recogniser_at(folder / "recogniser.safetensors", codec)
+    found = judge(model, codec, recogniser, rooms, [int(count) for count in steps])
+    write(folder / "imagined.json", found)
+    named = {f"{count} steps": found[f"{count} steps"]["pictures"]["named"] for count in steps}
+    for kind, value in named.items():
+        progress(kind, value)
+    return named

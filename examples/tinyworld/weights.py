@@ -12,7 +12,7 @@ from .stream import StreamWorld
 SHIPPED = Path(__file__).parent / "weights"
 CODEC = SHIPPED / "codec.safetensors"
 World = TypeVar("World", bound=TinyWorld)
-_SIZES = {"small": SMALL, "base": BASE}
+_SIZES = {"small": SMALL, "base": BASE, "sampler": SMALL}
 
 
 def load(

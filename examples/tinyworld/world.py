@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .camera import EYE_HEIGHT_M, camera_to_world, invert, pixel_directions
+from .catalogue import CATALOGUE_SEED, choose, furnished, size_of
 
 HELD_OUT_SEED = 9000
 
@@ -70,7 +71,13 @@ class Room:
 
 
 def make_room(seed: int) -> Room:
-    """Build the room of a seed; seeds from `HELD_OUT_SEED` up are never trained on."""
+    """Build the room of a seed; seeds from `HELD_OUT_SEED` up are never trained on.
+
+    Seeds from `CATALOGUE_SEED` on are rooms of the catalogue, which has its own that are held out.
+    """
+    if seed >= CATALOGUE_SEED:
+        size = size_of(seed)
+        return Room(seed, "catalogue", size, *furnished(size, choose(seed)))
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -156,7 +163,7 @@ def _texture(surface: int, size: Tensor, uniform) -> Tensor:
     return torch.cat([base, other, weights, frequency, phase, sharpness, picture, edge])
 
 
-def _cast(room: Room, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cast(room: Room, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest hit of rays `[R, 3]`: distance `[R]`, axis of the normal `[R]`, surface `[R]`."""
     direction = torch.where(direction.abs() < _RAY_EPS, _RAY_EPS, direction)
     inverse = 1.0 / direction
@@ -213,7 +220,7 @@ def render(
     for poses in invert(w2c).split(_VIEWS_AT_ONCE.get(device.type, _VIEWS_ON_DEVICE)):
         direction = torch.cat([camera_rays @ pose[:3, :3].T for pose in poses])
         origin = poses[:, None, :3, 3].expand(-1, len(camera_rays), -1).reshape(-1, 3)
-        distance, axis, surface = _cast(room, origin, direction)
+        distance, axis, surface = cast(room, origin, direction)
         point = origin + direction * distance[:, None]
         lit = _albedo(room, point, axis, surface) * normal_light[axis][:, None]
         metres = distance * direction.norm(dim=-1)
@@ -230,7 +237,7 @@ def render_depth(room: Room, w2c: Tensor, pixels: int = 64) -> Tensor:
     shots = []
     for pose in invert(w2c):
         # Rays have depth 1, so the distance in their lengths is depth.
-        distance, _, _ = _cast(room, pose[:3, 3], camera_rays @ pose[:3, :3].T)
+        distance, _, _ = cast(room, pose[:3, 3], camera_rays @ pose[:3, :3].T)
         shots.append(distance.view(pixels, pixels))
     return torch.stack(shots)
 
@@ -244,7 +251,7 @@ def render_walls(room: Room, w2c: Tensor, pixels: int) -> Tensor:
     c2w = invert(w2c)
     direction = torch.cat([camera_rays @ pose[:3, :3].T for pose in c2w])
     origin = c2w[:, :3, 3].repeat_interleave(len(camera_rays), 0)
-    distance, _, surface = _cast(room, origin, direction)
+    distance, _, surface = cast(room, origin, direction)
     # A wall is of one colour, and its light hangs on the axis of its normal.
     lit = room.surfaces[:, :3] * _NORMAL_LIGHT[torch.arange(6) // 2][:, None]
     metres = distance * direction.norm(dim=-1)

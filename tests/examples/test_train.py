@@ -15,6 +15,12 @@ from lipass.examples.tinyworld.rollout import joined
 from lipass.examples.tinyworld.train_batches import CHANGE_SHARE, LatentWalks, Sampler
 from lipass.examples.tinyworld.train_pictures import picture_error
 from lipass.examples.tinyworld.train_rollouts import RolloutOptions, RolloutTrainer, imagine
+from lipass.examples.tinyworld.train_sampler import (
+    SamplerOptions,
+    SamplerTrainer,
+    levels,
+    sampling_loss,
+)
 from lipass.examples.tinyworld.train_unseen import (
     UnseenOptions,
     UnseenSampler,
@@ -316,3 +322,47 @@ def test_two_processes_average_their_gradients_and_numbers_stage_after_stage(tmp
     subprocess.run([sys.executable, script, tmp_path], check=True, cwd=tmp_path)
     for rank in "01":
         assert (tmp_path / rank).read_text() == "([[0.5], [10.5]], [1.0, 7.0])"
+
+
+def test_levels_of_noise_are_those_that_a_sampler_meets_and_many_are_all_noise():
+    drawn = levels(4000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert drawn.min() == pytest.approx(0.3)
+    assert drawn.max() == 1.0
+    assert float((drawn == 1).float().mean()) == pytest.approx(0.15, abs=0.03)
+    assert float((drawn > 0.8).float().mean()) > 0.5
+
+
+def test_at_the_highest_noise_the_sampling_loss_asks_for_the_mean(walks, monkeypatch):
+    """Of two chunks that may follow alike, what lies between costs less than either."""
+    module = "lipass.examples.tinyworld.train_sampler"
+    monkeypatch.setattr(f"{module}.levels", lambda count, *_: torch.ones(count))
+    batch = UnseenSampler(walks, contexts=2, targets=2, seed=0).draw(CHUNK_LATENTS)
+    batch.targets[:, 0], batch.targets[:, 1] = 1.0, -1.0
+
+    class Says:
+        text = None
+
+        def __init__(self, clean: float) -> None:
+            self.clean = clean
+
+        def velocity(self, x, sigma, *_):
+            return (x - self.clean) / sigma[:, None, :, None, None]
+
+    def loss(clean: float) -> float:
+        return float(sampling_loss(Says(clean), batch, torch.Generator().manual_seed(0)))
+
+    assert loss(0.0) == pytest.approx(1.0, abs=1e-4)
+    assert loss(1.0) == loss(-1.0) == pytest.approx(2.0, abs=1e-3)
+
+
+def test_a_sampler_learns_and_goes_on_where_it_was(walks):
+    torch.manual_seed(0)
+    options = SamplerOptions(contexts=1, targets=2, context=(4,), anchors=1, anchor_context=(8,))
+    trainer, saved = SamplerTrainer(TinyWorld(TINY), options), []
+    trainer.run(walks, 0.5, lambda state: saved.append(state.state()), checkpoint_s=0.1)
+    assert len(saved) > 1
+    assert all(len(row) == 3 for row in trainer.losses)
+    again = SamplerTrainer(TinyWorld(TINY), options)
+    again.load(saved[-1])
+    again.run(walks, again.elapsed_s + 0.2, lambda state: None)
+    assert again.step > trainer.step

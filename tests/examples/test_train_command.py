@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lipass.examples.tinyworld import data, train, train_models
+from lipass.examples.tinyworld import data, recogniser, train, train_models, train_scores
 from lipass.examples.tinyworld.camera import pixel_directions
+from lipass.examples.tinyworld.catalogue import CATALOGUE_HELD_OUT_SEED, CATALOGUE_SEED
 from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.learner import Learner
 from lipass.examples.tinyworld.model import BASE, SMALL, ModelConfig, Rotary, TinyWorld
@@ -16,6 +17,7 @@ from lipass.examples.tinyworld.stream_walks import record_walks
 from lipass.examples.tinyworld.train_batches import latent_walks
 from lipass.examples.tinyworld.train_recipes import RECIPES, Sizes
 from lipass.examples.tinyworld.train_rollouts import RolloutOptions
+from lipass.examples.tinyworld.train_sampler import SamplerOptions
 from lipass.examples.tinyworld.train_stream import StreamOptions
 from lipass.examples.tinyworld.train_unseen import UnseenOptions
 from lipass.examples.tinyworld.weights import load
@@ -27,6 +29,7 @@ SIZES = Sizes(
     UnseenOptions(contexts=1, targets=1, context=(4,), anchors=1, anchor_context=(4,)),
     RolloutOptions(lanes=1, context=(4,), anchors=1, anchor_context=(4,)),
     StreamOptions(chunks=(3,), targets=1, own_chunks=(4,), pool=4),
+    SamplerOptions(contexts=1, targets=1, context=(4,), anchors=1, anchor_context=(8,)),
 )
 
 
@@ -129,6 +132,40 @@ def test_a_streaming_world_begins_with_the_weights_of_small(tmp_path, short, cap
     assert torch.equal(
         copied["latent_mean"], load_file(begin / "codec.safetensors")["latent_mean"]
     )
+
+
+def test_a_sampler_begins_with_the_weights_of_small_in_rooms_of_the_catalogue(
+    tmp_path, short, capsys, monkeypatch
+):
+    begin = tmp_path / "begin"
+    begin.mkdir()
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, rows=8, columns=8)
+    save_file(TinyWorld(config).state_dict(), begin / "small.safetensors")
+    save_file(Codec().state_dict(), begin / "codec.safetensors")
+    recorded, examiner = [], recogniser.recogniser_at
+    monkeypatch.setattr(
+        train, "record", lambda seeds, *job: (recorded.append(seeds), data.record(seeds, *job))
+    )
+    monkeypatch.setattr(
+        train_scores, "recogniser_at", lambda path, codec: examiner(path, codec, rooms=1, steps=2)
+    )
+    recipe = dataclasses.replace(
+        RECIPES["sampler"], config=config, rooms=2, on_cpu=SIZES,
+        scored=((CATALOGUE_HELD_OUT_SEED,), (1,)), goal=("1 steps", 2.0),
+    )  # fmt: skip
+    job = (recipe, tmp_path / "out", CPU, 2.0, 1, begin / "small.safetensors")
+    card = train.Training(*job).run()
+    assert recorded == [range(CATALOGUE_SEED, CATALOGUE_SEED + 2)]
+    assert card["steps"]["sampler"] > 0
+    assert 0 <= card["share_of_pictures_named"]["1 steps"] <= 1
+    assert card["reached"] is False
+    told = json.loads((tmp_path / "out/imagined.json").read_text())
+    assert set(told) == {"renderer", "codec", "1 steps"}
+    assert "share of pictures named, goal 2: not reached" in capsys.readouterr().err
+    load("sampler", tmp_path / "out", config)
+    # Everything is done: it says so again and trains nothing.
+    assert train.Training(*job).run()["steps"] == card["steps"]
 
 
 def test_time_that_a_stage_takes_too_long_is_taken_from_the_later_ones(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from lipass.examples.tinyworld.stream_scores import way_back
 from lipass.examples.tinyworld.stream_walks import LongWalk
 from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
 from lipass.examples.tinyworld.train_rollouts import RolloutOptions, RolloutTrainer
+from lipass.examples.tinyworld.train_sampler import SamplerOptions, SamplerTrainer
 from lipass.examples.tinyworld.train_stream import StreamOptions, StreamTrainer
 from lipass.examples.tinyworld.train_unseen import UnseenOptions, UnseenTrainer
 from lipass.examples.tinyworld.train_world import Phase, Trainer, faster_dtype, prefill
@@ -95,6 +96,14 @@ def test_a_memory_whose_prompt_changes_is_encoded_where_the_model_is(walks, gpu)
 )
 def test_pictures_are_trained_where_the_model_is(trainer, options, walks, gpu):
     made = trainer(TinyWorld(TINY).to(gpu), Codec(), options)
+    made.run(walks, 0.1, lambda state: None)
+    assert made.step > 0
+    assert made.losses[0][1].device == gpu
+
+
+def test_samplers_are_trained_where_the_model_is(walks, gpu):
+    options = SamplerOptions(contexts=2, targets=2, anchors=1, anchor_context=(8,))
+    made = SamplerTrainer(TinyWorld(TINY).to(gpu), options)
     made.run(walks, 0.1, lambda state: None)
     assert made.step > 0
     assert made.losses[0][1].device == gpu

@@ -38,7 +38,7 @@ def test_every_layout_is_drawn_and_leaves_room_to_stand():
 def test_wall_ahead_is_hit_at_its_distance():
     room = empty_room()
     ray = torch.tensor([[0.0, 0.0, 1.0]])
-    distance, axis, surface = world._cast(room, torch.tensor([2.0, -1.5, 1.0]), ray)
+    distance, axis, surface = world.cast(room, torch.tensor([2.0, -1.5, 1.0]), ray)
     assert distance.item() == pytest.approx(room.size_m[2].item() - 1.0)
     assert (axis.item(), surface.item()) == (2, 5)
 
@@ -48,7 +48,7 @@ def test_box_hides_the_wall_behind_it():
     box = torch.tensor([[[1.0, -2.0, 3.0], [3.0, 0.0, 3.5]]])
     room = dataclasses.replace(room, boxes=box, surfaces=room.surfaces[[0, 1, 2, 3, 4, 5, 0]])
     ray = torch.tensor([[0.0, 0.0, 1.0]])
-    distance, _, surface = world._cast(room, torch.tensor([2.0, -1.5, 1.0]), ray)
+    distance, _, surface = world.cast(room, torch.tensor([2.0, -1.5, 1.0]), ray)
     assert distance.item() == pytest.approx(2.0)
     assert surface.item() == 6
 
