@@ -131,6 +131,10 @@ FIGURES = {
     "grow_resolution": Figure(
         _module("grow_resolution", "--json"), (DESIGN, "docs/grow.md"), 30, threads=1
     ),
+    "imagined": Figure(
+        ("-m", "lipass.examples.tinyworld.imagined", "--rooms", "4"), (DESIGN,), 15, threads=1
+    ),
+    "sampler_trials": Figure(_module("sampler_trials"), (DESIGN,), 20, threads=1),
     "pose_check": Figure(_module("pose_check"), ("docs/poses.md", DESIGN), 3),
     "first_run": Figure(_module("first_run"), (RESULTS_PAGE,), 10),
 }  # fmt: skip

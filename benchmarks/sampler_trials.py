@@ -18,6 +18,7 @@ of steps, and one for the renderer through the codec.
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -26,14 +27,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipass.examples.tinyworld.catalogue import CATALOGUE_HELD_OUT_SEED, PICTURES, THINGS
+from lipass.examples.tinyworld.catalogue import (
+    CATALOGUE_HELD_OUT_SEED,
+    CATALOGUE_SEED,
+    PICTURES,
+    THINGS,
+)
 from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.data import draw as draw_walk
 from lipass.examples.tinyworld.data import load as load_rooms
-from lipass.examples.tinyworld.data import recorded
+from lipass.examples.tinyworld.data import record, recorded
 from lipass.examples.tinyworld.imagined import STEPS, answers, spectral_gap_db
 from lipass.examples.tinyworld.recogniser import Recogniser, recogniser_at, slots
-from lipass.examples.tinyworld.weights import load
+from lipass.examples.tinyworld.weights import CODEC, load
 
 LOSSES = ("median", "mean", "energy", "critic", "codes")
 CODES = 512
@@ -238,19 +244,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=120, help="of CPU time a loss")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
-    parser.add_argument(
-        "--rooms",
-        type=Path,
-        default=Path("build/tinyworld/sampler/rooms"),
-        help="what the stage `rooms` of the training of sampler recorded",
-    )
+    parser.add_argument("--rooms", type=int, default=100, help="that are recorded and trained on")
     parser.add_argument("--held-out", type=int, default=16, help="rooms that are drawn views of")
-    parser.add_argument("--recogniser", type=Path,
-                        default=Path("build/tinyworld/recogniser.safetensors"))  # fmt: skip
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/tinyworld"), help="of rooms and recogniser"
+    )
     args = parser.parse_args(argv)
     _, codec = load()
-    who = recogniser_at(args.recogniser, codec)
-    rooms = load_rooms(args.rooms, 64)["latents"]
+    who = recogniser_at(args.folder / "recogniser.safetensors", codec)
+    folder, seeds = args.folder / "catalogue", range(CATALOGUE_SEED, CATALOGUE_SEED + args.rooms)
+    record(seeds, folder, CODEC, (64,), torch.device("cpu"), 1, math.inf, lambda count: None)
+    rooms = load_rooms(folder, 64)["latents"]
     latents, walls = rooms[:, 0].flatten(0, 1), rooms[:, -1].flatten(0, 1)
     views = []
     seeds = range(CATALOGUE_HELD_OUT_SEED, CATALOGUE_HELD_OUT_SEED + args.held_out)

@@ -4,6 +4,7 @@
     python -m benchmarks.gpu --only speed    parts whose names begin so
     python -m benchmarks.gpu --dry           on a CPU: tiny shapes, stand-ins for kernels
     python -m benchmarks.gpu --only train --train stream    goes on with the streaming world
+    python -m benchmarks.gpu --only train --train sampler   trains a world that samples
 
 Needs a checkout, torch and Triton; nothing is installed. Each part is a process of its own with a
 limit of its own, and writes what it knows row by row, so that a hang costs that part alone.
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=530.0, help="of all parts together")
     parser.add_argument("--only", default="", help="parts whose names begin so")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, no figure")
-    parser.add_argument("--train", default="base", choices=("small", "base", "stream"))
+    parser.add_argument("--train", default="base", choices=("small", "base", "stream", "sampler"))
     parser.add_argument("--out", type=Path, help="folder of the documents")
     args = parser.parse_args(argv)
     parts = [part for part in PARTS if part.name.startswith(args.only)]

@@ -1,8 +1,9 @@
 """Train a world of TinyWorld for as long as is left, then roll it out dense and accelerated.
 
 `python -m benchmarks.gpu.train base --out FILE` begins with the weights of `small` that the
-checkout has, `stream` with its own. Weights are copied beside the document whenever a stage has
-new ones, so that a limit costs what came after them alone.
+checkout has, as `sampler` does, `stream` with its own. Weights are copied beside the document
+whenever a stage has new ones, so that a limit costs what came after them alone. The sampler is not
+rolled out: it is judged by what it imagines.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = part.name or "base"
     left = part.left_s - _SPARE_S
-    demo_s = 0.0 if name == "stream" else min(_DEMO_S, _DEMO_SHARE * left)
+    demo_s = min(_DEMO_S, _DEMO_SHARE * left) if name in ("small", "base") else 0.0
     with tempfile.TemporaryDirectory() as folder:
         training = _training(part, name, Path(folder), left - demo_s)
         done = threading.Event()
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             copy_latest(training, part.folder)
         curves = card.pop("loss")
         part.note(card=card, loss=curves)
-        part.row(trained=True, model=name, reached=card["reached"], **card["db_to_the_renderer"])
+        scores = card[training.recipe.scores]
+        part.row(trained=True, model=name, reached=card["reached"], **scores)
         if demo_s:
             _roll_out(part, training)
     return 0
@@ -93,12 +95,15 @@ def _tiny(recipe: Recipe) -> Recipe:
         unseen=dataclasses.replace(recipe.on_cpu.unseen, contexts=1, context=(4,), anchors=1),
         rollouts=dataclasses.replace(recipe.on_cpu.rollouts, lanes=1, context=(4,), anchors=1),
         stream=dataclasses.replace(recipe.on_cpu.stream, chunks=(3,), targets=1, own_chunks=(4,)),
+        sampler=dataclasses.replace(recipe.on_cpu.sampler, contexts=1, targets=1),
     )
     kinds = (2,) if recipe.model == "stream" else recipe.scored[1]
     goal = ("2 chunks", 1.0) if recipe.model == "stream" else recipe.goal
-    grid = 8 if recipe.model == "stream" else 2
+    # Long walks and rooms that are judged are always of 64 pixels.
+    grid = 8 if recipe.model in ("stream", "sampler") else 2
     return dataclasses.replace(
-        recipe, rooms=2, pixels=16, on_cpu=sizes, scored=((9001,), kinds), goal=goal,
+        recipe, rooms=2, pixels=8 * grid, on_cpu=sizes, scored=(recipe.scored[0][:1], kinds),
+        goal=goal,
         config=dataclasses.replace(recipe.config, rows=grid, columns=grid),
     )  # fmt: skip
 

@@ -157,7 +157,7 @@ def figures_of(films: list[Film], recogniser: Recogniser) -> dict[str, Any]:
         right += (best == WALLPAPERS.index(paper)).tolist()
         loops.append(loop_score(film.frames, returns(scene.w2c, given)))
         made.append(film.frames[given:])
-        truth.append(scene.truth[given:])
+        truth.append(scene.truth[given:].cpu())
     known = [score for score in loops if score is not None]
     return {
         **{kind: Answers(views).figures() for kind, views in said.items()},

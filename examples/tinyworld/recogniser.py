@@ -6,7 +6,6 @@ examined on rooms that it has not seen.
 """
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,8 +33,9 @@ from .world import Attributes, Room, cast, make_room, render
 # A name counts as shown from this share of the view on.
 SHOWN_SHARE = 0.02
 _RAYS_A_SIDE = 32
-_FIRST_SEED, _ROOMS, _HELD_OUT_ROOMS, _EVERY = CATALOGUE_SEED + 5000, 300, 60, 8
-_STEPS, _BATCH, _RATE = 900, 64, 2e-3
+ROOMS = 300
+_FIRST_SEED, _HELD_OUT_ROOMS, _EVERY = CATALOGUE_SEED + 5000, 60, 8
+_STEPS_A_ROOM, _BATCH, _RATE = 3, 64, 2e-3
 
 
 class Recogniser(nn.Module):
@@ -128,23 +128,20 @@ def examples(seeds: range, codec: Codec, every: int = _EVERY) -> tuple[Tensor, T
     return shown, again, torch.cat(named)
 
 
-def train(
-    frames: Tensor, shown: Tensor, steps: int = _STEPS, progress: Callable[[int], None] = id
-) -> Recogniser:
+def train(frames: Tensor, shown: Tensor, steps: int) -> Recogniser:
     """Train on frames `[N, 3, P, P]` and whether they show each name, `[N, names]`."""
     torch.manual_seed(0)
     model = Recogniser()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
+    for _ in range(steps):
         rows = torch.randint(len(frames), (_BATCH,), generator=generator)
         loss = F.binary_cross_entropy_with_logits(model.logits(frames[rows]), shown[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress(step)
     return model.eval().requires_grad_(False)
 
 
@@ -166,18 +163,16 @@ def accuracy(model: Recogniser, frames: Tensor, named: Tensor) -> dict[str, floa
     }
 
 
-def recogniser_at(
-    path: Path, codec: Codec, rooms: int = _ROOMS, steps: int = _STEPS,
-    progress: Callable[[int], None] = id,
-) -> Recogniser:  # fmt: skip
-    """Load the recogniser of a file, or train it and keep it there."""
+def recogniser_at(path: Path, codec: Codec, rooms: int = ROOMS) -> Recogniser:
+    """Load the recogniser of a file, or train it on `rooms` rooms and keep it there."""
     model = Recogniser()
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval().requires_grad_(False)
     shown, again, named = examples(range(_FIRST_SEED, _FIRST_SEED + rooms), codec)
     wanted = (named >= SHOWN_SHARE).float()
-    model = train(torch.cat([shown, again]), torch.cat([wanted, wanted]), steps, progress)
+    both, wanted = torch.cat([shown, again]), torch.cat([wanted, wanted])
+    model = train(both, wanted, _STEPS_A_ROOM * rooms)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(model.state_dict(), partial)

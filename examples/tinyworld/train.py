@@ -205,7 +205,7 @@ class Training:
             "steps": {stage: curve["steps"] for stage, curve in curves.items()},
             "recorded": self._recorded(),
             **(json.loads(codec.read_text()) if codec.exists() else {}),
-            self.recipe.score.lower().replace(" ", "_"): scores,
+            self.recipe.scores: scores,
             "goal": {kind: wanted},
             "reached": scores[kind] >= wanted,
             "loss": {stage: curve["loss"] for stage, curve in curves.items()},

@@ -55,6 +55,11 @@ class Recipe:
     score: str = "dB to the renderer"
     first_room: int = 0
 
+    @property
+    def scores(self) -> str:
+        """What a card calls the scores."""
+        return self.score.lower().replace(" ", "_")
+
 
 RECIPES = {
     "small": Recipe(

@@ -13,7 +13,7 @@ from .codec import Codec
 from .imagined import judge
 from .metrics import psnr_db
 from .model import TinyWorld, tokenize
-from .recogniser import recogniser_at
+from .recogniser import ROOMS, recogniser_at
 from .rollout import roll_out
 from .scenario import PATHS, make_scenario
 from .stream_scores import way_back
@@ -75,7 +75,8 @@ def _named(
     rooms, steps = recipe.scored
     model, codec = load(recipe.model, folder, recipe.config)
     model, codec = model.to(device), codec.to(device)
-    recogniser = recogniser_at(folder / "recogniser.safetensors", codec)
+    learned_from = min(ROOMS, recipe.rooms)
+    recogniser = recogniser_at(folder / "recogniser.safetensors", codec, learned_from)
     found = judge(model, codec, recogniser, rooms, [int(count) for count in steps])
     write(folder / "imagined.json", found)
     named = {f"{count} steps": found[f"{count} steps"]["pictures"]["named"] for count in steps}

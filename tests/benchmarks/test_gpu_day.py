@@ -184,6 +184,26 @@ def test_a_streaming_world_goes_on_from_its_own_weights(tmp_path):
     assert train._training(part, "base", tmp_path, 60.0).init.name == "small.safetensors"
 
 
+def test_a_sampler_begins_with_small_and_says_what_it_names(tmp_path, monkeypatch):
+    given = []
+
+    def run(training):
+        given.append(training)
+        named = {"1 steps": 0.1, "4 steps": 0.8}
+        return {"reached": True, "share_of_pictures_named": named, "loss": {}}
+
+    monkeypatch.setattr("lipass.examples.tinyworld.train.Training.run", run)
+    code, document = rows(train.main, tmp_path, "sampler")
+    assert code == 0
+    assert document["rows"] == [
+        {"trained": True, "model": "sampler", "reached": True, "1 steps": 0.1, "4 steps": 0.8}
+    ]
+    (training,) = given
+    assert training.init.name == "small.safetensors"
+    assert training.recipe.pixels == 64
+    assert training.recipe.shares.keys() == {"rooms", "sampler", "score"}
+
+
 def test_the_newest_weights_come_back_whatever_stops_the_training(tmp_path):
     part = Part(["base", "--out", str(tmp_path / "part.json"), "--dry"])
     (made := tmp_path / "work").mkdir()

@@ -97,7 +97,7 @@ def test_a_recogniser_learns_what_is_plain_to_see():
 
 def test_a_recogniser_is_trained_once_and_kept(tmp_path, codec, monkeypatch):
     path = tmp_path / "below/recogniser.safetensors"
-    first = recogniser.recogniser_at(path, codec, rooms=1, steps=2)
+    first = recogniser.recogniser_at(path, codec, rooms=1)
     monkeypatch.setattr(recogniser, "train", None)
     again = recogniser.recogniser_at(path, codec)
     frames = torch.rand(2, 3, 64, 64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lipass.examples.tinyworld import data, recogniser, train, train_models, train_scores
+from lipass.examples.tinyworld import data, train, train_models
 from lipass.examples.tinyworld.camera import pixel_directions
 from lipass.examples.tinyworld.catalogue import CATALOGUE_HELD_OUT_SEED, CATALOGUE_SEED
 from lipass.examples.tinyworld.codec import Codec
@@ -143,12 +143,9 @@ def test_a_sampler_begins_with_the_weights_of_small_in_rooms_of_the_catalogue(
     config = dataclasses.replace(TINY, rows=8, columns=8)
     save_file(TinyWorld(config).state_dict(), begin / "small.safetensors")
     save_file(Codec().state_dict(), begin / "codec.safetensors")
-    recorded, examiner = [], recogniser.recogniser_at
+    recorded = []
     monkeypatch.setattr(
         train, "record", lambda seeds, *job: (recorded.append(seeds), data.record(seeds, *job))
-    )
-    monkeypatch.setattr(
-        train_scores, "recogniser_at", lambda path, codec: examiner(path, codec, rooms=1, steps=2)
     )
     recipe = dataclasses.replace(
         RECIPES["sampler"], config=config, rooms=2, on_cpu=SIZES,
