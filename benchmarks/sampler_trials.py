@@ -11,7 +11,6 @@ of steps, and one for the renderer through the codec.
     median   absolute error of the clean latents, as TinyWorld's last stages ask for
     mean     squared error of the clean latents at all levels: flow matching
     energy   energy distance of two drawn predictions: each is a sample, whatever the steps
-    critic   squared error, and a small network that tells predictions from latents
     codes    a learned codebook of tokens, revealed where the network is most certain
 """
 
@@ -41,7 +40,7 @@ from lipass.examples.tinyworld.imagined import STEPS, answers, spectral_gap_db
 from lipass.examples.tinyworld.recogniser import Recogniser, recogniser_at, slots
 from lipass.examples.tinyworld.weights import CODEC, load
 
-LOSSES = ("median", "mean", "energy", "critic", "codes")
+LOSSES = ("median", "mean", "energy", "codes")
 CODES = 512
 _WIDTH, _BLOCKS, _BATCH, _RATE = 128, 4, 32, 2e-3
 _CHANNELS, _TOKENS = 16, 64
@@ -103,12 +102,6 @@ class Trial:
             _CHANNELS + (1 if loss == "codes" else extra), CODES if loss == "codes" else _CHANNELS
         )
         self.parameters = list(self.model.parameters())
-        if loss == "critic":
-            self.critic = nn.Sequential(
-                nn.Conv2d(_CHANNELS, 96, 3, padding=1), nn.SiLU(),
-                nn.Conv2d(96, 96, 3, 2, padding=1), nn.SiLU(), nn.Conv2d(96, 1, 3),
-            )  # fmt: skip
-            self.critics = torch.optim.AdamW(self.critic.parameters(), 5e-4, (0.5, 0.9))
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -132,14 +125,7 @@ class Trial:
             other = self._clean(x, level, walls)
             near = (made - y).flatten(1).norm(dim=1) + (other - y).flatten(1).norm(dim=1)
             return (near - (made - other).flatten(1).norm(dim=1)).mean() / 32
-        error = ((made - y).square().mean((1, 2, 3)) / level).mean()
-        if self.loss == "critic":
-            real, fake = self.critic(y), self.critic(made.detach())
-            self.critics.zero_grad()
-            (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
-            self.critics.step()
-            error = error - 0.1 * self.critic(made).mean()
-        return error
+        return ((made - y).square().mean((1, 2, 3)) / level).mean()
 
     def _masked(self, y: Tensor, walls: Tensor) -> Tensor:
         codes = self._codes(y)
