@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=120, help="of CPU time a loss")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
-    parser.add_argument("--rooms", type=int, default=100, help="that are recorded and trained on")
+    parser.add_argument("--rooms", type=int, default=60, help="that are recorded and trained on")
     parser.add_argument("--held-out", type=int, default=16, help="rooms that are drawn views of")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/tinyworld"), help="of rooms and recogniser"
