@@ -360,7 +360,7 @@ def test_a_sampler_learns_and_goes_on_where_it_was(walks):
     options = SamplerOptions(contexts=1, targets=2, context=(4,), anchors=1, anchor_context=(8,))
     trainer, saved = SamplerTrainer(TinyWorld(TINY), options), []
     trainer.run(walks, 0.5, lambda state: saved.append(state.state()), checkpoint_s=0.1)
-    assert len(saved) > 1
+    assert saved
     assert all(len(row) == 3 for row in trainer.losses)
     again = SamplerTrainer(TinyWorld(TINY), options)
     again.load(saved[-1])
