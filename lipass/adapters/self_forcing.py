@@ -14,10 +14,19 @@ from lipass.adapters.adoption import Adoption, place
 from lipass.adapters.blockwise import Blocks, Cache, Levels
 from lipass.adapters.cache_ends import CacheEnds, holds_indices, tie
 from lipass.adapters.families import Family
+from lipass.errors import LipassError
 from lipass.session import Session
 
 _CACHES = ("kv_cache", "prope_kv_cache")
 _LEVELS = ("denoising_step_list", "denoising_step_list_first_chunk")
+_OF_ITS_LOOP = (
+    "generator",
+    "kv_cache1",
+    "num_frame_per_block",
+    "frame_seq_length",
+    "independent_first_frame",
+)
+_OF_ITS_ATTENTION = ("max_attention_size", "sink_size")
 
 
 def _adopt(model: nn.Module, adoption: Adoption) -> None:
@@ -62,7 +71,11 @@ def _drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
     While it is driven it takes `poses`, `[N, 4, 4]` cameras of all latents, or the `viewmats`
     `[B, N, 4, 4]` of models that have them. Without cameras history is chosen by how fast latents
     change, and steps are reused with `steps.overlap_min` 0 only.
+
+    Raises:
+        LipassError: if the pipeline rolls a model of this class out in another way.
     """
+    _refuse_other_loops(pipeline)
     generator: Any = pipeline.generator
     blocks = Blocks(
         session,
@@ -97,6 +110,26 @@ def _drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
         levels = getattr(pipeline, name, None)
         if levels is not None:
             adoption.rebind(pipeline, name, Levels(levels, blocks), "levels that compute")
+
+
+def _refuse_other_loops(pipeline: Any) -> None:
+    """Refuse pipelines of others whose transformers have the file and class name of these.
+
+    They keep their caches otherwise, or have several blocks at different levels in one call, and
+    what is driven here would be nothing, or the wrong latents.
+    """
+    lacks = [name for name in _OF_ITS_LOOP if not hasattr(pipeline, name)]
+    if "generator" not in lacks:
+        attention = pipeline.generator.model.blocks[0].self_attn
+        lacks += [name for name in _OF_ITS_ATTENTION if not hasattr(attention, name)]
+    if not any(hasattr(pipeline, name) for name in _LEVELS):
+        lacks.append(_LEVELS[0])
+    if lacks:
+        found = f"{type(pipeline).__name__} without {', '.join(lacks)}"
+        raise LipassError(
+            f"a rollout that is driven must be one of Self-Forcing's, got {found}; open chunks in "
+            "a loop of your own"
+        )
 
 
 def _cache(pipeline: Any) -> Cache:

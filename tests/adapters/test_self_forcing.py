@@ -262,3 +262,27 @@ def test_the_model_alone_has_no_loop_to_drive(pipeline):
         adoption.drive(session),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["kv_cache1", "denoising_step_list"])
+def test_a_pipeline_that_rolls_out_otherwise_is_not_driven(pipeline, monkeypatch, name):
+    # others have the file and class name of this transformer, and another loop around it
+    monkeypatch.delattr(pipeline, name)
+    with (
+        lipass.adopt(pipeline) as adoption,
+        lipass.Session(preset="all", **OPTIONS) as session,
+        pytest.raises(lipass.LipassError, match=f"got CausalInferencePipeline without {name}"),
+        adoption.drive(session),
+    ):
+        pass
+
+
+def test_attention_of_another_window_is_not_driven(pipeline, monkeypatch):
+    monkeypatch.delattr(pipeline.generator.model.blocks[0].self_attn, "max_attention_size")
+    with (
+        lipass.adopt(pipeline) as adoption,
+        lipass.Session(preset="all", **OPTIONS) as session,
+        pytest.raises(lipass.LipassError, match="without max_attention_size; open chunks"),
+        adoption.drive(session),
+    ):
+        pass
