@@ -32,6 +32,7 @@ _ONES = {
         "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p",
         "softmax_scale", "causal", "window_size",
     ),
+    "flash_attn_with_kvcache": ("q", "k_cache", "v_cache", "k", "v"),
     "flash_attn_qkvpacked_func": ("qkv", "dropout_p", "softmax_scale", "causal", "window_size"),
     "flash_attn_kvpacked_func": ("q", "kv", "dropout_p", "softmax_scale", "causal", "window_size"),
     "sageattn": ("q", "k", "v", "tensor_layout", "is_causal", "sm_scale"),
@@ -46,7 +47,9 @@ _WAN = {
     "q", "k", "v", "q_lens", "k_lens", "dropout_p", "softmax_scale", "q_scale", "causal",
     "window_size", "deterministic", "dtype", "version", "fa_version",
 }  # fmt: skip
-_KNOWN = _WAN | {name for names in _ONES.values() for name in names} | _HARMLESS
+_CACHE = {"cache_seqlens"}
+"""How many keys of each sample a cache holds, one number or `[B]`."""
+_KNOWN = _CACHE | _WAN | {name for names in _ONES.values() for name in names} | _HARMLESS
 
 
 def stand_in(found: object, bound: str = "") -> Callable[..., Any] | ModuleType | None:
@@ -134,7 +137,8 @@ _UNKNOWN = "an argument is not of plain attention (softcap, alibi, a descale, a 
 _SUMS = "it returns more than its output"
 _BIAS = "its mask is an object of the library"
 _LENGTHS = "it packs sequences of several lengths, whose mask would not fit on a GPU"
-_REASONS = (_DROPOUT, _UNKNOWN, _SUMS, _BIAS, _LENGTHS)
+_WRITES = "it writes new keys to the cache that it reads"
+_REASONS = (_DROPOUT, _UNKNOWN, _SUMS, _BIAS, _LENGTHS, _WRITES)
 
 
 def _why_not(given: dict[str, Any], defaults: dict[str, Any]) -> str:
@@ -150,6 +154,8 @@ def _why_not(given: dict[str, Any], defaults: dict[str, Any]) -> str:
     bias = given.get("attn_bias")
     if bias is not None and not isinstance(bias, torch.Tensor):
         return _BIAS
+    if "k_cache" in given:
+        return _WRITES if given.get("k") is not None or given.get("v") is not None else ""
     if "cu_seqlens_q" in given and given["q"].is_cuda and _alike(given) is None:
         return _LENGTHS
     return ""
@@ -175,6 +181,9 @@ def _call(given: dict[str, Any]) -> torch.Tensor:
         "causal": bool(given.get("causal", given.get("is_causal", False))),
         "window": given.get("window_size") or (-1, -1),
     }
+    if "k_cache" in given:
+        lengths = given.get("cache_seqlens")
+        return attend(given["q"], given["k_cache"], given["v_cache"], k_lens=lengths, **options)
     if "cu_seqlens_q" in given:
         return _packed(given, options)
     q, k, v = _operands(given)

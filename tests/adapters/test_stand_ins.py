@@ -27,6 +27,14 @@ def flash_attn_varlen_func(
     return "original"
 
 
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1),
+    rotary_interleaved=True, num_splits=0, return_softmax_lse=False,
+):  # fmt: skip
+    return "original"
+
+
 def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **_):
     return "original"
 
@@ -107,6 +115,38 @@ def test_packed_sequences_see_themselves_only(lengths, causal):
         own = [part[i][None] for part in parts]
         seen = _band(lengths[i], lengths[i], -1, 0) if causal else None
         torch.testing.assert_close(out[None], _by_hand(*own, seen))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("given", "lengths"),
+    [
+        ({}, (7, 7)),
+        ({"cache_seqlens": 5}, (5, 5)),
+        ({"cache_seqlens": torch.tensor([3, 7])}, (3, 7)),
+    ],
+)
+def test_a_cache_is_read_as_far_as_it_is_filled(given, lengths, causal):
+    q, k, v = _operands(3, 7)
+    got = stand_in(flash_attn_with_kvcache)(q, k, v, causal=causal, **given)
+    for i, keys in enumerate(lengths):
+        seen = _band(3, keys, -1, 0) if causal else None
+        expected = _by_hand(q[i : i + 1], k[i : i + 1, :keys], v[i : i + 1, :keys], seen)
+        torch.testing.assert_close(got[i : i + 1], expected)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"k": torch.randn(2, 1, 2, 8), "v": torch.randn(2, 1, 2, 8)},
+        {"cache_batch_idx": torch.tensor([1, 0])},
+        {"block_table": torch.zeros(2, 1, dtype=torch.int32)},
+        {"rotary_cos": torch.ones(7, 4), "rotary_sin": torch.ones(7, 4)},
+        {"return_softmax_lse": True},
+    ],
+)
+def test_a_cache_that_is_written_or_paged_goes_to_the_original(given):
+    assert stand_in(flash_attn_with_kvcache)(*_operands(3, 7), **given) == "original"
 
 
 def test_heads_come_first_where_sage_says_so():
