@@ -121,9 +121,9 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                 if time is None:
                     continue
                 found = Merge(node, grid, (time, i, i + 1))
-                if not known_true(above[i + 1] == 1):
+                if not (known_true(above[i + 1] == 1) or known_true(latents == 1)):
                     return found
-                narrow = narrow or found
+                narrow = narrow or found  # one latent, or an axis that counts something else
             if known_true(above[i] * above[i + 1] == tokens):
                 pairs.append((above[i], above[i + 1]))
                 if frame is None and i == len(above) - 2 and _is_image(node):

@@ -148,3 +148,17 @@ def test_an_axis_of_one_that_is_put_in_for_a_product_is_no_row_of_a_latent(grid)
     assert grid(by_latents, (latents(),)) == ("3", "4", "5")
     # Latents that are one place wide are a grid all the same.
     assert grid(alone, (latents(columns=1),)) == ("3", "4", "1")
+
+
+def test_an_axis_of_one_that_counts_prompts_is_no_latent(grid):
+    def fn(x):
+        tokens = x.flatten(2).mT
+        tokens = (tokens.unflatten(1, (3, 20)) * 2).flatten(1, 2)  # frame by frame, and back
+        return attend(tokens.view(1, 1, 60, 16).reshape(1, 60, 16))
+
+    assert grid(fn, (latents(),)) == ("3", "4", "5")
+
+
+def test_one_latent_is_found_in_two_steps(grid):
+    fn = lambda x: attend(x.flatten(3).permute(0, 2, 3, 1).reshape(1, 20, 16))  # noqa: E731
+    assert grid(fn, (latents(1),)) == ("1", "4", "5")
