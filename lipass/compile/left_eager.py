@@ -28,6 +28,8 @@ from lipass.receipt import current_report
 
 _LIMIT = re.compile(r"\w*recompile_limit$")
 _VALUE = re.compile(r"^(?P<name>[\w.\[\]']+) == (?P<value>-?[\d.]+|'[^']*'|None|True|False)$")
+# How Dynamo names what a module holds, in guards.
+_GLOBAL = re.compile(r"__import_(\w+)")
 # Fewer backends of one function are no comparison, and reach no limit by themselves.
 _COMPARED = 3
 _RESET = (
@@ -74,7 +76,7 @@ class _Limit(logging.Handler):
             return
         code, config = compilation
         reasons = recompile_reasons(code)
-        why, remedy = in_words(reasons), _remedy(reasons)
+        why, remedy = in_words(reasons), _remedy(reasons, code)
         backends = _backends(code)
         if len(backends) >= _COMPARED:
             why = (
@@ -145,7 +147,7 @@ def in_words(reasons: Sequence[str]) -> str:
         if len(seen) > 1:
             more = ", .." if len(seen) > _SHOWN else ""
             return f"`{name}` was {', '.join(seen[:_SHOWN])}{more}"
-    return reasons[-1] if reasons else "torch does not say which guard failed"
+    return _as_written(reasons[-1]) if reasons else "torch does not say which guard failed"
 
 
 def _backends(code: CodeType) -> list[str]:
@@ -158,7 +160,7 @@ def _backends(code: CodeType) -> list[str]:
     return names
 
 
-def _remedy(reasons: Sequence[str]) -> str:
+def _remedy(reasons: Sequence[str], code: CodeType) -> str:
     values = _values(reasons)
     name = max(values, key=lambda key: len(values[key])) if values else ""
     if len(values.get(name, ())) < 2:
@@ -167,6 +169,12 @@ def _remedy(reasons: Sequence[str]) -> str:
             "few forms"
         )
     if re.fullmatch(r"-?[\d.]+", values[name][-1]):
+        root = re.split(r"[.\[]", name)[0]
+        if root not in (*code.co_varnames, *code.co_freevars, *code.co_cellvars):
+            return (
+                f"let the call take `{name}` as an argument, which Dynamo lets vary; what a "
+                "module holds is a constant of each graph"
+            )
         return (
             f"pass `{name}` as a tensor, or what is computed from it; where it has few values, "
             "raise torch._dynamo.config.recompile_limit"
@@ -174,10 +182,15 @@ def _remedy(reasons: Sequence[str]) -> str:
     return f"compile the model once for each value of `{name}`"
 
 
+def _as_written(guard: str) -> str:
+    """Name values of modules as code does, `package.module.NAME`."""
+    return _GLOBAL.sub(lambda found: found[1].replace("_dot_", "."), guard)
+
+
 def _values(reasons: Iterable[str]) -> dict[str, list[str]]:
     """Collect the values that guards compare arguments and attributes with."""
     found: dict[str, list[str]] = {}
-    for reason in reasons:
+    for reason in map(_as_written, reasons):
         if matched := _VALUE.match(reason):
             seen = found.setdefault(matched["name"], [])
             if matched["value"] not in seen:

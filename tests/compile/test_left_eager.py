@@ -151,6 +151,29 @@ def test_guards_that_compare_nothing_are_shown_as_they_are():
     assert in_words(["n == 1", "n == 2", "h is None"]) == "`n` was 1, 2"
 
 
+HELD = {"end": 1}
+
+
+def test_an_int_that_a_module_holds_is_better_an_argument():
+    fast = compiled(lambda x: x * HELD["end"])
+
+    def count():
+        for HELD["end"] in range(2, 14):
+            assert torch.equal(fast(X), X * HELD["end"])
+
+    with torch.no_grad(), pytest.warns(LipassWarning, match="end'.` as an argument") as told:
+        count()
+    assert "as a tensor" not in str(told[0].message)
+
+
+def test_values_of_a_module_are_named_as_code_names_them():
+    held = "__import_wan_dot_modules_dot_model._META['end']"
+    assert (
+        in_words([f"{held} == 3", f"{held} == 6"]) == "`wan.modules.model._META['end']` was 3, 6"
+    )
+    assert in_words([f"len({held}) != 7"]) == "len(wan.modules.model._META['end']) != 7"
+
+
 class Attending(torch.nn.Module):
     def __init__(self):
         super().__init__()
