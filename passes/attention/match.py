@@ -14,7 +14,7 @@ from lipass.passes.attention.padding_mask import same_for_all
 from lipass.passes.attention.site import SDPA
 from lipass.passes.attention.walk import same_values
 from lipass.passes.graph.calls import is_call
-from lipass.passes.graph.compat import Size, guard, known_true, value
+from lipass.passes.graph.compat import Size, constant, guard, known_true, value
 from lipass.passes.graph.writes import memory_written, storage, writes_between
 
 
@@ -104,7 +104,7 @@ def attention(
     if scale is not None and not isinstance(scale, float):
         scale = argument(node, scale)
     if scale is None:
-        scale = value(q).shape[3] ** -0.5
+        scale = constant(value(q).shape[3]) ** -0.5
     if not isinstance(scale, (int, float)):
         return Refusal("its scale is not a constant")
     scale = float(scale)
@@ -157,7 +157,7 @@ def _text(shape: torch.Size) -> str:
 
 def _groups(q: torch.Tensor, k: torch.Tensor) -> int | None:
     """Return how many heads of q share one of k; None if they cannot be grouped."""
-    q_heads, k_heads = q.shape[1], k.shape[1]
+    q_heads, k_heads = constant(q.shape[1]), constant(k.shape[1])
     if not (isinstance(q_heads, int) and isinstance(k_heads, int)) or q_heads % k_heads:
         return None
     return q_heads // k_heads

@@ -127,6 +127,18 @@ def is_symbolic(size: Size) -> bool:
     return isinstance(size, torch.SymInt) and size.node.expr.free_symbols != set()
 
 
+def constant(number: Size | float | torch.SymFloat) -> Size | float | torch.SymFloat:
+    """Return the plain number behind a symbolic one that is the same in all calls.
+
+    A symbol that a guard has tied to one number is a `SymInt` still, in whose expression there is
+    none left: heads and features of a cache whose length varies, say.
+    """
+    if not isinstance(number, (torch.SymInt, torch.SymFloat)) or number.node.expr.free_symbols:
+        return number
+    kind = int if isinstance(number, torch.SymInt) else float
+    return kind(number.node.expr)
+
+
 def sizes_of(given: object) -> tuple[Size, ...]:
     """Return the sizes that an input shows: a shape, or itself if it is a size."""
     if isinstance(given, torch.Tensor):

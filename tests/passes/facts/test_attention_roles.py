@@ -362,3 +362,15 @@ def test_batch_of_one_is_no_axis_of_the_grid(trace, apply):
 def test_attention_along_time_says_so(found):
     ((role, reason),) = found(Frames("time"), (torch.randn(2, 5, 4, 8, 12),))
     assert (role, reason) == ("other", token_grid.OVER_TIME)
+
+
+def test_features_that_are_tied_to_one_number_by_a_guard_are_known(found):
+    def fn(x, text, history):
+        q = x.flatten(2).mT[:, None]
+        q = q if x.shape[1] == 8 else q[..., :8]
+        key = torch.cat([text, history, q], 2)
+        return F.scaled_dot_product_attention(q, key, key)
+
+    wide, narrow = (torch.randn(1, n, 4, 4, 4) for n in (12, 8))
+    calls = [(x, kv(6, h=1), kv(n, h=1)) for x, n in ((wide, 128), (narrow, 192))]
+    assert found(fn, *calls) == [("decode", "it has history keys")]

@@ -3,6 +3,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lipass.passes.graph.compat import (
+    constant,
     divides,
     fake_mode_of,
     guard,
@@ -33,6 +34,21 @@ def test_value_of_what_is_no_node_is_itself():
 def test_fixed_and_varying_sizes(size):
     assert is_symbolic(size)
     assert not is_symbolic(3)
+
+
+def test_a_size_that_a_guard_ties_to_one_number_is_plain(size):
+    assert constant(size) is size
+    assert size == 24  # guards
+    assert isinstance(size, torch.SymInt)
+    assert isinstance(constant(size), int)
+    assert constant(size) == 24
+    assert isinstance(constant(size**-0.5), float)
+    assert constant(size**-0.5) == 24**-0.5
+
+
+def test_a_plain_number_is_what_it_was():
+    assert constant(3) == 3
+    assert constant(0.5) == 0.5
 
 
 def test_knowing_adds_no_guard_and_guarding_does(size):
