@@ -68,6 +68,9 @@ class Rotary(nn.Module):
     They serve half of the grid too, whose tokens lie between four of the whole one.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, rows: int, columns: int, dims: int) -> None:
         super().__init__()
         frequency = 0.9 * 0.5 ** torch.arange(dims // 4)

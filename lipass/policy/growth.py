@@ -72,7 +72,8 @@ def grown(plan: StepPlan, options: GrowOptions, levels: Sequence[float]) -> Step
         assert options.grid is not None
         power = band_power(options.spectrum, min(options.grid))
         switch = switch_level(power, options.delta)
-    coarse, reasons = [], list(plan.reasons)
+    coarse: list[int] = []
+    reasons = list(plan.reasons)
     ends = (*plan.computed[1:], plan.total)
     for index, end in zip(plan.computed, ends, strict=True):
         why = _why_whole(index, end, plan.total, options, levels, switch)
