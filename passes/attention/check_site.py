@@ -13,7 +13,7 @@ from lipass.passes.attention.match import Operands
 from lipass.passes.attention.site import AttentionSite, Grid, KeySegment
 from lipass.passes.attention.sparse_call import replace_attention
 from lipass.passes.core import PassContext
-from lipass.passes.graph.compat import value
+from lipass.passes.graph.compat import constant, value
 from lipass.passes.graph.equivalence import Incomparable, Shape, between, difference
 from lipass.passes.graph.region import region_of
 
@@ -84,7 +84,7 @@ def _small(segment: KeySegment) -> KeySegment:
 
 def _shapes(operands: Operands, site: AttentionSite) -> dict[Node, Shape | torch.Tensor] | None:
     """Return small shapes of q and of the pieces; None if one tensor would need two."""
-    features = value(operands.q).shape[3]
+    features = constant(value(operands.q).shape[3])
     features = features if isinstance(features, int) else _FEATURES
     t, y, x = _GRIDS["current"]
     tokens = [int(segment.tokens) for segment in site.segments]
