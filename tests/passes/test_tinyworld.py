@@ -69,9 +69,9 @@ def test_prefill(model, trace, apply):
     assert_expected_inline(
         rewritten(gm, apply),
         """\
-+%getitem_107: f32[1, n0, 4, 4] = getitem($w2c, (:, :$n0))
-+%getitem_108: f32[1, 4, 4, 4] = getitem($w2c, (:, $n0:))
-+%view_overlap_default: f32[1, n0] = lipass.view_overlap(%getitem_108, %getitem_107, 60.0, 35.0, 0.5, 8.0)
++%getitem_127: f32[1, n0, 4, 4] = getitem($w2c, (:, :$n0))
++%getitem_128: f32[1, 4, 4, 4] = getitem($w2c, (:, $n0:))
++%view_overlap_default: f32[1, n0] = lipass.view_overlap(%getitem_128, %getitem_127, 60.0, 35.0, 0.5, 8.0)
 +%arange_2: i64[n0] = arange($n0, device=device(type='cpu'))
 +%sub_7: n0 - 2 = sub($n0, 2)
 +%ge: b8[n0] = ge(%arange_2, %sub_7)
@@ -120,9 +120,9 @@ def test_unrolled_chunk(model, trace, apply):
     assert_expected_inline(
         rewritten(gm, apply),
         """\
-+%getitem_242: f32[1, n0, 4, 4] = getitem($w2c, (:, :$n0))
-+%getitem_243: f32[1, 4, 4, 4] = getitem($w2c, (:, $n0:))
-+%view_overlap_default: f32[1, n0] = lipass.view_overlap(%getitem_243, %getitem_242, 60.0, 35.0, 0.5, 8.0)
++%getitem_262: f32[1, n0, 4, 4] = getitem($w2c, (:, :$n0))
++%getitem_263: f32[1, 4, 4, 4] = getitem($w2c, (:, $n0:))
++%view_overlap_default: f32[1, n0] = lipass.view_overlap(%getitem_263, %getitem_262, 60.0, 35.0, 0.5, 8.0)
 +%arange_6: i64[n0] = arange($n0, device=device(type='cpu'))
 +%sub_25: n0 - 2 = sub($n0, 2)
 +%ge: b8[n0] = ge(%arange_6, %sub_25)
@@ -133,11 +133,11 @@ def test_unrolled_chunk(model, trace, apply):
 +%sparse_attention_default: f32[1, 3, 64*n0, 64] = lipass.sparse_attention(%q_3, [$text_0_0, %k_3], [$text_0_1, %v_4], [$n0, 8, 8], [1, 1, 32, $n0, 8, 8], 'text,current', [4, 4, 4], 0.5, 0.125, 1, 'prefill', %or__1, 'blocks.0:prefill')  # blocks.0
 +%out_1: f32[1, 3, n0, 64, 64] = %sparse_attention_default.unflatten(2, ($n0, 64))  # blocks.0
 +%denoise_step = denoise_step($w2c, $n0, $noise, %expand, $frequencies, $rotary.cos, $rotary.sin, $text_0_0, %k_3, $text_0_1, %v_4, %or__1, $text_1_0, %k_7, $text_1_1, %v_7; 32 parameters)
-+%getitem_244: f32[1, 16, 4, 8, 8] = getitem(%denoise_step, 0)
-+%mul_56: f32[1, 16, 4, 8, 8] = mul(%sub_15, %getitem_244)
++%getitem_264: f32[1, 16, 4, 8, 8] = getitem(%denoise_step, 0)
++%mul_56: f32[1, 16, 4, 8, 8] = mul(%sub_15, %getitem_264)
 +%denoise_step_1 = denoise_step($w2c, $n0, %x_6, %expand_1, $frequencies, $rotary.cos, $rotary.sin, $text_0_0, %k_3, $text_0_1, %v_4, %or__1, $text_1_0, %k_7, $text_1_1, %v_7; 32 parameters)
-+%getitem_245: f32[1, 16, 4, 8, 8] = getitem(%denoise_step_1, 0)
-+%mul_85: f32[1, 16, 4, 8, 8] = mul(%sub_24, %getitem_245)
++%getitem_265: f32[1, 16, 4, 8, 8] = getitem(%denoise_step_1, 0)
++%mul_85: f32[1, 16, 4, 8, 8] = mul(%sub_24, %getitem_265)
 498 lines went
 """,
     )
