@@ -115,6 +115,30 @@ def test_a_full_cache_keeps_rows_of_what_is_held(code):
     assert torch.equal(names["cache"][0], a_cache_of(names["held"])[0])
 
 
+@block_of("docs/grow.md", 0)
+def test_loop_of_grow_takes_its_first_step_on_half_of_the_grid(code):
+    code = code.replace("with session", "session = lipass.Session(**options)\nwith session")
+    sizes = []
+
+    def model(x, sigma, cameras, cache):
+        sizes.append(tuple(x.shape[-2:]))
+        return x * 0.5
+
+    names = {"lipass": lipass, "model": model, "cameras": None, "cache": None, "past": None,
+             "query": own_model.parse_trajectory("left-3"), "x": torch.randn(1, 4, 4, 8, 8),
+             "SIGMAS": own_model.SIGMAS}  # fmt: skip
+    exec(code, names)
+    assert sizes[0] == (4, 4)
+    assert set(sizes[1:]) == {(8, 8)}
+
+
+@block_of("docs/grow.md", 1)
+def test_spectrum_of_grow_is_an_option(code):
+    names = {"latents": torch.randn(2, 4, 60, 104)}
+    exec(code, names)
+    lipass.Config.resolve(None, {"preset": "all", **names["options"]})
+
+
 @block_of("docs/first-hour.md", 4)
 def test_scheduler_of_the_first_hour_takes_its_own_steps(code):
     schedulers = pytest.importorskip("diffusers.schedulers")
