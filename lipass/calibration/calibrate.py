@@ -99,6 +99,11 @@ def calibrate(
         raise ValueError(
             f"tries and repeats must be at least 1, got {tries} and {repeats}; leave them out"
         )
+    if earlier is not None and not isinstance(earlier, Frontier):
+        raise TypeError(
+            f"earlier must be a Frontier, got {type(earlier).__name__}; lipass.Frontier.load "
+            "reads one from a file"
+        )
     if compiled and hasattr(model, "_orig_mod"):
         raise ValueError(
             "a model must be one that a calibration can compile, dense and with its options, got "

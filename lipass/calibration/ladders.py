@@ -74,8 +74,10 @@ def choice_of(
     Args:
         found: ladders.
         shared: options of all points.
-        options: of the point.
+        options: of the point; what is of a section that is off here is left out.
     """
+    on = Config.resolve(None, shared)
+    options = {key: value for key, value in options.items() if getattr(on, key.partition(".")[0])}
     config = Config.resolve(None, {**shared, **options})
 
     def place(ladder: Ladder) -> int:

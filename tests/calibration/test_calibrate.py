@@ -237,6 +237,18 @@ def test_points_of_an_earlier_frontier_are_tried_first(found):
     assert {one["label"] for one in again.tried} == {one.name for one in found.frontier.points}
 
 
+@pytest.mark.parametrize("preset", ["context", "cache"])
+def test_an_earlier_frontier_may_be_of_more_sections(found, preset):
+    options = {**walks.build()[3], "preset": preset}
+    again = calibrated(earlier=found.frontier, tries=3, options=options)
+    assert again.tried
+
+
+def test_an_earlier_frontier_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"must be a Frontier, got str; lipass.Frontier.load"):
+        calibrated(earlier="frontier.toml")
+
+
 def test_an_earlier_frontier_that_is_none_is_refused_before_any_work(tmp_path, capsys):
     code = main(["calibrate", f"{TARGET}:build", "--from", str(tmp_path / "none.toml"),
                  "--out", str(tmp_path / "own.toml")])  # fmt: skip
