@@ -6,6 +6,7 @@ weights are, which the host does not wait for: it draws the next ones meanwhile.
 """
 
 import copy
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .model import TinyWorld
 from .muon import Muon
+from .ranks import average_over_ranks
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,24 @@ class Learner:
         for p, used in zip(self.model.parameters(), working.parameters(), strict=True):
             assert used.grad is not None
             p.grad, used.grad = used.grad.float(), None
+
+    def learn(self, working: TinyWorld, began_s: float, seconds: float, *losses: Tensor) -> None:
+        """Take a step by the gradient of the model that computes; note time and losses.
+
+        Args:
+            working: the model that computes.
+            began_s: what `time.perf_counter()` was when no time had been spent.
+            seconds: that may be spent.
+            losses: of the step.
+        """
+        self.take_gradient(working)
+        self.elapsed_s, *means = average_over_ranks(
+            [p.grad for p in self.model.parameters() if p.grad is not None],
+            time.perf_counter() - began_s,
+            *(loss.detach() for loss in losses),
+        )
+        self.update(1 - self.elapsed_s / seconds)
+        self.losses.append((self.elapsed_s, *means))
 
     def update(self, left: float) -> None:
         """Take one optimizer step with share `left` of the time remaining; average the weights."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from .codec import Codec
 from .learner import Learner, Pace, working_copy
 from .model import TinyWorld
-from .ranks import average_over_ranks, rank_of
+from .ranks import rank_of
 from .train_batches import LatentWalks, Sampler
 from .train_world import faster_dtype, prefill, velocity_loss
 
@@ -95,7 +95,7 @@ class PictureTrainer(Learner, ABC):
         working = working_copy(self.model, faster_dtype(self.model, example))
         saved = time.perf_counter()
         while self.elapsed_s < seconds:
-            begin = time.perf_counter()
+            began_s = time.perf_counter() - self.elapsed_s
             # The same draw in all processes, which wait for each other.
             draw = random.Random(self.step)
             self.refresh(working)
@@ -106,14 +106,7 @@ class PictureTrainer(Learner, ABC):
                 prefill(working, batch, self.generator), batch, self.generator
             )
             velocity.backward()
-            self.take_gradient(working)
-            self.elapsed_s, *losses = average_over_ranks(
-                [p.grad for p in self.model.parameters() if p.grad is not None],
-                self.elapsed_s + time.perf_counter() - begin,
-                picture.detach(), velocity.detach(),
-            )  # fmt: skip
-            self.update(1 - self.elapsed_s / seconds)
-            self.losses.append((self.elapsed_s, *losses))
+            self.learn(working, began_s, seconds, picture, velocity)
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
                 self.settle()

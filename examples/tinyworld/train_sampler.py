@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .learner import Learner, Pace, normal, uniform, working_copy
 from .model import CHUNK_LATENTS, TinyWorld
-from .ranks import average_over_ranks, rank_of
+from .ranks import rank_of
 from .train_batches import CONTEXT_NOISE, Batch, LatentWalks, Sampler
 from .train_unseen import UnseenSampler
 from .train_world import SIGMA_SHIFT, Prefilled, faster_dtype, prefill, velocity_loss
@@ -100,7 +100,7 @@ class SamplerTrainer(Learner):
         working = working_copy(self.model, faster_dtype(self.model, example))
         saved = time.perf_counter()
         while self.elapsed_s < seconds:
-            begin = time.perf_counter()
+            began_s = time.perf_counter() - self.elapsed_s
             # The same draw in all processes, which wait for each other.
             draw = random.Random(self.step)
             self.refresh(working)
@@ -113,14 +113,7 @@ class SamplerTrainer(Learner):
             batch = recorded.draw(draw.choice(options.anchor_context)).to(self.device)
             known = velocity_loss(prefill(working, batch, self.generator), batch, self.generator)
             (options.anchor_weight * known).backward()
-            self.take_gradient(working)
-            self.elapsed_s, *losses = average_over_ranks(
-                [p.grad for p in self.model.parameters() if p.grad is not None],
-                self.elapsed_s + time.perf_counter() - begin,
-                sampled.detach(), known.detach(),
-            )  # fmt: skip
-            self.update(1 - self.elapsed_s / seconds)
-            self.losses.append((self.elapsed_s, *losses))
+            self.learn(working, began_s, seconds, sampled, known)
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
                 self.settle()

@@ -17,7 +17,7 @@ from torch import Tensor
 from .learner import Learner, normal, uniform, working_copy
 from .model import CHUNK_LATENTS, KeyValue, Rotary, TinyWorld
 from .own_rollouts import OwnRollouts
-from .ranks import average_over_ranks, rank_of
+from .ranks import rank_of
 from .rollout import joined
 from .train_batches import Batch, LatentWalks, Sampler
 
@@ -175,7 +175,7 @@ class Trainer(Learner):
             if current is not phase:
                 phase = current
                 recorded, rollouts, working = self._enter(phase, ranks, rank)
-                clock, begin = time.perf_counter(), self.elapsed_s
+                began_s = time.perf_counter() - self.elapsed_s
             # The same draw on all processes, which wait for each other.
             draw = random.Random(self.step)
             context_latents = draw.choice(phase.context_latents)
@@ -187,13 +187,7 @@ class Trainer(Learner):
             loss.backward()
             if source is rollouts:
                 continue_rollouts(prefilled, batch, rollouts)
-            self.take_gradient(working)
-            self.elapsed_s, mean_loss = average_over_ranks(
-                [p.grad for p in self.model.parameters() if p.grad is not None],
-                begin + time.perf_counter() - clock, loss.detach(),
-            )  # fmt: skip
-            self.update(1 - self.elapsed_s / seconds)
-            self.losses.append((self.elapsed_s, mean_loss))
+            self.learn(working, began_s, seconds, loss)
             if time.perf_counter() - saved > checkpoint_s or self.elapsed_s >= seconds:
                 saved = time.perf_counter()
                 self.settle()
