@@ -61,11 +61,6 @@ class _Rollout:
         self._make_scheduler = module.FlowUniPCMultistepScheduler
         modes = {one.mode for one in (session.config.context, session.config.steps) if one}
         self._by_frame = "matrix-game" in modes
-        if self._by_frame and len(modes) > 1:
-            raise LipassError(
-                "mode 'matrix-game' plans by video frames and the others by latents, got "
-                f"{' and '.join(sorted(modes))}; use one for context and steps"
-            )
         self._clip: Tensor | None = None
         self._references: list[Tensor] = []
         refuse_other_axes(session)

@@ -227,5 +227,5 @@ def test_a_session_that_cannot_choose_for_it_is_refused(walk):
     with pytest.raises(LipassError, match="OpenCV axes, got a session of w2c-opengl"):
         driven(walk, 1, preset="off", convention="opengl")
     mixed = {**OWN, "context.mode": "matrix-game"}
-    with pytest.raises(LipassError, match="plans by video frames and the others by latents"):
+    with pytest.raises(ValueError, match="must both be 'matrix-game' or none"):
         driven(walk, 1, preset="all", **mixed)
