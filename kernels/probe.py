@@ -104,7 +104,9 @@ def _command(provider: str, kind: GpuKind) -> list[str]:
 
 def _run(command: list[str], limit_s: float) -> tuple[str, bool]:
     """Run a probe; say why it failed, or nothing, and whether that is so in other processes."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    path = os.pathsep.join(filter(None, sys.path))
+    # Where it is begun, there may be a folder of this name that is not the package.
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     try:
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

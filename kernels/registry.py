@@ -38,6 +38,7 @@ _PROVIDERS = {
 }
 # What is asked only where it was measured; by hope it is never called.
 _CONTENDERS: dict[tuple[str, str], tuple[str, ...]] = {("block_sparse", "cuda"): ("gluon", "fa4")}
+_left_out: dict[str, str] = {}
 # On other devices. No attention is computed block by block in Python there unless it is asked for
 # by name: calls that no kernel takes are dense.
 _ELSEWHERE: dict[str, tuple[str, ...]] = {"pool": ("vectorized",), "select": ("vectorized",)}
@@ -280,9 +281,17 @@ def _said(refusals: list[tuple[str, str]], device: torch.device) -> str:
     return said or f"none for {device.type}"
 
 
+def leave_out(provider: str, why: str) -> None:
+    """Have a provider refuse all calls of this process, as where it was seen to hang."""
+    _left_out[provider] = why
+    module_of.cache_clear()
+
+
 @functools.lru_cache(maxsize=64)
 def module_of(operation: str, provider: str) -> ModuleType | str:
     """Import a provider, or say why that fails; once, as asking `importlib` takes 5 us a call."""
+    if provider in _left_out:
+        return _left_out[provider]
     try:
         return importlib.import_module(f"lipass.kernels.{operation}.{provider}")
     except ImportError as error:

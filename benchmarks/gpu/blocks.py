@@ -63,48 +63,54 @@ def main(argv: list[str] | None = None) -> int:
         stack = Stack(family, layers).to(part.dtype).eval().requires_grad_(False)
     trial = Trial(family, grid, part.dtype, part.device, layers)
     part.note(family=family.name, layers=layers, grid=[trial.history + trial.new, *grid])
-    off = 0.0
+    off, failed = 0.0, False
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         for preset in PRESETS:
             if part.left_s < _COMPILE_S and not part.dry:
                 part.row(preset=preset, left_out="no time was left")
                 continue
-            options = options_of(preset, family)
-            if lipass.Config.resolve(None, options).steps is not None:
-                options["chunk_latents"] = trial.new
-            inner = "eager" if part.dry else "inductor"
-            fast = torch.compile(
-                stack, backend="light_interaction", options={**options, "inner": inner}
-            )
-            if part.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            begin = time.perf_counter()
-            trial.chunk(fast, options)
-            part.wait()
-            first_s, times = time.perf_counter() - begin, []
-            if part.warm:
-                part.row(preset=preset, first_s=first_s)
+            try:
+                row = _run(part, trial, stack, preset)
+            except Exception as error:  # the others say something without it
+                failed = True
+                part.row(preset=preset, failed=f"{type(error).__name__}: {error}"[:500])
                 continue
-            registry.reset_telemetry()
-            for _ in range(1 if part.dry else 3):
-                begin = time.perf_counter()
-                chunk = trial.chunk(fast, options)
-                part.wait()
-                times.append(1e3 * (time.perf_counter() - begin))
-            ms = statistics.median(times)
-            off = off or ms
-            part.row(
-                preset=preset,
-                ms=ms,
-                speed=off / ms,
-                counted_s=ms * family.layers / layers / 1e3,
-                first_s=first_s,
-                context_latents=trial.read(chunk),
-                steps=trial.steps - chunk.steps_skipped(),
-                ran=_ran(),
-                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if not part.dry else None,
-            )
-    return 0
+            off = off or row.get("ms", 0.0)
+            part.row(preset=preset, **({"speed": off / row["ms"]} if off else {}), **row)
+    return int(failed)
+
+
+def _run(part: Part, trial: Trial, stack: Stack, preset: str) -> dict[str, Any]:
+    """Compile under a preset and time chunks; where it only warms up, the first alone."""
+    options = options_of(preset, trial.family)
+    if lipass.Config.resolve(None, options).steps is not None:
+        options["chunk_latents"] = trial.new
+    inner = "eager" if part.dry else "inductor"
+    fast = torch.compile(stack, backend="light_interaction", options={**options, "inner": inner})
+    if part.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    trial.chunk(fast, options)
+    part.wait()
+    first_s, times = time.perf_counter() - begin, []
+    if part.warm:
+        return {"first_s": first_s}
+    registry.reset_telemetry()
+    for _ in range(1 if part.dry else 3):
+        begin = time.perf_counter()
+        chunk = trial.chunk(fast, options)
+        part.wait()
+        times.append(1e3 * (time.perf_counter() - begin))
+    ms = statistics.median(times)
+    return {
+        "ms": ms,
+        "counted_s": ms * trial.family.layers / len(stack.blocks) / 1e3,
+        "first_s": first_s,
+        "context_latents": trial.read(chunk),
+        "steps": trial.steps - chunk.steps_skipped(),
+        "ran": _ran(),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if not part.dry else None,
+    }
 
 
 def _ran() -> dict[str, int]:

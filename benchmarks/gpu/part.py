@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from lipass.kernels import registry
+
 
 class Part:
     """One part: where it runs, how long it may, and the document that it writes row by row."""
@@ -20,6 +22,8 @@ class Part:
         parser.add_argument("name", nargs="?", default="")
         parser.add_argument("--out", type=Path, required=True)
         parser.add_argument("--seconds", type=float, default=60.0)
+        parser.add_argument("--until", type=float, help="of time.monotonic, in place of --seconds")
+        parser.add_argument("--without", action="append", default=[], metavar="PROVIDER")
         parser.add_argument("--dry", action="store_true")
         parser.add_argument("--warm", action="store_true")
         args = parser.parse_args(argv)
@@ -28,7 +32,9 @@ class Part:
         self.warm: bool = args.warm
         self.device = torch.device("cpu" if self.dry else "cuda")
         self.dtype = torch.float32 if self.dry else torch.bfloat16
-        self._end = time.monotonic() + args.seconds
+        self._end = args.until or time.monotonic() + args.seconds
+        for provider in args.without:
+            registry.leave_out(provider, "it hung or crashed in a part before this one")
         self._document: dict[str, object] = {"dry": self.dry, "rows": []}
 
     @property
@@ -89,9 +95,15 @@ class Part:
         rounds = 1 if self.dry else rounds
         for turn in range(rounds + 1):
             for name, taken in found.items():
+                if name in failed:
+                    continue
                 count = 1 if turn == 0 else max(1, min(50, int(burst_ms / max(taken[0], 1e-3))))
-                taken.append(self._burst_ms(calls[name], 1 if self.dry else count))
-        return {name: statistics.median(taken[1:]) for name, taken in found.items()}, failed
+                try:
+                    taken.append(self._burst_ms(calls[name], 1 if self.dry else count))
+                except Exception as error:  # where one has broken the context, all behind it
+                    failed[name] = f"{type(error).__name__}: {error}"[:200]
+        whole = {name: taken for name, taken in found.items() if name not in failed}
+        return {name: statistics.median(taken[1:]) for name, taken in whole.items()}, failed
 
     def _burst_ms(self, call: Callable[[], object], count: int) -> float:
         if self.device.type != "cuda":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,11 +285,14 @@ def test_parts_without_time_are_left_out(tmp_path):
 
 BARE = """
 import sys
+sys.meta_path = [one for one in sys.meta_path if "editable" not in repr(one).lower()]
 for name in ("rich", "matplotlib", "PIL", "safetensors", "diffusers", "einops", "transformers",
              "pytest", "hypothesis", "peft", "av", "starlette"):
     sys.modules[name] = None
 from benchmarks.gpu import about, blocks, right, speed, train
-import lipass
+import lipass, lipass.kernels, lipass.passes, lipass.examples
+from torch._dynamo.backends.registry import lookup_backend
+lookup_backend("light_interaction")
 print(lipass.__file__)
 """
 
@@ -297,7 +301,91 @@ def test_a_checkout_is_enough(tmp_path):
     """Nothing is installed on the machine but torch and what torch needs."""
     path = day._importable(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", BARE], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+        [sys.executable, "-c", BARE], env=day._environment(path), cwd=ROOT,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == str(tmp_path / "lipass/__init__.py")
+
+
+def test_torch_finds_the_backend_of_a_checkout(tmp_path):
+    day._importable(tmp_path)
+    (found,) = metadata.distributions(path=[str(tmp_path)])
+    points = {(one.group, one.name): one.value for one in found.entry_points}
+    assert points["torch_dynamo_backends", "light_interaction"].startswith("lipass.backend:")
+
+
+def test_what_hung_is_not_called_again(tmp_path, monkeypatch):
+    package = tmp_path / "benchmarks" / "gpu"
+    package.mkdir(parents=True)
+    (package / "right.py").write_text(
+        "import os, sys\nif 'bad' in sys.argv: os.abort()\nsys.exit(1)"
+    )
+    (package / "speed.py").write_text("import sys; print(sys.argv)")
+    monkeypatch.setattr(day, "_importable", lambda links: str(tmp_path))
+    monkeypatch.setattr(day, "ROOT", tmp_path)
+    parts = (day.Part("right_bad", "right", 20, ("bad",)), day.Part("right_off", "right", 20),
+             day.Part("speed", "speed", 20))  # fmt: skip
+    monkeypatch.setattr(day, "PARTS", parts)
+    day.main(["--out", str(tmp_path / "out"), "--seconds", "60"])
+    parts = json.loads((tmp_path / "out/day.json").read_text())["parts"]
+    assert [parts[f"right_{name}"]["state"] for name in ("bad", "off")] == [
+        "failed with -6", "failed with 1",
+    ]  # fmt: skip
+    assert "--without=bad" in parts["speed"]["tail"]
+    assert "--without=off" not in parts["speed"]["tail"]
+
+
+def test_times_taken_beside_others_decide_nothing(tmp_path, monkeypatch):
+    package = tmp_path / "benchmarks" / "gpu"
+    package.mkdir(parents=True)
+    cache = tmp_path / "cache" / "lipass"
+    cache.mkdir(parents=True)
+    (package / "one.py").write_text(
+        "import pathlib, sys\n"
+        f"path = pathlib.Path({str(cache)!r})\n"
+        "for what in ('gpu_rates', 'gpu_providers', 'probe_gluon'):\n"
+        "    (path / f'{what}_{sys.argv[1]}.json').write_text('1')\n"
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(day, "_importable", lambda links: str(tmp_path))
+    monkeypatch.setattr(day, "ROOT", tmp_path)
+    parts = (day.Part("a", "one", 20, ("a",)), day.Part("b", "one", 20, ("b",)),
+             day.Part("c", "one", 20, ("c",), beside=True))  # fmt: skip
+    monkeypatch.setattr(day, "PARTS", parts)
+    assert day.main(["--out", str(tmp_path / "out"), "--seconds", "60"]) == 0
+    assert {path.stem for path in cache.iterdir()} == {
+        "gpu_rates_a", "gpu_providers_a", "probe_gluon_a", "probe_gluon_b", "probe_gluon_c",
+    }  # fmt: skip
+
+
+def test_a_provider_that_is_left_out_says_why(tmp_path):
+    try:
+        Part(["--out", str(tmp_path / "part.json"), "--dry", "--without", "tma"])
+        assert "before this one" in right.registry.module_of("block_sparse", "tma")
+    finally:
+        right.registry._left_out.clear()
+        right.registry.module_of.cache_clear()
+
+
+def test_a_call_that_breaks_while_it_is_timed_leaves_the_others(tmp_path):
+    part, calls = Part(["--out", str(tmp_path / "part.json"), "--dry"]), iter(range(99))
+
+    def breaks():
+        if next(calls):
+            raise RuntimeError("illegal access")
+
+    times, failed = part.times_ms({"breaks": breaks, "works": lambda: None})
+    assert list(times) == ["works"]
+    assert failed == {"breaks": "RuntimeError: illegal access"}
+
+
+def test_a_preset_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def options_of(preset, family):
+        return {"preset": "none such" if preset == "exact" else preset}
+
+    monkeypatch.setattr(blocks, "PRESETS", ["exact", "off"])
+    monkeypatch.setattr(blocks, "options_of", options_of)
+    code, document = rows(blocks.main, tmp_path, "matrix-game-3")
+    assert code == 1
+    assert "none such" in document["rows"][0]["failed"]
+    assert document["rows"][1]["speed"] == 1
