@@ -41,7 +41,7 @@ class Config:
 
     Attributes:
         preset: name the values came from.
-        inner: compiler behind the passes, one of `INNERS`.
+        inner: compiler behind the passes: "inductor", "aot_eager" or "eager".
         strict: raise where a site that the preset names would stay dense.
         verify: "first" compares the first attention site of each form with its rewrite at budget
             1.0, on small random inputs while the graph is compiled; what differs is kept. "off"
@@ -147,6 +147,9 @@ class Config:
                     values[name] = dict(defaults[name])
                 elif not switch:
                     values[name] = None
+        if "pipeline" not in options:
+            for key in of_passes:
+                _check_section_of_pass(key, values)
         # A named key beats a shorthand that covers it, whatever their order.
         for key in sorted(options, key=lambda key: key not in SHORTHANDS):
             targets = SHORTHANDS.get(key, (key,))
@@ -261,6 +264,15 @@ def _check_passes(of_passes: Mapping[str, Any], options: Mapping[str, Any]) -> N
         for name in coerced("disable", options.get("disable", ()), "tuple[str, ...]"):
             core.pass_class(name)
         core.PassPipeline.parse(coerced("pipeline", options.get("pipeline") or "", str))
+
+
+def _check_section_of_pass(key: str, values: Mapping[str, Any]) -> None:
+    """Refuse an option of a pass that a preset does not run, as that of its section is refused."""
+    from lipass.passes.core import pass_class
+
+    section = pass_class(key.partition(".")[0]).section
+    if section is not None and values.get(section, True) is None:
+        raise ValueError(_section_off(key, (f"{section}.",), values["preset"]))
 
 
 def _unknown_key(key: str) -> str:

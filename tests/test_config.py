@@ -152,12 +152,30 @@ def test_lists_become_tuples_and_ints_floats():
         ("exact", {"sparse.budget": 0.3}, ValueError, "'sparse' is off in preset 'exact'; add"),
         ("sparse", {"context.hfov_deg": 60}, ValueError, "'context' is off in preset 'sparse'"),
         ("sparse", {"hfov_deg": "wide"}, TypeError, "hfov_deg"),
+        (
+            "context",
+            {"tile-order.grids": "runs"},
+            ValueError,
+            "'sparse' is off in preset 'context'",
+        ),
+        ("all", {"context": False, "prune-context.tile": "4x4x4"}, ValueError, "'context' is off"),
     ],
 )
 def test_wrong_option_is_named_with_rule_value_and_remedy(mode, options, error, words):
     with pytest.raises(error, match=words) as raised:
         Config.resolve(mode, options)
     assert "; " in str(raised.value)
+
+
+def test_options_of_passes_that_say_what_a_model_is_are_taken_by_any_preset():
+    told = {"find-attention.segments": ("history", "current"), "share-blocks.nodes_min": 4}
+    for preset in ("off", "exact", "context", "all"):
+        assert dict(Config.resolve(preset, told).passes) == told
+    own = {
+        "pipeline": "canonicalize,find-attention,sparse-attention,tile-order",
+        "tile-order.grids": "runs",
+    }
+    assert Config.resolve("off", own).passes == (("tile-order.grids", "runs"),)
 
 
 def test_options_of_the_caller_are_not_changed():
