@@ -43,14 +43,20 @@ def smaller(planes: Tensor) -> Tensor:
                 "set 'grow': False"
             )
     rows, columns = (_halving(size, planes.device) for size in planes.shape[-2:])
-    return (rows @ planes.float() @ columns.mT).to(planes.dtype)
+    return _product(rows, planes, columns.mT).to(planes.dtype)
 
 
 def larger(planes: Tensor) -> Tensor:
     """Put planes `[.., Y, X]` on a grid twice as large, with no high frequencies."""
     rows, columns = (_halving(RATIO * size, planes.device) for size in planes.shape[-2:])
     # The halving of amplitudes along both axes is undone.
-    return (RATIO**2 * (rows.mT @ planes.float() @ columns)).to(planes.dtype)
+    return (RATIO**2 * _product(rows.mT, planes, columns)).to(planes.dtype)
+
+
+def _product(rows: Tensor, planes: Tensor, columns: Tensor) -> Tensor:
+    """Multiply planes from both sides in float32, whatever autocast the loop is in."""
+    with torch.autocast(planes.device.type, enabled=False):
+        return rows @ planes.float() @ columns
 
 
 def retimed(level: Any) -> tuple[Any, Any]:
@@ -71,7 +77,7 @@ def velocity(call: Callable[[Tensor, Any], Tensor], x: Tensor, level: Any) -> Te
     Args:
         call: returns the velocity of a state at a level, on whichever grid.
         x: the state `[B, .., Y, X]`.
-        level: its noise level, above 0.
+        level: its noise level, above 0; a number, or a tensor of one a sample.
 
     Raises:
         TypeError: a call that returns no tensor.
@@ -82,7 +88,8 @@ def velocity(call: Callable[[Tensor, Any], Tensor], x: Tensor, level: Any) -> Te
             f"a step on half of the grid needs latents [B, .., Y, X], got shape {list(x.shape)}; "
             "pack them inside of the call, or set 'grow': False"
         )
-    gain, coarse = retimed(level)
+    coarse, here = retimed(level)[1], _beside(level, x)
+    gain, below = retimed(here)
     small = gain * smaller(x.float())
     given = small.to(x.dtype)
     _keep_static(given)
@@ -98,8 +105,22 @@ def velocity(call: Callable[[Tensor, Any], Tensor], x: Tensor, level: Any) -> Te
             f"{list(found.shape)} for {list(given.shape)}; make positions and patches of the grid "
             "that it is given, or set 'grow': False"
         )
-    clean = larger(small - coarse * found.float())
-    return ((x.float() - clean) / level).to(x.dtype)
+    clean = larger(small - below * found.float())
+    return ((x.float() - clean) / here).to(x.dtype)
+
+
+def _beside(level: Any, x: Tensor) -> Any:
+    """Shape a level so that it multiplies a state `[B, ..]`."""
+    if not isinstance(level, Tensor):
+        return level
+    if level.numel() == 1:
+        return level.reshape(()).to(x.device)
+    if level.shape != x.shape[:1]:
+        raise ValueError(
+            "a step on half of the grid needs one noise level, or one a sample, got levels of "
+            f"shape {list(level.shape)} for latents of {list(x.shape)}; set 'grow': False"
+        )
+    return level.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _keep_static(planes: Tensor) -> None:
@@ -123,9 +144,9 @@ def fit_spectrum(latents: Tensor) -> tuple[float, float]:
     Raises:
         ValueError: fewer than three rings, or latents without any power in one of them.
     """
-    rows, columns = latents.shape[-2:]
+    rows, columns = latents.shape[-2:] if latents.dim() > 1 else (1, latents.numel())
     shorter = min(rows, columns)
-    if latents.dim() < 3 or shorter < 8:
+    if shorter < 8:
         raise ValueError(
             "a spectrum needs latents [.., Y, X] of at least 8 rows and columns, got shape "
             f"{list(latents.shape)}; give grow.steps in place of grow.delta"
@@ -146,7 +167,8 @@ def fit_spectrum(latents: Tensor) -> tuple[float, float]:
     x = torch.arange(1, shorter // 2 + 1, dtype=torch.float64).log()
     y = torch.stack(powers).log()
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-    return math.exp(float(y.mean()) - slope * float(x.mean())), max(-slope, 0.0)
+    slope = min(slope, 0.0)
+    return math.exp(float(y.mean()) - slope * float(x.mean())), -slope
 
 
 def cosines(size: int) -> Tensor:

@@ -25,7 +25,8 @@ class GrowOptions:
             `A * w ** -beta`, w in cycles along the shorter side; `lipass.grow.fit_spectrum` gives
             them.
         grid: latents of one frame along (Y, X), even ones.
-        steps: so many first steps are, whatever they lack; in place of `delta`.
+        steps: so many first steps are on half of the grid, whatever they lack; in place of
+            `delta`.
     """
 
     delta: float

@@ -174,3 +174,24 @@ def test_a_spectrum_of_few_latents_or_of_none_is_refused():
         fit_spectrum(torch.randn(2, 4, 4))
     with pytest.raises(ValueError, match="got none in a ring; give latents of real scenes"):
         fit_spectrum(torch.zeros(2, 8, 8))
+
+
+def test_autocast_around_the_loop_rounds_no_latents():
+    x = torch.randn(2, 4, 8, 8)
+    expected = smaller(x), larger(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = smaller(x), larger(x)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_levels_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"one a sample, got levels of shape \[3\]"):
+        velocity(lambda x, level: x, torch.randn(2, 4, 1, 8, 8), torch.ones(3))
+
+
+def test_power_that_rises_with_frequency_is_fitted_by_its_mean():
+    rising = torch.fft.fftfreq(16).abs()[:, None] + torch.fft.fftfreq(16).abs()
+    planes = torch.fft.ifft2(rising * torch.fft.fft2(torch.randn(400, 16, 16))).real
+    amplitude, slope = fit_spectrum(planes)
+    assert slope == 0
+    assert 0.3 < amplitude / float(planes.square().mean()) < 1.5

@@ -91,6 +91,7 @@ class DrivenTimesteps:
 
     def __iter__(self) -> Iterator[Tensor]:
         chunk, sigmas = self._opened(), self._scheduler.sigmas
+        chunk.coarse.by_pipeline = True
         try:
             if not self._is_euler:
                 for step in chunk.steps(self._scheduler):

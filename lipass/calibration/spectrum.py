@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lipass.calibration.subject import Run
-from lipass.grow import fit_spectrum
+from lipass.grow import RATIO, fit_spectrum
 
 
 def spectrum_of(runs: Iterable[Run]) -> dict[str, Any]:
@@ -19,11 +19,12 @@ def spectrum_of(runs: Iterable[Run]) -> dict[str, Any]:
     """
     shown = [run.latents for run in runs if run.latents is not None and run.latents.dim() >= 4]
     grids = {tuple(one.shape[-2:]) for one in shown}
-    if len(grids) != 1 or min(grid := grids.pop()) < 8:
+    if len(grids) != 1 or min(grid := grids.pop()) < 8 or any(size % RATIO for size in grid):
         return {}
     planes = torch.cat([one.float().reshape(-1, *grid) for one in shown])
     try:
         amplitude, exponent = fit_spectrum(planes)
     except ValueError:  # without power at some frequency
         return {}
-    return {"grow.spectrum": [round(amplitude, 4), round(exponent, 4)], "grow.grid": [*grid]}
+    fitted = [float(f"{amplitude:.5g}"), round(exponent, 4)]
+    return {"grow.spectrum": fitted, "grow.grid": [*grid]}

@@ -19,6 +19,7 @@ from lipass.errors import LipassError
 from lipass.kernels import registry
 from lipass.policy.blocks import early_step, short_context
 from lipass.receipt import SiteRecord, current_report
+from lipass.runtime.coarse_steps import WHY_DENSE
 
 # Where no session sets one, and where a pass will.
 _TILE = (4, 4, 4)
@@ -123,6 +124,8 @@ def _of_chunk(chunk: session.Chunk | None, own: Grid, role: str) -> str | None:
     """Say why a call of a chunk stays dense, or None."""
     if chunk is None:
         return None
+    if chunk.coarse.running:
+        return WHY_DENSE
     options, latent_tokens = chunk.session.config.sparse, own[1] * own[2]
     short = short_context(options, len(chunk.context), latent_tokens)
     if (reason := chunk.plan.dense_reason or short) or options is None:

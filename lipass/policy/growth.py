@@ -12,6 +12,7 @@ missing is never more than the tolerance.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -95,13 +96,20 @@ def check_flow(levels: Sequence[float]) -> None:
     """Refuse levels at which a state is no mixture `(1 - t) * clean + t * noise`.
 
     Raises:
-        ValueError: a level outside of 0..1.
+        ValueError: a level outside of 0..1, or levels that do not fall.
     """
     if other := [level for level in levels if not 0 <= level <= 1]:
         raise ValueError(
             f"steps on half of the grid need levels of flow matching, in 0..1, got {other[0]:g}; "
             "pass sigmas of that form, or set 'grow': False"
         )
+    for level, after in itertools.pairwise(levels):
+        if after >= level:
+            raise ValueError(
+                "steps on half of the grid need levels that fall, from noise to clean, got "
+                f"{level:g} and then {after:g}; turn them round (`invert_sigmas` of a scheduler), "
+                "or set 'grow': False"
+            )
 
 
 def _why_whole(

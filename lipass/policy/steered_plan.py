@@ -11,6 +11,9 @@ from lipass.policy.plan import ChunkPlan
 from lipass.policy.revisit import Revisit
 from lipass.policy.steering import Steering
 
+_FLUSHED = "dropped: flushed when the prompt changed"
+_OLDER = "dropped: older than the window that grows"
+
 
 def steered(
     plan: ChunkPlan,
@@ -42,13 +45,18 @@ def steered(
     if off:
         return replace(plan, steering=blend)
     hidden = [*flushed, *([blend.flush] if blend.flush else [])]
-    context = _without(plan.context, hidden, "dropped: flushed when the prompt changed")
+    context = _without(plan.context, hidden, _FLUSHED)
     if steering.grow_latents is not None and blend.changes:
         end = plan.history_latents - blend.place * steering.grow_latents
         hidden = [(steering.sink_latents, end)]
-        context = _without(context, hidden, "dropped: older than the window that grows")
+        context = _without(context, hidden, _OLDER)
     revisit = _revisit(plan.revisit, blend, as_new)
     return replace(plan, steering=blend, context=context, revisit=revisit)
+
+
+def leaves_out(context: ContextPlan) -> bool:
+    """Whether a change of the prompt has dropped latents that would have been read."""
+    return any(not frame.kept and frame.reason in (_FLUSHED, _OLDER) for frame in context.frames)
 
 
 def _without(context: ContextPlan, hidden: list[tuple[int, int]], reason: str) -> ContextPlan:

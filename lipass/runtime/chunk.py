@@ -120,7 +120,7 @@ class Chunk:
                 sigmas, a scheduler that has no timesteps yet, or levels that `grow` cannot read.
         """
         schedule = Schedule.of(sigmas)
-        plan = self.step_plan(schedule.steps)
+        plan = self.coarse.bare(self.step_plan(schedule.steps))
         if schedule.form is not None:
             plan = all_taken(plan, schedule.why_all)
         plan = self.coarse.planned(plan, schedule)

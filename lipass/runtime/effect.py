@@ -55,6 +55,7 @@ class Effect:
         sparse, calls, _ = _counted()
         return {
             "told": self.told,
+            "told_whole": self.told_whole,
             "chunks": self._chunks,
             "did": self._did,
             "causes": {name: dict(counts) for name, counts in self._causes.items()},
@@ -66,6 +67,7 @@ class Effect:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where a `state` was given."""
         self.told, self._chunks, self._did = state["told"], state["chunks"], state["did"]
+        self.told_whole = state.get("told_whole", False)  # snapshots of 0.2.0 have none
         self._causes = {name: Counter(counts) for name, counts in state["causes"].items()}
         self._dense = Counter(state["dense"])
         sparse, calls, _ = _counted()

@@ -70,6 +70,7 @@ class Follow:
     def _begin(self) -> None:
         self._end()
         self._taken = 0
+        self._chunk.coarse.by_pipeline = True
         self._steps = self._chunk.steps(self._scheduler)
         next(self._steps)
 

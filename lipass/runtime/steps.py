@@ -166,14 +166,16 @@ class StepLoop:
         """Forget what this loop kept, and nothing else."""
         self._outputs.clear()
         self._made.clear()
+        self.chunk.coarse.forget()
         self.chunk.end(self)
 
 
 def _forms(
     planned: PlannedStep, sigma: Any, timestep: Any, following: Any
 ) -> tuple[float | None, ...]:
-    """List what a model may be given for the level of a step, on the grid that it is on."""
-    return forms_of(retimed(sigma)[1]) if planned.coarse else forms_of(sigma, timestep, following)
+    """List what a model may be given for the level of a step, by `Step.velocity` or without it."""
+    on_half = forms_of(retimed(sigma)[1] if planned.coarse else None)
+    return (*forms_of(sigma, timestep, following), *on_half)
 
 
 def _lies_in(given: Any, outputs: Any) -> bool:

@@ -321,6 +321,9 @@ def test_the_spectrum_of_latents_that_the_loop_shows_is_fitted(found):
     told = spectrum_of([Run(torch.zeros(1), (), (), one) for one in (planes, None)])
     assert told["grow.grid"] == [8, 16]
     assert told["grow.spectrum"] == pytest.approx([1.0, 0.0], abs=0.2)  # white noise
+    assert spectrum_of([Run(torch.zeros(1), (), (), planes[..., :15])]) == {}  # no even grid
+    quiet = spectrum_of([Run(torch.zeros(1), (), (), planes * 1e-4)])["grow.spectrum"]
+    assert quiet[0] == pytest.approx(told["grow.spectrum"][0] * 1e-8, rel=1e-3)
     own = {**found.frontier.environment, **told}
     again = dataclasses.replace(
         found, frontier=dataclasses.replace(found.frontier, environment=own)

@@ -229,7 +229,7 @@ class Timed:
     ("sigmas", "words"),
     [
         ((80.0, 10.0, 0.0), "levels of flow matching, in 0..1, got 80; pass sigmas"),
-        (Timed(), "that the host can read, got a scheduler without sigmas; pass a list"),
+        (Timed(), "one noise level a step, got a scheduler without sigmas; pass a list"),
     ],
 )
 def test_levels_that_say_nothing_are_refused(sigmas, words):
