@@ -229,7 +229,7 @@ class StepOptions(ViewOptions):
 
     Attributes:
         mode: "adaptive" (this project's revisit rule), "reference" (the released gate) or
-            "matrix-game" (that for Matrix-Game 3, see `ContextOptions`).
+            "matrix-game" (that for Matrix-Game 3, see `context.mode`).
         overlap_min: an earlier latent must show at least this share of the new view for steps to
             be reused; 0 reuses in every chunk that has a history.
         departure_min: the camera must have been away since: some later latent shows at least this

@@ -47,8 +47,8 @@ Options of `torch.compile(model, backend="light_interaction", options={...})` an
 `-o NAME=VALUE` gives one on the command line. Options of passes have the name of the pass in
 front: `"find-attention.segments": ("text", "history", "current")`.
 
-In the environment, `LIPASS=off` switches everything off, and `LIPASS_DUMP` is a folder for
-numbered graphs."""
+In the environment, `LIPASS=off` switches everything off, `LIPASS_DUMP` is a folder for numbered
+graphs, and `LIPASS_EVENTS` a file for [events](events.md)."""
 _PASSES = """# Passes
 
 In the order of the pipeline of `all`, each with a graph in front of it and behind it: `-` is what

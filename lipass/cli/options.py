@@ -89,9 +89,14 @@ def known_options() -> list[dict[str, Any]]:
         meaning = f"short for {' and '.join(targets)}"
         found.append({"name": name, "default": None, "meaning": meaning, "others": {}})
     for section in SECTIONS:
-        meaning = f"whether {section}.* holds: True or False; the preset decides"
+        decides = (
+            "the preset decides"
+            if any(values[section] for values in PRESETS.values())
+            else "no preset has it on"
+        )
+        meaning = f"whether {section}.* holds: True or False; {decides}"
         if not dataclasses.fields(kinds[section]):
-            meaning = f"whether {_first_line(kinds[section])}; no preset has it on"
+            meaning = f"whether {_first_line(kinds[section])}; {decides}"
         found.append({"name": section, "default": None, "meaning": meaning, "others": {}})
     return [*found, *_of_passes({one["name"] for one in found})]
 

@@ -67,7 +67,7 @@ class NearestBlocks(Pass):
     query_block: int = 32
     """Queries that choose together, at most; a tile of queries is halved to that."""
     seed: int = 0
-    """Of what the search for directions starts from."""
+    """That of the numbers which the search for directions starts from."""
 
     def __post_init__(self) -> None:
         if self.choose not in CHOICES:

@@ -45,7 +45,7 @@ class CollapseKeys(Pass):
     rewrites_attention: ClassVar[bool] = True
 
     keys_min: int = 64
-    """Prompts are padded to hundreds of tokens; of fewer keys little is saved."""
+    """Fewest keys that are looked at: prompts are padded to hundreds, of fewer little is saved."""
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         changed = False

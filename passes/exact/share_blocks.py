@@ -63,7 +63,7 @@ class ShareBlocks(Pass):
     numerics: ClassVar[Numerics] = Numerics.EXACT
 
     nodes_min: int = 8
-    """Smaller layers are not worth a boundary that nothing is fused across."""
+    """Fewest nodes of a layer: smaller ones are not worth a boundary that ends fusion."""
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:  # noqa: D102
         # What guard-steps has outlined is a graph of its own.

@@ -32,7 +32,7 @@ def test_default_that_is_listed_is_that_of_preset_all(one):
 
 def test_every_option_of_a_pass_is_listed():
     listed = {one["name"]: one for one in known_options()}
-    assert listed["share-blocks.nodes_min"]["meaning"].startswith("Smaller layers are not worth")
+    assert listed["share-blocks.nodes_min"]["meaning"].startswith("Fewest nodes of a layer")
     assert listed["sparse-attention.tile"]["meaning"].startswith("what sparse.tile says")
     for name, load in PASSES.items():
         assert all(f"{name}.{field.name}" in listed for field in dataclasses.fields(load()))

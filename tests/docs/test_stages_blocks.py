@@ -21,8 +21,11 @@ def load(weights):
     return 3.0
 
 
-def generate(model, session, history, controls):
-    with session.chunk(query=torch.eye(4).expand(4, 4, 4)) as chunk:
+def generate(model, session, history, controls, stream):
+    w2c = torch.eye(4).repeat(4 * len(history) + 4, 1, 1)
+    w2c[:, 2, 3] = torch.arange(len(w2c)) * -0.1
+    past = w2c[:-4] if history else None
+    with session.chunk(poses=past, query=w2c[-4:], stream=stream) as chunk:
         return model * len(history) + controls + 0 * chunk.index
 
 
