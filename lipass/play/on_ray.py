@@ -22,6 +22,8 @@ from lipass.play.serving import Serving
 log = logging.getLogger(__name__)
 
 APPLICATION = "lipass-play"
+# In the environment, seconds that a proxy may take to begin.
+PROXY_BEGINS = ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
 _KEEPER = "lipass-play-keep"
 # Of its most visitors, a replica wants so many; then another one begins.
 _WANTED = 0.75
@@ -98,6 +100,8 @@ def deploy(target: str, serving: Serving, scale: Scale, host: str, port: int) ->
             "--ray needs Ray Serve, got none; run pip install 'lipass[ray]'"
         ) from None
     if not ray.is_initialized():
+        # A proxy that is slower to begin is killed and begun anew: on busy cores without end.
+        os.environ.setdefault(*PROXY_BEGINS)
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     # Films lie in the replica that made them, and a link may reach any.
     serving = replace(serving, films=False)

@@ -1,5 +1,6 @@
 """Two replicas on one machine: sockets stay with theirs, and visits go on where one dies."""
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ pytestmark = [
 def port():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         number = listening.getsockname()[1]
+    os.environ.setdefault(*on_ray.PROXY_BEGINS)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     on_ray.deploy(
         WORLD, Serving(visitors=4, voice=False, threads=1), on_ray.Scale(fewest=2, most=2),
