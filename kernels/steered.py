@@ -54,9 +54,14 @@ def attend_by_latent(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     batch, latents = q.shape[0], bias.shape[2]
     rows = q.unflatten(2, (latents, -1)).transpose(1, 2).flatten(0, 1)
     keys, values = (x[:, None].expand(-1, latents, -1, -1, -1).flatten(0, 1) for x in (k, v))
-    mask = bias.expand(batch, -1, -1, -1).to(q.dtype).transpose(1, 2).flatten(0, 1)[:, None]
+    mask = _taken(bias, q).expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1)[:, None]
     out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return out.unflatten(0, (batch, latents)).transpose(1, 2).flatten(2, 3)
+
+
+def _taken(bias: Tensor, q: Tensor) -> Tensor:
+    """Give a bias the dtype of the queries where SDPA takes no other: on a CPU it takes fp32."""
+    return bias.float() if q.device.type == "cpu" else bias.to(q.dtype)
 
 
 def _attend_steered(
@@ -66,7 +71,7 @@ def _attend_steered(
     rows = added(bias)
     if rows is not None and rows.shape[2] > 1:
         return token_major(attend_by_latent(q, k, v, rows, scale))
-    row = None if rows is None else rows.to(q.dtype)
+    row = None if rows is None else _taken(rows, q)
     return token_major(F.scaled_dot_product_attention(q, k, v, attn_mask=row, scale=scale))
 
 

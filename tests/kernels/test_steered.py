@@ -48,6 +48,18 @@ def test_latents_as_a_batch_are_attention_under_a_mask(batch):
     torch.testing.assert_close(out, masked(q, k, v, BIAS), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ramps", [False, True])
+def test_a_bias_is_not_rounded_to_the_dtype_of_the_queries(dtype, ramps):
+    q, k, v = (x.to(dtype) for x in qkv())
+    bias = torch.zeros(1, 1, LATENTS, KEYS)
+    bias[..., 0], bias[..., 1] = 8192.0, 8194.0  # fp16 counts by 8 there, bf16 by 64
+    with told(ramps=ramps):
+        out = torch.ops.lipass.attend_steered(q, k, v, bias)
+    expected = masked(q.double(), k.double(), v.double(), bias.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_a_text_may_be_hidden_from_some_latents():
     q, k, v = qkv()
     bias = BIAS.clone()
