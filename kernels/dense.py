@@ -106,10 +106,13 @@ def attend_plainly(
         if shift is not None:
             rows = slice(None) if shift.shape[2] == 1 else slice(start, start + step)
             score = score + shift[:, :, rows]
-        log_sum = score.logsumexp(-1)
-        weight = (score - log_sum.masked_fill(log_sum == -math.inf, 0.0)[..., None]).exp()
-        outputs.append((weight @ v).to(q.dtype))
-        log_sums.append(log_sum)
+        most = score.amax(-1, keepdim=True) if score.shape[3] else score.new_zeros(1)
+        most = most.masked_fill(most == -math.inf, 0.0)
+        weight = (score - most).exp()
+        # Not by the log-sum-exp: beside scores of `finfo(dtype).min` it cannot hold the sum.
+        total = weight.sum(-1, keepdim=True)
+        outputs.append((weight @ v / total.clamp(min=1.0)).to(q.dtype))
+        log_sums.append((most + total.log())[..., 0])
     return token_major(torch.cat(outputs, 2)), torch.cat(log_sums, 2)
 
 

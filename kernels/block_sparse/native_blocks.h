@@ -6,6 +6,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -18,6 +20,13 @@ using at::Tensor;
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
+// A finite bias stays finite in units of log 2, also where a score is added: masks of floats say
+// `finfo(dtype).min` for keys that count only where there are no others.
+constexpr float kFarthest = 2e38f;
+
+inline float finite_in_bits(float bias) {
+  return std::isinf(bias) ? bias : std::clamp(bias, -kFarthest, kFarthest);
+}
 
 // Rows of one head: row `n` starts at `data + n * stride`, counted in elements.
 template <typename E>
@@ -208,7 +217,7 @@ Table<T> place_blocks(const Call& call, int64_t padding) {
           if (masks && call.hides(b, shift, global)) continue;
           std::copy_n(k_head + token * k_row, dim, k_to + keys * dim);
           std::copy_n(v_head + token * v_row, dim, v_to + keys * dim);
-          if (bias_to) bias_to[keys] = shift[global];
+          if (bias_to) bias_to[keys] = finite_in_bits(shift[global]);
           ++keys;
         }
       });

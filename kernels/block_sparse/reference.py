@@ -106,8 +106,8 @@ def merge_partials(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, T
     """
     stacked = torch.stack([lse.float() for lse in lses])
     total = stacked.logsumexp(0)
-    # Where no partial saw a key the total is -inf and -inf - -inf would be nan.
-    weight = (stacked - total.masked_fill(total == -math.inf, 0.0)).exp()
+    # Where no partial saw a key the softmax of nothing is nan.
+    weight = stacked.softmax(0).masked_fill(total == -math.inf, 0.0)
     merged = sum(w[..., None] * out.float() for w, out in zip(weight, outputs, strict=True))
     assert isinstance(merged, Tensor)
     return merged.to(outputs[0].dtype), total

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import NO_NATIVE, arguments, frame_rows, make_case, masked_dense
 
 import lipass.kernels.ops  # noqa: F401  (registers the operators)
-from lipass.kernels import merge_partials, registry
+from lipass.kernels import dense, merge_partials, registry
 from lipass.kernels.block_sparse import native
 
 sparse_attention = torch.ops.lipass.sparse_attention
@@ -69,6 +69,66 @@ def test_bias_is_not_rounded_to_the_dtype_of_the_queries(dtype, route, machine):
         out, lse = sparse_attention_lse(*arguments(case), key_bias=bias)
         torch.testing.assert_close(lse.double(), expected[1], atol=2e-3, rtol=0)
         torch.testing.assert_close(out.double(), expected[0], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_two_biases_between_which_the_queries_have_no_number(dtype, route, machine):
+    case = make_case("decode", 6, (4, 4), 7, (1, 4, 4), dim=64, dtype=dtype, budget=0.999)
+    bias = torch.zeros(1, case.layout.tokens)
+    bias[:, 0], bias[:, 1] = 8192.0, 8194.0  # fp16 counts by 8 there, bf16 by 64
+    expected = exact(case, bias)[0]
+    with registry.force(route):
+        out = sparse_attention(*arguments(case), key_bias=bias)
+    torch.testing.assert_close(out.double(), expected, atol=1e-2, rtol=1e-2)
+
+
+LOWEST = [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -2.5e38]
+
+
+@pytest.mark.parametrize("hidden", [128, 200, 300], ids=["first group", "more", "all keys"])
+@pytest.mark.parametrize("lowest", LOWEST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_of_the_lowest_bias_count_only_where_there_are_no_others(
+    dtype, lowest, hidden, machine
+):
+    """Masks of floats write `finfo(dtype).min` where others write -inf."""
+    q, k, v = (torch.randn(1, 2, n, 64, dtype=dtype) for n in (64, 300, 300))
+    bias = torch.zeros(1, 1, 300)
+    bias[:, :, :hidden] = lowest
+    score = (q.double() @ k.double().mT) * 0.125
+    score = score + bias.double()[:, :, None] if hidden < 300 else torch.zeros_like(score)
+    expected = score.softmax(-1) @ v.double()
+    found = [dense.attend_biased(q, [k], [v], 0.125, bias, lse=lse)[0] for lse in (False, True)]
+    call = (q, [k], [v], [1, 1, 64], [1, 1, 300], "history", [1, 1, 32], 0.999, 0.125, 0, "decode")
+    for route in ("sparse", "dense"):
+        with registry.force(route):
+            found.append(sparse_attention(*call, None, "site", key_bias=bias))
+            found.append(sparse_attention_lse(*call, None, "site", key_bias=bias)[0])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for out in found:
+        torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_parts_in_which_all_keys_have_the_lowest_bias_merge_to_a_mean(machine):
+    q, k, v = (torch.randn(1, 2, n, 64) for n in (64, 256, 256))
+    bias = torch.full((1, 1, 128), torch.finfo(torch.float32).min)
+    parts = [
+        dense.attend_biased(q, [keys], [values], 0.125, bias, lse=True)[:2]
+        for keys, values in zip(k.split(128, 2), v.split(128, 2), strict=True)
+    ]
+    merged, _ = merge_partials(*map(list, zip(*parts, strict=True)))
+    torch.testing.assert_close(merged, v.mean(2, keepdim=True).expand_as(merged))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_the_highest_bias_hide_the_others(dtype, machine):
+    q, k, v = (torch.randn(1, 2, n, 64, dtype=dtype) for n in (64, 300, 300))
+    bias = torch.zeros(1, 1, 300)
+    bias[:, :, 7] = torch.finfo(torch.float32).max
+    for lse in (False, True):
+        out, _, _ = dense.attend_biased(q, [k], [v], 0.125, bias, lse=lse)
+        torch.testing.assert_close(out, v[:, :, 7:8].expand_as(out))
 
 
 def test_masked_keys_of_one_head(machine):
