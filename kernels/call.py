@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lipass.kernels.block_sparse.api import unfit_bias
+from lipass.kernels.block_sparse.api import unfit_bias, unfit_heads
 from lipass.kernels.given import GivenBlocks, unfit_blocks
 from lipass.kernels.latent_mask import unfit_mask
 from lipass.kernels.nearest.plan import Buckets, in_rows, unfit_buckets
@@ -138,8 +138,12 @@ def _unfit_mask(call: Call, mask: Tensor) -> str | None:
 
 
 def _unfit_tokens(call: Call) -> str | None:
+    if call.q.dim() != 4:
+        return f"q must be [B, H, Lq, D], got {list(call.q.shape)}; reshape it"
     tokens = call.layout.segment_tokens
     for name, parts in (("k", call.k), ("v", call.v)):
+        if why := unfit_heads(name, parts, call.q):
+            return why
         if [part.size(2) for part in parts] != tokens:
             return (
                 f"{name} must hold {tokens} tokens by segment as kv_grids say, got "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import cost, dense, registry
+from lipass.kernels.block_sparse.api import unfit_heads
 from lipass.kernels.token_major import empty_token_major
 
 # Allowed for dispatching the operator and counting its call, beside an SDPA call that Inductor
@@ -40,6 +41,21 @@ def attend_to_all(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> 
     return dense.attend_joined(q, k, v, scale), "sdpa"
 
 
+def unfit_pieces(q: Tensor, k: list[Tensor], v: list[Tensor]) -> str | None:
+    """Say how pieces of keys and values do not go with queries or each other, or return None."""
+    if q.dim() != 4:
+        return f"q must be [B, H, Lq, D], got {list(q.shape)}; reshape it"
+    if why := unfit_heads("k", k, q) or unfit_heads("v", v, q):
+        return why
+    of_k, of_v = ([part.shape[2] for part in parts] for parts in (k, v))
+    if of_k == of_v and of_k:
+        return None
+    return (
+        f"k and v must have the same tokens piece by piece, got {of_k} and {of_v}; pass the "
+        "values of these keys"
+    )
+
+
 def why_joined(
     q_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, tokens: tuple[int, ...]
 ) -> str | None:
@@ -67,7 +83,13 @@ def _predict(
 
 
 def _attend_pieces(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float, site: str) -> Tensor:
-    """Attend and count the call; arguments as in `attend_to_all`, and the site's name."""
+    """Attend and count the call; arguments as in `attend_to_all`, and the site's name.
+
+    Raises:
+        ValueError: if keys or values do not go with the queries.
+    """
+    if why := unfit_pieces(q, k, v):
+        raise ValueError(why)
     out, provider = attend_to_all(q, k, v, scale)
     pairs = q.shape[0] * q.shape[1]
     registry.record_call(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipass.kernels import chip, registry
 from lipass.kernels.block_sparse import native
+from lipass.kernels.block_sparse.api import unfit_heads
 from lipass.kernels.given import GivenBlocks, plan_as_given, unfit_blocks
 from lipass.kernels.latent_mask import seen_blocks
 from lipass.kernels.plan import BlockGrid, BlockPlan, KvLayout
@@ -35,7 +36,7 @@ def plan_attention(
     planner: str = "mean",
     given: GivenBlocks | None = None,
     latent_mask: Tensor | None = None,
-    means_checked: bool = False,
+    checked: bool = False,
 ) -> BlockPlan:
     """Choose what each query block visits; arguments as in `select_blocks`.
 
@@ -54,7 +55,7 @@ def plan_attention(
         planner: one of `PLANNERS`.
         given: the choice itself, for planner `"given"`, which reads no other option.
         latent_mask: `[B or 1, Tq, Tk]` bool, which latents see which; all by default.
-        means_checked: the caller has called `check_means`.
+        checked: the caller has checked keys and means.
 
     Raises:
         ValueError: if an option is out of range, or something does not fit the layout.
@@ -69,8 +70,11 @@ def plan_attention(
             raise ValueError(why)
         return plan_as_given(given, q, layout, q_grid)
     candidate = layout.candidate_segment(role)
-    if candidate_means is not None and not means_checked:
-        check_means(candidate_means, q, layout, candidate)
+    if not checked:
+        if why := _unfit_keys(q, keys, layout):
+            raise ValueError(why)
+        if candidate_means is not None:
+            check_means(candidate_means, q, layout, candidate)
     if planner == "cosine" and candidate is not None:
         candidate_means = _directions(keys[candidate], layout, candidate, candidate_means)
     if candidate is not None and keep_frames is None and latent_mask is None:
@@ -127,6 +131,21 @@ def _directions(keys: Tensor, layout: KvLayout, candidate: int, means: Tensor | 
     if means is None:
         means = pool_blocks(keys, layout.segments[candidate].grid.laid)
     return torch.nn.functional.normalize(means, dim=-1)
+
+
+def _unfit_keys(q: Tensor, keys: list[Tensor], layout: KvLayout) -> str | None:
+    """Say how keys do not go with the queries or the layout, or return None."""
+    if q.dim() != 4:
+        return f"q must be [B, H, Lq, D], got {list(q.shape)}; reshape it"
+    if why := unfit_heads("k", keys, q):
+        return why
+    tokens = [part.shape[2] for part in keys]
+    if tokens == layout.segment_tokens:
+        return None
+    return (
+        f"k must hold {layout.segment_tokens} tokens by segment, got {tokens}; pass one tensor "
+        "per segment of the layout, in order"
+    )
 
 
 def check_means(means: Tensor, q: Tensor, layout: KvLayout, candidate: int | None) -> None:

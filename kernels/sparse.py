@@ -212,7 +212,7 @@ def _plan(call: Call) -> BlockPlan:
         candidate_means=call.history_means,
         planner=call.planner,
         latent_mask=None if mask is None else mask.to(call.q.device, non_blocking=True),
-        means_checked=True,
+        checked=True,
     )
 
 

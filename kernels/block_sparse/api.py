@@ -88,12 +88,8 @@ def _unfit(
             )
         if {part.dtype for part in parts} != {q.dtype}:
             return f"q, k and v must have one dtype, got {q.dtype} and {parts[0].dtype}; cast them"
-        shapes = {(part.shape[0], part.shape[1], part.shape[3]) for part in parts}
-        if shapes != {(q.shape[0], q.shape[1], q.shape[3])}:
-            return (
-                f"{name} must have the batch, heads and head dim of q {list(q.shape)}, got "
-                f"{list(parts[0].shape)}; expand grouped or shared heads first"
-            )
+        if why := unfit_heads(name, parts, q):
+            return why
     if plan.indices.shape[:3] != (q.shape[0], q.shape[1], plan.q_grid.blocks):
         return (
             f"the plan must be [B, H, Nq] = {[*q.shape[:2], plan.q_grid.blocks]}, got "
@@ -101,6 +97,22 @@ def _unfit(
         )
     if key_bias is not None and (why := unfit_bias(key_bias, q, sum(expected))):
         return why
+    return None
+
+
+def unfit_heads(name: str, parts: list[Tensor], q: Tensor) -> str | None:
+    """Say how keys or values do not go with queries `[B, H, Lq, D]`, or return None.
+
+    Kernels go by the sizes of the queries, so others would be read past their end.
+    """
+    batch, heads, _, dim = q.shape
+    for part in parts:
+        shape = part.shape
+        if len(shape) != 4 or (shape[0], shape[1], shape[3]) != (batch, heads, dim):
+            return (
+                f"{name} must have the batch, heads and head dim of q {list(q.shape)}, got "
+                f"{list(shape)}; expand grouped or shared heads first"
+            )
     return None
 
 

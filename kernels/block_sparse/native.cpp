@@ -16,6 +16,7 @@
 #include "native_fp32.h"
 #include "native_plan.h"
 #include "native_share.h"
+#include "native_sizes.h"
 #include "native_sort.h"
 
 namespace {
@@ -100,6 +101,32 @@ void run_half(const Call& call) {
   run<FloatTask<T>, T>(call);
 }
 
+// Refuse what would be read past its end.
+void check_fits(const Call& call, const std::optional<Tensor>& key_keep,
+                const std::optional<Tensor>& key_bias, const std::optional<Tensor>& q_order,
+                const std::optional<Tensor>& key_order) {
+  const int64_t batch = call.q.size(0), heads = call.q.size(1), dim = call.q.size(3);
+  const int64_t q_blocks = call.q_grid.count();
+  check_sizes("q", call.q, {-1, -1, call.q_grid.tokens(), -1});
+  for (size_t s = 0; s < call.grids.size(); ++s) {
+    const bool some = key_order && s == call.ordered;
+    const int64_t tokens = some ? -1 : call.grids[s].tokens();
+    check_sizes("k", call.k[s], {batch, heads, tokens, dim});
+    check_sizes("v", call.v[s], {batch, heads, some ? call.k[s].size(2) : tokens, dim});
+    if (some) check_sizes("key_order", *key_order, {batch, heads, call.grids[s].tokens()});
+  }
+  check_sizes("indices", call.indices, {batch, heads, q_blocks, -1});
+  check_sizes("counts", call.counts, {batch, heads, q_blocks});
+  if (q_order) check_sizes("q_order", *q_order, {batch, heads, call.q_grid.tokens()});
+  if (key_keep) check_sizes("key_keep", *key_keep, {batch, call.tokens});
+  if (!key_bias) return;
+  TORCH_CHECK(key_bias->dim() == 3, "key_bias must be [B or 1, H or 1, Lk], got ",
+              key_bias->sizes(), "; write one of all heads as [B, 1, Lk]");
+  const int64_t outer = key_bias->size(0) == 1 ? 1 : batch;
+  const int64_t inner = key_bias->size(1) == 1 ? 1 : heads;
+  check_sizes("key_bias", *key_bias, {outer, inner, call.tokens});
+}
+
 // See lipass.kernels.block_sparse.api. `grids` holds grid and tile of the queries, then of each
 // segment; k and v are whole or by segment, and by segment where keys of segment `ordered` come in
 // the order of `key_order`, which may leave some out.
@@ -110,6 +137,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorL
                                   const std::optional<Tensor>& key_bias, bool return_lse,
                                   const std::optional<Tensor>& q_order,
                                   const std::optional<Tensor>& key_order, int64_t ordered) {
+  TORCH_CHECK(q.dim() == 4, "q must be [B, H, Lq, D], got ", q.sizes(), "; reshape it");
+  TORCH_CHECK(grids.size() > 6 && grids.size() % 6 == 0, "grids must hold 6 numbers for queries ",
+              "and each segment, got ", grids.size(), "; pass grid and tile of each");
+  TORCH_CHECK(!k.empty() && !v.empty(), "k and v must have a tensor, got none; pass keys");
   Call call{.q = q.stride(3) == 1 ? q : q.contiguous(),
             .indices = indices.contiguous(),
             .counts = counts.contiguous(),
@@ -131,6 +162,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorL
     call.blocks += grid.count();
     call.tokens += key_order && s == static_cast<size_t>(ordered) ? k_part.size(2) : grid.tokens();
   }
+  if (key_order) call.ordered = ordered;
+  check_fits(call, key_keep, key_bias, q_order, key_order);
   Tensor keep, bias, of_queries, of_keys;
   if (q_order) {
     of_queries = q_order->contiguous();
@@ -139,7 +172,6 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, at::TensorList k, at::TensorL
   if (key_order) {
     of_keys = key_order->contiguous();
     call.key_order = of_keys.const_data_ptr<int32_t>();
-    call.ordered = ordered;
   }
   if (key_keep) {
     keep = key_keep->contiguous();

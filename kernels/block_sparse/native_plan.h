@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "native_grid.h"
+#include "native_sizes.h"
 #include "native_vec.h"
 
 namespace {
@@ -108,7 +109,13 @@ inline Tensor means(const Tensor& x, const Grid& grid) {
 }
 
 // Means for lipass.kernels.pool; `grid` holds grid and tile.
-Tensor pool_blocks(const Tensor& x, at::IntArrayRef grid) { return means(x, Grid(grid.data())); }
+Tensor pool_blocks(const Tensor& x, at::IntArrayRef grid) {
+  TORCH_CHECK(grid.size() == 6, "grid must hold 6 numbers, got ", grid.size(),
+              "; pass grid and tile");
+  const Grid tokens(grid.data());
+  check_sizes("x", x, {-1, -1, tokens.tokens(), -1});
+  return means(x, tokens);
+}
 
 // Pool and select where no frame is dropped; see lipass.kernels.select.api. `grids` holds grid
 // and tile of the queries and of the candidates; `guarded` [Nq or 1, Nc] are visited in any case.
@@ -117,12 +124,17 @@ Tensor pool_blocks(const Tensor& x, at::IntArrayRef grid) { return means(x, Grid
 Tensor plan(const Tensor& q, const Tensor& k, at::IntArrayRef grids,
             const std::optional<Tensor>& guarded, int64_t wanted, int64_t before, int64_t after,
             const std::optional<Tensor>& k_means) {
+  TORCH_CHECK(grids.size() == 12, "grids must hold 12 numbers, got ", grids.size(),
+              "; pass grid and tile of queries and candidates");
   const Grid q_grid(grids.data()), k_grid(grids.data() + 6);
+  check_sizes("q", q, {-1, -1, q_grid.tokens(), -1});
+  check_sizes("k", k, {q.size(0), q.size(1), k_grid.tokens(), q.size(3)});
   const int64_t rows = q_grid.count(), columns = k_grid.count(), dim = q.size(3);
+  if (k_means) check_sizes("k_means", *k_means, {q.size(0), q.size(1), columns, dim});
+  if (guarded) check_sizes("guarded", *guarded, {guarded->size(0) == 1 ? 1 : rows, columns});
   const int64_t pairs = q.size(0) * q.size(1), width = before + wanted + after;
-  TORCH_CHECK(q.size(2) == q_grid.tokens() && k.size(2) == k_grid.tokens(), "q and k must have ",
-              q_grid.tokens(), " and ", k_grid.tokens(), " tokens, got ", q.size(2), " and ",
-              k.size(2), "; pass the tokens of the grids");
+  TORCH_CHECK(0 <= wanted && wanted <= columns, "wanted must be 0 to ", columns,
+              " candidates, got ", wanted, "; choose no more blocks than there are");
   const Tensor q_mean = means(q, q_grid);
   const Tensor k_mean = k_means ? k_means->contiguous() : means(k, k_grid);
   const Tensor guard = guarded ? guarded->contiguous() : Tensor();

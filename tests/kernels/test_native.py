@@ -149,6 +149,50 @@ def test_bias_of_each_head(dtype):
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("k", lambda case, plan: case.keys.__setitem__(1, case.keys[1][:, :1])),
+        ("v", lambda case, plan: case.values.__setitem__(1, case.values[1][..., :4])),
+        ("k", lambda case, plan: case.keys.__setitem__(1, case.keys[1][:, :, :9])),
+        ("q", lambda case, plan: setattr(case, "q", case.q[:, :, :9])),
+        ("indices", lambda case, plan: plan._replace(indices=plan.indices[:, :1])),
+        ("counts", lambda case, plan: plan._replace(counts=plan.counts[..., :1])),
+        ("key_keep", lambda case, plan: plan._replace(key_keep=torch.ones(1, 9).bool())),
+    ],
+)
+def test_the_library_reads_past_no_end(name, change):
+    case = make_case("decode", 4, (8, 8), 32, (1, 8, 8))
+    plan = case.plan()
+    plan = change(case, plan) or plan
+    with pytest.raises(RuntimeError, match=f"^{name} must be .*, got .*; pass what belongs to"):
+        native.block_sparse_attention(
+            case.q, case.keys, case.values, plan, scale=0.3, key_bias=None
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1, 2, 9), (1, 3, 352), (2, 2, 352), (1, 352)])
+def test_the_library_reads_past_no_end_of_a_bias(shape):
+    case = make_case("decode", 4, (8, 8), 32, (1, 8, 8), new_frames=1)
+    with pytest.raises(RuntimeError, match=r"^key_bias must be .*, got .*; "):
+        native.block_sparse_attention(
+            case.q, case.keys, case.values, case.plan(), scale=0.3, key_bias=torch.zeros(shape)
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("unfit", ["one head", "another head dim"])
+def test_the_library_plans_no_keys_of_other_heads(unfit):
+    q, grid = torch.zeros(1, 8, 64, 16), [1, 8, 8, 1, 4, 4]
+    k = q[:, :2] if unfit == "one head" else q[..., :8]
+    with pytest.raises(RuntimeError, match=r"^k must be .*, got .*; pass what belongs to"):
+        torch.ops.lipass_native.plan(q, k, [*grid, *grid], None, 2, 0, 0, None)
+    with pytest.raises(RuntimeError, match=r"^x must be .*, got .*; pass what belongs to"):
+        torch.ops.lipass_native.pool_blocks(q, [1, 8, 9, 1, 4, 4])
+
+
+@needs_native
 def test_two_threads_give_what_one_gives():
     case = make_case("decode", 8, (8, 8), 33, (4, 4, 4), dim=64, heads=3)
     expected = attend(case, case.plan())

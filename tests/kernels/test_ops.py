@@ -331,6 +331,39 @@ def test_wrong_calls_are_refused(position, value, message):
         sparse_attention(*call)
 
 
+UNFIT = {
+    "one head": lambda part: part[:, :1],
+    "another batch": lambda part: part.repeat(2, 1, 1, 1),
+    "another head dim": lambda part: part[..., :4],
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize("route", ["sparse", "dense"])
+def test_keys_that_do_not_go_with_the_queries_are_refused(unfit, name, route):
+    case = make_case("decode", 4, (4, 4), 3, (1, 4, 4))
+    parts = getattr(case, name)
+    parts[1] = UNFIT[unfit](parts[1])
+    with registry.force(route), pytest.raises(ValueError, match="expand grouped or shared heads"):
+        sparse_attention(*arguments(case))
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_a_plan_of_keys_that_do_not_go_with_the_queries_is_refused(unfit):
+    case = make_case("decode", 4, (4, 4), 3, (1, 4, 4))
+    case.keys[1] = UNFIT[unfit](case.keys[1])
+    with pytest.raises(ValueError, match=r"k must have the batch, heads and head dim .*; expand"):
+        case.plan()
+
+
+def test_a_plan_of_too_few_keys_is_refused():
+    case = make_case("decode", 4, (4, 4), 3, (1, 4, 4))
+    case.keys[1] = case.keys[1][:, :, :5]
+    with pytest.raises(ValueError, match=r"\[3, 64, 32\] tokens by segment, got \[3, 5, 32\]; "):
+        case.plan()
+
+
 @pytest.mark.parametrize("tile", [(1, 4, 4), (2, 4, 4)])
 @pytest.mark.parametrize("dropped", [(), (1, 4)])
 def test_means_of_the_history_may_be_given(tile, dropped):

@@ -82,6 +82,24 @@ def test_operator_counts_every_key_as_visited(provider):
     assert (counts.provider, counts.density, counts.dense_calls) == (provider, 1.0, 1)
 
 
+@pytest.mark.parametrize("at", [1, 2], ids=["keys", "values"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: part[:, :1], "expand grouped or shared heads first"),
+        (lambda part: part[:1], "expand grouped or shared heads first"),
+        (lambda part: part[..., :8], "expand grouped or shared heads first"),
+        (lambda part: part[:, :, :7], "pass the values of these keys"),
+    ],
+    ids=["one head", "another batch", "another head dim", "fewer tokens"],
+)
+def test_pieces_that_do_not_fit_are_refused(provider, at, change, message):
+    arguments = call((5, 300))
+    arguments[at][1] = change(arguments[at][1])
+    with pytest.raises(ValueError, match=message):
+        torch.ops.lipass.attend_pieces(*arguments, 0.25, "site")
+
+
 def test_operator_passes_opcheck():
     q, k, v = call((5, 30))
     torch.library.opcheck(torch.ops.lipass.attend_pieces.default, (q, k, v, 0.25, "x"))
