@@ -36,7 +36,7 @@ def attend_joined(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> 
 def attend_apart(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> Tensor:
     """Read keys and values where they lie, with the compiled kernel; the output is token-major.
 
-    Takes what `why_not_apart` does not refuse.
+    Takes what `why_not_apart` does not refuse, and records no gradient.
     """
     plan = plan_of_all(*q.shape[:3], tuple([part.shape[2] for part in k]))
     out, _ = native.block_sparse_attention(q, k, v, plan, scale=scale, key_bias=None)
@@ -75,7 +75,7 @@ def _kernel_of_all(
 ) -> registry.Choice | None:
     """Find a kernel that reads keys where they lie; gathering all of them is no gain."""
     plan = plan_of_all(*q.shape[:3], tokens, q.device)
-    asking = Asking(q, k, v, plan.q_grid, plan.kv, bias is not None)
+    asking = Asking(q, k, v, plan.q_grid, plan.kv, bias is not None, bias)
     found = registry.find("block_sparse", q.device, asking, asking.measured)
     if isinstance(found, registry.Refused) or found.name in ("gather", "reference"):
         return None

@@ -11,6 +11,7 @@ from lipass.kernels.plan import BlockPlan
 _SAMPLED = 8
 
 
+@torch.no_grad()
 def kept_mass(
     q: Tensor, keys: list[Tensor], plan: BlockPlan, scale: float, key_bias: Tensor | None
 ) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lipass.kernels import cost, dense, registry
 from lipass.kernels.block_sparse.api import unfit_heads
+from lipass.kernels.block_sparse.kind import records
 from lipass.kernels.token_major import empty_token_major
 
 # Allowed for dispatching the operator and counting its call, beside an SDPA call that Inductor
@@ -34,7 +35,7 @@ def attend_to_all(q: Tensor, k: list[Tensor], v: list[Tensor], scale: float) -> 
     """
     k, v = ([part for part in parts if part.shape[2]] for parts in (k, v))
     tokens = tuple([part.shape[2] for part in k])
-    if dense.why_not_apart(q.device, q.dtype, tokens) is None:
+    if dense.why_not_apart(q.device, q.dtype, tokens) is None and not records(q, *k, *v):
         found = _predict(q.shape, q.dtype, tokens)
         if found.apart_ms < found.joined_ms:
             return dense.attend_apart(q, k, v, scale), "native"

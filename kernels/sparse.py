@@ -147,7 +147,8 @@ def _attend_prefill_without(
 def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> Attended:
     """Run one call sparse or dense, whichever the gate says, and count it."""
     biased = call.key_bias is not None or call.keep_frames is not None
-    asking = Asking(call.q, call.k, call.v, call.q_grid.laid, call.layout.laid, biased)
+    laid = call.q_grid.laid, call.layout.laid
+    asking = Asking(call.q, call.k, call.v, *laid, biased, call.key_bias)
     chosen = registry.find("block_sparse", call.q.device, asking, asking.measured)
     reason = _why_dense(call, chosen)
     if not reason or isinstance(chosen, registry.Refused):

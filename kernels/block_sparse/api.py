@@ -54,7 +54,7 @@ def block_sparse_attention(
         if reason:
             raise ValueError(reason)
     biased = key_bias is not None or plan.key_keep is not None
-    asking = Asking(q, keys, values, plan.q_grid, plan.kv, biased)
+    asking = Asking(q, keys, values, plan.q_grid, plan.kv, biased, key_bias)
     chosen = registry.choose("block_sparse", q.device, provider, asking, asking.measured)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if key_bias is not None and key_bias.dim() == 2:

@@ -49,7 +49,7 @@ def unfit(kind: Kind) -> str | None:
     if (kind.q_volume, kind.k_volume) != (BLOCK, BLOCK):
         return f"takes blocks of {BLOCK}, got {kind.q_volume} queries, {kind.k_volume} keys"
     if kind.records:
-        return "is called without its backward, and q requires one"
+        return "is called without its backward, and q, k, v or a bias requires one"
     return None
 
 

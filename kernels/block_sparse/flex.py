@@ -32,7 +32,7 @@ def why_not(kind: Kind) -> str | None:
     if kind.dtype not in DTYPES:
         return f"computes in fp32, bf16 and fp16, got {kind.dtype}"
     if kind.records:
-        return "has no backward for blocks that are chosen, and q requires one"
+        return "has no backward for blocks that are chosen, and q, k, v or a bias requires one"
     if kind.device.type not in _ready:
         return "not compiled yet; call lipass.kernels.block_sparse.flex.prepare()"
     return _ready[kind.device.type] or None

@@ -45,7 +45,7 @@ def why_not(kind: Kind) -> str | None:
     if kind.device.type != "cpu":
         return f"runs on CPU tensors, got {kind.device.type}"
     if kind.records:
-        return "has no backward, and q requires one"
+        return "has no backward, and q, k, v or a bias requires one"
     return None
 
 

@@ -57,7 +57,7 @@ def unfit(kind: Kind) -> str | None:
     if volumes != (TILE_VOLUME, TILE_VOLUME):
         return f"takes tiles of {TILE_VOLUME} slots, got {volumes[0]} queries, {volumes[1]} keys"
     if kind.records:
-        return "has no backward, and q requires one"
+        return "has no backward, and q, k, v or a bias requires one"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,20 +25,29 @@ class Kind(NamedTuple):
     k_volume: int
     """Slots of a key tile."""
     records: bool
-    """Whether a gradient of the queries is recorded."""
+    """Whether a gradient of queries, keys, values or a bias is recorded."""
 
 
-def kind_of(q: Tensor, q_grid: BlockGrid, kv: KvLayout) -> Kind:
+def kind_of(
+    q: Tensor, q_grid: BlockGrid, kv: KvLayout, others: Sequence[Tensor | None] = ()
+) -> Kind:
     """Say of what kind a call is.
 
     Args:
         q: queries `[B, H, Lq, D]`.
         q_grid: grid of the queries.
         kv: the key segments.
+        others: keys, values and a bias, whose gradients may be recorded as well.
     """
-    records = q.requires_grad and torch.is_grad_enabled()
     volumes = q_grid.block_tokens, kv.block_tokens
-    return Kind(q.device, q.dtype, q.shape[3], *volumes, records)
+    return Kind(q.device, q.dtype, q.shape[3], *volumes, records(q, *others))
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of these is recorded."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def measured(kind: Kind, kv: KvLayout) -> tuple[str, ...]:
@@ -61,15 +71,16 @@ class Asking:
         q_grid: grid of the queries.
         kv: the key segments.
         biased: whether scores get a bias, or keys inside a visited block are masked.
+        bias: the bias, if one is given.
     """
 
     def __init__(
         self, q: Tensor, keys: list[Tensor], values: list[Tensor], q_grid: BlockGrid,
-        kv: KvLayout, biased: bool,
+        kv: KvLayout, biased: bool, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.laid: Any = None
         self._call = (q, keys, values, q_grid, kv, biased)
-        self._kind = kind_of(q, q_grid, kv)
+        self._kind = kind_of(q, q_grid, kv, (*keys, *values, bias))
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def why_not(kind: Kind) -> str | None:
     if kind.dtype not in DTYPES:
         return f"computes in fp32, bf16 and fp16, got {kind.dtype}"
     if kind.records:
-        return "has no backward, and q requires one"
+        return "has no backward, and q, k, v or a bias requires one"
     return why_not_loaded()
 
 

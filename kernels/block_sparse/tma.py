@@ -58,7 +58,7 @@ def why_not(kind: Kind) -> str | None:
     if any(volume not in TILE_VOLUMES for volume in volumes) and not chip.INTERPRETED:
         return f"takes tile volumes {TILE_VOLUMES}, got {volumes[0]} queries, {volumes[1]} keys"
     if kind.records:
-        return "has no backward, and q requires one"
+        return "has no backward, and q, k, v or a bias requires one"
     return None
 
 

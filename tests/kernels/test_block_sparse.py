@@ -242,14 +242,18 @@ def test_tables_made_in_inference_mode_serve_gradients():
 
 
 @pytest.mark.parametrize("provider", ["gather", "native"])
-def test_what_needs_a_gradient_is_refused(provider):
+@pytest.mark.parametrize("needs", ["q", "k", "v", "bias"])
+def test_what_needs_a_gradient_is_refused(provider, needs):
     case = make_case("decode", 3, (4, 4), 2, (1, 4, 4))
-    plan = case.plan()
-    case.q.requires_grad_()
+    plan, bias = case.plan(), torch.randn(1, case.layout.tokens)
+    needed = {"q": case.q, "k": case.keys[1], "v": case.values[0], "bias": bias}[needs]
+    needed.requires_grad_()
     with pytest.raises(ValueError, match="no backward"):
-        attend(case, plan, provider)
-    attend(case, plan, None).sum().backward()
-    assert case.q.grad is not None
+        attend(case, plan, provider, key_bias=bias)
+    attend(case, plan, None, key_bias=bias).square().sum().backward()
+    assert needed.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not attend(case, plan, None, key_bias=bias).requires_grad
 
 
 @pytest.mark.parametrize(

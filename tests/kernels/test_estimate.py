@@ -66,6 +66,12 @@ def test_one_call_in_many_is_sampled():
     assert 0.2 < counts.mass < 1.0
 
 
+def test_a_sample_records_no_gradient():
+    case = case_of()
+    found = kept_mass(case.q.requires_grad_(), case.keys, case.plan(), 0.25, None)
+    assert not found.requires_grad
+
+
 def test_keys_that_are_no_numbers_are_no_sample():
     registry.reset_telemetry()
     case = case_of()

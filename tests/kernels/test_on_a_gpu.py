@@ -67,7 +67,7 @@ def test_gradients_are_recorded_by_dense_attention():
     case = make_case("decode", 4, (4, 8), 0, (1, 4, 8), dtype=BF16, dim=64)
     kind = kind_of(case.q.requires_grad_(), case.q_grid, case.layout)._replace(device=DEVICE)
     found = registry.find("block_sparse", DEVICE, lambda module: module.why_not(kind))
-    assert found.reason.endswith("has no backward, and q requires one")
+    assert found.reason.endswith("has no backward, and q, k, v or a bias requires one")
 
 
 def test_definition_runs_on_a_gpu_only_where_it_is_asked_for():

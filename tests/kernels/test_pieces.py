@@ -3,7 +3,7 @@ import torch
 from kernel_cases import NO_NATIVE
 from torch.nn import functional as F
 
-from lipass.kernels import calibration, pieces, registry
+from lipass.kernels import calibration, dense, pieces, registry
 from lipass.kernels.calibration import Form, Rates
 
 SLOW, FAST = Form(1.0, 1e3, 1e3), Form(0.0, 1e9, 1e9)
@@ -57,6 +57,23 @@ def test_one_piece_and_empty_ones_are_read_where_they_lie(provider, tokens):
     expected = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
     assert ran == provider
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("needs", [0, 1, 2], ids=["q", "k", "v"])
+def test_what_needs_a_gradient_is_joined(needs, monkeypatch):
+    monkeypatch.setattr(calibration, "cpu_rates", lambda dtype, dim, threads: FAST_APART)
+    q, k, v = call((5, 300))
+    needed = (q, k[1], v[0])[needs].requires_grad_()
+    for attend in (pieces.attend_to_all, lambda *c: attend_without_bias(*c, lse=True)):
+        needed.grad = None
+        out, *_, ran = attend(q, k, v, 0.25)
+        out.square().sum().backward()
+        assert needed.grad.abs().sum() > 0
+        assert ran in ("sdpa", "plain")
+
+
+def attend_without_bias(q, k, v, scale, *, lse):
+    return dense.attend_biased(q, k, v, scale, None, lse=lse)
 
 
 def test_one_piece_is_left_to_the_inner_compiler(monkeypatch):
