@@ -11,7 +11,7 @@ import contextvars
 import functools
 import importlib
 import logging
-import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -20,10 +20,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lipass.kernels.estimate import capturing
+
 log = logging.getLogger(__name__)
 
 # Looking at one call in so many costs less than a hundredth of them.
 _CALLS_A_SAMPLE = 32
+# So many tensors of a site are kept unread at most: then they become one, which takes a sum.
+_PENDING_MAX = 256
 
 Route = Literal["sparse", "dense"]
 
@@ -69,6 +73,8 @@ _preferred: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextV
 )
 _owner: contextvars.ContextVar[str] = contextvars.ContextVar("owner", default="")
 _sites: dict[str, SiteCounts] = {}
+# Held by who takes pending sums: calls of other threads go on adding to them.
+_taking = threading.Lock()
 
 
 @dataclass
@@ -102,6 +108,7 @@ class SiteCounts:
     pending: list[Tensor] = field(default_factory=list, repr=False)
     """Device sums of visited blocks not read yet."""
     pending_mass: list[Tensor] = field(default_factory=list, repr=False)
+    """Sums of the masses that are numbers, and how many they are, `[2]`; not read yet."""
 
     @property
     def density(self) -> float:
@@ -370,9 +377,10 @@ def record_call(
     counts.total_blocks += total
     counts.dropped_latents += dropped_latents
     if mass is not None:
-        counts.pending_mass.append(mass)
+        known = mass.isfinite().to(mass.dtype)
+        _add(counts.pending_mass, torch.stack([mass.nan_to_num(0.0, 0.0, 0.0), known]))
     if isinstance(visited, Tensor):
-        counts.pending.append(visited)
+        _add(counts.pending, visited)
     else:
         counts.visited_blocks += visited
     counts.kept_plans += kept_plan
@@ -397,14 +405,33 @@ def telemetry() -> dict[str, SiteCounts]:
 
     Reads the pending device sums, so not for the hot loop.
     """
-    for counts in _sites.values():
-        counts.visited_blocks += sum(int(part) for part in counts.pending)
-        counts.pending.clear()
-        known = [mass for one in counts.pending_mass if math.isfinite(mass := float(one))]
-        counts.kept_mass += sum(known)
-        counts.mass_samples += len(known)
-        counts.pending_mass.clear()
+    for counts in list(_sites.values()):
+        with _taking:
+            visited, masses = _taken(counts.pending), _taken(counts.pending_mass)
+        counts.visited_blocks += sum(int(part) for part in visited)
+        for mass, samples in (part.tolist() for part in masses):
+            counts.kept_mass += mass
+            counts.mass_samples += int(samples)
     return dict(_sites)
+
+
+def _add(pending: list[Tensor], part: Tensor) -> None:
+    """Keep what is not read yet; many become one on each device, without a read."""
+    pending.append(part)
+    if len(pending) < _PENDING_MAX or capturing():
+        return
+    by_device: dict[torch.device, list[Tensor]] = {}
+    with _taking:
+        for one in _taken(pending):
+            by_device.setdefault(one.device, []).append(one)
+        pending.extend(torch.stack(parts).sum(0) for parts in by_device.values())
+
+
+def _taken(pending: list[Tensor]) -> list[Tensor]:
+    """Take what is there now; what is added meanwhile stays."""
+    taken = pending[:]
+    del pending[: len(taken)]
+    return taken
 
 
 def counted() -> list[SiteCounts]:
