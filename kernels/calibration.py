@@ -125,7 +125,7 @@ def measure(dtype: torch.dtype, dim: int, compiled: bool, sorts: bool = False) -
     names = ("joined", "apart", "sparse") if compiled else ("joined", "sparse")
     work: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     times_ms: dict[str, list[float]] = {name: [] for name in names}
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for history, current, budget in _CASES:
             case = _Case(history, current, budget, dtype, dim, sorts)
             best = _best_ms([functools.partial(case.run, name, compiled) for name in names])
@@ -138,7 +138,7 @@ def measure(dtype: torch.dtype, dim: int, compiled: bool, sorts: bool = False) -
 
 def _beaten(rates: Rates, dtype: torch.dtype, dim: int, compiled: bool, sorts: bool) -> bool:
     """Whether some form is clearly faster than its constants, which were measured under load."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         case = _Case(*_CASES[_CHECKED], dtype, dim, sorts)
         forms = {name: form for name, form in rates._asdict().items() if form is not None}
         found = _best_ms([functools.partial(case.run, name, compiled) for name in forms], 4)

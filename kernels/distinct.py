@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipass.kernels import registry
+from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.block_sparse.api import block_sparse_attention
 from lipass.kernels.dense import plan_of_all
 from lipass.kernels.token_major import empty_token_major, token_major
@@ -95,7 +96,7 @@ def _attend_distinct(
 
 
 _library.impl("distinct_keys", distinct_keys, "CompositeExplicitAutograd")
-_library.impl("attend_distinct", _attend_distinct, "CompositeExplicitAutograd")
+_library.impl("attend_distinct", in_given_dtypes(_attend_distinct), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lipass::distinct_keys", lib=_library)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import registry
+from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.dense import attend_biased
 from lipass.kernels.merge.running import MergedKeys, MergeRule, RunningMerge, query_metric
 from lipass.kernels.pieces import attend_to_all
@@ -144,7 +145,7 @@ def _bias(merged: MergedKeys, k: list[Tensor], history: int) -> Tensor:
     )
 
 
-_library.impl("attend_merged", _attend_merged, "CompositeExplicitAutograd")
+_library.impl("attend_merged", in_given_dtypes(_attend_merged), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lipass::attend_merged", lib=_library)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import registry
+from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.call import Call, resolve_layout, triple
 from lipass.kernels.given import GivenBlocks
 from lipass.kernels.nearest.plan import Buckets
@@ -188,5 +189,5 @@ for _name, _real, _fake in (
     ("sparse_attention_lse", _sparse_attention_lse, _sparse_attention_lse_fake),
     ("pool_blocks", _pool_blocks, _pool_blocks_fake),
 ):
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    _library.impl(_name, in_given_dtypes(_real), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lipass::{_name}", _fake, lib=_library)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import cost, dense, registry
+from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.block_sparse.api import unfit_heads
 from lipass.kernels.block_sparse.kind import records
 from lipass.kernels.token_major import empty_token_major
@@ -110,5 +111,5 @@ def _attend_pieces_fake(
     return empty_token_major(q)
 
 
-_library.impl("attend_pieces", _attend_pieces, "CompositeExplicitAutograd")
+_library.impl("attend_pieces", in_given_dtypes(_attend_pieces), "CompositeExplicitAutograd")
 torch.library.register_fake("lipass::attend_pieces", _attend_pieces_fake, lib=_library)

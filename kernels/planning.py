@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import chip, registry
+from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.block_sparse import native
 from lipass.kernels.block_sparse.api import unfit_heads
 from lipass.kernels.given import GivenBlocks, plan_as_given, unfit_blocks
@@ -21,6 +22,7 @@ PLANNERS = ("mean", "cosine", "given")
 """Who may choose blocks: products or cosines of the means of queries and keys, or the caller."""
 
 
+@in_given_dtypes
 def plan_attention(
     q: Tensor,
     keys: list[Tensor],

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipass.kernels import registry
+from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.estimate import capturing
 from lipass.kernels.token_major import token_major
 
@@ -82,5 +83,5 @@ def _attend_steered_fake(
     return q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
 
 
-_library.impl("attend_steered", _attend_steered, "CompositeExplicitAutograd")
+_library.impl("attend_steered", in_given_dtypes(_attend_steered), "CompositeExplicitAutograd")
 torch.library.register_fake("lipass::attend_steered", _attend_steered_fake, lib=_library)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import registry
+from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.block_sparse import in_order
 from lipass.kernels.block_sparse.kind import Asking
 from lipass.kernels.block_sparse.reference import merge_partials
@@ -16,6 +17,7 @@ from lipass.kernels.plan import BlockPlan
 __all__ = ["block_sparse_attention", "merge_partials"]
 
 
+@in_given_dtypes
 def block_sparse_attention(
     q: Tensor,
     k: Tensor | Sequence[Tensor],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.block_sparse import native
 from lipass.kernels.block_sparse.in_order import rows_at
 from lipass.kernels.nearest.basis import AXES_MAX, along, basis_of
@@ -125,5 +126,5 @@ for _name, _real, _fake in (
     ("key_order", sort_keys, _key_order_fake),
     ("pool_in_order", pool_in_order, _pool_in_order_fake),
 ):
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    _library.impl(_name, in_given_dtypes(_real), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lipass::{_name}", _fake, lib=_library)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lipass.kernels import registry
+from lipass.kernels.autocast import in_given_dtypes
 
 # A grid of 32 x 24 x 20 moves scores by less than 0.025 (tests/kernels/test_view_overlap.py).
 COLUMNS, ROWS, DEPTHS = 8, 6, 4
@@ -56,6 +57,7 @@ def view_overlap(
     return scores.to(query_w2c.dtype)
 
 
+@in_given_dtypes
 def point_visibility(
     query_w2c: Tensor,
     memory_w2c: Tensor,
@@ -104,6 +106,7 @@ def point_visibility(
     return inside_x.clamp_(0, 1).mul_(inside_y.clamp_(0, 1)).mul_(detail).mul_(z > 0)
 
 
+@in_given_dtypes
 def may_see(
     query_w2c: Tensor,
     memory_w2c: Tensor,

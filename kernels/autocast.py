@@ -1,0 +1,34 @@
+"""Keep an autocast around a call out of it: its result has the dtype of the queries, on any route.
+
+Operators promise that to the inner compiler, compiled kernels keep it in any case, and products of
+means or poses lose what they are compared by in 16 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def in_given_dtypes(function: _Function) -> _Function:
+    """Run a function whose first argument is a tensor without the autocast of its device."""
+
+    @functools.wraps(function)
+    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not is_cast(first.device):
+            return function(first, *args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return cast(_Function, run)
+
+
+def is_cast(device: torch.device) -> bool:
+    """Whether calls on a device are in an autocast."""
+    known = torch.amp.autocast_mode.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
