@@ -166,7 +166,8 @@ def _dropped(device: torch.device) -> str:
     tokens = _BLOCKS * _SLOTS
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    q, k, v = torch.randn(3, 1, 1, tokens, 64, generator=generator).to(device, dtype).unbind(0)
+    drawn = torch.randn(3, 1, 1, tokens, 64, generator=generator, dtype=torch.float32)
+    q, k, v = drawn.to(device, dtype).unbind(0)
     listed = torch.ones(1, 1, _BLOCKS, _BLOCKS, dtype=torch.bool, device=device).tril()
     every = torch.ones(tokens, dtype=torch.bool, device=device)
     blocks = _mask(

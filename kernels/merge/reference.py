@@ -126,6 +126,7 @@ def attend_groups(queries: Tensor, groups: list[Group], scale: float) -> tuple[T
     """Attend from `[Lq, D]` to groups: output `[Lq, D]` and log-sum-exp `[Lq]`, fp32."""
     keys = torch.stack([group.key for group in groups]).float()
     values = torch.stack([group.value for group in groups])
-    bias = torch.tensor([math.log(group.count) for group in groups])
+    logs = [math.log(group.count) for group in groups]
+    bias = torch.tensor(logs, dtype=torch.float32)
     score = scale * (queries.float() @ keys.mT) + bias
     return score.softmax(-1) @ values, score.logsumexp(-1)

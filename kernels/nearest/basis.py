@@ -58,7 +58,9 @@ def _orthonormal(x: Tensor) -> Tensor:
 @torch.inference_mode(False)
 def _start(heads: int, dim: int, axes: int, seed: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(heads, dim, axes, generator=generator, device="cpu").to(device)
+    shape = heads, dim, axes
+    drawn = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    return drawn.to(device)
 
 
 def along(x: Tensor, basis: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import lipass.kernels.ops  # noqa: F401  (registers the operator)
 from lipass.kernels import registry
 from lipass.kernels.block_sparse.api import block_sparse_attention
 from lipass.kernels.nearest import halves, reference
-from lipass.kernels.nearest.basis import along, basis_of
+from lipass.kernels.nearest.basis import _start, along, basis_of
 from lipass.kernels.nearest.order import among_frames, pool_in_order, sort_keys, sort_queries
 from lipass.kernels.nearest.plan import Buckets, in_rows, plan_in_order
 
@@ -291,3 +291,17 @@ def test_coordinates_of_queries_are_as_wide_as_their_scores_differ():
     at = along(q[None, None], basis_of(keys, 1, 0, 0))
     assert int(at[0, 0, :, 0].abs().argmax()) == 0
     assert at.abs().max() == pytest.approx(3.0, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_start_has_one_dtype_whatever_the_default_is(dtype):
+    keys = torch.randn(1, 2, 40, 16)
+    expected = basis_of(keys, 4, 0, 0)
+    _start.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        found = basis_of(keys, 4, 0, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(basis_of(keys, 4, 0, 0), expected)
