@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ READS_ORDER = True
 _loaded = False
 # Why the kernel cannot be had in this process; asked for once, then remembered.
 _failure: str | None = None
+# Whether this process has tried to build it.
+_tried = False
 
 
 def why_not(kind: Kind) -> str | None:
@@ -54,27 +57,62 @@ def why_not_loaded() -> str | None:
         return None
     if _failure is not None:
         return _failure
-    if not _library().exists():
+    library = _library()
+    if not os.path.exists(library):  # a folder that may not be read holds none, and is no error
         return "not built yet; call lipass.kernels.prepare()"
-    return _load()
+    if why := _load(library):
+        return _give_up(
+            f"could not be loaded: {why}",
+            f"call lipass.kernels.prepare(), which builds it anew, or delete {library}",
+        )
+    return None
 
 
 def build() -> str | None:
     """Build the kernel unless it is cached, and load it; return why not if that fails.
 
-    A failure is logged once and remembered for the process.
+    What is cached and cannot be loaded is built anew, once: a library that cannot be loaded right
+    after that stays, so that no later process builds in vain. A failure is logged once and
+    remembered for the process.
     """
-    global _failure
-    reason = why_not_loaded()
-    if reason is None or _failure is not None:
-        return reason
-    try:
-        _compile(_library())
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        _failure = f"could not be built: {error}"
-        log.warning("native block-sparse attention %s; gathering instead", _failure)
+    global _tried
+    if _loaded:
+        return None
+    if _tried:
         return _failure
-    return _load()
+    _tried = True
+    library = _library()
+    in_vain = library.with_suffix(".unloadable")
+    try:
+        if library.exists() and not in_vain.exists():
+            if _load(library) is None:
+                return None
+            library.unlink()
+        _compile(library)
+        why = _load(library)
+        if why is None:
+            in_vain.unlink(missing_ok=True)
+            return None
+        in_vain.touch()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return _give_up(
+            f"could not be built: {error}",
+            f"where files cannot be written to {library.parent}, set XDG_CACHE_HOME to a folder "
+            "of yours",
+        )
+    return _give_up(
+        f"could not be loaded: {why}",
+        f"set XDG_CACHE_HOME to a folder whose files may be executed, or delete {library}",
+    )
+
+
+def _give_up(reason: str, remedy: str) -> str:
+    """Remember why the kernel cannot be had, and say it once with what may help."""
+    global _failure
+    if reason != _failure:
+        log.warning("native block-sparse attention %s; gathering instead; %s", reason, remedy)
+    _failure = reason
+    return reason
 
 
 def prepare() -> str:
@@ -152,14 +190,13 @@ def _numbers(q_grid: BlockGrid, layout: KvLayout) -> list[int]:
     return [number for grid in grids for number in (*grid.grid, *grid.tile)]
 
 
-def _load() -> str | None:
-    global _loaded, _failure
+def _load(library: Path) -> str | None:
+    """Load a library; return why not if that fails."""
+    global _loaded
     try:
-        torch.ops.load_library(_library())
-    except OSError as error:
-        _failure = f"could not be loaded: {error}"
-        log.warning("native block-sparse attention %s; gathering instead", _failure)
-        return _failure
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError) as error:
+        return str(error)
     _loaded = True
     return None
 
@@ -179,8 +216,26 @@ def machine() -> str:
 
 def cache_folder() -> Path:
     """Return where files live that are made once per machine."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lipass"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "lipass"
+    try:
+        return Path.home() / ".cache" / "lipass"
+    except RuntimeError:  # a user of whom the system has no entry, as in containers
+        return _homeless_cache() / "lipass"
+
+
+@functools.lru_cache(maxsize=1)
+def _homeless_cache() -> Path:
+    """Return a folder of temporary files that no other user writes to: code is loaded from it."""
+    if hasattr(os, "getuid"):
+        folder = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            held = folder.lstat()
+            shared = held.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if stat.S_ISDIR(held.st_mode) and held.st_uid == os.getuid() and not shared:
+                return folder
+    return Path(tempfile.mkdtemp())
 
 
 def _processor() -> str:

@@ -247,6 +247,73 @@ def test_a_failed_build_is_logged_once_and_gathering_takes_over(tmp_path):
     assert done.stderr.count("gathering instead") == 1
 
 
+@needs_native
+def test_a_library_that_cannot_be_loaded_is_built_anew(tmp_path):
+    broken = tmp_path / "lipass" / native._library().name
+    broken.parent.mkdir()
+    broken.write_bytes(b"half of a file")
+    done = run(
+        ATTEND.replace("PREPARE", "print(native.why_not_loaded()); prepare()"),
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith("could not be loaded: ")
+    assert rest == ["None", "native"]
+    assert f"prepare(), which builds it anew, or delete {broken}" in done.stderr
+
+
+def test_a_new_library_that_cannot_be_loaded_is_not_built_again(tmp_path):
+    maker, built = tmp_path / "maker", tmp_path / "built"
+    maker.write_text(
+        f'#!/bin/sh\necho once >> {built}\nwhile [ "$1" != -o ]; do shift; done\n'
+        'echo half > "$2"\n'
+    )
+    maker.chmod(0o755)
+    for _ in range(2):
+        done = run(
+            ATTEND.replace("PREPARE", "prepare(); prepare()"),
+            CXX=str(maker),
+            XDG_CACHE_HOME=str(tmp_path),
+        )
+        assert done.returncode == 0, done.stderr
+        reason, provider = done.stdout.splitlines()
+        assert reason.startswith("could not be loaded: ")
+        assert provider == "gather"
+        assert done.stderr.count("gathering instead; set XDG_CACHE_HOME to a folder") == 1
+    assert built.read_text() == "once\n"
+
+
+def test_a_user_without_a_home_has_a_folder_of_his_own(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", no_home)
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    native._homeless_cache.cache_clear()
+    folder = native.cache_folder()
+    assert folder == tmp_path / f"cache-{os.getuid()}" / "lipass"
+    assert folder.parent.stat().st_mode & 0o777 == 0o700
+    folder.parent.chmod(0o777)
+    native._homeless_cache.cache_clear()
+    other = native.cache_folder()
+    assert other.parent != folder.parent
+    assert other.parent.stat().st_mode & 0o777 == 0o700
+    assert native.cache_folder() == other
+    native._homeless_cache.cache_clear()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_with_a_remedy(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    done = run(ATTEND.replace("PREPARE", "prepare()"), XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "gather"
+    assert (
+        f"{tmp_path / 'file' / 'lipass'}, set XDG_CACHE_HOME to a folder of yours" in done.stderr
+    )
+
+
 def test_a_frame_never_builds(tmp_path):
     done = run(ATTEND.replace("PREPARE", ""), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
