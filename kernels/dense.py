@@ -53,6 +53,8 @@ def attend_biased(
         kernel with a plan over all blocks, `sdpa`, or `plain`, in order of preference.
     """
     k, v = ([part for part in parts if part.shape[2]] for parts in (k, v))
+    if len(k) > PIECES_MAX:
+        k, v = [torch.cat(k, 2)], [torch.cat(v, 2)]
     tokens = tuple([part.shape[2] for part in k])
     if tokens and (chosen := _kernel_of_all(q, k, v, tokens, bias)) is not None:
         plan = plan_of_all(*q.shape[:3], tokens, q.device)
@@ -139,6 +141,7 @@ def plan_of_all(
     device: torch.device | None = None,
 ) -> BlockPlan:
     """Visit every block of pieces of so many tokens; the roles only number them."""
+    assert len(tokens) <= PIECES_MAX, tokens
     tile = (1, 1, _BLOCK_TOKENS)
     layout = KvLayout(
         tuple(

@@ -14,7 +14,7 @@ from lipass.kernels import registry
 from lipass.kernels.autocast import in_given_dtypes
 from lipass.kernels.dense import attend_biased
 from lipass.kernels.merge.running import MergedKeys, MergeRule, RunningMerge, query_metric
-from lipass.kernels.pieces import attend_to_all
+from lipass.kernels.pieces import attend_to_all, unfit_pieces
 from lipass.kernels.token_major import empty_token_major
 
 _library = torch.library.Library("lipass", "FRAGMENT")
@@ -92,7 +92,8 @@ def _attend_merged(
         Output `[B, H, Lq, D]` in `q.dtype`, in memory `[B, Lq, H, D]`.
 
     Raises:
-        ValueError: for a rule that nothing can be merged by, or keys that are no numbers.
+        ValueError: for a rule that nothing can be merged by, keys that are no numbers, or pieces
+            that do not go with the queries.
     """
     site = registry.site_of_call(site)
     sink = sink_latents * latent_tokens
@@ -114,6 +115,8 @@ def _attend_merged(
         k[history], v[history] = merged.k, merged.v
     if groups > 1:
         k, v = ([one.repeat_interleave(groups, 1) for one in pieces] for pieces in (k, v))
+    if why := unfit_pieces(q, k, v):
+        raise ValueError(why)
     if merged is None:
         out, provider = attend_to_all(q, k, v, scale)
     else:

@@ -116,6 +116,24 @@ def test_keys_that_are_no_numbers_are_refused():
         attend(q, k, v)
 
 
+@pytest.mark.parametrize("threshold", [0.9, 1.0])
+def test_more_pieces_than_a_kernel_reads_apart(threshold):
+    (k, v), q = pieces(), drawn(CHUNK, seed=9)
+    expected = attend_all(q, k, v)
+    for parts in (k, v):
+        parts[:] = [*parts[:2], *parts[2].split(3, 2)]
+    out = attend(q, k, v, threshold=threshold)
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("latents", [0, 5])
+def test_pieces_of_other_heads_than_the_history_are_refused(latents):
+    (k, v), q = pieces(latents), drawn(CHUNK, seed=9)
+    k[2], v[2] = k[2][:, :1], v[2][:, :1]
+    with pytest.raises(ValueError, match="; expand grouped or shared heads first"):
+        attend(q, k, v)
+
+
 def test_who_answers_may_leave_the_history_as_it_is():
     (k, v), q = pieces(), drawn(CHUNK, seed=9)
     with registry.answer("merge_history", lambda *_: None):
