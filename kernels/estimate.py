@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,12 @@ _SAMPLED = 8
 
 @torch.no_grad()
 def kept_mass(
-    q: Tensor, keys: list[Tensor], plan: BlockPlan, scale: float, key_bias: Tensor | None
+    q: Tensor,
+    keys: list[Tensor],
+    plan: BlockPlan,
+    scale: float,
+    key_bias: Tensor | None,
+    seen: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return the share of their attention mass that sampled queries keep, a 0-d tensor.
 
@@ -26,6 +34,8 @@ def kept_mass(
         plan: which key blocks each query block visits.
         scale: softmax scale.
         key_bias: added to the scores of keys `[B or 1, H or 1, Lk]`, or None.
+        seen: gives the keys that the model's own mask shows to query blocks `[N]`,
+            `[B or 1, 1, N, Lk]` bool; a plan that leaves the others out loses nothing by it.
     """
     every = plan.q_grid.blocks
     blocks = torch.arange(0, every, max(-(-every // _SAMPLED), 1), device=q.device)
@@ -38,7 +48,12 @@ def kept_mass(
     score = torch.cat([rows.float() @ part.float().mT for part in keys], -1) * scale
     if key_bias is not None:
         score = score + key_bias.float()[:, :, None]
-    return (score.softmax(-1) * plan.keys_of(blocks)).sum(-1).mean()
+    if seen is None:
+        return (score.softmax(-1) * plan.keys_of(blocks)).sum(-1).mean()
+    shown = seen(blocks)
+    weight = score.masked_fill(~shown, -math.inf).softmax(-1)
+    kept = (weight * plan.keys_of(blocks)).sum(-1)
+    return kept.masked_fill(~shown.any(-1), 1.0).mean()  # who sees nothing loses nothing
 
 
 def capturing() -> bool:

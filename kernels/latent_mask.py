@@ -57,6 +57,12 @@ def seen_from(mask: Tensor, latent: int, layout: KvLayout) -> Tensor:
     return _columns(rows, layout, [part.grid.tokens for part in layout.segments])[:, None]
 
 
+def seen_from_blocks(mask: Tensor, q_grid: BlockGrid, layout: KvLayout, blocks: Tensor) -> Tensor:
+    """Say which keys are seen from query blocks `[N]`, `[B or 1, 1, N, Lk]` bool."""
+    rows = mask[:, blocks // _per_latent(q_grid.blocks, q_grid)]
+    return _columns(rows, layout, [part.grid.tokens for part in layout.segments])[:, None]
+
+
 def _columns(rows: Tensor, layout: KvLayout, sizes: list[int]) -> Tensor:
     """Spread latents over so many blocks or tokens of each segment."""
     parts, start = [], 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -15,6 +16,7 @@ from lipass.kernels.dense_call import attend_densely, hidden
 from lipass.kernels.estimate import capturing, kept_mass
 from lipass.kernels.frames import attend_own_frame, mixes_latents, row_major, without_frames
 from lipass.kernels.given import plan_as_given
+from lipass.kernels.latent_mask import seen_from_blocks
 from lipass.kernels.nearest.order import among_frames
 from lipass.kernels.nearest.plan import Buckets, in_rows, plan_in_order
 from lipass.kernels.plan import BlockPlan
@@ -165,7 +167,10 @@ def _attend(call: Call, total_blocks: int, dropped_latents: int, lse: bool) -> A
     plan, kept = _planned(call)
     mass = None
     if registry.is_sampled(call.site) and not capturing():
-        mass = kept_mass(call.q, call.k, plan, call.scale, call.key_bias)
+        seen = None
+        if (mask := _mask_beside(call)) is not None:
+            seen = functools.partial(seen_from_blocks, mask, call.q_grid, call.layout)
+        mass = kept_mass(call.q, call.k, plan, call.scale, call.key_bias, seen)
     registry.record_call(
         call.site, role=call.role, total=total_blocks, dropped_latents=dropped_latents,
         provider=chosen.name, mass=mass, kept_plan=kept,
@@ -199,7 +204,6 @@ def _plan(call: Call) -> BlockPlan:
             first=call.sink_latents,
             means=call.history_means,
         )
-    mask = call.latent_mask
     return plan_attention(
         call.q,
         call.k,
@@ -212,9 +216,15 @@ def _plan(call: Call) -> BlockPlan:
         keep_frames=call.keep_frames,
         candidate_means=call.history_means,
         planner=call.planner,
-        latent_mask=None if mask is None else mask.to(call.q.device, non_blocking=True),
+        latent_mask=_mask_beside(call),
         checked=True,
     )
+
+
+def _mask_beside(call: Call) -> Tensor | None:
+    """Bring the mask of a call to its queries."""
+    mask = call.latent_mask
+    return None if mask is None else mask.to(call.q.device, non_blocking=True)
 
 
 def _why_dense(call: Call, chosen: registry.Choice | registry.Refused) -> str:

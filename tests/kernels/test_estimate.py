@@ -44,6 +44,22 @@ def test_mass_is_that_of_the_first_query_of_each_block(kind):
     torch.testing.assert_close(found, mass.gather(2, rows).mean())
 
 
+@pytest.mark.parametrize("budget", [1.0, 0.4])
+def test_what_the_model_hides_itself_is_not_lost(budget):
+    registry.reset_telemetry()
+    torch.manual_seed(0)
+    case = make_case("prefill", 6, (4, 4), 0, (1, 4, 4), dim=16, budget=budget, batch=2)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None].repeat(2, 1, 1)
+    mask[1, 2] = False  # a latent that sees nothing
+    with registry.force("sparse"):
+        torch.ops.lipass.sparse_attention(*arguments(case), latent_mask=mask)
+    mass = registry.telemetry()["site"].mass
+    if budget == 1.0:
+        assert mass == pytest.approx(1.0)
+    else:
+        assert 0.5 < mass < 1.0
+
+
 def test_output_moves_by_no_more_than_the_mass_says():
     case = case_of()
     plan = case.plan()
