@@ -16,14 +16,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def in_given_dtypes(function: _Function) -> _Function:
-    """Run a function whose first argument is a tensor without the autocast of its device."""
+    """Run a function without the autocast of the device of its first tensor."""
 
     @functools.wraps(function)
-    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not is_cast(first.device):
-            return function(first, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        first = next(given, None)
+        if first is None or not is_cast(first.device):
+            return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return cast(_Function, run)
 

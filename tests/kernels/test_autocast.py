@@ -57,7 +57,8 @@ def test_a_plan_and_what_follows_it(machine):
     case = make_case("decode", 8, (4, 4), 7, (1, 4, 4), dim=16)
     cast, plain = both(case.plan)
     assert torch.equal(cast.indices, plain.indices)
-    cast, plain = both(lambda: block_sparse_attention(case.q, case.keys, case.values, plain))
+    call = {"q": case.q, "k": case.keys, "v": case.values, "plan": plain}
+    cast, plain = both(lambda: block_sparse_attention(**call))
     torch.testing.assert_close(cast, plain, rtol=0, atol=0)
 
 
