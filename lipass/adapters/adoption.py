@@ -2,11 +2,14 @@
 
 Models of the field bind their attention by name in the module that calls it, often behind
 `torch.compiler.disable` or as an operator that no graph shows. An adoption binds those names to
-code that Dynamo sees; `undo` puts back, last first, exactly the objects that stood there.
+code that Dynamo sees; `undo` puts back, last first, exactly the objects that stood there. Several
+adoptions of one name may be undone in any order: what is undone hands what it has replaced to the
+one above.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -24,15 +27,17 @@ if TYPE_CHECKING:
     from lipass.session import Session
 
 _MISSING = object()
-_told: weakref.WeakKeyDictionary[object, Mapping[str, Any]] = weakref.WeakKeyDictionary()
+_told: weakref.WeakKeyDictionary[object, list[Mapping[str, Any]]] = weakref.WeakKeyDictionary()
 _left: weakref.WeakKeyDictionary[object, list[Change]] = weakref.WeakKeyDictionary()
+# An adoption that nobody keeps is for good, and must not keep its model.
+_live: dict[tuple[int, str], list[weakref.ref[_Binding]]] = {}
 
 
 def options_told(model: object) -> Mapping[str, Any]:
     """Return options of passes that an adapter has told of a model or a part of it, or none."""
     if not _told or not isinstance(model, nn.Module):
         return {}
-    return next((_told[part] for part in model.modules() if part in _told), {})
+    return next((_told[part][-1] for part in model.modules() if _told.get(part)), {})
 
 
 def refuse_lints(model: object) -> None:
@@ -65,11 +70,38 @@ class Change:
         return f"{self.where}  {owner}{self.name}: {self.why}"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Binding:
     owner: Any
     name: str
+    value: object
     before: object
+    change: Change
+
+    def put_back(self) -> None:
+        """Bind the name to what stood there, or have the binding above do that in its turn."""
+        stack = _bindings(self.owner, self.name)
+        at = stack.index(self)
+        _keep(stack[:at] + stack[at + 1 :], self.owner, self.name)
+        if at + 1 < len(stack):
+            stack[at + 1].before = self.before
+        elif self.before is _MISSING:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.before)
+
+
+def _bindings(owner: object, name: str) -> list[_Binding]:
+    """Return what is bound to a name until it is undone, the latest last."""
+    found = (one() for one in _live.get((id(owner), name), ()))
+    return [one for one in found if one is not None]
+
+
+def _keep(stack: list[_Binding], owner: object, name: str) -> None:
+    key = (id(owner), name)
+    _live[key] = [weakref.ref(one) for one in stack]
+    if not stack:
+        del _live[key]
 
 
 class Adoption:
@@ -88,10 +120,7 @@ class Adoption:
         self._drive = drive
         self.changes: list[Change] = []
         self.lints: list[Change] = []
-        self._bindings: list[_Binding] = []
-        self._told: list[nn.Module] = []
         self._at_undo: list[Callable[[], None]] = []
-        self._left: list[nn.Module] = []
 
     def rebind(self, owner: Any, name: str, value: object, why: str, where: str = "") -> None:
         """Bind `name` of a module, class or object to `value` until `undo`.
@@ -105,10 +134,29 @@ class Adoption:
         """
         own = vars(owner).get(name, _MISSING)
         before = getattr(owner, name, None) if own is _MISSING else own
-        said = where or place(before, owner)
-        self.changes.append(Change(said, name, why, _last_name(owner)))
-        self._bindings.append(_Binding(owner, name, own))
+        change = Change(where or place(before, owner), name, why, _last_name(owner))
+        stack = _bindings(owner, name)
+        self._bind(_Binding(owner, name, value, own, change), stack, len(stack))
         setattr(owner, name, value)
+
+    def hold(self, owner: Any, name: str, why: str) -> bool:
+        """Keep what another adoption has bound to a name for the same reason, if one has.
+
+        It stays until both are undone, and is not replaced twice.
+        """
+        stack = _bindings(owner, name)
+        if not stack or vars(owner).get(name) is not stack[-1].value:
+            return False
+        for at, one in enumerate(stack, 1):
+            if one.change.why == why:
+                self._bind(_Binding(owner, name, one.value, one.value, one.change), stack, at)
+                return True
+        return False
+
+    def _bind(self, one: _Binding, stack: list[_Binding], at: int) -> None:
+        self.changes.append(one.change)
+        self.at_undo(one.put_back)
+        _keep([*stack[:at], one, *stack[at:]], one.owner, one.name)
 
     def before_calls(self, model: Any, hook: Callable[..., Any], why: str) -> None:
         """Let `hook(model, args, kwargs)` change what a module is called with, until `undo`.
@@ -124,34 +172,34 @@ class Adoption:
     def tell(self, model: nn.Module, options: Mapping[str, Any], why: str) -> None:
         """Give passes options for the graphs of a model until `undo`; the user's own win."""
         self.changes.append(Change(place(type(model).forward, model), ", ".join(options), why))
-        self._told.append(model)
-        _told[model] = options
+        _told.setdefault(model, []).append(options)
+        self.at_undo(functools.partial(_remove, _told[model], options))
 
     def lint(self, found: object, name: str, why: str, model: nn.Module | None = None) -> None:
         """Say of a function that stays what it hides; `strict` refuses its model."""
         self.lints.append(Change(place(found, found), name, why))
         if model is not None:
-            self._left.append(model)
             _left.setdefault(model, []).append(self.lints[-1])
+            self.at_undo(functools.partial(_remove, _left[model], self.lints[-1]))
 
     def at_undo(self, put_back: Callable[[], None]) -> None:
         """Have something called by `undo` that no name is bound to."""
         self._at_undo.append(put_back)
 
     def undo(self) -> None:
-        """Put back what stood there, last first; a second call does nothing."""
-        while self._told:
-            _told.pop(self._told.pop(), None)
+        """Put back what stood there, last first; a second call does nothing.
+
+        Raises:
+            BaseException: the first error, behind all that could be put back.
+        """
+        first: BaseException | None = None
         while self._at_undo:
-            self._at_undo.pop()()
-        while self._left:
-            _left.pop(self._left.pop(), None)
-        while self._bindings:
-            one = self._bindings.pop()
-            if one.before is _MISSING:
-                delattr(one.owner, one.name)
-            else:
-                setattr(one.owner, one.name, one.before)
+            try:
+                self._at_undo.pop()()
+            except BaseException as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     @contextmanager
     def drive(self, session: Session) -> Iterator[Adoption]:
@@ -195,6 +243,11 @@ class Adoption:
         trace: TracebackType | None,
     ) -> None:
         self.undo()
+
+
+def _remove(known: list[Any], one: object) -> None:
+    """Take one object out of a list in which others may equal it."""
+    del known[next(i for i, each in enumerate(known) if each is one)]
 
 
 def place(found: object, owner: object) -> str:

@@ -13,6 +13,8 @@ from lipass.adapters.adoption import Adoption
 from lipass.adapters.stand_ins import is_wan_like, stand_in
 
 _WORDS = ("attention", "attn")
+_FLASH = "flash attention, in calls of torch"
+_SHOWN = "shown: torch.compiler.disable hid it"
 
 
 def show_attention(model: nn.Module, adoption: Adoption) -> None:
@@ -20,13 +22,15 @@ def show_attention(model: nn.Module, adoption: Adoption) -> None:
     roots = _roots(model)
     for module in modules_of(model):
         for name, found in list(vars(module).items()):
+            if adoption.hold(module, name, _FLASH) or adoption.hold(module, name, _SHOWN):
+                continue
             plain = _disabled(found) if any(word in name.lower() for word in _WORDS) else None
             seen = found if plain is None else plain
             shown = None if _is_plain(seen, roots) else stand_in(seen, name)
             if shown is not None:
-                adoption.rebind(module, name, shown, "flash attention, in calls of torch")
+                adoption.rebind(module, name, shown, _FLASH)
             elif plain is not None:
-                adoption.rebind(module, name, plain, "shown: torch.compiler.disable hid it")
+                adoption.rebind(module, name, plain, _SHOWN)
 
 
 def _is_plain(found: object, roots: set[str]) -> bool:

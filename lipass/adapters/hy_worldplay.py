@@ -46,21 +46,25 @@ def _say_how_it_runs(package: str, model: Any, adoption: Adoption) -> None:
     attention = sys.modules.get(f"{package}.models.transformers.modules.attention")
     if infer is None or parallel is None or attention is None:
         return
+    made, alone = "made before it is asked for", "one process, made before asked for"
     state = infer.get_infer_state()
-    if state is None:
+    if not adoption.hold(infer, "__infer_state", made) and state is None:
         state = infer.InferState()
-        adoption.rebind(infer, "__infer_state", state, "made before it is asked for")
-    if vars(parallel)["__parallel_dims"] is None:
+        adoption.rebind(infer, "__infer_state", state, made)
+    if (
+        not adoption.hold(parallel, "__parallel_dims", alone)
+        and vars(parallel)["__parallel_dims"] is None
+    ):
         single: Any = object.__new__(parallel.ParallelDims)
         single.sp = single.world_size = 1
-        adoption.rebind(parallel, "__parallel_dims", single, "one process, made before asked for")
+        adoption.rebind(parallel, "__parallel_dims", single, alone)
     adoption.rebind(
         attention, "maybe_fallback_attn_mode", _torch_for_flash, "flash attention is torch's"
     )
-    if getattr(state, "enable_torch_compile", False):
-        adoption.rebind(
-            state, "enable_torch_compile", False, "blocks are compiled with the model, not alone"
-        )
+    whole = "blocks are compiled with the model, not alone"
+    held = adoption.hold(state, "enable_torch_compile", whole)
+    if not held and getattr(state, "enable_torch_compile", False):
+        adoption.rebind(state, "enable_torch_compile", False, whole)
     vision = attention.sequence_parallel_attention_vision
     if state.enable_sageattn:
         blocks = ", ".join(map(str, state.sage_blocks_range))

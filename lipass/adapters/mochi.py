@@ -67,9 +67,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _adopt(model: nn.Module, adoption: Adoption) -> None:
+    why = "masks padding; `nonzero` in a loop over the batch hid it"
     for part in model.modules():
+        if adoption.hold(part, "processor", why):
+            continue
         if type(getattr(part, "processor", None)).__name__ == _PROCESSOR:
-            why = "masks padding; `nonzero` in a loop over the batch hid it"
             adoption.rebind(part, "processor", MaskedAttention(), why)
 
 

@@ -16,6 +16,8 @@ from lipass.adapters.host_torch import with_host_ints, with_products
 
 _NAMES = frozenset({"grid_sizes", "grid_size", "seq_lens"})
 _READS = frozenset({"tolist", "item"})
+_SIZES = "sizes stay ints, where tensors of them are read back"
+_PRODUCTS = "products of sizes are asked like tensors"
 
 
 def keep_sizes(model: nn.Module, adoption: Adoption) -> None:
@@ -29,12 +31,12 @@ def keep_sizes(model: nn.Module, adoption: Adoption) -> None:
             continue
         where = f"{module.__name__.rpartition('.')[2]}.py:{read}"
         for name, found in list(vars(module).items()):
+            if adoption.hold(module, name, _SIZES) or adoption.hold(module, name, _PRODUCTS):
+                continue
             if found is torch:
-                why = "sizes stay ints, where tensors of them are read back"
-                adoption.rebind(module, name, with_host_ints(torch), why, where)
+                adoption.rebind(module, name, with_host_ints(torch), _SIZES, where)
             elif found is math:
-                why = "products of sizes are asked like tensors"
-                adoption.rebind(module, name, with_products(math), why, where)
+                adoption.rebind(module, name, with_products(math), _PRODUCTS, where)
 
 
 def _reads(module: ModuleType) -> Iterator[int]:

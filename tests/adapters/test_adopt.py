@@ -1,7 +1,9 @@
 """What a model hides from Dynamo is shown, listed, and put back exactly."""
 
+import gc
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lipass
-from lipass.adapters.adoption import Adoption
+from lipass.adapters.adoption import Adoption, options_told, refuse_lints
 from lipass.receipt import reset_report
 
 _SOURCE = """
@@ -129,6 +131,78 @@ def test_strict_refuses_a_model_with_attention_that_stays_hidden(stranger, fresh
         assert [site.role for site in _sites_of(model, x)] == ["text"]
     with lipass.adopt(model, family="any"):
         assert [site.role for site in _sites_of(model, x, {"strict": True})] == ["text"]
+
+
+@pytest.fixture(params=[True, False], ids=["the first goes first", "the last goes first"])
+def in_turn(request):
+    """Return what puts two adoptions in the order in which they are undone."""
+    return lambda first, last: (first, last) if request.param else (last, first)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_two_adoptions_of_one_code_are_undone_in_any_order(stranger, in_turn, models):
+    made = [stranger.Block() for _ in range(models)]
+    before = stranger.hidden_attention
+    one, other = in_turn(lipass.adopt(made[0]), lipass.adopt(made[-1]))
+    assert [str(each) for each in one.changes] == [str(each) for each in other.changes]
+    shown = stranger.hidden_attention
+    assert shown is not before
+    one.undo()
+    assert stranger.hidden_attention is shown
+    other.undo()
+    assert stranger.hidden_attention is before
+
+
+def test_what_wraps_one_name_twice_is_undone_in_any_order(stranger, in_turn):
+    def wrap(adoption, word):
+        own = stranger.Block.__call__
+        adoption.rebind(stranger.Block, "__call__", lambda *x: (word, own(*x)), "a test")
+        return word
+
+    adoptions = Adoption("any"), Adoption("any")
+    words = [wrap(one, word) for one, word in zip(adoptions, "ab", strict=True)]
+    (first, _), (last, word) = in_turn(*zip(adoptions, words, strict=True))
+    first.undo()
+    assert stranger.Block()(torch.randn(1, 8, 16))[0] == word
+    last.undo()
+    assert "__call__" not in vars(stranger.Block)
+
+
+def test_an_adoption_that_nobody_keeps_does_not_keep_its_model(stranger):
+    model = stranger.Block()
+    gone = weakref.ref(model)
+    lipass.adopt(model).rebind(model, "forward", None, "a test")
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_each_adoption_takes_back_only_what_it_has_told(stranger, in_turn):
+    model, tokens = stranger.Block(), {"find-attention.token_grid": (2, 4)}
+    adoptions = Adoption("any"), Adoption("any")
+    for one in adoptions:
+        one.tell(model, dict(tokens), "a test")
+        one.lint(stranger.hidden_attention, "hidden_attention", "opaque", model)
+    first, last = in_turn(*adoptions)
+    first.undo()
+    assert options_told(model) == tokens
+    with pytest.raises(lipass.LipassError, match=r"strict: .* opaque"):
+        refuse_lints(model)
+    last.undo()
+    assert options_told(model) == {}
+    refuse_lints(model)
+
+
+def test_an_undo_that_fails_puts_back_all_else_and_says_so(stranger):
+    model, before = stranger.Block(), stranger.hidden_attention
+    adoption = lipass.adopt(model)
+    adoption.tell(model, {"find-attention.token_grid": (2, 4)}, "a test")
+    adoption.at_undo(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adoption.undo()
+    assert stranger.hidden_attention is before
+    assert options_told(model) == {}
+    adoption.undo()
 
 
 def test_a_model_whose_names_are_those_of_a_family_and_whose_arguments_are_not_is_of_none():

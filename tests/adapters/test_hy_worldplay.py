@@ -208,6 +208,28 @@ def test_undo_puts_back_the_very_objects(subject):
     assert subject.model.attn_param is before[1]["attn_param"]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_adoptions_are_undone_in_any_order(subject, monkeypatch, order):
+    from hyvideo.commons import infer_state, parallel_states
+    from hyvideo.models.transformers import worldplay_1_5_transformer as code
+
+    state = infer_state.InferState(False, (), True)
+    monkeypatch.setitem(vars(infer_state), "__infer_state", state)
+    monkeypatch.setitem(vars(parallel_states), "__parallel_dims", None)
+    before = dict(vars(code)), dict(vars(subject.model))
+    adoptions = [lipass.adopt(subject.pipeline) for _ in order]
+    adoptions[order[0]].undo()
+    assert not state.enable_torch_compile
+    with lipass.Session(preset="exact") as session, adoptions[order[1]].drive(session):
+        assert len(counted(subject, lambda: subject.drive(2))[1]) > 0
+    adoptions[order[1]].undo()
+    assert state.enable_torch_compile
+    assert vars(parallel_states)["__parallel_dims"] is None
+    assert all(vars(code)[name] is found for name, found in before[0].items())
+    assert vars(subject.model).keys() == before[1].keys()
+    assert subject.model.attn_param is before[1]["attn_param"]
+
+
 def test_the_released_gates_choose_what_the_preset_reference_reads(subject, adoption):
     reset_report()
     options = {"preset": "reference", "chunk_latents": CHUNK}

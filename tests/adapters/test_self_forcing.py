@@ -254,6 +254,41 @@ def test_all_is_put_back(pipeline, untouched):
     assert torch.equal(untouched()[0], expected)
 
 
+def names_of(pipeline):
+    """What is bound to each name of the code, the classes and the objects of a pipeline."""
+    model = pipeline.generator.model
+    code = [one for name, one in sorted(sys.modules.items()) if name.startswith("wan.")]
+    places = enumerate([*code, type(model), model, pipeline.generator, pipeline])
+    found = {(i, name): one for i, place in places for name, one in vars(place).items()}
+    return {key: one for key, one in found.items() if "cache" not in key[1]}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_cell_that_adopts_and_is_run_twice_is_undone(pipeline, order):
+    before = names_of(pipeline)
+    adoptions = [lipass.adopt(pipeline) for _ in order]
+    expected = _roll(pipeline, blocks=2)[0]
+    first, last = (adoptions[i] for i in order)
+    first.undo()
+    with lipass.Session(preset="exact") as session, last.drive(session):
+        assert torch.equal(_roll(pipeline, blocks=2)[0], expected)
+    last.undo()
+    ends = [layer["global_end_index"] for layer in pipeline.kv_cache1]
+    assert [end.tolist() for end in ends] == [[2 * CHUNK * pipeline.frame_seq_length]]
+    now = names_of(pipeline)
+    assert [name for name in before | now if before.get(name) is not now.get(name)] == []
+
+
+def test_ends_of_a_cache_made_under_inference_mode_are_put_back_outside_of_it(pipeline):
+    adoption = lipass.adopt(pipeline)
+    with torch.inference_mode():
+        _roll(pipeline, blocks=1)
+    adoption.undo()
+    ends = [layer["global_end_index"] for layer in pipeline.kv_cache1]
+    assert [end.tolist() for end in ends] == [[CHUNK * pipeline.frame_seq_length]]
+    assert {(end.dtype, end.is_inference()) for end in ends} == {(torch.long, False)}
+
+
 def test_the_model_alone_has_no_loop_to_drive(pipeline):
     with (
         lipass.adopt(pipeline.generator.model) as adoption,
