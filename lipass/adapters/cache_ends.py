@@ -25,9 +25,12 @@ class CacheEnd(HostInts):
 
     def put_back(self) -> None:
         """Put the tensor back, with what it would hold by now."""
-        if self._home.get(self._name) is self:
-            self.tensor.copy_(torch.tensor(plain(self)).view(self.tensor.shape))
-            self._home[self._name] = self.tensor
+        if self._home.get(self._name) is not self:
+            return
+        own = self.tensor
+        now = torch.tensor(plain(self), dtype=own.dtype, device=own.device).view(own.shape)
+        # a tensor made under inference mode takes nothing outside of it
+        self._home[self._name] = now if own.is_inference() else own.copy_(now)
 
 
 class CacheEnds:
