@@ -8,7 +8,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipass.adapters.adoption import Adoption, place
 from lipass.adapters.blockwise import Blocks, Cache, Levels
@@ -29,7 +29,9 @@ _OF_ITS_LOOP = (
 _OF_ITS_ATTENTION = ("max_attention_size", "sink_size")
 
 
-def _adopt(model: nn.Module, adoption: Adoption) -> None:
+def _adopt(model: Any, adoption: Adoption) -> None:
+    if _lacks(model.blocks[0].self_attn, _OF_ITS_ATTENTION):
+        return  # of others, who write each sample's end in place
     ends = CacheEnds(adoption)
     why = "ends of its caches are ints, not tensors"
     # what reads a cache for the first time is outside of what `model.compile()` compiles
@@ -118,10 +120,9 @@ def _refuse_other_loops(pipeline: Any) -> None:
     They keep their caches otherwise, or have several blocks at different levels in one call, and
     what is driven here would be nothing, or the wrong latents.
     """
-    lacks = [name for name in _OF_ITS_LOOP if not hasattr(pipeline, name)]
+    lacks = _lacks(pipeline, _OF_ITS_LOOP)
     if "generator" not in lacks:
-        attention = pipeline.generator.model.blocks[0].self_attn
-        lacks += [name for name in _OF_ITS_ATTENTION if not hasattr(attention, name)]
+        lacks += _lacks(pipeline.generator.model.blocks[0].self_attn, _OF_ITS_ATTENTION)
     if not any(hasattr(pipeline, name) for name in _LEVELS):
         lacks.append(_LEVELS[0])
     if lacks:
@@ -130,6 +131,10 @@ def _refuse_other_loops(pipeline: Any) -> None:
             f"a rollout that is driven must be one of Self-Forcing's, got {found}; open chunks in "
             "a loop of your own"
         )
+
+
+def _lacks(one: object, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if not hasattr(one, name)]
 
 
 def _cache(pipeline: Any) -> Cache:

@@ -321,3 +321,14 @@ def test_attention_of_another_window_is_not_driven(pipeline, monkeypatch):
         adoption.drive(session),
     ):
         pass
+
+
+def test_ends_of_caches_stay_tensors_where_attention_is_of_others(pipeline, monkeypatch):
+    # StreamDiffusionV2 fills the end of each sample in place: `cache["local_end_index"][i].fill_`
+    monkeypatch.delattr(pipeline.generator.model.blocks[0].self_attn, "max_attention_size")
+    model = pipeline.generator.model
+    with lipass.adopt(pipeline) as adoption:
+        assert adoption.family == "self_forcing"
+        assert "forward" not in vars(model)
+        assert "__call__" not in vars(type(model))
+        assert {one.name for one in adoption.changes} >= {"attention", "torch"}
