@@ -58,7 +58,7 @@ class Blocks:
         self._session, self._cache = session, cache
         self._new_latents, self._sigma_of = new_latents, sigma_of
         self._poses: Tensor | None = None
-        self._rollouts = 0
+        self._stream = "main"
         self._latents: list[Tensor] = []
         self._chunk: Chunk | None = None
         self.in_step = False
@@ -72,7 +72,7 @@ class Blocks:
         given: dict[str, Any] = {
             "latents": torch.stack(self._latents) if self._latents else torch.empty(0, 1),
             "held": None if cache is None else cache.held(history, new),
-            "stream": f"main-{self._rollouts}" if self._rollouts > 1 else "main",
+            "stream": self._stream,
         }
         if self._poses is not None:
             if len(self._poses) < history + new:
@@ -106,14 +106,14 @@ class Blocks:
         self._latents[at:] = [one.detach() for one in latents.unbind(1)]
 
     def restart(self, poses: Tensor | None = None) -> None:
-        """Begin another rollout, without a history.
+        """Begin another rollout, in a stream of its own, without a history.
 
         Args:
             poses: `[N, 4, 4]` cameras of all latents that will be, or None.
         """
         self.finish()
         self._poses = poses
-        self._rollouts += 1
+        self._stream = self._session.turns.fresh()
         self._latents.clear()
 
     def finish(self, error: BaseException | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lipass.errors import LipassError
+from lipass.policy.convention import inverted
 from lipass.runtime.chunk import Chunk
 from lipass.session import Session
 
@@ -25,6 +26,25 @@ def refuse_other_axes(session: Session) -> None:
         )
 
 
+def cameras_of(session: Session, viewmats: Tensor) -> Tensor:
+    """Return what a pipeline calls `viewmats`, `[B, N, 4, 4]`, as its session takes cameras.
+
+    They are OpenCV's, world to camera, in any session.
+
+    Raises:
+        LipassError: if the session's have other axes, or samples have other cameras.
+    """
+    refuse_other_axes(session)
+    first = viewmats[0]
+    if other := [i for i, one in enumerate(viewmats) if i and not one.equal(first)]:
+        raise LipassError(
+            f"samples of a driven rollout must share their cameras, got other ones for sample "
+            f"{other[0]} of {len(viewmats)}; roll out samples of other cameras one by one"
+        )
+    is_c2w = session.given.convention.direction == "c2w"
+    return inverted(first.detach().cpu().double()) if is_c2w else first
+
+
 class Driven:
     """The chunks of one rollout, opened and closed as its loop goes; one at a time.
 
@@ -38,13 +58,20 @@ class Driven:
 
     def begin(self, **given: Any) -> Chunk:
         """Open the next chunk; what it is given is what `Session.chunk` takes."""
-        self.end()
+        self.end(LipassError("the clip before was not generated to its end"))
         self.chunk = self._session.chunk(**given)
         self.chunk.__enter__()
         return self.chunk
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Close the chunk that is open; with an error it was not generated to its end."""
+    def end(self, error: BaseException | None = None, of: Chunk | None = None) -> None:
+        """Close the chunk that is open; with an error it was not generated to its end.
+
+        Args:
+            error: what ended it.
+            of: the only chunk that is closed; None closes any.
+        """
+        if of is not None and of is not self.chunk:
+            return
         chunk, self.chunk = self.chunk, None
         if chunk is not None:
             chunk.__exit__(None if error is None else type(error), error, None)
@@ -65,7 +92,7 @@ class DrivenTimesteps:
         *,
         is_euler: bool,
         opened: Callable[[], Chunk],
-        done: Callable[[BaseException | None], None],
+        done: Callable[[BaseException | None, Chunk | None], None],
     ) -> None:
         """Keep what each iteration needs.
 
@@ -75,13 +102,22 @@ class DrivenTimesteps:
             is_euler: whether that is `x + (sigmas[i + 1] - sigmas[i]) * v`, with `i` in
                 `_step_index`.
             opened: returns the chunk that the steps belong to.
-            done: is called behind the last step, or with what ended the loop before.
+            done: is called behind the last step, or with what ended the loop before, and with the
+                chunk; a loop that failed may be let go of while the next one has its own.
         """
         self._timesteps = timesteps
         self._scheduler = scheduler
         self._is_euler = is_euler
-        self._opened = opened
-        self._done = done
+        self._chunk: Chunk | None = None
+        self._open = opened
+        self._tell = done
+
+    def _opened(self) -> Chunk:
+        self._chunk = self._open()
+        return self._chunk
+
+    def _done(self, error: BaseException | None) -> None:
+        self._tell(error, self._chunk)
 
     def __len__(self) -> int:
         return len(self._timesteps)
@@ -121,7 +157,7 @@ class DrivenScheduler:
         self,
         own: Any,
         opened: Callable[[], Chunk],
-        done: Callable[[BaseException | None], None],
+        done: Callable[[BaseException | None, Chunk | None], None],
     ) -> None:
         """Keep the scheduler; `opened` and `done` are those of `DrivenTimesteps`."""
         self._own = own

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lipass.adapters.adoption import Adoption
-from lipass.adapters.driving import Driven, DrivenTimesteps
+from lipass.adapters.driving import Driven, DrivenTimesteps, cameras_of, refuse_other_axes
 from lipass.runtime.chunk import Chunk
 from lipass.session import Session
 
@@ -40,13 +40,16 @@ class _Rollout:
         self._retrieve = retrieve
         self._driven = Driven(session)
         self._latents: Tensor | None = None
-        self._w2c: Tensor
+        self._cameras: Tensor
+        self._session, self._stream = session, ""
+        refuse_other_axes(session)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Be `_ar_rollout_inner`."""
         bound = inspect.signature(self._own).bind(*args, **kwargs)
         given = bound.arguments
-        self._latents, self._w2c = given["latents"], given["viewmats"][0]
+        self._cameras = cameras_of(self._session, given["viewmats"])
+        self._latents, self._stream = given["latents"], self._session.turns.fresh()
         scheduler = self._pipeline.scheduler
         given["timesteps"] = DrivenTimesteps(
             given["timesteps"],
@@ -96,8 +99,9 @@ class _Rollout:
         assert self._latents is not None
         end = start + self._pipeline.chunk_latent_frames
         return self._driven.begin(
-            poses=self._w2c[:start] if start else None,
-            query=self._w2c[start:end],
+            poses=self._cameras[:start] if start else None,
+            query=self._cameras[start:end],
             latents=self._latents[0, :, :start].transpose(0, 1) if start else None,
             own_context=own_context,
+            stream=self._stream,
         )

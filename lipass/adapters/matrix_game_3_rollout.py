@@ -53,7 +53,7 @@ class _Rollout:
     """
 
     def __init__(self, session: Session, module: Any) -> None:
-        self._session = session
+        self._session, self._stream = session, ""
         self._driven = Driven(session)
         self._build_rays = module.build_plucker_from_c2ws
         self._retrieve = module.select_memory_idx_fov
@@ -72,6 +72,7 @@ class _Rollout:
 
     def rays(self, c2w: Tensor, *given: Any, **named: Any) -> Any:
         """Be `build_plucker_from_c2ws`, which each clip calls first, with its own cameras."""
+        self.end()  # of one that failed
         self._clip = c2w
         return self._build_rays(c2w, *given, **named)
 
@@ -124,6 +125,8 @@ class _Rollout:
 
     def _begin(self, c2w: Tensor, new: int, end: int, own: list[int] | None) -> Chunk:
         """Open the chunk of the frames from `new` to `end`; the history is all before."""
+        if not new:
+            self._stream = self._session.turns.fresh()
         if self._by_frame:
             history, query = c2w[:new], c2w[new:end]
         else:
@@ -132,7 +135,9 @@ class _Rollout:
             query = c2w[(new + _FRAMES_A_LATENT - 1 if new else 0) : end : _FRAMES_A_LATENT]
         if self._session.given.convention.direction == "w2c":
             history, query = inverted(history), inverted(query)
-        return self._driven.begin(poses=history if new else None, query=query, own_context=own)
+        return self._driven.begin(
+            poses=history if new else None, query=query, own_context=own, stream=self._stream
+        )
 
     def _reference(self, latent: int, released: list[int], bases: list[int], w2c: Tensor) -> int:
         """Return for which reference frame a latent was retrieved, or whose view it shows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from lipass.adapters.adoption import Adoption, place
 from lipass.adapters.blockwise import Blocks, Cache, Levels
 from lipass.adapters.cache_ends import CacheEnds, holds_indices, tie
+from lipass.adapters.driving import cameras_of
 from lipass.adapters.families import Family
 from lipass.errors import LipassError
 from lipass.session import Session
@@ -70,9 +72,9 @@ def _tying(own: Callable[..., Any]) -> Callable[..., Any]:
 def _drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
     """Let `pipeline.inference` ask a session, block by block.
 
-    While it is driven it takes `poses`, `[N, 4, 4]` cameras of all latents, or the `viewmats`
-    `[B, N, 4, 4]` of models that have them. Without cameras history is chosen by how fast latents
-    change, and steps are reused with `steps.overlap_min` 0 only.
+    While it is driven it takes `poses`, `[N, 4, 4]` cameras of all latents in the session's
+    convention, or the `viewmats` `[B, N, 4, 4]` of models that have them. Without cameras history
+    is chosen by how fast latents change, and steps are reused with `steps.overlap_min` 0 only.
 
     Raises:
         LipassError: if the pipeline rolls a model of this class out in another way.
@@ -94,9 +96,12 @@ def _drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
             blocks.add(latents, given["current_start"] // pipeline.frame_seq_length)
         return out
 
+    @functools.wraps(own_inference)
     def inference(*args: Any, poses: Tensor | None = None, **given: Any) -> Any:
-        if poses is None and given.get("viewmats") is not None:
-            poses = given["viewmats"][0]
+        bound = inspect.signature(own_inference).bind_partial(*args, **given).arguments
+        viewmats = bound.get("viewmats")
+        if poses is None and viewmats is not None:
+            poses = cameras_of(session, viewmats)
         blocks.restart(poses)
         try:
             out = own_inference(*args, **given)

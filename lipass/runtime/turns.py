@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from lipass.errors import LipassError
@@ -45,6 +46,11 @@ class Turns:
                 f"a stream has one chunk at a time, got a second for {stream!r}; {_LEAVE}"
             )
         return self._done.get(stream, 0)
+
+    def fresh(self) -> str:
+        """Name a stream that has had no chunk and has none open: main, main-2, main-3, ..."""
+        names = itertools.chain(["main"], (f"main-{n}" for n in itertools.count(2)))
+        return next(name for name in names if name not in self.open and name not in self._done)
 
     def upcoming(self, stream: object) -> int:
         """Return the index of the chunk that is made next, behind one that is open.

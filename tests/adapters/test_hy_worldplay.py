@@ -12,6 +12,7 @@ from lipass.adapters.checkouts import examine
 from lipass.adapters.checkouts.hy_worldplay import CHUNK, build, expected, latents_embedded
 from lipass.adapters.checkouts.poses import there_and_back
 from lipass.adapters.checkouts.subject import Ran
+from lipass.adapters.driving import cameras_of
 from lipass.policy.reference_worldplay import gate_chunk
 from lipass.receipt import report, reset_report
 
@@ -90,6 +91,43 @@ def test_a_rollout_that_fails_leaves_a_session_that_goes_on(subject, adoption, m
         assert not session.open_chunks
         with torch.no_grad():
             assert len(list(subject.drive(2))) == 2
+
+
+def plans(subject, adoption, chunks, **options):
+    """Roll out in a session, and return what was chosen for the latest chunks."""
+    given = {**examine.options_of(subject, "all"), **options}
+    with lipass.Session(**given) as session, adoption.drive(session), torch.no_grad():
+        subject.drive(chunks)
+    records = list(report().chunks)[-chunks:]
+    return [(one.plan.context.indices, one.plan.steps.reused) for one in records]
+
+
+def test_cameras_of_the_pipeline_are_known_in_a_session_of_either_direction(subject, adoption):
+    expected = plans(subject, adoption, 5)
+    assert any(reused for _, reused in expected)
+    assert plans(subject, adoption, 5, convention="c2w") == expected
+    with pytest.raises(lipass.LipassError, match="OpenCV axes, got a session of w2c-opengl"):
+        plans(subject, adoption, 1, convention="opengl")
+
+
+def test_samples_of_other_cameras_are_refused():
+    session, cameras = lipass.Session(preset="off"), torch.eye(4).repeat(2, 3, 1, 1)
+    assert cameras_of(session, cameras).shape == (3, 4, 4)
+    cameras[1, 2, 0, 3] = 1
+    with pytest.raises(lipass.LipassError, match="other ones for sample 1 of 2; roll out"):
+        cameras_of(session, cameras)
+
+
+def test_a_session_takes_several_rollouts_each_a_stream_of_its_own(subject, adoption):
+    with lipass.Session(**examine.options_of(subject, "all")) as session, torch.no_grad():
+        with adoption.drive(session):
+            first, again = subject.drive(3), subject.drive(3)
+        with adoption.drive(session):
+            last = subject.drive(2)
+    records = list(report().chunks)[-8:]
+    assert [one.plan.stream for one in records] == ["main"] * 3 + ["main-2"] * 3 + ["main-3"] * 2
+    assert all(map(torch.equal, first, again))
+    assert len(last) == 2
 
 
 def test_the_keys_of_the_last_context_are_let_go_before_the_next(subject, adoption):

@@ -1,5 +1,7 @@
 """Matrix-Game-3.0: clips with memory, past and new latents in one sequence, in one graph each."""
 
+import gc
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -221,6 +223,50 @@ def test_steps_of_a_driven_rollout_are_answered_and_its_scheduler_steps_each(wal
     assert len(taken) == 4 * 3
     assert [record.steps_skipped for record in records] == [0, 0, 0, 1]
     assert [record.lookups for record in records] == [0, 0, 0, 1]
+
+
+def test_a_session_takes_several_rollouts_each_a_stream_of_its_own(walk):
+    options = {**OWN, "preset": "context", "convention": "c2w"}
+    with lipass.adopt(walk.pipe) as adoption, lipass.Session(**options) as session:
+        with adoption.drive(session):
+            first, again = walk(2)[0], walk(2)[0]
+        with adoption.drive(session):
+            walk(1)
+    streams = [record.plan.stream for record in current_report().chunks]
+    assert streams == ["main"] * 2 + ["main-2"] * 2 + ["main-3"]
+    assert torch.equal(first, again)
+
+
+def test_a_clip_that_failed_is_no_chunk_of_the_next_rollout(walk, monkeypatch):
+    from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler as Scheduler
+
+    calls, step, failed = itertools.count(), Scheduler.step, []
+
+    def once(*given, **named):
+        call = next(calls)
+        if call == 4:  # in the second clip
+            raise ZeroDivisionError
+        if call == 4 + 2:  # what failed is let go of in the first clip behind it
+            failed.clear()
+            gc.collect()
+        return step(*given, **named)
+
+    monkeypatch.setattr(Scheduler, "step", once)
+    options = {**OWN, "preset": "context", "convention": "c2w"}
+    with (
+        lipass.adopt(walk.pipe) as adoption,
+        lipass.Session(**options) as session,
+        adoption.drive(session),
+    ):
+        try:
+            walk(2)
+        except ZeroDivisionError as error:
+            failed.append(error)  # it keeps the loop, as a notebook does
+        made, _ = walk(2)
+        assert not session.open_chunks
+    plans = [(one.plan.stream, one.plan.index) for one in current_report().chunks]
+    assert plans == [("main", 0), ("main-2", 0), ("main-2", 1)]
+    assert torch.equal(made, driven(walk, 2, **options)[0])
 
 
 def test_a_session_that_cannot_choose_for_it_is_refused(walk):

@@ -13,6 +13,7 @@ from lipass.adapters.checkouts.poses import there_and_back
 from lipass.adapters.checkouts.self_forcing import OPTIONS, build
 from lipass.adapters.checkouts.self_forcing_loop import CHUNK, Given, new_caches
 from lipass.kernels import registry
+from lipass.policy.convention import inverted
 from lipass.receipt import report
 
 CONTRACT = Path(__file__).parent / "contracts" / "self_forcing"
@@ -222,6 +223,41 @@ def test_cameras_that_the_model_takes_are_those_of_the_session(subject, fresh_dy
     sites = {name: site.action for name, site in report().sites.items() if site.role == "decode"}
     names = [f"blocks.0.self_attn#{i}:decode" for i in (1, 2)]
     assert sites == dict.fromkeys(names, "rewritten")
+
+
+@pytest.mark.parametrize("by_position", [True, False])
+def test_cameras_of_the_model_are_known_in_a_session_of_camera_to_world(
+    subject, fresh_dynamo, monkeypatch, by_position
+):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    made = build(CONTRACT, layers=1, family="minwm", has_cameras=True)
+    with (
+        lipass.adopt(made.pipeline) as adoption,
+        lipass.Session(preset="cache", chunk_latents=CHUNK, convention="c2w") as session,
+        adoption.drive(session),
+    ):
+        if by_position:
+            driven = made.pipeline.inference
+
+            def inference(noise, text, *, return_latents, viewmats, Ks):
+                return driven(noise, text, None, return_latents, viewmats, Ks)
+
+            monkeypatch.setitem(vars(made.pipeline), "inference", inference)
+        given, own = [], session.chunk
+        monkeypatch.setattr(session, "chunk", lambda **told: given.append(told) or own(**told))
+        made.drive(3)
+    cameras = torch.cat([told["query"] for told in given])
+    torch.testing.assert_close(inverted(cameras).float(), there_and_back(3, CHUNK))
+
+
+def test_each_rollout_of_a_session_is_a_stream(pipeline):
+    options = {"preset": "cache", "chunk_latents": CHUNK, "steps.overlap_min": 0}
+    with lipass.adopt(pipeline) as adoption, lipass.Session(**options) as session:
+        for _ in range(2):
+            with adoption.drive(session):
+                _roll(pipeline, blocks=2)
+    streams = [one.plan.stream for one in list(report().chunks)[-4:]]
+    assert streams == ["main"] * 2 + ["main-2"] * 2
 
 
 def test_too_few_cameras_are_refused_and_the_pipeline_goes_on(pipeline):
