@@ -21,6 +21,7 @@ class Clips:
     def __init__(self, session: Session) -> None:
         refuse_other_axes(session)
         self._driven = Driven(session)
+        self._turns, self._stream = session.turns, ""
         self._is_c2w = session.given.convention.direction == "c2w"
         self._before: list[Tensor] = []
         self._now: Tensor | None = None
@@ -52,10 +53,12 @@ class Clips:
         return make
 
     def _opened(self) -> Chunk:
-        if self._now is None:  # nothing says what it shows, so it is nobody's revisit
-            return self._driven.begin(latents=torch.empty(0, 1))
+        if self._now is None:  # nothing says what it shows: a stream of its own, nobody's revisit
+            return self._driven.begin(latents=torch.empty(0, 1), stream=self._turns.fresh())
+        if not self._before:
+            self._stream = self._turns.fresh()
         history = torch.cat(self._before) if self._before else None
-        return self._driven.begin(poses=history, query=self._now)
+        return self._driven.begin(poses=history, query=self._now, stream=self._stream)
 
 
 def drive_clips(pipeline: Any, session: Session, adoption: Adoption, name: str) -> Clips:
