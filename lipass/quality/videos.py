@@ -38,7 +38,8 @@ def returns(
         turn_deg: turn that counts as none, about any axis.
 
     Returns:
-        For each generated frame that has been seen, the earliest such view and itself.
+        For each generated frame that has been seen, the earliest such view and itself, where the
+        camera looked elsewhere on the way; a camera that pauses does not come back.
     """
     c2w = inverted(w2c)
     close = (c2w[:, None, :3, 3] - c2w[None, :, :3, 3]).norm(dim=-1) < near
@@ -48,7 +49,7 @@ def returns(
     pairs = []
     for again in range(first_generated, len(w2c)):
         earlier = same[: max(again - gap + 1, 0), again].nonzero()
-        if len(earlier):
+        if len(earlier) and not same[int(earlier[0]) : again, again].all():
             pairs.append((int(earlier[0]), again))
     return pairs
 

@@ -32,6 +32,15 @@ def test_a_walk_ahead_returns_nowhere(turning):
     assert loop_score(turning[0], []) is None
 
 
+def test_a_camera_that_pauses_does_not_return(turning):
+    standing = torch.eye(4).repeat(20, 1, 1)
+    assert returns(standing) == []
+    walk = parse_trajectory("left-15, right-15")
+    paused = torch.cat([walk[:1].expand(12, 4, 4), walk])
+    assert [pair for pair in returns(paused) if pair[1] < 16] == []
+    assert returns(paused)[-1] == (0, 42)
+
+
 def test_the_true_walk_scores_one(turning):
     frames, space = turning
     assert loop_score(frames, returns(space.w2c)) == pytest.approx(1, abs=1e-6)
