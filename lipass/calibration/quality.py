@@ -21,13 +21,14 @@ class Reference:
 
     def __init__(self, outputs: Mapping[str, Tensor]) -> None:
         self._outputs = dict(outputs)
-        low = min(float(one.min()) for one in outputs.values())
-        high = max(float(one.max()) for one in outputs.values())
-        if not math.isfinite(high - low):
-            raise LipassError(
-                f"the dense model must make finite results, got values from {low} to {high}; mend "
-                "the rollout before it is calibrated"
-            )
+        ends = {walk: (float(one.min()), float(one.max())) for walk, one in outputs.items()}
+        for walk, (low, high) in ends.items():
+            if not math.isfinite(high - low):  # NaN would be lost among ends of other walks
+                raise LipassError(
+                    f"the dense model must make finite results, got values from {low} to {high} "
+                    f"on {walk!r}; mend the rollout before it is calibrated"
+                )
+        low, high = min(low for low, _ in ends.values()), max(high for _, high in ends.values())
         self.peak = 1.0 if low >= -0.01 and 0.5 < high <= 1.01 else (high - low) or 1.0
 
     def error(self, walk: str, output: Tensor) -> float:

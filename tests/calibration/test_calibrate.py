@@ -165,6 +165,12 @@ def test_results_that_are_not_finite_are_refused():
         Reference({"walk": torch.tensor([0.0, float("inf")])})
 
 
+def test_a_walk_that_is_no_number_is_refused_wherever_it_stands():
+    walks = {"ahead": torch.zeros(2), "back": torch.tensor([0.0, float("nan")])}
+    with pytest.raises(LipassError, match="got values from nan to nan on 'back'"):
+        Reference(walks)
+
+
 def test_db_are_of_a_peak_of_1_for_pictures_and_of_the_range_for_others():
     assert Reference({"walk": torch.rand(100)}).peak == 1.0
     assert Reference({"walk": torch.tensor([-3.0, 5.0])}).peak == 8.0
