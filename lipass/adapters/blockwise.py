@@ -83,6 +83,9 @@ class Blocks:
             given["query"] = self._poses[history : history + new]
             given["poses"] = self._poses[:history] if history else None
             given["latents"] = given["latents"] if history else None
+        elif self._session.recorded is None:
+            index = self._session.turns.next(self._stream)
+            self._session.given.follow(history, new, self._stream, index)
         self._chunk = self._session.chunk(**given).__enter__()
         return self._chunk
 

@@ -68,12 +68,20 @@ class GivenChunks:
         poses = None if poses is None else self.convention.to_w2c(poses)
         query = self.convention.to_w2c(query)
         history, new = check_poses(poses, query)
-        self._check_length(len(history), len(new), stream)
-        self._planned[stream] = len(new) if len(history) or index else 0
+        self.follow(len(history), len(new), stream, index)
         if self._check and (wrong := self._check.look(stream, history, new)):
             # Also under `strict`: a guess must not end a rollout.
             tell(wrong, strict=False)
         return history, new
+
+    def follow(self, history: int, new: int, stream: str, index: int) -> None:
+        """Take the length of a chunk; of one without cameras only its loop knows it.
+
+        Raises:
+            ValueError: it is not `chunk_latents`.
+        """
+        self._check_length(history, new, stream)
+        self._planned[stream] = new if history or index else 0
 
     def weigh(self, power: float | None) -> None:
         """Tell once of latents that are not normalised: what compares them takes them to be.

@@ -260,6 +260,16 @@ def test_each_rollout_of_a_session_is_a_stream(pipeline):
     assert streams == ["main"] * 2 + ["main-2"] * 2
 
 
+def test_blocks_that_are_not_chunk_latents_long_are_refused_without_cameras_too(pipeline):
+    with (
+        lipass.adopt(pipeline) as adoption,
+        lipass.Session(preset="context", chunk_latents=CHUNK + 1) as session,
+        adoption.drive(session),
+        pytest.raises(ValueError, match="got 3 for chunk_latents 4; set chunk_latents to 3"),
+    ):
+        _roll(pipeline, blocks=3)
+
+
 def test_too_few_cameras_are_refused_and_the_pipeline_goes_on(pipeline):
     with (
         lipass.adopt(pipeline) as adoption,
