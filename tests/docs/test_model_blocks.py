@@ -146,7 +146,8 @@ def test_lines_of_matrix_game_3_run(built, compiles, code, capsys, monkeypatch):
     monkeypatch.setattr(matrix_game_3_rollout, "cameras", lambda frames: turn[:frames])
     subject = built(matrix_game_3)
     expected = rolled(subject)
-    generate = torch.no_grad()(lambda pipe: subject.drive(2))  # as inside of its `generate`
+    # as inside of its `generate`, which ends so
+    generate = torch.no_grad()(lambda pipe: subject.drive(2) and sys.exit())
     exec(code, {"pipe": subject.pipeline, "generate": generate})
     assert [one["preset"] for one in compiles] == ["all"]
     assert ran("self") == ([0, 1], [0, 6], {"rewritten"})
