@@ -187,6 +187,21 @@ def test_a_history_that_is_neither_is_told_and_refused_under_strict():
     assert "none is left out: history must hold" in site().reason
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 5), (1, 3, 5)])
+def test_a_bias_of_another_batch_or_of_other_heads_is_refused(shape):
+    q, runs = decode(heads=4)
+    runs[0] = (*runs[0], torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"bias of text must be .* as q has, got \[.*; write"):
+        lipass.attend(q, runs, site="layer")
+
+
+def test_a_bias_on_another_device_is_refused():
+    q, runs = decode(heads=4)
+    runs[0] = (*runs[0], torch.zeros(5, device="meta"))
+    with pytest.raises(ValueError, match="bias of text must be on cpu as q is, got meta; move it"):
+        lipass.attend(q, runs, site="layer")
+
+
 def test_shared_heads_a_bias_and_parts_that_are_merged():
     q, runs = decode(heads=1)
     q = draw(64, heads=4)

@@ -119,6 +119,15 @@ def joined_bias(q: Tensor, parts: list[Keys]) -> Tensor | None:
                 f"bias of {part.role} must be [{tokens}] or [B or 1, H or 1, {tokens}], got "
                 f"{list(bias.shape)}; write a bias of each head as [1, H, L]"
             )
+        if bias.shape[0] not in (1, q.shape[0]) or bias.shape[1] not in (1, q.shape[1]):
+            raise ValueError(
+                f"bias of {part.role} must be [B or 1, H or 1, {tokens}] with B = {q.shape[0]} "
+                f"and H = {q.shape[1]} as q has, got {list(bias.shape)}; write what all share as 1"
+            )
+        if bias.device != q.device:
+            raise ValueError(
+                f"bias of {part.role} must be on {q.device} as q is, got {bias.device}; move it"
+            )
         shaped.append(bias.float())
     if all(part.bias is None for part in parts):
         return None
