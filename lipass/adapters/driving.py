@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +45,26 @@ def cameras_of(session: Session, viewmats: Tensor) -> Tensor:
         )
     is_c2w = session.given.convention.direction == "c2w"
     return inverted(first.detach().cpu().double()) if is_c2w else first
+
+
+def module_of(pipeline: Any, *names: str) -> ModuleType:
+    """Return the module in which a pipeline's code finds names.
+
+    Of the classes above that of the pipeline it is the furthest one's: a user's own class may
+    stand in a file that has imported the names too.
+
+    Raises:
+        LipassError: if no module of its classes has all of them.
+    """
+    for kind in reversed(type(pipeline).__mro__):
+        module = sys.modules.get(kind.__module__)
+        if module is not None and all(hasattr(module, name) for name in names):
+            return module
+    raise LipassError(
+        f"a rollout that is driven must be of the release's class or below it, whose module has "
+        f"{', '.join(names)}, got {type(pipeline).__module__}.{type(pipeline).__qualname__}; open "
+        "chunks in a loop of your own"
+    )
 
 
 class Driven:

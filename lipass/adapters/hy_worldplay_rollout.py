@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
 from torch import Tensor
 
 from lipass.adapters.adoption import Adoption
-from lipass.adapters.driving import Driven, DrivenTimesteps, cameras_of, refuse_other_axes
+from lipass.adapters.driving import (
+    Driven,
+    DrivenTimesteps,
+    cameras_of,
+    module_of,
+    refuse_other_axes,
+)
 from lipass.runtime.chunk import Chunk
 from lipass.session import Session
 
@@ -23,7 +28,7 @@ def drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
     The context is chosen where the pipeline retrieves memory frames; latents, conditions, cameras,
     actions and positions follow that list. Steps are those that the loop iterates over.
     """
-    module = sys.modules[type(pipeline).__module__]
+    module = module_of(pipeline, "select_aligned_memory_frames")
     rollout = _Rollout(pipeline, session, module.select_aligned_memory_frames)
     adoption.rebind(
         module, "select_aligned_memory_frames", rollout.context, "context is the session's"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor, nn
 
 from lipass.adapters.adoption import Adoption
 from lipass.adapters.clips import drive_clips
+from lipass.adapters.driving import module_of
 from lipass.adapters.families import Family
 from lipass.session import Session
 
@@ -24,7 +24,7 @@ def _adopt(model: nn.Module, adoption: Adoption) -> None:
 
 def _drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
     """Make each call of `pipeline.generate` a chunk, whose cameras are those of its own clip."""
-    module = sys.modules[type(pipeline).__module__]
+    module: Any = module_of(pipeline, "interpolate_camera_poses", *_SCHEDULERS)
     clips = drive_clips(pipeline, session, adoption, "generate")
     own = module.interpolate_camera_poses
 

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lipass.adapters.attention_calls import modules_of
 from lipass.adapters.families import Family
 from lipass.adapters.host_ints import plain
 from lipass.adapters.matrix_game_3_rollout import drive
+from lipass.errors import LipassError
 
 _POSITIONAL = ("x", "t", "context", "seq_len")
 _GROWS = {
@@ -32,12 +34,24 @@ def _adopt(model: Any, adoption: Adoption) -> None:
         if actions is not None:
             why = "the grid that it is given is three ints"
             adoption.rebind(actions, "forward", _with_ints(actions.forward), why)
-    package = type(model).__module__.rpartition(".")[0]
-    positions = sys.modules[f"{package}.posemb_layers"]
+    positions = _positions_of(type(model))
     why = "its tables are as long as a size that varies says"
     adoption.rebind(positions, "get_meshgrid_nd", _meshgrid, why)
     why = "positions are tensors, and rows of padding are left out"
     adoption.before_calls(model, _arguments, why)
+
+
+def _positions_of(kind: type) -> ModuleType:
+    """Return the file of positions beside that of a model's class, or of one above it."""
+    packages = [one.__module__.rpartition(".")[0] for one in reversed(kind.__mro__)]
+    found = (sys.modules.get(f"{package}.posemb_layers") for package in packages)
+    module = next((one for one in found if one is not None), None)
+    if module is None:
+        raise LipassError(
+            f"a model of family matrix_game_3 must have posemb_layers.py beside its class or one "
+            f"above it, got {kind.__module__}.{kind.__qualname__}; pass one of a checkout"
+        )
+    return module
 
 
 def _lint(model: Any, adoption: Adoption) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipass.adapters.adoption import Adoption
-from lipass.adapters.driving import Driven, DrivenScheduler, refuse_other_axes
+from lipass.adapters.driving import Driven, DrivenScheduler, module_of, refuse_other_axes
 from lipass.errors import LipassError
 from lipass.policy.convention import inverted
 from lipass.policy.reference_matrixgame import frustum_similarity
@@ -20,6 +19,12 @@ PAST_LATENTS = 4
 """Clean latents in front of the new ones of a clip."""
 _FRAMES_A_LATENT = 4
 _SINK_LATENT = 1
+_CALLED = (
+    "build_plucker_from_c2ws",
+    "select_memory_idx_fov",
+    "compute_relative_poses",
+    "FlowUniPCMultistepScheduler",
+)
 
 
 def drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
@@ -33,14 +38,19 @@ def drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
             "a driven rollout runs in one process, got an initialised process group, in which "
             "the other ranks would not ask the session; run without sequence parallelism"
         )
-    module = sys.modules[type(pipeline).__module__]
+    module = module_of(pipeline, *_CALLED)
     rollout = _Rollout(session, module)
     adoption.at_undo(rollout.end)
-    for name, function, why in (
-        ("build_plucker_from_c2ws", rollout.rays, "the cameras of the first clip are seen"),
-        ("select_memory_idx_fov", rollout.memory, "memory is the session's"),
-        ("compute_relative_poses", rollout.relative, "memory is paired with what it shows"),
-        ("FlowUniPCMultistepScheduler", rollout.scheduler, "steps are the session's"),
+    for name, function, why in zip(
+        _CALLED,
+        (rollout.rays, rollout.memory, rollout.relative, rollout.scheduler),
+        (
+            "the cameras of the first clip are seen",
+            "memory is the session's",
+            "memory is paired with what it shows",
+            "steps are the session's",
+        ),
+        strict=True,
     ):
         adoption.rebind(module, name, function, why)
 

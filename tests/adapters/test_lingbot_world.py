@@ -14,6 +14,8 @@ from lipass.adapters.checkouts.examine import counted, examine, options_of
 from lipass.adapters.checkouts.lingbot_world import CLIP, OPTIONS, STEPS, build, own_rollout
 from lipass.adapters.checkouts.poses import there_and_back
 from lipass.adapters.checkouts.subject import Ran
+from lipass.adapters.clips import Clips
+from lipass.adapters.driving import module_of
 from lipass.kernels import registry
 from lipass.policy.convention import inverted
 from lipass.receipt import current_report
@@ -174,3 +176,56 @@ def test_its_own_rollout_is_the_loop_of_the_examination(subject):
     with torch.no_grad():
         close(list(own_rollout(subject.pipeline, 2)), rolled(subject, subject.model, 2))
     assert OPTIONS["chunk_latents"] == CLIP
+
+
+def test_a_clip_without_cameras_is_a_stream_of_its_own():
+    levels = types.SimpleNamespace(timesteps=torch.tensor([1000.0, 500.0]), step=len)
+    levels.sigmas = torch.tensor([1.0, 0.5, 0.0])
+
+    def generate(c2w):
+        if c2w is not None:
+            clips.see(c2w)
+        return [float(level) for level in clips.scheduler(lambda: levels)().timesteps]
+
+    walk = inverted(there_and_back(2, CLIP))
+    with lipass.Session(preset="cache", chunk_latents=CLIP) as session:
+        clips = Clips(session)
+        for c2w in (walk[:CLIP], walk[CLIP:], None, walk[:CLIP]):
+            assert clips.run(generate, c2w) == [1000.0, 500.0]
+        clips = Clips(session)
+        assert clips.run(generate, walk[:CLIP]) == [1000.0, 500.0]
+    plans = [record.plan for record in list(current_report().chunks)[-5:]]
+    assert [one.stream for one in plans] == ["main", "main", "main-2", "main", "main-3"]
+    assert [one.history_latents for one in plans] == [0, CLIP, 0, 2 * CLIP, 0]
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """Yield a release's file, and a user's that has imported all names of it."""
+    made = [types.ModuleType(name) for name in ("its_release", "users_file")]
+    for module in made:
+        module.choose = len
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return made
+
+
+def test_names_are_bound_in_the_file_of_the_release_where_a_class_is_the_users(files):
+    release, user = files
+    released = type("Pipeline", (), {"__module__": release.__name__})
+    own = type("Own", (released,), {"__module__": user.__name__})
+    assert module_of(released(), "choose") is module_of(own(), "choose") is release
+    with pytest.raises(lipass.LipassError, match=r"has choose, other, got users_file.Own; open"):
+        module_of(own(), "choose", "other")
+
+
+def test_a_pipeline_of_a_class_below_the_release_is_driven(subject, folder):
+    own = object.__new__(type("Own", (type(subject.pipeline),), {}))
+    vars(own).update(vars(subject.pipeline))
+    expected = generate(own, folder, 1)
+    with (
+        lipass.adopt(own) as adoption,
+        lipass.Session(preset="off") as session,
+        adoption.drive(session),
+    ):
+        close([generate(own, folder, 1)], [expected])
+    assert len(current_report().chunks) == 1

@@ -111,6 +111,14 @@ def test_what_was_adopted_comes_back_bit_for_bit(subject):
         assert torch.equal(third, first)
 
 
+def test_a_model_of_a_class_below_the_release_is_adopted_as_it_is(subject):
+    with lipass.adopt(subject.model) as adoption:
+        expected = [one.name for one in adoption.changes]
+    subject.model.__class__ = type("Own", (type(subject.model),), {})
+    with lipass.adopt(subject.model) as adoption:
+        assert [one.name for one in adoption.changes] == expected
+
+
 def test_what_stays_hidden_is_said_with_its_place(subject):
     class Int8Linear(torch.nn.Linear):
         def forward(self, x):
