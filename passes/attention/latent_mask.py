@@ -20,7 +20,7 @@ from lipass.passes.graph.calls import is_call
 from lipass.passes.graph.compat import Size, known_true, value
 from lipass.passes.graph.emit import emit_behind
 from lipass.passes.graph.ops import argument, is_other_look, moved_axes, name_of
-from lipass.passes.graph.writes import mutates, shares_memory, writers_of
+from lipass.passes.graph.writes import is_rewritten, mutates, shares_memory, writers_of
 
 BY_LATENTS = "a mask says which latents see which"
 _REPEATS = {"repeat", "repeat_interleave", "tile", "getitem", "tril", "triu"}
@@ -112,7 +112,11 @@ def _behind_text(mask: Node, text: Size) -> Node | None:
             if value(above).dtype != torch.bool:
                 break
             shows = not shows
+        if is_rewritten(node):
+            return None
         node = above
+    if is_rewritten(node):
+        return None
     seen = _ONES if shows else _ZEROS
     if name_of(node) == "pad":
         given, fill = argument(node, 1, "pad"), argument(node, 3, "value")

@@ -17,6 +17,7 @@ from lipass.passes.graph.ops import (
     moved_axes,
     name_of,
 )
+from lipass.passes.graph.writes import is_rewritten
 
 _ANDS = ("and", "bitwise_and", "logical_and", "mul")
 _ONES = ("ones", "new_ones", "ones_like")
@@ -41,7 +42,7 @@ def same_for(mask: Node, tokens: Size, *, first: bool) -> bool:
     plain = _plain(mask)
     if _repeated(plain) is not None:
         return True
-    if name_of(plain) not in _ANDS:
+    if name_of(plain) not in _ANDS or is_rewritten(plain):
         return False
     sides = [one for one in plain.args if isinstance(one, Node)]
     if len(sides) != 2:
@@ -54,14 +55,21 @@ def same_for(mask: Node, tokens: Size, *, first: bool) -> bool:
 
 
 def _plain(node: Node) -> Node:
-    while is_cast(node) or is_copy(node):
+    """Walk up to what a node is a copy of, and stay at a copy that is written to."""
+    while (is_cast(node) or is_copy(node)) and not is_rewritten(node):
         node = node.all_input_nodes[0]
     return node
 
 
 def _repeated(node: Node | None) -> Node | None:
-    """Return the row `[.., 1, Lk]` of which a node is copies along its axis -2."""
+    """Return the row `[.., 1, Lk]` of which a node is copies along its axis -2.
+
+    What is written to an expanded row is seen by all queries alike; repeated rows are memory of
+    their own.
+    """
     if node is None or not (is_expansion(node) or name_of(node) == "repeat"):
+        return None
+    if is_rewritten(node):
         return None
     row = node.all_input_nodes[0]
     above, below = value(row).shape, value(node).shape
@@ -74,15 +82,17 @@ def _turned(node: Node) -> Node | None:
     """Return what a node is the transpose of, along its last two axes."""
     moved = moved_axes(node)
     rank = value(node).dim()
-    if moved is None or moved[-2:] != (rank - 1, rank - 2):
+    if moved is None or moved[-2:] != (rank - 1, rank - 2) or is_rewritten(node):
         return None
     return _plain(node.all_input_nodes[0])
 
 
 def _is_shown(row: Node, tokens: Size, *, first: bool) -> bool:
     """Whether a row is true for so many of its first or last keys, whatever else it is made of."""
-    while is_cast(row) or is_copy(row) or is_reshape(row):
+    while (is_cast(row) or is_copy(row) or is_reshape(row)) and not is_rewritten(row):
         row = row.all_input_nodes[0]
+    if is_rewritten(row):
+        return False
     if name_of(row) == "pad":
         added, shown = argument(row, 1, "pad"), argument(row, 3, "value")
         if not isinstance(added, (tuple, list)) or len(added) < 2 or shown in (None, 0, False):
@@ -93,7 +103,8 @@ def _is_shown(row: Node, tokens: Size, *, first: bool) -> bool:
     pieces: Any = argument(row, 0, "tensors")
     piece = _plain(pieces[0 if first else -1])
     length = value(piece).shape[-1]
-    return name_of(piece) in _ONES and known_true(length == tokens)
+    shown = name_of(piece) in _ONES and not is_rewritten(piece)
+    return shown and known_true(length == tokens)
 
 
 def rows(mask: Node) -> Size:

@@ -52,6 +52,13 @@ def writers_of(node: Node) -> list[Node]:
     return sorted(found)
 
 
+def is_rewritten(node: Node) -> bool:
+    """Whether anything writes to what a call made; memory of a view is asked of its source."""
+    if any(shares_memory(node, one) for one in node.all_input_nodes):
+        return False
+    return bool(writers_of(node))
+
+
 def _lies_in(node: Node, memory: int) -> bool:
     """Whether a node, or a tensor of a tuple such as `unbind` gives, lies in some memory."""
     return any(storage(one) == memory for one in pytree.tree_leaves(value(node)))

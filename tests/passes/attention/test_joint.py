@@ -120,7 +120,9 @@ def test_latents_between_texts_stay(trace, apply):
     assert site.role == "text"
 
 
-@pytest.mark.parametrize("shown", ["other width", "hidden", "no transpose"])
+@pytest.mark.parametrize(
+    "shown", ["other width", "hidden", "no transpose", "written", "row written", "key written"]
+)
 def test_a_mask_that_may_differ_between_latents_stays(trace, apply, shown):
     def fn(x, words):
         q = torch.cat([heads(tokens(x)), heads(words)], 2)
@@ -129,9 +131,17 @@ def test_a_mask_that_may_differ_between_latents_stays(trace, apply, shown):
             seen = F.pad(torch.arange(9)[None] < 3, (length - 9, 0), value=1)
         else:
             seen = F.pad(torch.arange(5)[None] < 3, (length - 5, 0), value=int(shown != "hidden"))
-        row = seen.bool().view(1, 1, 1, -1).repeat(1, 1, length, 1)
+        seen = seen.bool()
+        if shown == "key written":
+            seen[:, :2] = False
+        row = seen.view(1, 1, 1, -1).repeat(1, 1, length, 1)
+        if shown == "row written":
+            row[:, :, :32, 32:] = False
         other = row.flip(3).transpose(2, 3) if shown == "no transpose" else row.transpose(2, 3)
-        return attend(q, row & other)
+        mask = row & other
+        if shown == "written":
+            mask[:, :, :32, 32:] = False
+        return attend(q, mask)
 
     gm = trace(fn, given())
     apply(gm, "canonicalize,find-attention,sparse-attention")

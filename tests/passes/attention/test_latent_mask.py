@@ -161,6 +161,13 @@ def written_in_parts(x):
     return mask
 
 
+def rows_written_in_parts(x):
+    places = x.shape[2] * PLACES
+    mask = (torch.arange(places) < places - 8)[None, None, None].repeat(1, 1, places, 1)
+    mask[:, :, :24, 24:] = False
+    return mask
+
+
 def of_each_head(x):
     frame = torch.arange(x.shape[2] * PLACES) // PLACES
     return frame[:, None] - frame >= -torch.arange(2)[:, None, None]
@@ -173,6 +180,7 @@ def of_each_head(x):
         (by_rows_of_a_latent, "nothing shows that it is one for all queries of a latent"),
         (offset_within_a_latent, "nothing shows that it is one for all queries of a latent"),
         (of_the_latents, "nothing shows that it is one for all queries of a latent"),
+        (rows_written_in_parts, "nothing shows that it is one for all queries of a latent"),
         (written_in_parts, "nothing shows that it is one for all queries of a latent"),
         (of_each_head, "may differ between heads"),
         (biased, "adds to its scores other numbers than 0 and -inf"),
@@ -287,14 +295,35 @@ def test_text_in_front_that_all_see(trace, apply, spread):
         torch.testing.assert_close(gm(*inputs)[0], fn(*inputs))
 
 
+def hidden_later(shown, text):
+    mask = by_ones(shown, text)
+    mask[:, :, :, :2] = False
+    return mask
+
+
+def padded_and_hidden_later(shown, text):
+    mask = by_padding(shown, text)
+    mask.narrow(1, 0, 2).fill_(False)
+    return mask.clone()
+
+
+def turned_and_hidden_later(shown, text):
+    mask = torch.logical_not(F.pad(~shown, (text, 0)))
+    mask[:, :2] = False
+    return mask
+
+
 @pytest.mark.parametrize(
     "spread",
     [
         lambda shown, text: F.pad(shown, (text, 0)),
         lambda shown, text: F.pad(shown, (0, text), value=True),
         lambda shown, text: torch.cat([shown[:, :text], shown], 1),
+        hidden_later,
+        padded_and_hidden_later,
+        turned_and_hidden_later,
     ],
-    ids=["hidden", "behind", "of latents"],
+    ids=["hidden", "behind", "of latents", "written", "padded, written", "turned, written"],
 )
 def test_text_that_not_all_see_stays(trace, apply, spread):
     gm = trace(with_text(spread), (latents(), kv(6)))
