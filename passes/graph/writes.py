@@ -93,6 +93,9 @@ def _written(node: Node) -> list[Any]:
     """Return the arguments that a call writes to."""
     if not node.op.startswith("call"):
         return []
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and not bodies(node):
+        # a kernel of Triton, say, of which no schema and no body tells what it writes to
+        return [list(node.all_input_nodes)]
     found = _written_in_bodies(node)
     traced = trace(node)
     if traced is not None:

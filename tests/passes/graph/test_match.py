@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from lipass.passes.graph.compat import value
+from lipass.passes.graph.ops import has_effect
 from lipass.passes.graph.writes import memory_written, mutates, storage
 
 X, Y = torch.randn(4, 4), torch.randn(4, 4)
@@ -75,3 +76,25 @@ def test_memory_that_is_written_to(written, fn, names):
 )
 def test_inputs_that_nobody_writes_to(written, fn):
     assert written(fn) == set()
+
+
+def test_a_kernel_of_triton_may_write_to_each_of_its_tensors(trace):
+    """Its call has no body, and no schema says what it writes to."""
+    graph = trace(lambda x, y: x + y, (X.clone(), Y.clone())).graph
+    x, y = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(y):
+        call = graph.call_function(
+            torch.ops.higher_order.triton_kernel_wrapper_mutation,
+            kwargs={"kernel_idx": 0, "grid": [(1, 1, 1)], "kwargs": {"x": x, "out": y}},
+        )
+    assert mutates(call)
+    assert memory_written(call) == {storage(value(x)), storage(value(y))}
+    assert has_effect(call)
+
+
+def test_a_call_of_a_body_writes_what_the_body_writes(trace):
+    def fn(x, y):
+        return torch.utils.checkpoint.checkpoint(torch.add, x, y, use_reentrant=False)
+
+    graph = trace(fn, (X.clone(), Y.clone())).graph
+    assert not any(map(mutates, graph.nodes))
