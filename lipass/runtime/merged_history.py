@@ -207,7 +207,8 @@ class MergedHistories:
 def _known(held: _Site, marks: Tensor) -> Tensor | None:
     """Tell which rows of the history are given `[L]`, -1 for new ones; None if it is another.
 
-    It is the same if no fewer rows are given than before, and the oldest are those that left.
+    It is the same if no fewer rows are given than before, and the oldest are those that left. Two
+    rollouts may share their sink, so where rows left others beyond it have to be there still.
     """
     if len(marks) < len(held.marks):
         return None
@@ -220,7 +221,7 @@ def _known(held: _Site, marks: Tensor) -> Tensor | None:
         return None
     sink = held.running.rule.sink_tokens
     stayed = known[known >= sink]
-    if left.numel() and stayed.numel() and int(left.max()) > int(stayed.min()):
+    if left.numel() and (not stayed.numel() or int(left.max()) > int(stayed.min())):
         return None
     return None if int((~found).sum()) + sink > len(marks) else known
 

@@ -134,6 +134,15 @@ def test_a_sink_that_stays_is_kept_while_a_window_moves(session):
     assert torch.equal(found.k[:, :, :CHUNK], chunk(0)[0])
 
 
+def test_histories_that_share_nothing_but_the_sink_are_two(session):
+    """As those of two rollouts of one prompt, or of branches of guidance without names."""
+    rule = MergeRule(1.0, None, CHUNK, LATENT, CHUNK)
+    ask(session, *joined(0, 1, 2), rule)
+    found = ask(session, *joined(0, 5, 6), rule)
+    assert equal(found, anew(*joined(0, 5, 6), rule))
+    assert counts(session) == (2, 0)
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
