@@ -10,6 +10,7 @@ from torch.fx import Node
 from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.operators import is_attention
 from lipass.passes.attention.products import View
+from lipass.passes.attention.reordered import reorders
 from lipass.passes.attention.site import Grid
 from lipass.passes.attention.walk import upstream
 from lipass.passes.graph.collectives import is_collective
@@ -25,6 +26,10 @@ OVER_TIME = "its tokens are the frames at one place, with no blocks to choose fr
 EXCHANGED = (
     "its tokens come from several processes, in an order that no graph shows; sparse.token_grid "
     "gives their grid where it is that of the latents"
+)
+REORDERED = (
+    "its tokens are taken in another order than that of the latents, whose blocks they no longer "
+    "are; sparse.token_grid gives the grid in which neighbours lie together"
 )
 
 
@@ -66,12 +71,12 @@ def other_order(q: Node, key: Node, tokens: Size) -> str:
 def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
     """Find `(T, Y, X)` with `T * Y * X == tokens`, proven for all sizes of the graph.
 
-    Walks up, nearest first and without crossing an attention or an exchange with other processes,
-    to a reshape that merges three neighbouring axes `(T, Y, X)` into the tokens, at once
-    (`[B, C, T, Y, X] -> [B, C, L]`) or in two steps (`(Y, X)` first, where T may stand apart or in
-    the batch). The order of the axes is the order of the tokens. Without a T the grid is
-    `(1, Y, X)`, of frames that attend to themselves alone, if a convolution over single frames
-    made them.
+    Walks up, nearest first and without crossing an attention, an exchange with other processes or
+    a call that takes tokens in another order, to a reshape that merges three neighbouring axes
+    `(T, Y, X)` into the tokens, at once (`[B, C, T, Y, X] -> [B, C, L]`) or in two steps
+    (`(Y, X)` first, where T may stand apart or in the batch). The order of the axes is the order
+    of the tokens. Without a T the grid is `(1, Y, X)`, of frames that attend to themselves alone,
+    if a convolution over single frames made them.
 
     Args:
         tokens_of: a tensor made from the tokens, such as q.
@@ -80,9 +85,11 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
     pairs: list[tuple[Size, Size]] = []
     frame: Merge | None = None
     narrow: Merge | None = None
-    batch, over_time, exchanged = value(tokens_of).shape[0], False, False
-    for node in upstream(tokens_of, _hides_order):
+    batch, over_time = value(tokens_of).shape[0], False
+    exchanged, reordered = False, False
+    for node in upstream(tokens_of, lambda one: _hides_order(one, tokens)):
         exchanged |= _is_exchanged(node)
+        reordered |= reorders(node, tokens)
         if not (_joins_axes(node) and is_reshape(node)):
             continue
         above, below = value(node.all_input_nodes[0]).shape, value(node).shape
@@ -128,13 +135,14 @@ def merge(tokens_of: Node, tokens: Size) -> Merge | Refusal:
                 pairs.append((above[i], above[i + 1]))
                 if frame is None and i == len(above) - 2 and _is_image(node):
                     frame = Merge(node, (1, above[i], above[i + 1]), (0, i, i + 1))
-    none = EXCHANGED if exchanged else OVER_TIME if over_time else NO_RESHAPE
-    return narrow or frame or Refusal(none)
+    found_none = {EXCHANGED: exchanged, REORDERED: reordered, OVER_TIME: over_time}
+    why = next((reason for reason, holds in found_none.items() if holds), NO_RESHAPE)
+    return narrow or frame or Refusal(why)
 
 
-def _hides_order(node: Node) -> bool:
+def _hides_order(node: Node, tokens: Size) -> bool:
     """Whether the tokens of a node are not those of its inputs, in their order."""
-    return is_attention(node) or _is_exchanged(node)
+    return is_attention(node) or _is_exchanged(node) or reorders(node, tokens)
 
 
 def _is_made_like(node: Node) -> bool:

@@ -37,7 +37,7 @@ ROLES = ("text", "history", "current")
 _UNMASKED = ("prefill", "decode", "other")
 WITH_TEXT = "its latents and what is joined with them attend to each other"
 GIVEN = "given by token_grid"
-_LATENTS = (token_grid.OVER_TIME, token_grid.EXCHANGED)
+_LATENTS = (token_grid.OVER_TIME, token_grid.EXCHANGED, token_grid.REORDERED)
 WITHOUT_HISTORY = "its tokens attend to each other, without a history"
 
 

@@ -162,3 +162,49 @@ def test_an_axis_of_one_that_counts_prompts_is_no_latent(grid):
 def test_one_latent_is_found_in_two_steps(grid):
     fn = lambda x: attend(x.flatten(3).permute(0, 2, 3, 1).reshape(1, 20, 16))  # noqa: E731
     assert grid(fn, (latents(1),)) == ("1", "4", "5")
+
+
+ORDER = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda h: h[:, ORDER],
+        lambda h: h.index_select(1, ORDER),
+        lambda h: h.gather(1, ORDER[None, :, None].expand_as(h)),
+        lambda h: h.take_along_dim(ORDER[None, :, None], 1),
+        lambda h: h.roll(7, 1),
+        lambda h: torch.roll(h, 7, dims=(1,)),
+        lambda h: h.flip(-2),
+        lambda h: h.flip(1, 2),
+        lambda h: torch.flip(h, (0, 1)),
+        lambda h: h.sort(1)[0],
+        lambda h: h.mT[..., ORDER].mT,
+        lambda h: h.unflatten(1, (3, 20))[:, :, ORDER[:20] % 20].flatten(1, 2),
+        lambda h: h.unflatten(1, (3, 4, 5)).roll((1, 2), (2, 3)).flatten(1, 3).roll(1, 1),
+    ],
+)
+def test_tokens_in_another_order_than_the_grid(grid, put):
+    assert grid(lambda x: attend(put(x.flatten(2).mT)), (latents(),)) == token_grid.REORDERED
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda h: h.flip(-1),
+        lambda h: h.roll(8, -1),
+        lambda h: h[..., torch.arange(16).flip(0)],
+        lambda h: torch.randn(60, 16)[ORDER] + h,
+        lambda h: h + h.roll(1, 1),
+        lambda h: torch.stack([h, h])[0],
+        lambda h: h[None, ..., :16][0, :, :],
+    ],
+)
+def test_features_in_another_order_leave_tokens_where_they_are(grid, put):
+    assert grid(lambda x: attend(put(x.flatten(2).mT)), (latents(),)) == ("3", "4", "5")
+
+
+def test_latents_in_another_order_are_a_grid_all_the_same(grid):
+    fn = lambda x: attend(x.roll(1, 3).flatten(2).mT)  # noqa: E731
+    assert grid(fn, (latents(),)) == ("3", "4", "5")
