@@ -10,6 +10,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from lipass.passes.graph.arguments import overload_of
 from lipass.passes.graph.collectives import is_collective
 from lipass.passes.graph.compat import known_true, value
 from lipass.passes.graph.frame import source_name
@@ -37,7 +38,8 @@ def region_of(nodes: list[Node], anonymous: Callable[[str], str] = without_repea
 
     Args:
         nodes: the nodes in order.
-        anonymous: takes out of a text argument what may differ between isomorphic regions.
+        anonymous: takes out of the name of a site what may differ between isomorphic regions;
+            what a call tells operators of others by a text is theirs.
     """
     inside: dict[Node, int] = {}
     for node in nodes:
@@ -56,14 +58,23 @@ def region_of(nodes: list[Node], anonymous: Callable[[str], str] = without_repea
             return tuple((key, form(item)) for key, item in arg.items())
         if isinstance(arg, slice):
             return ("slice", form(arg.start), form(arg.stop), form(arg.step))
-        if isinstance(arg, str):
-            return anonymous(arg)
         # 1 == 1.0 == True, but they are not the same argument
         return (type(arg).__name__, arg)
 
-    forms = tuple((n.op, n.target, form(n.args), form(n.kwargs)) for n in inside)
+    forms = tuple((n.op, n.target, *map(form, _nameless(n, anonymous))) for n in inside)
     outputs = tuple(n for n in inside if any(user not in inside for user in n.users))
     return Region(tuple(inside), tuple(inputs), outputs, forms)
+
+
+def _nameless(node: Node, anonymous: Callable[[str], str]) -> tuple[tuple[Any, ...], Any]:
+    """Return the arguments of a call, with the name of its site made anonymous if it is ours."""
+    overload = overload_of(node.target)
+    if overload is None or overload.namespace != "lipass":
+        return node.args, node.kwargs
+    names = [one.name for one in overload._schema.arguments]
+    args = (anonymous(x) if key == "site" else x for key, x in zip(names, node.args, strict=False))
+    kwargs = {key: anonymous(x) if key == "site" else x for key, x in node.kwargs.items()}
+    return tuple(args), kwargs
 
 
 def _is_size_arithmetic(node: Node) -> bool:

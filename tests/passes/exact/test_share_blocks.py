@@ -60,6 +60,38 @@ def reasons(records):
     return [f"{n.site}: {n.reason}" for n in records[-1].notes if n.action == "kept"]
 
 
+@torch.library.custom_op("lipass_tests::named", mutates_args=())
+def named(x: torch.Tensor, name: str) -> torch.Tensor:
+    return x * len(name)
+
+
+named.register_fake(lambda x, name: torch.empty_like(x))
+
+
+class Named(Layer):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        return super().forward(named(x, self.name))
+
+
+@pytest.mark.parametrize(
+    "names", [("blocks.0.attn", "blocks.1.attn"), ("x:1", "x:10"), ("x@1", "x@10")]
+)
+def test_layers_that_name_themselves_to_an_operator_are_not_equal(trace, apply, names):
+    gm = trace(Net(*map(Named, names)), (X,))
+    apply(gm, TEXT)
+    assert outlined(gm) == {}
+
+
+def test_layers_that_pass_one_name_to_an_operator_are_equal(trace, apply):
+    gm = trace(Net(*map(Named, ["cache.0", "cache.0"])), (X,))
+    apply(gm, TEXT)
+    assert outlined(gm) == {"layers": 2}
+
+
 def test_equal_layers_call_one_subgraph(trace, apply):
     model = Net(Layer(), Layer())
     gm = trace(model, (X,))
