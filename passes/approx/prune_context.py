@@ -13,12 +13,13 @@ from torch.fx import Graph, Node
 from lipass.passes.attention import cache_pieces, match
 from lipass.passes.attention.evidence import outlives
 from lipass.passes.attention.latent_mask import BY_LATENTS
-from lipass.passes.attention.match import Operands, Refusal
+from lipass.passes.attention.match import Refusal
 from lipass.passes.attention.site import AttentionSite, PoseInput, poses, sites
 from lipass.passes.attention.sparse_call import SparseCall, replace_attention
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import guard, known_true, value
 from lipass.passes.graph.emit import Emitter, refuse_grid, refuse_rewrite
+from lipass.passes.graph.ops import name_of
 
 
 @dataclass(frozen=True)
@@ -243,9 +244,27 @@ def _by_latents(site: AttentionSite) -> str:
 
 
 def _outlive(call: tuple[Node, AttentionSite]) -> str:
-    node, _ = call
-    operands = match.attention(node)
-    return outlives(operands.keys[-1]) if isinstance(operands, Operands) else ""
+    """Say how the keys of latents are kept behind the end of the graph, or nothing."""
+    node, site = call
+    if SparseCall.is_one(node):
+        planted = SparseCall.of(node)
+        keys, values = planted.k, planted.v
+    else:
+        operands = match.attention(node)
+        if isinstance(operands, Refusal):
+            return ""
+        keys, values = operands.keys, operands.values
+    places = [segment.pieces or (i,) for i, segment in enumerate(site.segments)]
+    own = [at for at, segment in zip(places, site.segments, strict=True) if segment.role != "text"]
+    if sum(map(len, places)) != len(keys):
+        own = [tuple(range(len(keys)))]  # they have been joined since
+    made = [_with_own_heads(x) for run in own for at in run for x in (keys[at], values[at])]
+    return next(filter(None, map(outlives, made)), "")
+
+
+def _with_own_heads(key: Node) -> Node:
+    """Return keys before `lipass.attend` has repeated their heads for those of q."""
+    return key.all_input_nodes[0] if name_of(key) == "repeat_interleave" else key
 
 
 def _history_latents(w2c: Node, fact: PoseInput, emit: Emitter) -> int | Node:

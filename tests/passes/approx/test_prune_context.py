@@ -3,6 +3,8 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
+import lipass
+
 FACTS = "canonicalize,find-attention,find-poses"
 TEXT = f"{FACTS},prune-context{{overlap_min=0.3 sink_latents=1 window_latents=2 tile=1x4x4}}"
 
@@ -170,6 +172,32 @@ def test_prefill_that_writes_a_cache(notes, mini, inputs):
     (_, action, reason), *_ = notes(prefill, (*item.prefill, caches), TEXT)
     assert action == "kept"
     assert "its keys are written to %l_caches_0_" in reason
+
+
+def in_front(x, text, w2c):
+    q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+    key, own = q * 2, q * 3
+    k, v = torch.cat([key, text], 2), torch.cat([own, text + 1], 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v) * w2c.sum(), key, own
+
+
+def planted(x, text, w2c, heads=2):
+    q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+    key, own = q[:, :heads] * 2, q[:, :heads] * 3
+    runs = [("current", key, own, (6, 4, 4)), ("text", text[:, :heads], text[:, :heads] + 1, None)]
+    return lipass.attend(q, runs, site="own") * w2c.sum(), key, own
+
+
+def planted_for_groups(x, text, w2c):
+    return planted(x, text, w2c, heads=1)
+
+
+@pytest.mark.parametrize("prefill", [in_front, planted, planted_for_groups])
+def test_prefill_whose_keys_lie_in_front_of_text(notes, prefill):
+    given = torch.randn(1, 16, 6, 4, 4), torch.randn(1, 2, 5, 8), torch.eye(4).repeat(1, 8, 1, 1)
+    ((_, action, reason),) = notes(prefill, given, TEXT)
+    assert action == "kept"
+    assert reason.startswith("keys of dropped latents would be wrong later: its keys are returned")
 
 
 def test_graph_without_cameras(notes):
