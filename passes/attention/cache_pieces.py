@@ -125,6 +125,9 @@ def even(given: Operands, call: Node, ctx: PassContext) -> Operands:
     k, v = match.joined(given.keys[0]), match.joined(given.values[0])
     if len(k) == len(v):
         return given
+    parts = [(given.keys[0], k), (given.values[0], v)]
+    if any(match.written_late(call, *part) for part in parts if len(part[1]) > 1):
+        return given
     emit = Emitter(call, ctx)
     finer, whole = (v, given.keys[0]) if len(k) < len(v) else (k, given.values[0])
     slices: list[Node] = []

@@ -120,7 +120,7 @@ def attention(
     dtypes = {value(x).dtype for x in (node, q, *keys, *values)}
     if len(dtypes) > 1:
         return Refusal(f"its dtypes differ: {', '.join(sorted(map(str, dtypes)))}")
-    if why := _written_late(node, k, keys) or _written_late(node, v, values):
+    if why := written_late(node, k, keys) or written_late(node, v, values):
         return Refusal(why)
     return Operands(q, keys, values, scale, groups, mask if isinstance(mask, Node) else None)
 
@@ -168,12 +168,19 @@ def _is_batch(tensor: Node, batch: Size, heads: Size) -> bool:
     return known_true(shape[0] == batch) and known_true(shape[1] == heads)
 
 
-def _written_late(call: Node, joined: Node, pieces: tuple[Node, ...]) -> str | None:
-    """Say what writes to keys between their concatenation and the call, which reads the pieces."""
+def written_late(call: Node, joined: Node, pieces: tuple[Node, ...]) -> str | None:
+    """Say what writes to keys between their concatenation and the call, which reads the pieces.
+
+    A copy on the way may be of what was written to before it was made.
+    """
     if pieces == (joined,):
         return None
-    memory = {storage(value(tensor)) for tensor in (joined, *pieces)}
-    for node in writes_between(same_values(joined), call):
+    whole = same_values(joined)
+    memory = {storage(value(tensor)) for tensor in (whole, *pieces)}
+    while joined is not whole:
+        memory.add(storage(value(joined)))
+        joined = joined.all_input_nodes[0]
+    for node in writes_between(whole, call):
         if memory_written(node) & memory:
             return f"%{node.name} writes to its keys or values in place"
     return None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from lipass.passes.attention.match import written_late
 from lipass.passes.attention.site import SDPA
 from lipass.passes.core import PassContext
 from lipass.passes.graph.calls import is_call
@@ -36,6 +37,8 @@ def drop_unread_rows(call: Node, ctx: PassContext) -> bool:
         return False
     own = _first(call.args[0])
     if own is None:
+        return False
+    if written_late(call, call.args[0], (own,)):
         return False
     cuts = _cuts(call, 2, value(own).shape[2])
     if not cuts:

@@ -273,3 +273,30 @@ def test_keys_are_not_cut_without_the_values(cut):
         return F.scaled_dot_product_attention(new, cache[:, :, :10], values[:, :, :10])
 
     assert in_one_piece(cut(fn, NEW, CACHE, CACHE))
+
+
+def test_copies_of_what_was_written_to_are_no_pieces(trace):
+    def joined(cache, new):
+        whole = torch.cat([cache, new], 2)
+        whole.mul_(2)
+        return whole.clone()
+
+    def fn(new, keys, values):
+        return F.scaled_dot_product_attention(new, joined(keys, new), joined(values, new))
+
+    graph = trace(fn, (NEW.clone(), CACHE.clone(), CACHE.clone())).graph
+    (call,) = graph.find_nodes(op="call_function", target=SDPA)
+    found = match.attention(call)
+    assert found == match.Refusal("%mul_ writes to its keys or values in place")
+
+
+def test_what_was_joined_late_is_no_piece_if_it_was_written_to(trace):
+    def fn(new, keys, values):
+        whole = torch.cat([values, new], 2)
+        whole.mul_(2)
+        return F.scaled_dot_product_attention(new, torch.cat([keys, new], 2).sin(), whole.clone())
+
+    graph = trace(fn, (NEW.clone(), CACHE.clone(), CACHE.clone())).graph
+    (call,) = graph.find_nodes(op="call_function", target=SDPA)
+    found = match.attention(call)
+    assert cache_pieces.even(found, call, PassContext.of(graph)) is found

@@ -63,3 +63,27 @@ def test_rows_that_are_read_stay(trace, apply, cut):
     (call,) = gm.graph.find_nodes(op="call_function", target=SDPA)
     assert call.meta["example_value"].shape == (1, 2, 78, 8)
     torch.testing.assert_close(gm(*inputs)[0], fn(*inputs))
+
+
+def queries_written(q, queries):
+    queries.mul_(2)
+
+
+def own_queries_written(q, queries):
+    q.mul_(2)
+
+
+@pytest.mark.parametrize("write", [queries_written, own_queries_written])
+def test_queries_that_are_written_to_once_they_are_joined_stay(trace, apply, write):
+    def fn(x, past):
+        q = heads(x.flatten(2).mT) + 1
+        queries = torch.cat([q, q.new_zeros(1, 2, 14, 8)], 2)
+        write(q, queries)
+        return F.scaled_dot_product_attention(queries, past, past)[:, :, : q.shape[2]]
+
+    inputs = (latents(), kv(6))
+    gm = trace(fn, inputs)
+    apply(gm, TEXT)
+    (call,) = gm.graph.find_nodes(op="call_function", target=SDPA)
+    assert call.meta["example_value"].shape == (1, 2, 78, 8)
+    torch.testing.assert_close(gm(*inputs)[0], fn(*inputs))
