@@ -211,6 +211,8 @@ def _filled(keys: Node, call: Node) -> _Filled | None:
         return None
     if not all(known_true(a == b) for a, b in zip(shape, expected, strict=True)):
         return None
+    if value(new).dtype != value(read.cache).dtype:
+        return None  # it was cast when it was written
     made = storage(value(new))
     if any(made in memory_written(n) for n in writes_between(writer, call)):
         return None

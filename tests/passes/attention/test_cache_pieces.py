@@ -300,3 +300,17 @@ def test_what_was_joined_late_is_no_piece_if_it_was_written_to(trace):
     (call,) = graph.find_nodes(op="call_function", target=SDPA)
     found = match.attention(call)
     assert cache_pieces.even(found, call, PassContext.of(graph)) is found
+
+
+def test_pieces_of_another_dtype_than_the_keys_are_no_pieces(cut):
+    """Keys in single precision are written to a cache of half of it."""
+    half = [x.to(torch.bfloat16) for x in (CACHE, CACHE + 1)]
+    read = lambda cache, new: cache[:, :, :10]  # noqa: E731
+
+    def fn(new, *caches):
+        made = [(cache, new.float() * 2) for cache in caches]
+        for one in made:
+            fill(*one)
+        return F.scaled_dot_product_attention(new, *(read(*one) for one in made))
+
+    assert in_one_piece(cut(fn, NEW.to(torch.bfloat16), *half))
