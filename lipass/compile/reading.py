@@ -66,13 +66,10 @@ class GraphReading:
         self._unordered = any(site.unordered for site in decode)
         self._prefills = any(site.role == "prefill" for site in found)
         self._sizes = ArgumentSizes(gm.graph)
-        scores, asks = (
-            gm.graph.find_nodes(op="call_function", target=target.default)
-            for target in (torch.ops.lipass.view_overlap, torch.ops.lipass.chosen_latents)
-        )
-        self._prunes, self._asks = bool(scores), bool(asks)
-        merged = torch.ops.lipass.attend_merged.default
-        self._merges = any(n.target is merged for graph in graphs_of(gm) for n in graph.nodes)
+        called = {node.target for graph in graphs_of(gm) for node in graph.nodes}
+        self._prunes = torch.ops.lipass.view_overlap.default in called
+        self._asks = torch.ops.lipass.chosen_latents.default in called
+        self._merges = torch.ops.lipass.attend_merged.default in called
         always = [one for one in pipeline if one.section == "context" and one.leaves_out]
         self._sink, self._window = (
             max((getattr(one, name, 0) for one in always), default=0)

@@ -13,13 +13,16 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 # The imports register operators that the pass has to know.
+import lipass.kernels.chosen_latents
 import lipass.kernels.nearest.order
-import lipass.kernels.ops  # noqa: F401
+import lipass.kernels.ops
+import lipass.kernels.view_overlap.api  # noqa: F401
 from lipass.passes.attention import match
 from lipass.passes.attention.operators import is_attention
 from lipass.passes.attention.site import poses, site_of, sites
 from lipass.passes.attention.step_inputs import step_inputs
 from lipass.passes.core import Numerics, Pass, PassContext
+from lipass.passes.graph.arguments import overload_of
 from lipass.passes.graph.compat import hint, is_parameter, value
 from lipass.passes.graph.marks import invariants, set_invariant, step_of
 from lipass.passes.graph.ops import flops, reads
@@ -36,6 +39,11 @@ _OF_A_HISTORY = (
     torch.ops.lipass.key_basis.default,
     torch.ops.lipass.key_order.default,
     torch.ops.lipass.pool_in_order.default,
+)
+# What an open session answers may change from chunk to chunk on the same inputs.
+_ANSWERED = (
+    torch.ops.lipass.chosen_latents.default,
+    torch.ops.lipass.view_overlap.default,
 )
 
 
@@ -65,7 +73,8 @@ class HoistCalls(Pass):
 
     Keeps: what holds no large matrix product and no means of a large history; views, which cost
     nothing; what is written to, drawn at random, returned or differentiated; what runs in an
-    autocast; attention; graphs that hold the loop, for which `hoist-steps` does this.
+    autocast; attention; what an open session may answer; graphs that hold the loop, for which
+    `hoist-steps` does this.
     """
 
     name: ClassVar[str] = "hoist-calls"
@@ -116,6 +125,8 @@ def _invariant(graph: Graph, counted_writes: bool) -> dict[Node, Roots]:
     inputs = set(roots)
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or site_of(node) is not None:
+            continue
+        if overload_of(node.target) in _ANSWERED:
             continue
         above = node.all_input_nodes
         if _is_product(node) and not counted_writes:

@@ -93,6 +93,45 @@ def test_only_chosen_latents_of_a_cache_are_read(model, fresh_dynamo):
     assert [chunk.latents_read for chunk in chunks[3:]] == [5, 5, 5]
 
 
+class Block(nn.Module):
+    """Attend from tokens to those of a cache and their own, and return them behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, h, cache):
+        q, *new = self.qkv(h).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+        grown = [torch.cat(pair, 2) for pair in zip(cache, new, strict=True)]
+        out = F.scaled_dot_product_attention(q, *grown).transpose(1, 2).flatten(2)
+        return h + self.out(out), grown
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 64)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x, caches):
+        h, grown = self.embed(x.flatten(2).transpose(1, 2)), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            h, one = block(h, cache)
+            grown.append(one)
+        return h, grown
+
+
+def test_latents_that_layers_ask_for_in_one_body_are_chosen(fresh_dynamo):
+    torch.manual_seed(0)
+    fast = _compiled(Blocks().eval().requires_grad_(False))
+    caches = [[torch.zeros(1, 2, 0, 32) for _ in range(2)] for _ in range(2)]
+    with lipass.Session(preset="context", **_OPTIONS) as session:
+        for i in range(6):
+            with session.chunk(latents=torch.zeros(2 * i, 8)) as chunk:
+                _, caches = fast(torch.randn(1, 8, 2, 4, 6), caches)
+    assert (len(chunk.context), chunk.latents_read) == (5, 5)
+
+
 def test_fast_latents_shorten_the_window(model, fresh_dynamo):
     with lipass.Session(preset="context", **_OPTIONS) as session:
         _, chunks = _rollout(_compiled(model), session, history=torch.arange(-3, 3, 0.5)[:, None])

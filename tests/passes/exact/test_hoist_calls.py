@@ -296,3 +296,17 @@ def test_what_conditions_a_call_without_a_level_stays(trace, apply):
     level = torch.rand(1, 24, 8)  # as many numbers as the tokens have
     records, _ = apply(trace(Rays(), (LATENTS, level, RAYS)), TEXT)
     assert not records[-1].changed
+
+
+def test_what_a_session_answers_is_asked_in_every_call(trace, apply):
+    """Another chunk may choose other latents of the same history."""
+
+    def fn(x, history):
+        shown = torch.ops.lipass.chosen_latents(history, 4).repeat_interleave(4, 1)
+        k = torch.where(shown[:, None, :, None], history, 0.0) * 2
+        return F.scaled_dot_product_attention(x, k, k)
+
+    gm = trace(fn, (torch.randn(1, 2, 6, 4), torch.randn(1, 2, 8, 4)))
+    apply(gm, TEXT)
+    names = {str(node.target) for body in bodies(gm) for node in body.graph.nodes}
+    assert not any("chosen_latents" in name for name in names)
