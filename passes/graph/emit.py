@@ -25,7 +25,7 @@ from lipass.passes.graph.compat import (
 from lipass.passes.graph.marks import set_step, step_of
 from lipass.passes.graph.modes import entered, inside
 from lipass.passes.graph.settings import chosen_kernel
-from lipass.passes.graph.writes import writers_of
+from lipass.passes.graph.writes import is_rewritten, writers_of
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,20 @@ class Emitter:
 
 
 def emit_behind(tensor: Node, ctx: PassContext, target: Callable[..., Any], *given: Any) -> Node:
-    """Insert a call where a tensor is made, unless another layer has asked for it already."""
-    for one in tensor.users:
-        if one.target is target and one.args == (tensor, *given):
-            return one
+    """Insert a call where a tensor is made and written, unless it stands there already.
+
+    An equal call anywhere else may come behind what asks, or in front of a write.
+    """
     place = max([tensor, *writers_of(tensor)]).next
     while place.op == "placeholder":
         place = place.next
+    behind, one = {tensor, *(size for size in given if isinstance(size, Node))}, place
+    while one.op.startswith("call") and behind.issuperset(one.all_input_nodes):
+        equal = one.target is target and one.args == (tensor, *given) and not one.kwargs
+        if equal and not is_rewritten(one):
+            return one
+        behind.add(one)
+        one = one.next
     made = Emitter(place, ctx, inside=False)(target, tensor, *given)
     for key in {"nn_module_stack", "stack_trace"} & tensor.meta.keys():
         made.meta[key] = tensor.meta[key]
