@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from lipass.passes.attention.site import rename_site, site_of
 from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.body_sizes import give_sizes
-from lipass.passes.graph.compat import guard, holds_now, invoke_subgraph, value
+from lipass.passes.graph.compat import guard, holds_now, invoke_subgraph, value, why_no_guard
 from lipass.passes.graph.names import joint_name, module_path, module_paths
 from lipass.passes.graph.outline import body_of, foreign, put_calls
 from lipass.passes.graph.region import (
@@ -97,16 +97,14 @@ class ShareBlocks(Pass):
             if why := _refusal(region, order):
                 ctx.note(module_path(region.nodes[0]), "kept", why)
                 continue
-            home = next((g for g in groups if not difference(g[0], region, holds_now)), None)
-            if home is None:
+            home = next((g for g in groups if not difference(g[0], region, _may_guard)), None)
+            # Caches have one length for all layers, but each layer's its own symbol.
+            if home is None or difference(home[0], region, guard):
                 groups.append([region])
             else:
-                # Caches have one length for all layers, but each layer's its own symbol.
-                unequal = difference(home[0], region, guard)
-                assert unequal is None, unequal
                 home.append(region)
         if len(groups) > 1 and all(len(group) == 1 for group in groups):
-            why = difference(groups[0][0], groups[1][0], holds_now)
+            why = difference(groups[0][0], groups[1][0], _may_guard)
             ctx.note(family, "kept", f"no two layers are equal; of the first two, {why}")
         return [group for group in groups if len(group) > 1]
 
@@ -126,6 +124,11 @@ def _layers(graph: Graph, depth: int) -> dict[str, list[list[Node]]]:
                 found[family][f"{path[: at.end()]}@{repeat}"].append(node)
                 break
     return {name: list(members.values()) for name, members in found.items()}
+
+
+def _may_guard(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition holds now, and the user has not declared that it varies."""
+    return holds_now(condition) and not why_no_guard(condition)
 
 
 def _anonymous(text: str) -> str:

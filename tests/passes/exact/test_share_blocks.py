@@ -92,6 +92,27 @@ def test_layers_that_pass_one_name_to_an_operator_are_equal(trace, apply):
     assert outlined(gm) == {"layers": 2}
 
 
+class WithHistory(Layer):
+    def forward(self, x, history):
+        return super().forward(x) + history.sum(0)
+
+
+def test_a_history_that_varies_and_one_that_happens_to_be_as_long_are_not_shared(trace, apply):
+    layers = nn.ModuleList(WithHistory() for _ in range(2))
+    histories = [torch.randn(6, 8) for _ in layers]
+    torch._dynamo.mark_dynamic(histories[0], 0)
+
+    def fn(x, histories):
+        for layer, history in zip(layers, histories, strict=True):
+            x = layer(x, history)
+        return x
+
+    gm = trace(fn, (X, histories))
+    records, _ = apply(gm, TEXT)
+    assert outlined(gm) == {}
+    assert "no two layers are equal" in "".join(reasons(records))
+
+
 def test_equal_layers_call_one_subgraph(trace, apply):
     model = Net(Layer(), Layer())
     gm = trace(model, (X,))
