@@ -10,7 +10,7 @@ from torch.fx import Node
 from lipass.passes.graph.compat import Size, known_true, value
 from lipass.passes.graph.ops import argument, name_of
 
-_AXES = {
+_AXES: dict[str, tuple[int | None, Any]] = {
     "flip": (1, "dims"),
     "fliplr": (None, 1),
     "flipud": (None, 0),
