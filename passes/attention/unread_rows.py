@@ -35,10 +35,9 @@ def drop_unread_rows(call: Node, ctx: PassContext) -> bool:
     """
     if not is_call(call, SDPA) or not call.kwargs.keys() <= {"scale", "enable_gqa"}:
         return False
-    own = _first(call.args[0])
-    if own is None:
-        return False
-    if written_late(call, call.args[0], (own,)):
+    q: Any = call.args[0]
+    own = _first(q)
+    if own is None or written_late(call, q, (own,)):
         return False
     cuts = _cuts(call, 2, value(own).shape[2])
     if not cuts:

@@ -72,8 +72,12 @@ def _nameless(node: Node, anonymous: Callable[[str], str]) -> tuple[tuple[Any, .
     if overload is None or overload.namespace != "lipass":
         return node.args, node.kwargs
     names = [one.name for one in overload._schema.arguments]
-    args = (anonymous(x) if key == "site" else x for key, x in zip(names, node.args, strict=False))
-    kwargs = {key: anonymous(x) if key == "site" else x for key, x in node.kwargs.items()}
+
+    def nameless(key: str, given: Any) -> Any:
+        return anonymous(given) if key == "site" else given
+
+    args = map(nameless, names, node.args)
+    kwargs = {key: nameless(key, given) for key, given in node.kwargs.items()}
     return tuple(args), kwargs
 
 
