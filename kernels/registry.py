@@ -408,8 +408,8 @@ def telemetry() -> dict[str, SiteCounts]:
     for counts in list(_sites.values()):
         with _taking:
             visited, masses = _taken(counts.pending), _taken(counts.pending_mass)
-        counts.visited_blocks += sum(int(part) for part in visited)
-        for mass, samples in (part.tolist() for part in masses):
+        counts.visited_blocks += sum(int(part) for part in visited)  # sync-ok: who asks waits
+        for mass, samples in (part.tolist() for part in masses):  # sync-ok: the same
             counts.kept_mass += mass
             counts.mass_samples += int(samples)
     return dict(_sites)

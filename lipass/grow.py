@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipass.kernels.autocast import in_given_dtypes
+
 RATIO = 2
 
 
@@ -53,10 +55,10 @@ def larger(planes: Tensor) -> Tensor:
     return (RATIO**2 * _product(rows.mT, planes, columns)).to(planes.dtype)
 
 
+@in_given_dtypes
 def _product(rows: Tensor, planes: Tensor, columns: Tensor) -> Tensor:
     """Multiply planes from both sides in float32, whatever autocast the loop is in."""
-    with torch.autocast(planes.device.type, enabled=False):
-        return rows @ planes.float() @ columns
+    return rows @ planes.float() @ columns
 
 
 def retimed(level: Any) -> tuple[Any, Any]:

@@ -97,9 +97,8 @@ def main(argv: list[str] | None = None) -> int:
             measured = _measured()
             for part, said in _run(group, left, out, args.dry, path, broken).items():
                 day["parts"][part] = said
-                # Wrong is state 1: its times still say something, and nobody waits for it.
-                if part.startswith("right_") and said["state"].startswith(("stopped", "failed")):
-                    broken += [part.removeprefix("right_")] * (said["state"] != "failed with 1")
+                if part.startswith("right_") and _is_broken(said["state"]):
+                    broken.append(part.removeprefix("right_"))
                 print(f"{part}: {said['state']}, {said['seconds']:.0f} s", flush=True)
                 if said["state"] != "done":
                     print(said["tail"], flush=True)
@@ -148,6 +147,11 @@ def _run(
         tail = (out / f"{part.name}.log").read_text(errors="replace")[-1500:]
         said[part.name] = {"state": state, "seconds": time.monotonic() - start, "tail": tail}
     return said
+
+
+def _is_broken(state: str) -> bool:
+    """Whether a part hung or crashed; one that found something wrong ends with 1."""
+    return state.startswith(("stopped", "failed")) and state != "failed with 1"
 
 
 def _groups(parts: list[Part]) -> list[list[Part]]:

@@ -19,12 +19,13 @@ PAST_LATENTS = 4
 """Clean latents in front of the new ones of a clip."""
 _FRAMES_A_LATENT = 4
 _SINK_LATENT = 1
-_CALLED = (
-    "build_plucker_from_c2ws",
-    "select_memory_idx_fov",
-    "compute_relative_poses",
-    "FlowUniPCMultistepScheduler",
-)
+_CALLED = {
+    "build_plucker_from_c2ws": ("rays", "the cameras of the first clip are seen"),
+    "select_memory_idx_fov": ("memory", "memory is the session's"),
+    "compute_relative_poses": ("relative", "memory is paired with what it shows"),
+    "FlowUniPCMultistepScheduler": ("scheduler", "steps are the session's"),
+}
+"""What the loop calls by name: the method of `_Rollout` in its place, and why."""
 
 
 def drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
@@ -41,18 +42,8 @@ def drive(pipeline: Any, session: Session, adoption: Adoption) -> None:
     module = module_of(pipeline, *_CALLED)
     rollout = _Rollout(session, module)
     adoption.at_undo(rollout.end)
-    for name, function, why in zip(
-        _CALLED,
-        (rollout.rays, rollout.memory, rollout.relative, rollout.scheduler),
-        (
-            "the cameras of the first clip are seen",
-            "memory is the session's",
-            "memory is paired with what it shows",
-            "steps are the session's",
-        ),
-        strict=True,
-    ):
-        adoption.rebind(module, name, function, why)
+    for name, (method, why) in _CALLED.items():
+        adoption.rebind(module, name, getattr(rollout, method), why)
 
 
 class _Rollout:

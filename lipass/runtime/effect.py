@@ -67,7 +67,7 @@ class Effect:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where a `state` was given."""
         self.told, self._chunks, self._did = state["told"], state["chunks"], state["did"]
-        self.told_whole = state.get("told_whole", False)  # snapshots of 0.2.0 have none
+        self.told_whole = state.get("told_whole", False)  # older snapshots have none
         self._causes = {name: Counter(counts) for name, counts in state["causes"].items()}
         self._dense = Counter(state["dense"])
         sparse, calls, _ = _counted()

@@ -1,4 +1,4 @@
-"""Let the kernel tests share `kernel_cases`, and keep them quick on a busy machine."""
+"""Let the kernel tests share `kernel_cases` and machines, and keep them quick on a busy one."""
 
 import sys
 from pathlib import Path
@@ -21,3 +21,17 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["native", "no compiler"])
+def machine(request, monkeypatch):
+    """Run with the compiled kernel and as on a machine where it can not be built."""
+    from kernel_cases import NO_NATIVE
+
+    from lipass.kernels.block_sparse import native
+
+    if request.param == "native" and NO_NATIVE:
+        pytest.skip(NO_NATIVE)
+    if request.param == "no compiler":
+        monkeypatch.setattr(native, "why_not_loaded", lambda: "no compiler")
+    return request.param

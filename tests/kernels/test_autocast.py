@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import NO_NATIVE, arguments, make_case
+from kernel_cases import arguments, make_case
 
 import lipass.kernels.ops  # noqa: F401  (registers the operators)
 from lipass.kernels import (
@@ -15,18 +15,9 @@ from lipass.kernels import (
     steered,  # noqa: F401
 )
 from lipass.kernels.autocast import is_cast
-from lipass.kernels.block_sparse import native
 from lipass.kernels.view_overlap.api import may_see, view_overlap
 
 ops = torch.ops.lipass
-
-
-@pytest.fixture(params=["native", "no compiler"])
-def machine(request, monkeypatch):
-    if request.param == "native" and NO_NATIVE:
-        pytest.skip(NO_NATIVE)
-    if request.param == "no compiler":
-        monkeypatch.setattr(native, "why_not_loaded", lambda: "no compiler")
 
 
 def both(function):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import NO_NATIVE, arguments, frame_rows, make_case, masked_dense
+from kernel_cases import arguments, frame_rows, make_case, masked_dense
 
 import lipass.kernels.ops  # noqa: F401  (registers the operators)
 from lipass.kernels import dense, merge_partials, registry
@@ -31,16 +31,6 @@ def check(case, bias, expected, tolerance=1e-5, **changes):
     for found, wanted in ((out, expected[0]), (lse, expected[1]), (alone, expected[0])):
         torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
     assert out.transpose(1, 2).is_contiguous()
-
-
-@pytest.fixture(params=["native", "no compiler"])
-def machine(request, monkeypatch):
-    """Run with the compiled kernel and as on a machine where it can not be built."""
-    if request.param == "native" and NO_NATIVE:
-        pytest.skip(NO_NATIVE)
-    if request.param == "no compiler":
-        monkeypatch.setattr(native, "why_not_loaded", lambda: "no compiler")
-    return request.param
 
 
 BIASES = [(), (1,), (2,), (1, 3), (2, 3), (2, 1)]
