@@ -19,6 +19,7 @@ from lipass.passes.core import Numerics, Pass, PassContext
 from lipass.passes.graph.compat import known_true
 from lipass.passes.graph.emit import refuse_grid, refuse_rewrite
 from lipass.passes.graph.marks import step_of
+from lipass.passes.graph.names import repeat_of
 
 RANKINGS = {"product": "mean", "cosine": "cosine"}
 """Name of a ranking to the planner of the operator that ranks so."""
@@ -101,7 +102,7 @@ class SparseAttention(Pass):
             if site.role not in OVER_LATENTS:
                 ctx.note(site.name, "kept", f"{site.role}: {site.reason}")
                 continue
-            call = site.name.partition("@")[2] or site.role
+            call = f"{repeat_of(site.name)}:{site.role}"
             layer = layers[call] = layers.get(call, -1) + 1
             if layer in self.dense_layers:
                 ctx.note(site.name, "kept", f"layer {layer} is in dense_layers")

@@ -7,6 +7,9 @@ from collections import Counter
 
 import torch.fx
 
+# Behind it come the number of the site in its module, its role, or another name that is joined.
+_REPEAT = re.compile(r"@\d+(?=[#:,]|$)")
+
 
 def module_path(node: torch.fx.Node) -> str:
     """Return the path of the innermost module whose call made the node, such as `blocks.0.attn`.
@@ -34,8 +37,14 @@ def module_paths(node: torch.fx.Node) -> list[str]:
 
 
 def without_repeat(name: str) -> str:
-    """Return the name of a site without the `@i` of its call."""
-    return re.sub(r"@\d+(?=:|$)", "", name)
+    """Return the name of a site without the `@i` of its call: `attn#1:self` of `attn@2#1:self`."""
+    return _REPEAT.sub("", name)
+
+
+def repeat_of(name: str) -> str:
+    """Return the `@i` of the call that a site is in; nothing in the first one."""
+    found = _REPEAT.search(name)
+    return found.group() if found else ""
 
 
 def joint_name(names: list[str]) -> str:

@@ -240,3 +240,37 @@ def test_sizes_read_from_inputs_belong_to_their_step(trace, apply):
     records, _ = apply(gm, "canonicalize,find-attention,find-steps,sparse-attention,guard-steps")
     assert records[-1].changed
     assert gm.denoise_step.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+
+
+class Twice(nn.Module):
+    """Two calls of attention in one module, over keys in pieces."""
+
+    def forward(self, x, sigma, past):
+        for scale in (1.0, 2.0):
+            key = torch.cat([past, x], 2)
+            x = x + F.scaled_dot_product_attention(x * scale * sigma, key, key)
+        return x
+
+
+@pytest.mark.parametrize("rewritten", [True, False])
+def test_steps_of_a_module_with_two_sites_are_outlined(trace, apply, monkeypatch, rewritten):
+    why = None if rewritten else "joined is faster"
+    monkeypatch.setattr("lipass.kernels.pieces.why_joined", lambda *sizes: why)
+    net = Twice()
+
+    def fn(x, s, past):
+        for i in range(3):
+            x = x + (s[i + 1] - s[i]) * net(x, s[i], past)
+        return x
+
+    inputs = torch.randn(1, 2, 8, 8), S, torch.randn(1, 2, 5, 8)
+    gm = trace(fn, inputs)
+    _, ctx = apply(gm, TEXT.replace(",guard", ",attend-pieces,guard"))
+    steps = [(n.action, n.reason) for n in ctx.notes if n.pass_name == "guard-steps"]
+    assert ("rewritten", "3 steps call one module behind a guard") in steps
+    named = dict(zip(("L_x_", "L_s_", "L_past_"), inputs, strict=True))
+    taken = [named[node.target] for node in gm.graph.find_nodes(op="placeholder")]
+    torch.testing.assert_close(gm(*taken)[0], fn(*inputs))
+    if rewritten:
+        names = [site.name for _, site in sites(gm.denoise_step.graph)]
+        assert [name.partition(":")[0] for name in names] == ["attention#1", "attention#2"]

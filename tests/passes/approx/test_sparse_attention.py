@@ -83,6 +83,22 @@ def test_layers_are_counted_in_each_call_of_the_model(trace, apply, mini, inputs
     assert kept == ["blocks.1@1:decode", "blocks.1@2:decode", "blocks.1@3:decode"]
 
 
+def test_layers_of_one_module_are_counted_in_each_call_too(trace, apply):
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            for _ in range(2):
+                q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
+                out = F.scaled_dot_product_attention(q, q + 1, q).transpose(1, 2).flatten(2)
+                x = x + out.mT.unflatten(2, x.shape[2:])
+            return x
+
+    net = Twice()
+    gm = trace(lambda x: net(net(x)), (torch.randn(1, 16, 4, 4, 4),))
+    _, ctx = apply(gm, TEXT + "{dense_layers=1}")
+    kept = [note.site for note in ctx.notes if "dense_layers" in note.reason]
+    assert kept == ["attention#2", "attention@1#2"]
+
+
 def test_concatenation_with_another_user_stays(trace, apply):
     def fn(x, history):
         q = x.flatten(2).mT.unflatten(-1, (2, 8)).transpose(1, 2)
