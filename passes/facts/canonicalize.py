@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from lipass.passes.attention.join_late import join_late
 from lipass.passes.attention.match import Refusal
+from lipass.passes.attention.multihead import spell_multihead
 from lipass.passes.attention.one_spelling import other_spelling, spell_as_sdpa, wrong
 from lipass.passes.attention.site import SDPA, AttentionSite, set_site
 from lipass.passes.attention.softmax_attention import Spelled
@@ -79,6 +80,9 @@ class Canonicalize(Pass):
         %q = rearrange(%q, 'B L (H D) -> B L H D', H=16)
         %q = reshape(%q, b, l, 16, 128)
 
+    So does `torch.nn.MultiheadAttention`, which Dynamo keeps whole, with its projections beside it
+    (`passes/attention/multihead.py`).
+
     Queries that are joined with others whose rows nobody reads attend alone
     (`passes/attention/unread_rows.py`).
 
@@ -109,7 +113,7 @@ class Canonicalize(Pass):
         changed = False
         place_switches(graph)
         for node in ctx.visit(list(graph.nodes)):
-            changed |= spell_einops(node, ctx)
+            changed |= spell_einops(node, ctx) or self._spell_multihead(node, ctx)
         for node in ctx.visit(list(graph.nodes)):
             changed |= _spell_attention(node) or _spell_cat(node) or _spell_view(node)
             changed |= _drop_nothing(node)
@@ -126,6 +130,15 @@ class Canonicalize(Pass):
                 changed |= change(node, ctx)
         return changed
 
+    def _spell_multihead(self, node: Node, ctx: PassContext) -> bool:
+        place = module_path(node) or "attention"
+        found = spell_multihead(node, ctx)
+        if isinstance(found, Refusal):
+            return _keep(node, place, found.reason, ctx)
+        if found:
+            ctx.note(place, "rewritten", "the whole call is projections and attention")
+        return found
+
     def _spell_as_sdpa(self, node: Node, ctx: PassContext) -> bool:
         found = other_spelling(node)
         if found is None:
@@ -133,9 +146,7 @@ class Canonicalize(Pass):
         place = module_path(node) or "attention"
         why = found.reason if isinstance(found, Refusal) else self._wrong(found, place)
         if why:
-            set_site(node, AttentionSite(place, call_line(node), "other", None, (), 1.0, why))
-            ctx.note(place, "kept", why)
-            return False
+            return _keep(node, place, why, ctx)
         assert isinstance(found, Spelled)
         spell_as_sdpa(found, ctx)
         ctx.note(place, "rewritten", f"{found.how} is scaled_dot_product_attention")
@@ -153,6 +164,13 @@ class Canonicalize(Pass):
         if why and self.strict:
             raise PassError(f"strict: {place} must equal its SDPA call, but {why}; report this")
         return f"its SDPA call is not equal: {why}" if why else ""
+
+
+def _keep(node: Node, place: str, why: str, ctx: PassContext) -> bool:
+    """Leave attention as it is, as a site of role `other` with the reason."""
+    set_site(node, AttentionSite(place, call_line(node), "other", None, (), 1.0, why))
+    ctx.note(place, "kept", why)
+    return False
 
 
 def _spell_attention(node: Node) -> bool:
