@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = ("inductor", "off", "exact", "context", "sparse", "cache", "all", "reference",
-           "2 steps", "2 steps, 12 latents", "2 steps, 8 latents", "2 steps, 8 random",
-           "no-memory", "copy-last")  # fmt: skip
+           "1 step", "1 step, 12 latents", "2 steps", "2 steps, 12 latents", "2 steps, 8 latents",
+           "2 steps, 8 random", "no-memory", "copy-last")  # fmt: skip
 PATHS = ("left/right", "forward/back", "loop")
 REGIMES = ("explored", "free")
 HEAD = "| path | preset | speed | dB to `off` | dB to the renderer | dB at revisits | context latents | density | steps |"  # noqa: E501
@@ -33,8 +33,9 @@ MEANINGS = {
     "cache": "denoising steps are reused",
     "all": "the three together",
     "reference": "the three as in the paper's release",
+    "1 step, 12 latents": "plain Inductor with the first of the four steps, and 12 latents of 20",
     "2 steps": "plain Inductor with two of the four steps",
-    "2 steps, 12 latents": "that, and the loop's own retrieval cut from 20 latents",
+    "2 steps, 12 latents": "that, and the loop's own retrieval cut to 12 latents",
     "2 steps, 8 latents": "the same",
 }
 # What a page's examination does not say: tests/models and tests/adapters hold it.

@@ -18,6 +18,7 @@ from .scenario import Scenario
 
 # Of lists of two levels the one that stays closest to four (`benchmarks.loop_choice`).
 TWO_SIGMAS = (1.0, 0.625, 0.0)
+ONE_SIGMA = (1.0, 0.0)
 
 
 def retrieve_random(w2c: Tensor, query: Tensor, context: int) -> list[int]:
@@ -63,6 +64,8 @@ class Rival:
 
 # Noise levels and choice of context, by name.
 RIVALS = {
+    "1 step": (ONE_SIGMA, retrieve),
+    "1 step, 12 latents": (ONE_SIGMA, partial(retrieve, context=12, window=CHUNK_LATENTS)),
     "2 steps": (TWO_SIGMAS, retrieve),
     "2 steps, 12 latents": (TWO_SIGMAS, partial(retrieve, context=12, window=CHUNK_LATENTS)),
     "2 steps, 8 latents": (TWO_SIGMAS, partial(retrieve, context=8, window=CHUNK_LATENTS)),

@@ -6,7 +6,7 @@ import torch
 from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.compare import Contender, compare
 from lipass.examples.tinyworld.model import ModelConfig, TinyWorld, tokenize
-from lipass.examples.tinyworld.rivals import RIVALS, TWO_SIGMAS, retrieve_random, rivals
+from lipass.examples.tinyworld.rivals import ONE_SIGMA, RIVALS, TWO_SIGMAS, retrieve_random, rivals
 from lipass.examples.tinyworld.rollout import SIGMAS
 from lipass.examples.tinyworld.scenario import make_scenario
 from lipass.policy.trajectory import parse_trajectory
@@ -30,19 +30,22 @@ def test_rivals_take_part_like_presets(rows):
 
 
 def test_rivals_take_fewer_steps_of_the_same_path():
-    assert set(TWO_SIGMAS) < set(SIGMAS)
-    assert (TWO_SIGMAS[0], TWO_SIGMAS[-1]) == (SIGMAS[0], SIGMAS[-1])
+    for sigmas in (ONE_SIGMA, TWO_SIGMAS):
+        assert set(sigmas) < set(SIGMAS)
+        assert (sigmas[0], sigmas[-1]) == (SIGMAS[0], SIGMAS[-1])
 
 
 def test_what_they_cost_is_counted(rows):
     chunks = 8
     assert {name: row["steps_computed"] for name, row in rows.items()} == {
         "off": 4 * chunks,
-        **dict.fromkeys(RIVALS, 2 * chunks),
+        **{name: int(name[0]) * chunks for name in RIVALS},
     }
     read = {name: row["context_latents_mean"] for name, row in rows.items()}
-    assert read == {"off": 20, "2 steps": 20, "2 steps, 12 latents": 12,
-                    "2 steps, 8 latents": 8, "2 steps, 8 random": 8}  # fmt: skip
+    assert read == {
+        "off": 20, "1 step": 20, "1 step, 12 latents": 12, "2 steps": 20,
+        "2 steps, 12 latents": 12, "2 steps, 8 latents": 8, "2 steps, 8 random": 8,
+    }  # fmt: skip
 
 
 def test_random_latents_are_the_same_for_everybody():
