@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lipass.cli.init_edits import Edits
 from lipass.cli.init_find import Rollout
-from lipass.cli.init_main import Draft, Questions, imports_of, main_of
-from lipass.cli.init_syntax import Function, level_pairs, loaded
+from lipass.cli.init_main import Draft, Questions, imports_of, is_bound, main_of
+from lipass.cli.init_syntax import Function, level_pairs, loaded, names_in
 
 
 def draft_loop(path: Path, source: str, tree: ast.Module, one: Rollout) -> Draft:
@@ -22,7 +22,7 @@ def draft_loop(path: Path, source: str, tree: ast.Module, one: Rollout) -> Draft
         one: the loop.
     """
     questions = Questions()
-    options = _options(one, questions)
+    options = _options(one, tree, questions)
     loop = _wired(source, one, questions)
     main = main_of(tree, one, questions)
     body = "\n\n\n".join([options, loop, main])
@@ -33,12 +33,13 @@ def draft_loop(path: Path, source: str, tree: ast.Module, one: Rollout) -> Draft
     return Draft(text, questions.asked)
 
 
-def _options(one: Rollout, questions: Questions) -> str:
+def _options(one: Rollout, tree: ast.Module, questions: Questions) -> str:
     lines = ["# Graph and session read different options of these, so both are given all of them."]
-    if one.chunk_latents:
-        length = one.chunk_latents
-    else:
-        lines += questions.ask("how many latents does a chunk generate?")
+    length = one.chunk_latents
+    # An argument, or what `self` has, is no name of the module that the draft imports from.
+    if not length or not all(is_bound(tree, name) for name in names_in(ast.parse(length))):
+        asked = "how many latents does a chunk generate?"
+        lines += questions.ask(f"{asked} The loop says `{length}`" if length else asked)
         length = "4"
     lines.append(f'OPTIONS = {{"preset": "all", "chunk_latents": {length}}}')
     return "\n".join(lines)

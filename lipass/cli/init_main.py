@@ -73,13 +73,14 @@ def main_of(tree: ast.Module, one: Rollout, questions: Questions) -> str:
         lines.append(f"        compiled = {compiled.format(root)}")
         given = ", ".join("compiled" if part == root else part for part in given.split(", "))
         given = given.replace(f"{root}={root}", f"{root}=compiled")
-    roll = f"{one.function.name}({given}{', ' if given else ''}session=lipass.Session(**options))"
+    roll = f"{one.function.name}({given}{', ' if given else ''}session=session)"
     generates = any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(one.function))
     roll = f"list({roll})" if generates else roll
     lines += [
         "        for _ in range(2):  # the first one compiles",
         "            begin = time.perf_counter()",
-        f"            {roll}",
+        "            with lipass.Session(**options) as session:",
+        f"                {roll}",
         '            print(options["preset"], f"{time.perf_counter() - begin:.2f} s")',
         "    print(lipass.report().table())",
     ]
@@ -161,6 +162,11 @@ def _sorted(lines: set[str], own: set[str]) -> Iterator[list[str]]:
     for number in range(3):
         if group := [line for line in ordered if place(line) == number]:
             yield group
+
+
+def is_bound(tree: ast.Module, name: str) -> bool:
+    """Whether a module has a name that another one can import."""
+    return any(_binds(node, name) for node in tree.body)
 
 
 def _binds(node: ast.stmt, name: str) -> bool:

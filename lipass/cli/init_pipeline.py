@@ -50,7 +50,8 @@ def main():
         pipe.{model} = torch.compile(model, backend="light_interaction", options=options)
         for _ in range(2):  # the first one compiles
             begin = time.perf_counter()
-            roll_out(pipe, clips, lipass.Session(**options))
+            with lipass.Session(**options) as session:
+                roll_out(pipe, clips, session)
             print(options["preset"], f"{{time.perf_counter() - begin:.2f}} s")
     print(lipass.report().table())
 

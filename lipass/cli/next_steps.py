@@ -37,9 +37,9 @@ def _steps(document: dict[str, Any]) -> Iterator[str]:
     if document["preset"] == "off":
         yield "try --preset all: with 'off' no pass runs"
         return
-    yield from _kept(over)
+    yield from _kept(over or [site for site in sites if _unknown(site)])
     if not rewritten and any("name the pieces" in site["reason"] for site in sites):
-        yield "or inspect with --dynamic: lengths that vary say by themselves what a history is"
+        yield "inspect with --dynamic: lengths that vary say by themselves what a history is"
     dense = [site for site in rewritten if "here it would run dense" in site["reason"]]
     if dense:
         yield (
@@ -59,6 +59,11 @@ def _steps(document: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _unknown(site: dict[str, Any]) -> bool:
+    """Whether a site may be over latents, though no graph shows it."""
+    return site["role"] == "other" or "sparse.token_grid" in site["reason"]
+
+
 def _kept(over: list[dict[str, Any]]) -> Iterator[str]:
     kept = [site for site in over if site["action"] == "kept"]
     if not kept:
@@ -73,7 +78,8 @@ def _kept(over: list[dict[str, Any]]) -> Iterator[str]:
 
 _REMEDIES = (
     ("gradient", "call the model under torch.no_grad()"),
-    ("grid", "say the grid with -o sparse.token_grid=T,Y,X where it cannot be inferred"),
+    ("name the pieces", "name what its keys are joined of, see find-attention.segments"),
+    ("grid", "say the grid with -o sparse.token_grid=Y,X where it cannot be inferred"),
     ("mask", "leave masks of padding out, or write them as a bias of keys"),
     ("no pass of the pipeline", "take a preset that rewrites attention, such as --preset all"),
     ("dense_layers", "sparse.dense_layers asks for it"),

@@ -16,6 +16,7 @@ from lipass.receipt import ChunkRecord, current_report
 from lipass.runtime.agreement import tell
 
 _TRIAL_CHUNKS = 2
+_UNSEEN = "no attention was seen in a compiled model; `lipass inspect` looks for it"
 _NO_CAMERAS = "no cameras of a history were given"
 
 
@@ -109,7 +110,7 @@ class Effect:
         if sparse > self._sparse_before:
             return None
         if calls == self._calls_before:
-            return _why_kept() or "no compiled model with attention was called"
+            return _why_kept() or _UNSEEN
         if why := _why_kept():
             return why
         if self._dense:

@@ -187,6 +187,32 @@ def test_draft_is_python_that_ruff_takes(folder, name):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize(
+    ("length", "step"),
+    [("chunk=4", "chunk"), ("chunk_size", "chunk_size // 2"), ("config", "config.per_block")],
+)
+def test_length_of_a_chunk_that_no_module_has_is_asked_for(folder, capsys, length, step):
+    text = f"""
+import torch
+
+
+def generate(model, w2c, sigmas, {length}):
+    done = []
+    for start in range(0, len(w2c), {step}):
+        x = torch.randn(1, 4, 16, 8, 8)
+        for i in range(len(sigmas) - 1):
+            x = x + (sigmas[i + 1] - sigmas[i]) * model(x, sigmas[i], w2c[: start + 4])
+        done.append(x)
+    return done
+"""
+    draft = drafted(folder, "argument", text)
+    assert f"how many latents does a chunk generate? The loop says `{step}`" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert '"chunk_latents": 4' in draft
+    importlib.import_module("argument_lipass")
+
+
 def test_method_keeps_its_comments_and_both_branches(folder, capsys):
     text = drafted(folder, "sampler", SAMPLER)
     assert "self.model, 2 calls a step" in capsys.readouterr().out

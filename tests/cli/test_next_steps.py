@@ -5,6 +5,8 @@ import pytest
 from lipass.cli import main
 from lipass.cli.next_steps import next_steps
 
+UPSTREAM = "no reshape from [.., T, Y, X, ..] to its tokens is upstream of q"
+
 
 def site(**changed):
     return {
@@ -43,6 +45,20 @@ def found(**changed):
             found(sites=[site(reason="x; here it would run dense: predicted 2 ms vs 1 ms")]),
             "1 rewritten sites would run dense on this machine",
         ),
+        (
+            found(
+                sites=[site(role="text", action="kept", reason=f"{UPSTREAM}; sparse.token_grid")]
+            ),
+            f"1 sites are kept ({UPSTREAM}; sparse.token_grid): say the grid with -o",
+        ),
+        (
+            found(sites=[site(role="other", action="kept", reason="it has a mask")]),
+            "1 sites are kept (it has a mask): leave masks of padding out",
+        ),
+        (
+            found(sites=[site(), site(role="other", action="kept", reason="it is causal")]),
+            "compile it",
+        ),
         (found(poses=[]), "no cameras are among the inputs: give them to the session"),
         (
             found(sites=[site(role="cross", action="kept")], preset="exact"),
@@ -52,6 +68,18 @@ def found(**changed):
 )
 def test_what_is_said_first_follows_from_what_was_found(document, first):
     assert next_steps(document)[0].startswith(first)
+
+
+def test_attention_over_text_alone_asks_for_nothing():
+    sites = [site(role="text", action="kept", reason="attention over the prompt")]
+    assert next_steps(found(sites=sites)) == []
+
+
+def test_pieces_without_a_name_are_to_be_named_or_their_lengths_shown():
+    reason = "its 256 keys: it could be text or 4 latents; name the pieces"
+    named, dynamic = next_steps(found(sites=[site(role="other", action="kept", reason=reason)]))
+    assert "find-attention.segments" in named
+    assert dynamic.startswith("inspect with --dynamic")
 
 
 def test_table_of_a_model_ends_with_it(world, capsys):

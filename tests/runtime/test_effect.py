@@ -64,7 +64,7 @@ def test_loop_that_asks_for_no_steps_is_named():
 
 def test_model_that_is_not_compiled_is_named():
     (one,) = roll_out(lipass.Session(preset="sparse"), (16,))
-    assert "sparse: no compiled model with attention was called" in one
+    assert "sparse: no attention was seen in a compiled model" in one
     session = lipass.Session(preset="cache", **{"steps.form": "lookup"})
     (one,) = roll_out(session, (24,), BACK)
     assert "no call in a reused step was answered" in one
