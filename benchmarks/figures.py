@@ -143,7 +143,7 @@ BY_HAND = {
     "benchmarks/results/versions.json": "the tests that it names, with torch of those versions",
     "benchmarks/results/gpu": "make gpu-day, on a machine with a GPU",
     "docs/frontier.svg": "lipass calibrate, as docs/calibrate.md has it, with --svg; it writes "
-    "examples/tinyworld/weights/calibrated.toml too; the fill of its axes was mended by hand",
+    "examples/tinyworld/weights/calibrated.toml too",
     "docs/play.png": "a picture of the page of lipass play, with a chunk on its way",
     "docs/inspect.png": "a picture of the page that lipass inspect "
     "examples/targets.py:worldplay_size --html page.html writes",

@@ -1,6 +1,7 @@
 """TinyWorld as `lipass calibrate` asks for a model: itself, its loop and walks of training rooms.
 
-    lipass calibrate lipass.examples.tinyworld.calibration:build --default-db 37.5 --tries 64 \
+    lipass calibrate lipass.examples.tinyworld.calibration:build --default-db 39 --tries 24 \
+        --from examples/tinyworld/weights/calibrated.toml \
         --out examples/tinyworld/weights/calibrated.toml
 
 Rooms of tables and tests are others. The mean over all walks is asked for; explored ones have
