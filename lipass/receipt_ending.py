@@ -98,7 +98,7 @@ def _times(chunks: Iterable[ChunkRecord], preset: str) -> dict[tuple[int, int], 
 
 
 def _changed(report: Report) -> str:
-    presets = report.presets or list(dict.fromkeys(one.preset for one in report.chunks))
+    presets = _presets(report)
     if presets and set(presets) <= {"off"}:
         return "Preset 'off' changes nothing: results are those of torch.compile."
     if set(presets) <= {*_EXACT} or _skipped(report).startswith("Nothing"):
@@ -106,21 +106,28 @@ def _changed(report: Report) -> str:
     return "What is skipped changes results (approximate): compare them with preset 'off'."
 
 
+def _presets(report: Report) -> list[str]:
+    """List presets of graphs and of sessions, which may skip what no graph does."""
+    of_chunks = (one.preset for one in report.chunks if one.preset)
+    return list(dict.fromkeys((*report.presets, *of_chunks)))
+
+
 def _next(report: Report) -> str:
     """Say the one thing that helps most."""
     over = [site for site in report.sites.values() if site.role in _OVER_LATENTS]
-    approximate = set(report.presets) - {*_EXACT}
+    presets = _presets(report)
+    approximate = set(presets) - {*_EXACT}
     if report.left_eager:
         return "mend what is not compiled, above; nothing is gained there"
     if over and all("gradient is recorded" in site.reason for site in over):
         return "call the model under torch.no_grad(); attention that records gradients stays dense"
-    if report.presets and set(report.presets) <= {"off"}:
+    if presets and set(presets) <= {"off"}:
         return "preset 'exact', which keeps results, or 'all', which skips work"
     if not report.graphs and not report.sites:
         return "call a model that torch.compile(backend='light_interaction') has made"
     if not over:
         return "`lipass inspect` says where attention is; what no graph shows calls lipass.attend"
-    if not approximate and report.presets:
+    if not approximate and presets:
         return "preset 'all', which skips work, and a lipass.Session around the loop"
     if not report.sessions:
         return "open a lipass.Session around the loop, which chooses frames and steps"

@@ -174,9 +174,9 @@ class _Dump:
             return
         stem = f"{self.index:02d}_{name.replace('-', '_')}"
         try:
-            (self.folder / f"{stem}.txt").write_text(text)
+            (self.folder / f"{stem}.txt").write_text(text, encoding="utf-8")
             if self.index:
-                (self.folder / f"{stem}.diff").write_text(diff)
+                (self.folder / f"{stem}.diff").write_text(diff, encoding="utf-8")
         except OSError as error:
             _tell_unwritten(self.folder, error)
             self.folder = None

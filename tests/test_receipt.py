@@ -303,6 +303,17 @@ def test_table_ends_with_what_changed_and_what_to_try(presets, site, said, then)
     assert then in last
 
 
+@pytest.mark.parametrize("preset", ["off", "exact"])
+def test_ending_of_an_exact_graph_tells_what_its_session_left_out(preset):
+    current_report().add_graph(1.0, preset=preset)
+    current_report().add_site(SITE)
+    chunk_records(read=None)
+    last = " ".join(current_report().table().rpartition("\n\n")[2].split())
+    assert "Skipped: " in last
+    assert "What is skipped changes results (approximate)" in last
+    assert "Next: preset 'all'" not in last
+
+
 def test_report_of_nothing_has_no_ending():
     assert "Next" not in current_report().table()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -89,14 +90,20 @@ def _unexpected(error: BaseException) -> str:
     from lipass.cli.failures import raised
 
     if isinstance(error, OSError) and error.strerror:
-        if error.filename is None:
+        if error.filename is None and error.errno in _OF_WRITING:
             _leave_stdout()
             return f"what is printed must reach its reader, got: {error.strerror}; see to stdout"
+        if error.filename is None:
+            return f"{raised(error)}; --debug shows the traceback"
         return (
             f"a file must be readable or writable where it is needed, got {error.strerror}: "
             f"{str(error.filename)!r}; check the path, its permissions and the space on its disk"
         )
     return f"{raised(error)}; --debug shows the traceback"
+
+
+# What a full disk or a reader that is gone says; other calls of the system have errors too.
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def _leave_stdout() -> None:

@@ -16,6 +16,7 @@ from lipass.cli.failures import failing, raised
 from lipass.cli.target import Target
 from lipass.cli.terminal import paint, paragraph
 from lipass.cli.toolchain import check_compiler
+from lipass.errors import LipassError
 
 if TYPE_CHECKING:
     from lipass.passes.core import Pass, PassPipeline
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {_TOLERANCE:g})",
     )
     parser.add_argument(
-        "--inner", choices=_INNERS, default="eager", help="inner compiler (default: eager)"
+        "--inner", choices=_INNERS, help="inner compiler (default: eager, or that of -o inner=)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -71,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.tolerance >= 0:
         raise UsageError(f"--tolerance must be >= 0, got {args.tolerance}; try 1e-4")
-    options = {**target.options_of(args), "inner": args.inner}
+    options: dict[str, Any] = {"inner": "eager", **target.options_of(args)}
+    if args.inner is not None:
+        options["inner"] = args.inner
     pipeline = pipeline_for(options, args.add)
-    check_compiler(options["inner"])
+    check_compiler(options["inner"], "--inner eager")
     made = target.load(args.target)
     with contextlib.redirect_stdout(sys.stderr):
         found, kept = bisect(made, options, pipeline, args.tolerance, args.dynamic or None)
@@ -121,7 +124,13 @@ def bisect(
     from lipass.runtime.chosen_context import chosen_by_caller
 
     with failing("must run without compiling", made.text):
-        expected = _outputs(made, lambda model: model)
+        expected, again = (_outputs(made, lambda model: model) for _ in range(2))
+    if not _difference(expected, again) <= tolerance:
+        raise LipassError(
+            f"the eager model must give the same twice, got outputs of {made.text} that differ by "
+            f"{_difference(expected, again):.2g}; return the module or its method, of which each "
+            "trial gets a copy: what a function writes to, the next one begins with"
+        )
 
     def check(passes: tuple[Pass, ...]) -> tuple[float | None, str]:
         said = f"lipass bisect: {', '.join(one.name for one in passes) or 'no pass'}"

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture of it")
     parser.add_argument(
-        "--tries", type=_count, default=40, metavar="N", help="choices of options (default: 40)"
+        "--tries",
+        type=_at_least_one,
+        default=40,
+        metavar="N",
+        help="choices of options (default: 40)",
     )
     parser.add_argument(
         "--repeats",
@@ -87,10 +92,14 @@ def run(args: argparse.Namespace) -> int:
     from lipass.calibration.frontier import Frontier, writer
     from lipass.calibration.told import table
     from lipass.cli.progress import progress
+    from lipass.config import Config
 
     writer()  # missing, it is better told before an hour of work
-    earlier = None if args.earlier is None else Frontier.load(args.earlier)
+    with _asked_for():
+        earlier = None if args.earlier is None else Frontier.load(args.earlier)
     model, roll_out, walks, options = _load(args.target)
+    with _asked_for():
+        Config.resolve(None, {**options, **given})
     total = args.tries + args.frames
     # What a model prints must not end up in a JSON document.
     with contextlib.redirect_stdout(sys.stderr), progress("calibrate", total) as advance:
@@ -121,6 +130,15 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
+@contextlib.contextmanager
+def _asked_for() -> Iterator[None]:
+    """Tell what is wrong with what was asked for as such."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
 def _load(text: str) -> tuple[Any, Any, Any, dict[str, Any]]:
     from lipass.cli.failures import failing
     from lipass.cli.importing import import_callable
@@ -138,6 +156,12 @@ def _load(text: str) -> tuple[Any, Any, Any, dict[str, Any]]:
             "docs/calibrate.md"
         )
     return (*made, {}) if len(made) == 3 else made
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number must be 1 or more, got {text!r}; try 40")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from lipass.cli.init_pipeline import draft_pipeline, is_pipeline
 
     path, name = _source(args.target)
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             f"spaces, got line {one.steps.lineno} of {path}; format the file (ruff format)"
         ) from error
     try:
-        with out.open("x") as file:
+        with out.open("x", encoding="utf-8") as file:
             file.write(draft.text)
     except FileExistsError as error:
         raise UsageError(f"DRAFT must be a new file, got {out}; name another with -o") from error
@@ -104,7 +104,7 @@ _LOOKS_LIKE = (
 def _source(text: str) -> tuple[Path, str]:
     """Return the file of a target and the name in it, or ""."""
     where, colon, name = text.rpartition(":")
-    if not colon:
+    if not colon or text.endswith(".py"):  # the colon of a drive
         where, name = text, ""
     path = Path(where)
     if where.endswith(".py"):

@@ -28,8 +28,12 @@ def compiler() -> str | None:
     return lines[0] if lines else path
 
 
-def check_compiler(inner: str = "inductor") -> None:
+def check_compiler(inner: str = "inductor", other: str = "") -> None:
     """Refuse to begin what Inductor could not compile.
+
+    Args:
+        inner: the inner compiler.
+        other: how the command is told to take another one, if it can be.
 
     Raises:
         LipassError: no compiler, and no GPU that would need none of C++.
@@ -39,5 +43,5 @@ def check_compiler(inner: str = "inductor") -> None:
     if inner == "inductor" and not torch.cuda.is_available() and compiler() is None:
         raise LipassError(
             "Inductor needs a C++ compiler on a CPU, got none (neither CXX nor g++ runs); install "
-            "g++, or pass another inner compiler: -o inner=aot_eager"
+            f"g++{f', or pass another inner compiler: {other}' if other else ''}"
         )

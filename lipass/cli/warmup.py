@@ -7,6 +7,7 @@ TORCHINDUCTOR_CACHE_DIR too; that folder can go into an image. They still trace 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -90,7 +91,8 @@ def _one(args: argparse.Namespace, preset: str) -> dict[str, Any]:
             known = len(compilation_time_metrics.get(_COMPILED, ()))
             begin = time.perf_counter()
             try:
-                call()
+                with contextlib.redirect_stdout(sys.stderr):  # ours is for the table or the JSON
+                    call()
             except (Exception, SystemExit) as error:
                 cause = getattr(error, "inner_exception", error)
                 if isinstance(cause, LipassError):
@@ -127,7 +129,7 @@ def _calls(args: argparse.Namespace, preset: str) -> list[Callable[[], Any]]:
 
     options = target.options_of(args, preset)
     pipeline = pipeline_for(options, args.add)
-    check_compiler(Config.resolve(None, options).inner)
+    check_compiler(Config.resolve(None, options).inner, "-o inner=aot_eager")
     if args.add:
         options["pipeline"] = str(pipeline)
     loaded = target.load(args.target)

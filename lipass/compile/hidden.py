@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -56,12 +57,12 @@ _NEAR = 12
 _WATCHED_CALLS = 2
 
 _TORCH = str(Path(torch.__file__).parent)
-_DYNAMO = f"{_TORCH}/_dynamo/"
+_DYNAMO = os.path.join(_TORCH, "_dynamo", "")
 # Frames that stand between a model and its graphs: torch's, and those of this folder.
 _BETWEEN = (
-    f"{_TORCH}/_",
-    f"{_TORCH}/fx/",
-    f"{_TORCH}/nn/modules/module.py",
+    os.path.join(_TORCH, "_"),
+    os.path.join(_TORCH, "fx", ""),
+    os.path.join(_TORCH, "nn", "modules", "module.py"),
     str(Path(__file__).parent),
 )
 _REMEDY = (

@@ -47,11 +47,11 @@ def telling(compiled: Compiled, gm: torch.fx.GraphModule, config: Config) -> Com
         chunk = current_chunk()
         if chunk is not None and chunk.session not in met:
             session = chunk.session
-            met.add(session)
             if lines := differences(config, set(), session.config):
                 strict = config.strict or session.config.strict
                 said = disagreement(lines, config.preset, session.config.preset)
                 tell(said, strict=strict)
+            met.add(session)
         return compiled(*args)
 
     return run

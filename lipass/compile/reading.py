@@ -111,10 +111,10 @@ class GraphReading:
     def _meet(self, session: Session) -> None:
         if session in self._met:
             return
-        self._met.add(session)
         if lines := differences(self._config, self._able, session.config):
             presets = self._config.preset, session.config.preset
             tell(disagreement(lines, *presets), strict=self._strict(session))
+        self._met.add(session)  # who was refused and tries again is refused again
 
     def _first(self, chunk: Chunk, args: tuple[Any, ...], sizes: Bindings) -> Reading:
         session, there = chunk.session, chunk.plan.history_latents
@@ -171,8 +171,8 @@ class GraphReading:
 
     def _tell(self, session: Session, said: str) -> None:
         if session not in self._told:
-            self._told.add(session)
             tell(said, strict=self._strict(session))
+            self._told.add(session)
 
     def _strict(self, session: Session) -> bool:
         return self._config.strict or session.config.strict
@@ -181,7 +181,6 @@ class GraphReading:
         """Check the cameras that the graph chooses by, once a chunk: it takes a device read."""
         if not self._prunes or chunk in self._checked:
             return
-        self._checked.add(chunk)
         for place, name, history in self._cameras:
             count = number(history, known)
             for w2c in args[place]:
@@ -192,6 +191,7 @@ class GraphReading:
                         f"the model chooses its context by its input {name.removeprefix('l_')}: "
                         f"{error}; or leave the pass out that does, see lipass inspect"
                     ) from None
+        self._checked.add(chunk)
 
 
 def _history(site: AttentionSite) -> Size:

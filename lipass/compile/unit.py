@@ -91,7 +91,8 @@ class CompiledUnit:
     def __call__(self, *args: Any) -> Any:
         """Run the graph, or answer from what is kept."""
         if is_off():
-            with registry.force("dense", "lipass.disabled()"), unmerged():
+            # What `lipass.attend` has planted has no twin, and would choose by cameras.
+            with registry.force("dense", "lipass.disabled()"), unmerged(), chosen_by_caller(None):
                 return (self.twin or self).compiled(*args)
         step = current_step() if self.inputs is not None else None
         if self.inputs is None or step is None:
@@ -130,6 +131,8 @@ class CompiledUnit:
             scopes.enter_context(chunk.session.prompts.scores.answering(chunk))
             scopes.enter_context(registry.force("dense", WHY_DENSE))
             scopes.enter_context(unmerged())
+            if chunk.chooses:  # what `lipass.attend` has planted has no twin, and would choose too
+                scopes.enter_context(chosen_by_caller(None))
             if self.twin is not None:
                 return self.twin.run(args, chunk, WHY_DENSE)
             return self.compiled(*args)

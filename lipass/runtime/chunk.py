@@ -13,7 +13,8 @@ from torch import Tensor
 from lipass.errors import LipassError
 from lipass.policy.plan import ChunkPlan, with_steps
 from lipass.policy.steps import StepPlan, all_taken, plan_steps
-from lipass.receipt import ChunkRecord, current_report
+from lipass.receipt import current_report
+from lipass.runtime.chunk_record import record_of
 from lipass.runtime.coarse_steps import CoarseSteps
 from lipass.runtime.events import Compiled
 from lipass.runtime.follow import Follow
@@ -246,6 +247,7 @@ class Chunk:
                 f"{self.plan.stream!r} again; make the next with session.chunk(...)"
             )
         self.session.turns.begin(self)
+        self._count_from_nothing()
         if self.session.measured is not None:
             self.session.measured.wait()
         self._began = time.perf_counter()
@@ -257,6 +259,13 @@ class Chunk:
         self._block = Block(self.session, self)
         enter(self._block)
         return self
+
+    def _count_from_nothing(self) -> None:
+        """Forget what an attempt counted that was given up."""
+        self.latents_read = None
+        self.lookups, self.misses, self.why_missed = 0, 0, Counter[str]()
+        self._answered, self._missed = set[int](), set[int]()
+        self.coarse.taken.clear()
 
     def __exit__(
         self,
@@ -273,20 +282,7 @@ class Chunk:
         if self.session.measured is not None:
             self.session.measured.wait()
         seconds = time.perf_counter() - self._began
-        record = ChunkRecord(
-            self.session.number,
-            self.plan,
-            seconds,
-            self.lookups,
-            self.misses,
-            dict(self.why_missed),
-            self.latents_read,
-            self.steps_skipped(),
-            "off" if is_off() else self.session.config.preset,
-            current_report().graphs != self._graphs,
-            None if self.session.pace is None else self.session.pace.target_ms,
-            len(self.coarse.taken),
-        )
+        record = record_of(self, seconds, compiled=current_report().graphs != self._graphs)
         if kind is None:
             self._finished = True
             self.session.finish(self)

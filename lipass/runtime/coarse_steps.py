@@ -155,12 +155,12 @@ class CoarseSteps:
             what = f"{len(steps.coarse)} of {steps.total} steps were planned so, and none was"
         else:
             what = "no loop asked for its steps with their levels"
-        session.effect.told_whole = True
         tell(
             f"a loop must ask for steps on half of the grid, got a chunk in which {what}; call "
             "the model by step.velocity(...) in a loop over chunk.steps(sigmas)",
             strict=session.config.strict,
         )
+        session.effect.told_whole = True
 
 
 def _numbers(schedule: Schedule) -> list[float] | None:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -108,7 +109,7 @@ class Events:
             }
             self._emit("lipass.session.end", self._began_ns, time.time_ns(), attributes)
         if self._file is not None:
-            os.close(self._file)
+            self._closing()
             self._file = None
 
     def _begin(self) -> None:
@@ -148,6 +149,8 @@ class Events:
         if self._file is None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             self._file = os.open(self.sink, flags, 0o644)
+            # Who leaves a session open has its file closed all the same, when it is gone.
+            self._closing = weakref.finalize(self, os.close, self._file)
         # One write a line, so that processes may share a file.
         line = self._end_of_cut + (json.dumps(event) + "\n").encode()
         written = os.write(self._file, line)

@@ -91,13 +91,13 @@ class GivenChunks:
         """
         if power is None or self._weighed or power == 0 or _FAINT < power < _LOUD:
             return
-        self._weighed = True
         tell(
             f"latents must be normalised to a mean square of about 1, got {power:.3g}, so the "
             "window of the history is not what context.dynamics_low and dynamics_high say; divide "
             f"by {power**0.5:.3g}, as the VAE's scaling factor does, or pass latents=None",
             strict=self._strict,
         )
+        self._weighed = True
 
     def finished(self, stream: str) -> None:
         """Remember the length of the chunk that was planned last."""

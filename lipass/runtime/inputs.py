@@ -3,7 +3,9 @@
 An input is the same if it is the same object, or lies in the same memory in the same layout, and
 nothing has written to it. Small tensors on the host are compared by value too, because prompts and
 cameras are often made anew with equal values; tensors on a device are not, because reading one
-stops the device. torch does not count what is written through `Tensor.data` or numpy.
+stops the device. So of a large one, or one on a device, that was made in `torch.inference_mode`,
+where torch counts no writes, nothing is known. torch does not count what is written through
+`Tensor.data` or numpy.
 """
 
 from __future__ import annotations
@@ -24,16 +26,24 @@ def _version(tensor: Tensor) -> int:
 
 
 class Held:
-    """One input, kept alive so that no other tensor can take its memory."""
+    """One input, kept alive so that no other tensor can take its memory.
 
-    __slots__ = ("given", "snapshot", "version")
+    Attributes:
+        given: what it is.
+        version: writes that torch has counted; -1 where it counts none.
+        snapshot: a copy where torch counts no writes.
+        untold: whether nothing would tell of a write.
+    """
+
+    __slots__ = ("given", "snapshot", "untold", "version")
 
     def __init__(self, given: Any) -> None:
         self.given = given
         self.version = _version(given) if isinstance(given, Tensor) else 0
         # Where torch counts no writes, a copy tells.
-        watched = isinstance(given, Tensor) and self.version < 0 and _is_small(given)
-        self.snapshot = given.clone() if watched else None
+        uncounted = isinstance(given, Tensor) and self.version < 0
+        self.untold = uncounted and not _is_small(given)
+        self.snapshot = given.clone() if uncounted and not self.untold else None
 
     def is_same(self, other: Any) -> bool:
         """Whether an input of another call is this one, unchanged."""
@@ -53,6 +63,8 @@ class Held:
 
 
 def _is_unwritten(held: Held) -> bool:
+    if held.untold:
+        return False
     if held.snapshot is not None:
         return _is_equal(held.snapshot, held.given)
     return held.version == _version(held.given)

@@ -170,6 +170,11 @@ def _is_same_model(one: _Output, given: list[Any]) -> bool:
 def _difference(one: _Output, inputs: StepInputs, args: Sequence[Any]) -> str | None:
     """Name a condition in which a call differs, or latents of another form; None if nothing."""
     for i in inputs.conditions:
+        if one.held[i].untold:
+            return (
+                f"its input {inputs.names[i]!r} was made in torch.inference_mode, where torch "
+                "counts no writes; use torch.no_grad()"
+            )
         if not one.held[i].is_same(args[i]):
             return f"its input {inputs.names[i]!r} is another than in the step that computed"
     for i in inputs.latents:

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lipass.errors import LipassError
-from lipass.switch import is_off
+from lipass.switch import frames_above, is_off, is_off_at
 
 if TYPE_CHECKING:
     from lipass.runtime.chunk import Chunk
@@ -45,6 +45,8 @@ class Block:
     """Frame that entered the block; None once it is closed."""
     hides: frozenset[Block] = field(default=frozenset(), repr=False)
     """Blocks inside of which this one was entered."""
+    off: bool = False
+    """Whether it was entered inside of `lipass.disabled()`."""
 
 
 _here: contextvars.ContextVar[tuple[Block, ...]] = contextvars.ContextVar("lipass", default=())
@@ -57,7 +59,7 @@ def enter(block: Block, depth: int = 1) -> None:
     frame = sys._getframe(depth + 1)
     on_stack = _depths(frame)
     outer = [one for one in _here.get() if one.frame in on_stack]
-    block.frame = frame
+    block.frame, block.off = frame, is_off()
     block.hides = frozenset(one for one in outer if _is_inside(block, one))
     _here.set((*(one for one in _here.get() if one.frame is not None), block))
     with _lock:
@@ -96,11 +98,7 @@ def _is_inside(block: Block, outer: Block) -> bool:
 
 
 def _depths(frame: FrameType | None) -> dict[FrameType, int]:
-    depths: dict[FrameType, int] = {}
-    while frame is not None:
-        depths[frame] = len(depths)
-        frame = frame.f_back
-    return depths
+    return {one: depth for depth, one in enumerate(frames_above(frame))}
 
 
 def _running(of: Callable[[Block], bool]) -> list[Block]:
@@ -123,6 +121,14 @@ def _running(of: Callable[[Block], bool]) -> list[Block]:
         nearest = min(depths[one.frame] for one in near if one.frame is not None)
         blocks = [one for one in near if one.frame and depths[one.frame] == nearest]
     return blocks
+
+
+def only_chunk_is_off() -> bool:
+    """Whether a thread that no block was entered in computes for a chunk that is switched off."""
+    if _here.get():
+        return False
+    blocks = _of_the_only_chunk(lambda one: one.chunk is not None)
+    return any(one.off or is_off_at(one.frame) for one in blocks)
 
 
 def _of_the_only_chunk(of: Callable[[Block], bool]) -> list[Block]:

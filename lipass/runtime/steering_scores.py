@@ -80,6 +80,9 @@ class SteeringScores:
         self._rows.clear()
         self._written.clear()
 
+    # Rows of a chunk under `inference_mode` are written to by those under `no_grad` too.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _rows_of(self, chunk: Chunk, blend: Blend, layout: _Layout) -> Tensor | None:
         written = self._written.setdefault(chunk, set())
         tokens, _, _, latents, dtype, device = layout

@@ -258,8 +258,19 @@ def test_an_earlier_frontier_of_another_type_is_refused():
 def test_an_earlier_frontier_that_is_none_is_refused_before_any_work(tmp_path, capsys):
     code = main(["calibrate", f"{TARGET}:build", "--from", str(tmp_path / "none.toml"),
                  "--out", str(tmp_path / "own.toml")])  # fmt: skip
-    assert code != 0
+    assert code == 2
     assert "a frontier must be a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(["--tries", "0"], "must be 1 or more"), (["-o", "context.gian_min=1"], "context.gain_min")],
+)
+def test_what_cannot_be_asked_for_is_wrong_usage(given, said, tmp_path, capsys):
+    out = tmp_path / "own.toml"
+    assert main(["calibrate", f"{TARGET}:build", "--out", str(out), *given]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_frontiers_are_of_whole_tries_only():

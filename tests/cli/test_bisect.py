@@ -130,3 +130,33 @@ def test_approximation_that_differs_with_nothing_left_out_is_guilty(world, capsy
     assert code == 1
     assert [one["name"] for one in said["guilty"]] == ["wrong-approximation"]
     assert said["approximate"] == []
+
+
+def test_inner_compiler_may_be_an_option(world, capsys, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        "lipass.backend.inner_compile",
+        lambda gm, given, *, inner: used.append(inner) or gm.forward,
+    )
+    bisect(world, capsys, FACTS, "-o", "inner=aot_eager")
+    assert {*used} == {"aot_eager"}
+    used.clear()
+    bisect(world, capsys, FACTS)
+    assert {*used} == {"eager"}
+
+
+def test_function_that_writes_to_what_no_trial_copies_is_refused(tmp_path, capsys):
+    path = tmp_path / "counting.py"
+    path.write_text(
+        "import torch\n"
+        "def build():\n"
+        "    count = torch.zeros(1)\n"
+        "    def call(x):\n"
+        "        count.add_(1)\n"
+        "        return x * count\n"
+        "    return call, (torch.ones(1),)\n"
+    )
+    assert main(["bisect", f"{path}:build"]) == 1
+    said = capsys.readouterr().err
+    assert "must give the same twice" in said
+    assert "return the module or its method" in said

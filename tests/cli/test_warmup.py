@@ -74,3 +74,17 @@ def test_function_that_runs_by_itself(world, capsys):
 def test_what_cannot_be_asked_for_is_usage(world, given, capsys):
     assert main(["warmup", world, *given]) == 2
     assert "lipass warmup:" in capsys.readouterr().err
+
+
+def test_what_a_target_prints_stays_out_of_the_json(world, capsys):
+    path, _ = world.split(":")
+    with open(path, "a") as file:
+        file.write(
+            "\ndef loud():\n    model, call = decode()\n    print('chunk 1')\n"
+            "    options = {'inner': 'eager'}\n"
+            "    torch.compile(model, backend='light_interaction', options=options)(*call)\n"
+        )
+    assert main(["warmup", f"{path}:loud", "--run", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["schema_version"] == 1
+    assert "chunk 1" in told.err

@@ -103,11 +103,25 @@ def test_model_that_reads_what_was_chosen_hears_nothing(call):
 
 
 def test_strict_raises_where_the_choice_is_ignored(call):
-    with (
-        lipass.Session(preset="context", strict=True, **NARROW) as session,
-        pytest.raises(lipass.LipassError, match="strict: a model must read"),
-    ):
-        call("exact", session)
+    with lipass.Session(preset="context", strict=True, **NARROW) as session:
+        for _ in range(2):  # who tries again is refused again
+            with pytest.raises(lipass.LipassError, match="strict: a model must read"):
+                call("exact", session)
+
+
+def test_strict_refuses_a_session_of_other_options_each_time(call):
+    with lipass.Session(preset="sparse", strict=True) as session:
+        for _ in range(2):
+            with pytest.raises(lipass.LipassError, match="strict: a compiled model and its"):
+                call("exact", session)
+
+
+def test_cameras_that_are_none_are_refused_each_time(call):
+    wrong = turning(HISTORY + 4) * 2
+    with lipass.Session(preset="cache") as session:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="the model chooses its context by its input"):
+                call("context", session, w2c=wrong, **NARROW)
 
 
 def test_options_that_nobody_reads_are_told_once(call):

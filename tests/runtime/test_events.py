@@ -1,3 +1,4 @@
+import gc
 import json
 import logging
 import os
@@ -248,3 +249,17 @@ def test_log_has_a_line_for_each_chunk(caplog):
     with caplog.at_level(logging.DEBUG, "lipass"):
         roll(3)
     assert any(record.getMessage() == "  latent 0: sink" for record in caplog.records)
+
+
+def test_a_session_that_is_left_open_closes_its_file_when_it_is_gone(tmp_path):
+    path = tmp_path / "events.jsonl"
+    session = lipass.Session(preset="all", events=path)
+    with session.chunk(query=WAY_BACK[:4]) as chunk:
+        list(chunk.steps(SIGMAS))
+    descriptor = session.events._file
+    os.fstat(descriptor)
+    session.effect.told = True
+    del session, chunk
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

@@ -1,6 +1,7 @@
 """What a reused step may be answered with, and what it may not."""
 
 import collections
+import contextlib
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import lipass
 from lipass.policy.trajectory import parse_trajectory
+from lipass.runtime import inputs as inputs_module
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -532,3 +534,34 @@ def test_revisit_by_poses_is_answered_as_before(model):
         for step in now.steps(SIGMAS):
             fast(x, level(step.sigma), w2c, text, history)
     assert now.lookups == len(now.plan.steps.reused) > 0
+
+
+def test_large_prompt_of_inference_mode_computes_as_nothing_tells_of_a_write(model, monkeypatch):
+    monkeypatch.setattr(inputs_module, "_HOST_ELEMENTS_MAX", 100)
+    with torch.inference_mode():
+        fast, (x, w2c, text, history) = compiled(model), inputs()
+        out, now = play(
+            fast,
+            between=lambda step: text.mul_(2) if step.index == 2 else None,
+            given=(x, w2c, text, history),
+        )
+        torch.testing.assert_close(out[2], model(x, level(0.5), w2c, text, history))
+    assert now.lookups == 0
+    assert any("use torch.no_grad()" in why for why in now.why_missed)
+
+
+def test_a_chunk_that_is_tried_again_counts_from_nothing(model):
+    fast, (x, w2c, text, history) = compiled(model), inputs()
+    with reusing() as session:
+        now = chunk(session, w2c)
+        with contextlib.suppress(MemoryError), now:
+            for step in now.steps(SIGMAS):
+                if step.index == 1:
+                    fast(x, level(step.sigma), w2c, text * 2, history)  # computes: another prompt
+                    raise MemoryError
+                fast(x, level(step.sigma), w2c, text, history)
+        assert now.misses == 1
+        with now:
+            for step in now.steps(SIGMAS):
+                fast(x, level(step.sigma), w2c, text, history)
+    assert (now.lookups, now.misses, now.steps_skipped()) == (2, 0, 2)

@@ -265,3 +265,17 @@ def test_nothing_is_weighed_where_lipass_is_off(world):
         (made,) = rolled(model, session, {}, 1)
     with torch.no_grad():
         torch.testing.assert_close(made, world(LATENTS, LEVEL, NIGHT, HISTORY))
+
+
+def test_inference_mode_and_no_grad_may_take_turns(world):
+    said = {0: [(DAY, 4, POLICY)], 1: [(NIGHT, 4, POLICY)]}
+    expected = rolled(compiled(world), lipass.Session(preset="off"), said, 4)
+    model, session = compiled(world), lipass.Session(preset="off")
+    session.steer(DAY, 4, POLICY)
+    for index, want in enumerate(expected):
+        if index == 1:
+            session.steer(NIGHT, 4, POLICY)
+        mode = torch.no_grad() if index % 2 else torch.inference_mode()
+        with mode, session.chunk(poses=EYE[:4], query=EYE[4:8]) as chunk:
+            out = model(LATENTS, LEVEL, chunk.text, HISTORY)
+        torch.testing.assert_close(out.clone(), want, rtol=0, atol=1e-5)

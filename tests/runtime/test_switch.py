@@ -1,7 +1,9 @@
 """Switched off, a model and its session compute everything, and nothing else changes."""
 
+import contextvars
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from mini_decode import REUSE, SIGMAS, Mini, compiled, inputs, level
 
 import lipass
 from lipass.kernels import registry
+from lipass.policy.trajectory import parse_trajectory
+from lipass.switch import is_off
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {"sparse.tile": (1, 2, 2), "sparse.dense_tokens": 0, "sparse.budget": 0.1, **REUSE}
@@ -93,3 +97,80 @@ def test_another_value_is_refused(monkeypatch):
     monkeypatch.setenv("LIPASS", "no")
     with pytest.raises(ValueError, match="LIPASS must be 'on' or 'off', got 'no'"):
         rollout(Mini().eval(), lipass.Session(preset="off"))
+
+
+def test_a_generator_that_is_drawn_from_other_contexts_stays_switched_off():
+    def frames():
+        with lipass.disabled():
+            for _ in range(3):
+                yield is_off()
+
+    drawn = frames()
+    assert [contextvars.copy_context().run(next, drawn) for _ in range(3)] == [True] * 3
+    assert contextvars.copy_context().run(next, drawn, "end") == "end"
+    assert not is_off()
+
+
+def test_a_generator_that_is_dropped_in_another_context_leaves_nothing_off():
+    def frames():
+        with lipass.disabled():
+            yield is_off()
+
+    drawn = frames()
+    assert contextvars.copy_context().run(next, drawn)
+    contextvars.copy_context().run(drawn.close)
+    assert not is_off()
+
+
+def test_a_thread_that_computes_for_a_disabled_block_is_off():
+    model = Mini().eval()
+    fast = compiled(model, **REUSE)
+    x, w2c, text, cache = inputs(4)
+    session = lipass.Session(preset="cache", **REUSE)
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool, session:
+        with session.chunk(poses=w2c[0, :4], query=w2c[0, 4:]) as chunk:
+            for step in chunk.steps(SIGMAS):
+                given = x, level(step.sigma), w2c, text, cache
+                with lipass.disabled():
+                    assert pool.submit(is_off).result()
+                    found = pool.submit(torch.no_grad()(fast), *given).result()
+                torch.testing.assert_close(found, model(*given), atol=1e-5, rtol=1e-5)
+                assert not pool.submit(is_off).result()
+        assert chunk.lookups == 0
+        with lipass.disabled(), session.chunk(poses=w2c[0, :4], query=w2c[0, 4:]):
+            assert pool.submit(is_off).result()
+
+
+def test_a_thread_that_computes_for_nobody_is_not_off():
+    with lipass.disabled(), ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(is_off).result()
+
+
+def test_blocks_lie_in_each_other_and_decorate():
+    @lipass.disabled()
+    def inside(depth):
+        return is_off() and (depth == 0 or inside(depth - 1))
+
+    with lipass.disabled():
+        assert inside(2)
+        assert is_off()
+    assert not is_off()
+
+
+def test_a_disabled_block_reads_all_that_attend_is_given():
+    class Attending(torch.nn.Module):
+        def forward(self, q, k, v, w2c):
+            history = ("history", k[:, :, :-64], v[:, :, :-64], (k.shape[2] // 16 - 4, 4, 4))
+            current = ("current", k[:, :, -64:], v[:, :, -64:], (4, 4, 4))
+            return lipass.attend(q + w2c.mean(), [history, current], site="one")
+
+    frames = 28
+    q, (k, v) = torch.randn(1, 2, 64, 16), torch.randn(2, 1, 2, 16 * frames, 16)
+    turn = parse_trajectory(f"left-{frames - 1}")[None]
+    model = Attending()
+    expected = model(q, k, v, turn)
+    fast = compiled(model, preset="context")
+    with torch.no_grad():
+        assert not torch.allclose(fast(q, k, v, turn), expected, atol=1e-4)
+        with lipass.disabled():
+            torch.testing.assert_close(fast(q, k, v, turn), expected)
