@@ -134,6 +134,9 @@ def _settle(node: Node, fresh: Any) -> bool:
         )
     if all(map(_same_strides, old, new)):
         return False
+    for before, after in zip(old, new, strict=True):
+        if isinstance(before, torch.Tensor) and before.requires_grad:
+            after.requires_grad_()  # it was made without
     node.meta["example_value"] = fresh
     return True
 

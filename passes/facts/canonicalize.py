@@ -260,6 +260,8 @@ def _same_tensor(a: object, b: object) -> bool:
         return False
     if a.dim() != b.dim() or a.dtype != b.dtype or a.device != b.device:
         return False
+    if a.requires_grad != b.requires_grad:  # `detach` ends what is differentiated
+        return False
     if storage(a) != storage(b):
         return False
     pairs = [*zip(a.shape, b.shape, strict=True), *zip(a.stride(), b.stride(), strict=True)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -68,7 +69,9 @@ class Emitter:
             if step := step_of(self.before):
                 set_step(node, step)
         mode = self.ctx.fake_mode
-        with inside(entered(self.before)), mode, unguarded(mode), torch.no_grad():
+        # What takes the place of a call that is differentiated is differentiated too.
+        grad = torch.set_grad_enabled(_is_differentiated(self.before))
+        with inside(entered(self.before)), mode, unguarded(mode), grad:
             node.meta["example_value"] = run(
                 map_arg(node.args, value), map_arg(node.kwargs, value)
             )
@@ -110,6 +113,11 @@ class Emitter:
 
     def _axis(self, tensor: Node, dim: int) -> Node:
         return self(torch.ops.aten.sym_size.int, tensor, dim)
+
+
+def _is_differentiated(node: Node) -> bool:
+    leaves = pytree.tree_leaves(value(node))
+    return any(isinstance(one, torch.Tensor) and one.requires_grad for one in leaves)
 
 
 def emit_behind(tensor: Node, ctx: PassContext, target: Callable[..., Any], *given: Any) -> Node:

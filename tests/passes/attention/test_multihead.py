@@ -133,6 +133,35 @@ class World(nn.Module):
         return self.head(h + self.attend(h, h, h)[0])
 
 
+class ByHand(World):
+    """The same, with a softmax of its own."""
+
+    def forward(self, x):
+        h = self.embed(x).flatten(2).transpose(1, 2)
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in (h, h * 2, h * 3))
+        out = torch.softmax(q @ k.mT * 0.25, -1) @ v
+        return self.head(h + out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore:attention can be made sparse where no gradient")
+@pytest.mark.parametrize("kind", [World, ByHand])
+@pytest.mark.parametrize("preset", ["exact", "sparse"])
+def test_gradients_are_those_of_the_model(kind, preset, fresh_dynamo):
+    model, x = kind().eval(), torch.randn(1, 4, 8, 16, 16)
+    compiled = torch.compile(
+        model, backend="light_interaction",
+        options={"preset": preset, "inner": "aot_eager"},
+    )  # fmt: skip
+    found = []
+    for call in (compiled, model):
+        model.zero_grad()
+        call(x).square().sum().backward()
+        found.append([one.grad for one in model.parameters() if one.grad is not None])
+    assert len(found[0]) == len(found[1])
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_blocks_of_it_are_left_out_where_its_grid_is_shown(fresh_dynamo):
     reset_report()
     model, x = World().eval(), torch.randn(1, 4, 8, 16, 16)

@@ -57,6 +57,15 @@ def test_cat_gets_a_positive_dim_by_position(trace, apply):
     )
 
 
+def test_detach_stays_where_its_source_is_differentiated(trace, apply):
+    def fn(a, b):
+        return (a.detach() * b).sum()
+
+    a, b, _ = qkv()
+    assert diff(trace, apply, fn, a.requires_grad_(), b) == ""
+    assert "detach" in diff(trace, apply, fn, a.detach(), b)
+
+
 def test_nested_cat_becomes_flat(trace, apply):
     def fn(a, b, c):
         return torch.cat([a, torch.cat([b, c], dim=2)], dim=-2)
