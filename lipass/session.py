@@ -12,10 +12,9 @@ it. `lipass.runtime.scope` knows what is open where the model is being called.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +41,8 @@ from lipass.runtime.replay import Replay
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, latest, leave
 from lipass.runtime.snapshot import Resumable
-from lipass.runtime.turns import Turns, check_stream
+from lipass.runtime.streams import Streamed
+from lipass.runtime.turns import Turns
 from lipass.runtime.written_slots import WrittenSlots
 from lipass.switch import is_off
 
@@ -51,7 +51,7 @@ __all__ = ["Chunk", "Session", "current", "current_chunk", "current_step"]
 _NOTHING = Config.resolve("off")
 
 
-class Session(Resumable):
+class Session(Streamed, Resumable):
     """One rollout, or several side by side in streams.
 
     Args:
@@ -104,11 +104,6 @@ class Session(Resumable):
         self.prompts = Prompts()
         self.recorded: Replay | None = None
         self._blocks: list[Block] = []
-
-    @property
-    def open_chunks(self) -> dict[str, Chunk]:
-        """The open chunk of each stream."""
-        return self.turns.open
 
     @classmethod
     def replay(cls, plans: Iterable[ChunkPlan], config: Config | None = None) -> Session:
@@ -241,21 +236,6 @@ class Session(Resumable):
             cameras = check_poses(None, self.given.convention.to_w2c(poses))[1]
             decide = functools.partial(least_needed, cameras, self.config.context)
             return self.ranks.number(decide, held=len(cameras))
-
-    @contextlib.contextmanager
-    def stream(self, name: str) -> Iterator[None]:
-        """Keep the stored outputs of the model calls inside apart, e.g. those of a CFG branch.
-
-        Branches share the chunk and its plan. Without this, calls of a step are told apart by
-        what differs in their inputs, latents and noise level aside.
-        """
-        check_stream(name)
-        branch = Block(self, branch=name)
-        enter(branch, depth=2)
-        try:
-            yield
-        finally:
-            leave(branch)
 
     def close(self) -> None:
         """Forget everything but the receipt; calling it twice is fine."""
