@@ -24,6 +24,7 @@ from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.parallel.agree import Alone, Ranks
 from lipass.policy.holding import least_needed
+from lipass.policy.indices import as_plain
 from lipass.policy.latents import check_latents
 from lipass.policy.plan import ChunkPlan, Once, plan_chunk
 from lipass.policy.steering import Steering, asked
@@ -124,7 +125,7 @@ class Session(Streamed, Resumable):
         query: Tensor | None = None,
         latents: Tensor | None = None,
         own_context: Sequence[int] | None = None,
-        held: Sequence[int] | None = None,
+        held: Sequence[int] | Tensor | None = None,
         stream: str = "main",
     ) -> Chunk:
         """Decide about the next chunk of a stream.
@@ -156,7 +157,7 @@ class Session(Streamed, Resumable):
                 ranks that share the session ask for different chunks.
         """
         with self.ranks.together():
-            index = self.turns.next(stream)
+            index, held = self.turns.next(stream), as_plain(held)
             if self.recorded is not None:
                 return Chunk(self, self.recorded.next(stream, poses, held), held)
             poses, query = self.given.checked(poses, query, latents, stream, index)

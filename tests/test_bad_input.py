@@ -446,6 +446,7 @@ def test_latents_as_models_have_them_are_not_told_of(scale):
         {"own_context": torch.tensor([1, 2])},
         {"held": [3, 1]},
         {"held": []},
+        {"held": torch.tensor([3, 1])},
         {"latents": LATENTS.bfloat16()},
     ],
     ids=str,

@@ -498,6 +498,25 @@ def test_replay_knows_what_is_held():
         assert (chunk.held, chunk.says_held) == (tuple(order), True)
 
 
+@pytest.mark.parametrize("preset", ["off", "all"])
+@pytest.mark.parametrize("made", [torch.tensor, lambda held: torch.tensor(held).numpy()])
+def test_what_is_held_may_be_a_tensor(preset, made):
+    """Its members are numbers: of tensors none is among what was chosen."""
+    order = [*range(8, 24), *range(4)]
+    with session_of(preset) as session, chunk_of(session, 6, held=order) as chunk:
+        plan = chunk.plan
+    for again in (session_of(preset), Session.replay([plan])):
+        with again, chunk_of(again, 6, held=made(order)) as chunk:
+            assert (chunk.held, chunk.context) == (tuple(order), plan.context.indices)
+            assert {type(latent) for latent in chunk.held} == {int}
+
+
+def test_what_is_held_is_checked_where_the_loop_reads_by_itself():
+    said = "held must hold indices of the 24 history latents"
+    with session_of("off") as session, pytest.raises(ValueError, match=said):
+        chunk_of(session, 6, held=[24], own_context=[0])
+
+
 def test_first_chunk_without_cameras_needs_nothing_and_later_ones_a_history():
     session = Session(Config.resolve("all"))
     with session.chunk() as chunk:

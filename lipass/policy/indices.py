@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+
+def as_plain(given: Any) -> Any:
+    """Return what a loop says of latents, as plain numbers where it is a tensor or an array."""
+    return given.tolist() if hasattr(given, "tolist") else given
 
 
 def indices_of(given: object, history: int, name: str) -> list[int]:
@@ -12,7 +18,7 @@ def indices_of(given: object, history: int, name: str) -> list[int]:
         TypeError: no list of ints.
         ValueError: an index outside the history or given twice.
     """
-    plain = given.tolist() if hasattr(given, "tolist") else given
+    plain = as_plain(given)
     if not isinstance(plain, Sequence | range) or any(type(index) is not int for index in plain):
         kind = "one number" if type(plain) is int else repr(given)
         raise TypeError(

@@ -161,12 +161,13 @@ def plan_chunk(
     modes = {options.mode for options in (context_options, step_options) if options}
     counted = "matrix-game" if "matrix-game" in modes else ""
     history, new = (history_latents(len(cameras), counted) for cameras in (poses, query))
+    held = None if held is None else indices_of(held, history, "held")
     context: ContextPlan | None = None
     revisit: Revisit | None = None
 
     adaptive = [o for o in (context_options, step_options) if o and o.mode == "adaptive"]
     if adaptive and history and (held is None or held):
-        there = sorted(indices_of(held, history, "held")) if held is not None else range(history)
+        there = range(history) if held is None else sorted(held)
         scored = functools.partial(score_points, poses[list(there)], query, adaptive[0])
         visibility = once.get_or("points", scored)
         if context_options in adaptive:
@@ -210,6 +211,7 @@ def _without_cameras(
     once: Once,
 ) -> ChunkPlan:
     history = 0 if latents is None else len(latents)
+    held = None if held is None else indices_of(held, history, "held")
     context, steps = config.context, config.steps
     modes = {options.mode for options in (context, steps) if options} - {"adaptive"}
     if modes:
@@ -222,7 +224,7 @@ def _without_cameras(
     if context is not None and latents is not None:
         asked = context.window_latents is None
         read = _read(once, latents, history, context) if asked else LatentReading()
-        there = None if held is None else sorted(indices_of(held, history, "held"))
+        there = None if held is None else sorted(held)
         chosen = plan_window(history, read, context, there)
     revisit = Revisit(False, None, None, "no cameras, so no view is known to be seen again")
     if steps is None:
