@@ -143,14 +143,17 @@ def _lengths(chunk: Chunk) -> set[int]:
 
 
 def _latents(chunk: Chunk, tokens: int, per_latent: int) -> list[int]:
-    """Say which latents a call reads as its history.
+    """Say which latents a call reads as its history, in the order of its keys.
+
+    As many as are held are all of them as they lie, also where all were chosen: `held` is what the
+    loop says of that order, and the context is ascending.
 
     Raises:
         LipassError: as many as neither the chunk chose nor the loop holds.
     """
     count, rest = divmod(tokens, per_latent)
     if not rest:
-        for known in (chunk.context, list(chunk.held)):
+        for known in (list(chunk.held), chunk.context):
             if len(known) == count:
                 return known
     raise LipassError(

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import lipass
 from lipass.errors import LipassError
+from lipass.kernels import registry
 from lipass.receipt import current_report, reset_report
 
 POLICY = "two-prompt"
@@ -255,6 +256,42 @@ def test_a_history_of_unknown_latents_is_refused(world):
     with pytest.raises(LipassError, match=r"got 128 tokens of 16 a latent, for 4 chosen"):
         rolled(model, session, {}, 1, longer)
     rolled(model, session, {}, 1)
+
+
+def weighed(chunk, latents):
+    """Ask as a call with so many history latents of 2 tokens does; says which are weighed."""
+    with chunk.session.prompts.scores.answering(chunk):
+        ask = registry.answer_of("steering_bias")
+        rows = ask(torch.zeros(1, 1, 2, 8), (2 * latents,), ("history",), 2, 1)
+    return (rows.view(latents, 2) < 0).all(1).tolist()
+
+
+@pytest.mark.parametrize("held", [None, [*range(8)], [4, 5, 6, 7, 0, 1, 2, 3], [6, 1, 7, 0]])
+def test_older_history_is_weighed_where_it_lies(held):
+    """In a ring that has come round, older latents lie behind newer ones."""
+    session = lipass.Session(preset="off")
+    session.steer(DAY)
+    with session.chunk(poses=EYE[:4], query=EYE[4:8]):
+        pass
+    session.steer(NIGHT, policy="history-bias")
+    with session.chunk(poses=EYE[:4], query=EYE[4:8]) as chunk:
+        assert weighed(chunk, 4) == [True] * 4
+    lie = [*range(8)] if held is None else held
+    with session.chunk(poses=EYE[:8], query=EYE[8:12], held=held) as chunk:
+        assert weighed(chunk, len(lie)) == [latent < 4 for latent in lie]
+
+
+def test_older_history_that_the_loop_has_picked_lies_as_in_the_context():
+    session = lipass.Session(preset="off")
+    session.steer(DAY)
+    with session.chunk(poses=EYE[:4], query=EYE[4:8]):
+        pass
+    session.steer(NIGHT, policy="history-bias")
+    with session.chunk(poses=EYE[:4], query=EYE[4:8]) as chunk:
+        weighed(chunk, 4)
+    held = [4, 5, 6, 7, 0, 1, 2, 3]
+    with session.chunk(poses=EYE[:8], query=EYE[8:12], held=held, own_context=[5, 0]) as chunk:
+        assert weighed(chunk, 2) == [True, False]
 
 
 def test_nothing_is_weighed_where_lipass_is_off(world):
