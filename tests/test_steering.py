@@ -86,6 +86,30 @@ def test_a_change_said_within_an_open_chunk_starts_from_what_that_shows():
         assert chunk.text[0] is FOG[0]
 
 
+@pytest.mark.parametrize("when", ["before its block", "in its block"])
+def test_a_change_said_behind_the_plan_of_a_chunk_begins_with_the_next(when):
+    """Nothing of it is lost: it ramps, flushes and encodes anew as if said behind the chunk."""
+    for policy in ("lerp", "flush", "recache"):
+        steering = lipass.Steering(policy=policy, over_chunks=2, newest_latents=1)
+        session = lipass.Session(preset="off")
+        run(session, 2, {0: [(DAY,)]})
+        chunk, plans = chunk_of(session, 2), []
+        if when == "before its block":
+            session.steer(NIGHT, policy=steering)
+        with chunk:
+            if when == "in its block":
+                session.steer(NIGHT, policy=steering)
+            assert chunk.text is DAY
+        for index in range(3, 6):
+            with chunk_of(session, index) as chunk:
+                plans.append(chunk.plan.steering)
+        assert [blend.place for blend in plans] == [1, 2, 0]
+        assert plans[0].since == 12
+        assert plans[0].flush == ((1, 11) if policy == "flush" else None)
+        assert plans[0].recache == (tuple(range(12)) if policy == "recache" else ())
+        assert plans[0].weight == (0.5 if policy == "lerp" else 1.0)
+
+
 def test_what_was_made_while_another_prompt_was_said_is_remembered_as_it_was():
     session = lipass.Session(preset="off")
     run(session, 1, {0: [(DAY,)]})

@@ -170,8 +170,8 @@ class Prompts:
             told.flushed.append(blend.flush)
         change = told.change
         if change is not None and blend.new != change.new:
-            # Said while this chunk was open, which is what the change starts from.
-            change.old = blend.as_old()
+            # Said behind the plan of this chunk, which is what the change starts from.
+            change.old, change.first = blend.as_old(), max(change.first, plan.index + 1)
         elif change is not None:
             change.blend, change.first = blend, min(change.first, plan.index)
             if blend.place == 1:
