@@ -110,7 +110,7 @@ class Stages:
 
         A stage that has computed some of them learns so by its method `forget(count)`, before its
         next item: its last `count` results were never shown. `lipass.stages.is_stale` tells a
-        stage that is computing.
+        stage that is computing, which may raise `lipass.stages.Stale`.
 
         Returns:
             How many items were given up.

@@ -19,11 +19,21 @@ class Job:
 _now: contextvars.ContextVar[Job | None] = contextvars.ContextVar("lipass_stage", default=None)
 
 
+class Stale(Exception):
+    """Raise it in a stage whose item is stale, to leave it half done.
+
+    What a stage returns counts as made, and its `forget(count)` takes it back. What is left by
+    this has made nothing, so nothing is taken back for it. Of an item that is not stale it is an
+    error like any other.
+    """
+
+
 def is_stale() -> bool:
     """Whether the item that the caller, a stage, is computing has been given up.
 
-    What the stage returns is then thrown away, so it may return at once, such as between two
-    denoising steps. False outside of stages.
+    What the stage returns is then thrown away, so it may raise `Stale` at once, such as between
+    two denoising steps. One that returns has made a result that nobody sees, and its
+    `forget(count)` counts that. False outside of stages.
     """
     job = _now.get()
     return job is not None and job.stale

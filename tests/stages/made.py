@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lipass import Stage
-from lipass.stages import is_stale
+from lipass.stages import Stale, is_stale
 
 
 def obedient(*names, **options):
@@ -28,6 +28,8 @@ class Obedient:
         until = time.monotonic() + asked.get("work_until_stale", 0.0)
         while time.monotonic() < until and not is_stale():
             time.sleep(0.005)
+        if asked.get("leave") or ("work_until_stale" in asked and is_stale()):
+            raise Stale
         if asked.get("interrupt") and not self.interrupted:
             self.interrupted = True
             raise KeyboardInterrupt

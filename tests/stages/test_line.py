@@ -202,6 +202,27 @@ def test_a_stage_here_is_told_by_another_thread(here):
     told.join()
 
 
+def test_an_item_that_is_left_half_done_takes_nothing_back(stages):
+    """What its stage had made before was shown, and stays."""
+    (found,) = stages.run([{"first": {"remember": "shown"}}])
+    before = found["trace"][0][2]
+    stages.put({"first": {"work_until_stale": 20.0, "remember": "half done"}})
+    told = threading.Timer(0.2, stages.forget)
+    told.start()
+    with pytest.raises(LipassError, match="under way to be taken, got none"):
+        stages.get()
+    told.join()
+    (found,) = stages.run([{"first": {"remember": "shown too"}}])
+    assert found["history"][-2:] == ["shown", "shown too"]
+    assert found["trace"][0][2] == before
+
+
+def test_an_item_that_is_left_and_wanted_is_an_error(stages):
+    stages.put({"first": {"leave": True}})
+    with pytest.raises(StageError, match="got Stale from stage 'first'"):
+        stages.get()
+
+
 def test_outside_of_stages_nothing_is_stale():
     assert not is_stale()
 
