@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lipass.policy.blend import Blend
@@ -100,13 +101,13 @@ class Told:
 
 
 def packed(text: Any) -> Any:
-    """Write down of what kind each part of a text is: graphs are compiled for the kinds.
+    """Write down of what kind each part of a text is, and where: graphs are compiled for that.
 
     Raises:
         TypeError: tensors in something else than lists, tuples and dicts.
     """
     if isinstance(text, Tensor):
-        return ["tensor", [list(text.stride()), text]]
+        return ["tensor", [list(text.stride()), text, str(text.device)]]
     if text is None or type(text) in (bool, int, float, str):
         return text
     if type(text) in (list, tuple):
@@ -120,13 +121,33 @@ def packed(text: Any) -> Any:
 
 
 def unpacked(told: Any) -> Any:
-    """Rebuild a text from `packed`."""
+    """Rebuild a text from `packed`, each tensor where it was if there is such a device here."""
     if not isinstance(told, list):
         return told
     kind, parts = told
     if kind == "tensor":
-        return laid_out(parts[1], parts[0])
+        strides, tensor, *device = parts
+        return laid_out(_placed(tensor, *device), strides)
     if kind == "dict":
         return {name: unpacked(one) for name, one in parts}
     made = [unpacked(one) for one in parts]
     return tuple(made) if kind == "tuple" else made
+
+
+def _placed(tensor: Tensor, device: str = "cpu") -> Tensor:
+    """Copy a tensor to where it was; where no such device is, it stays.
+
+    Args:
+        tensor: of a file, hence on the CPU, or of a session of this process.
+        device: what was written down, which older files have not.
+    """
+    return tensor.to(device if is_there(torch.device(device)) else tensor.device, copy=True)
+
+
+def is_there(device: torch.device) -> bool:
+    """Whether this process has a device."""
+    if device.type == "cpu":
+        return True
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count()
+    return here is not None and here.type == device.type and (device.index or 0) < count

@@ -17,6 +17,7 @@ from lipass.passes.graph.marks import StepInputs
 from lipass.policy.steering import POLICIES
 from lipass.policy.trajectory import parse_trajectory
 from lipass.receipt import current_report, reset_report
+from lipass.runtime import told
 from lipass.runtime.snapshot import mark_of
 from lipass.runtime.steering_scores import SteeringScores
 from lipass.runtime.tree_file import from_bytes, to_bytes
@@ -473,6 +474,41 @@ def test_a_prompt_that_was_said_twice_stays_one():
         (text,), _ = steered(session, [6], {})
         first, *_, last = session.prompts._told["main"].texts.values()
         assert text is first is last
+
+
+class Asked(torch.Tensor):
+    """Remembers where it was asked to go."""
+
+    def to(self, device, *, copy):
+        assert copy
+        return str(device)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_prompt_comes_back_to_the_device_that_it_was_on(there, monkeypatch):
+    """Where it exists in this process; a text on the CPU is none that the model can read."""
+    kind, (strides, _, device) = told.packed(torch.ones(2, 3).as_subclass(Elsewhere))
+    assert (kind, strides, device) == ("tensor", [3, 1], "cuda:1")
+    monkeypatch.setattr(told, "is_there", lambda device: there)
+    monkeypatch.setattr(told, "laid_out", lambda tensor, strides: tensor)
+    asked = torch.ones(2, 3).as_subclass(Asked)
+    assert told.unpacked([kind, [strides, asked, device]]) == ("cuda:1" if there else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("found", "devices"), [(None, ["cpu"]), ("cuda", ["cpu", "cuda", "cuda:0", "cuda:1"])]
+)
+def test_devices_that_this_process_has(found, devices, monkeypatch):
+    here = None if found is None else torch.device(found)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: here)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2 if found else 0)
+    names = ["cpu", "cuda", "cuda:0", "cuda:1", "cuda:2", "mps", "meta"]
+    assert [one for one in names if told.is_there(torch.device(one))] == devices
+
+
+def test_a_prompt_of_a_file_from_before_stays_on_the_cpu():
+    text = told.unpacked(["list", [["tensor", [[1, 2], torch.ones(2, 2)]]]])
+    assert (text[0].stride(), text[0].device.type) == ((1, 2), "cpu")
 
 
 def test_a_text_of_another_kind_is_refused_with_the_remedy():
