@@ -29,7 +29,7 @@ from lipass.runtime.events import Events, Sink
 from lipass.runtime.given import GivenChunks
 from lipass.runtime.pace import Pace
 from lipass.runtime.replay import Replay
-from lipass.runtime.tree_file import Tree, checked, from_bytes, to_bytes
+from lipass.runtime.tree_file import Copies, Tree, checked, from_bytes, to_bytes
 from lipass.runtime.turns import Turns
 
 SCHEMA_VERSION = 1
@@ -49,8 +49,8 @@ class Snapshot:
         parts: state of each of its parts.
         records: what the receipt had of its chunks, oldest first.
         model: mark of a model's weights; None where none was given.
-        carried: what the loop has kept beside. Out of a file, tensors are on the CPU, and tuples
-            are lists.
+        carried: what the loop has kept beside, a copy each time it is asked for. Out of a file,
+            tensors are on the CPU, and tuples are lists.
         made_with: versions of lipass and torch.
     """
 
@@ -69,13 +69,15 @@ class Snapshot:
 
     def to_tree(self) -> dict[str, Tree]:
         """Give plain data and tensors, to be put into a file with other things."""
-        return vars(self) | {"records": [record.to_dict() for record in self.records]}
+        records = [record.to_dict() for record in self.records]
+        return vars(self) | {"records": records, "carried": dict(self.carried)}
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Tree]) -> Snapshot:
         """Rebuild one from `to_tree`."""
         records = tuple(map(ChunkRecord.from_dict, tree["records"]))
-        return cls(**{**tree, "records": records})
+        carried = Copies(tree["carried"])
+        return cls(**{**tree, "records": records, "carried": carried})
 
     def to_bytes(self) -> bytes:
         """Give it as the content of a safetensors file.
@@ -191,7 +193,7 @@ class Resumable:
             checked(parts, "state"),
             tuple(record for record in own if record.session == self.number),
             None if model is None else mark_of(model),
-            checked(carry or {}, "carry"),
+            Copies(checked(carry or {}, "carry")),
             {"lipass": VERSION, "torch": str(torch.__version__)},
         )
 

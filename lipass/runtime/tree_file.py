@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,26 @@ def checked(tree: Tree, where: str) -> Tree:
     if tree is None or type(tree) in (bool, int, float, str):
         return tree
     raise TypeError(f"{where} must be plain data, got {type(tree).__name__}; {_MEANT}")
+
+
+class Copies(Mapping[str, Tree]):
+    """Gives of what it holds a copy each time, so that nobody writes to what others get.
+
+    Args:
+        held: what `checked` has returned.
+    """
+
+    def __init__(self, held: Mapping[str, Tree]) -> None:
+        self._held = held
+
+    def __getitem__(self, name: str) -> Tree:
+        return checked(self._held[name], name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 def to_bytes(tree: Tree, kind: str, version: int) -> bytes:

@@ -292,6 +292,25 @@ def test_carried_things_come_back_and_are_copies():
     assert snapshot.carried["half"].sum() == 3
 
 
+@pytest.mark.parametrize("filed", [False, True])
+def test_what_a_branch_writes_reaches_neither_another_nor_the_snapshot(filed):
+    """A snapshot is a point to come back to, as often as one likes."""
+    carry = {"history": torch.zeros(3), "cache": {"k": [torch.zeros(2)]}}
+    with Session(preset="off") as session:
+        session.steer([torch.zeros(1, 2, 3)])
+        snapshot = session.snapshot(carry=carry)
+    snapshot = through_a_file(snapshot) if filed else snapshot
+    for _ in range(2):
+        with Session.resume(snapshot) as session, session.chunk(query=WAY_BACK[:4]) as chunk:
+            for tensor in (
+                snapshot.carried["history"], snapshot.carried["cache"]["k"][0], chunk.text[0],
+            ):  # fmt: skip
+                assert tensor.sum() == 0
+                tensor += 1
+    assert through_a_file(snapshot).carried["history"].sum() == 0
+    assert dict(snapshot.carried).keys() == carry.keys()
+
+
 @pytest.mark.parametrize(
     ("carry", "error", "words"),
     [
