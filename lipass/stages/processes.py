@@ -113,10 +113,11 @@ class Processes:
             raise StageError(rank.stage.name, -1, *rest)
         assert got == word, (got, word)
 
-    def _check_alive(self, asked: Rank) -> None:
+    def _check_alive(self, asked: Rank | None = None) -> None:
+        """Raise where a process has ended, unless the one that is asked has said something."""
         dead = [one for one in self.ranks if not one.process.is_alive()]
-        if dead and not asked.pipe.poll():
-            raise self.ended()
+        if dead and not (asked and asked.pipe.poll()):
+            raise next(filter(None, map(_unmade, dead)), None) or self.ended()
 
     def _connect(self) -> Channel:
         """Join the group; a process that ends meanwhile would be waited for in vain."""
@@ -132,8 +133,7 @@ class Processes:
         thread.start()
         while not found:
             thread.join(0.05)
-            if any(not one.process.is_alive() for one in self.ranks):
-                raise self.ended()
+            self._check_alive()
         if isinstance(found[0], RuntimeError):
             raise found[0]
         return found[0]
@@ -196,6 +196,16 @@ class Processes:
             _join(self.ranks, _TOLD_S)
         shutil.rmtree(self._folder, ignore_errors=True)
         return failed
+
+
+def _unmade(rank: Rank) -> StageError | None:
+    """Read from the pipe of a process that has ended why its stage could not be made."""
+    with contextlib.suppress(OSError, EOFError):
+        while rank.pipe.poll():
+            word, *rest = json.loads(rank.pipe.recv_bytes())
+            if word == "unmade":
+                return StageError(rank.stage.name, -1, *rest)
+    return None
 
 
 def _join(ranks: list[Rank], within_s: float) -> None:

@@ -65,6 +65,22 @@ class Scale:
         return torch.tanh(x @ x.mT * self.by) + self.count
 
 
+class Slow:
+    """Takes its time to be made and to be closed, or to compute."""
+
+    def __init__(self, seconds=0.0, close_seconds=0.0, closed=""):
+        time.sleep(seconds)
+        self.close_seconds, self.closed = close_seconds, closed
+
+    def __call__(self, item):
+        time.sleep(item)
+        return item
+
+    def close(self):
+        time.sleep(self.close_seconds)
+        Path(self.closed).touch()
+
+
 def unmade():
     raise FileNotFoundError("weights/none.safetensors")
 

@@ -83,6 +83,15 @@ def test_a_stage_that_cannot_begin_is_told(make, kind, says):
         Stages([Stage("only", make)], apart=True)
 
 
+@pytest.mark.parametrize("first", ["made:Slow", "made:Obedient"])
+def test_why_a_stage_could_not_be_made_is_told_while_an_earlier_one_is_loading(first):
+    options = {"seconds": 60.0} if first == "made:Slow" else {"name": "first"}
+    began = time.monotonic()
+    with pytest.raises(StageError, match=r"(?s)FileNotFoundError from stage 'last'.*weights/none"):
+        Stages([Stage("first", first, options), Stage("last", "made:unmade")], apart=True)
+    assert time.monotonic() - began < 50.0
+
+
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
