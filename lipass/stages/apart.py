@@ -142,9 +142,11 @@ class Apart(Line):
         """Wait until somebody says something, or ends."""
         sentinels = [one.process.sentinel for one in self._ranks]
         said = wait([self._heard, *(one.pipe for one in self._ranks), *sentinels])
-        if any(one in said for one in sentinels):
+        if not self._over and any(one in said for one in sentinels):
             raise self._ended()
         with self.cond:
+            if self._over:
+                return  # who ends the processes hears what they say of it
             if self._heard in said:
                 self._heard.recv_bytes()
             for one in self._ranks:
@@ -152,9 +154,13 @@ class Apart(Line):
                     self._hear(one, *json.loads(one.pipe.recv_bytes()))
             self.cond.notify_all()
 
-    def _hear(self, rank: Rank, word: str, number: int = -1, *rest: str) -> None:
+    def _hear(self, rank: Rank, word: str, *told: Any) -> None:
         if word == "ended":  # nobody has asked it to: it has lost a neighbour
             raise self._ended()
+        if word in ("closing", "unclosed"):
+            rank.note(word, *told)
+            return
+        number, *rest = told
         rank.waiting.discard(number)
         rank.busy = number if word == "began" else None
         if number < self.next_out:
@@ -169,18 +175,20 @@ class Apart(Line):
 
     def _fail(self, error: LipassError) -> None:
         with self.cond:
+            if self.closed:
+                return
             self.failed = error
             self.cond.notify_all()
         self._processes.end(self.given)
 
-    def close(self) -> None:  # noqa: D102
+    def close(self, timeout_s: float | None = None) -> None:  # noqa: D102
         with self.cond:
             if self.closed:
                 return
             self.closed = True
             self.cond.notify_all()
         self._nudge()
-        failed = self._processes.end(self.given)
+        failed = self._processes.end(self.given, timeout_s)
         self._thread.join()
         for end in (self._heard, self._wake, *(one.pipe for one in self._ranks)):
             end.close()

@@ -127,13 +127,18 @@ class Stages:
         """Whether `get` would return at once."""
         return self._line.ready
 
-    def close(self) -> None:
+    def close(self, *, timeout_s: float | None = None) -> None:
         """End all stages, by their method `close` where they have one; twice is fine.
+
+        Args:
+            timeout_s: what stages apart may take for the item that they compute and for their
+                `close` together; None gives 5 s to the item, and to `close` what it takes. One
+                that takes longer is ended by force, and a warning names it.
 
         Raises:
             Exception: what the `close` of a stage raised; behind all others.
         """
-        self._line.close()
+        self._line.close(timeout_s)
 
     def __enter__(self) -> Stages:
         return self

@@ -150,8 +150,8 @@ class Line(ABC):
         """Learn that everything in front of `given` is stale."""
 
     @abstractmethod
-    def close(self) -> None:
-        """End it; a second call does nothing."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """End it, as `Stages.close` says; a second call does nothing."""
 
 
 class Here(Line):
@@ -228,7 +228,7 @@ class Here(Line):
             raise
         return next((one for one in told if one is not None), None)
 
-    def close(self) -> None:  # noqa: D102
+    def close(self, timeout_s: float | None = None) -> None:  # noqa: D102
         with self.cond:
             if self.closed:
                 return

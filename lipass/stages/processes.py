@@ -18,13 +18,17 @@ from typing import Any
 import torch
 
 from lipass.errors import LipassError
+from lipass.runtime.agreement import tell
 from lipass.stages.channel import Channel
 from lipass.stages.line import StageError
 from lipass.stages.rank import Place, serve
 from lipass.stages.stage import Stage
 
-# How long stages may take to end when they are asked to, and when they are told to.
+# How long a stage may take for the item that it computes when it is asked to end, where nobody has
+# said how long, and how long a process may take that is told to.
 _ASKED_S, _TOLD_S = 5.0, 1.0
+# How often it is looked whether another thread gives less time.
+_LOOK_S = 0.1
 
 
 @dataclass(eq=False)
@@ -35,6 +39,9 @@ class Rank:
         waiting: numbers of the items in front of it.
         busy: number of the item that it computes, or None.
         held: number and text of what it has computed and not handed over, or None.
+        made: whether its stage is there.
+        closing: whether it has begun to close its stage.
+        unclosed: what the stage raised at that, or None.
     """
 
     stage: Stage
@@ -43,6 +50,9 @@ class Rank:
     waiting: set[int] = field(default_factory=set)
     busy: int | None = None
     held: tuple[int, str] | None = None
+    made: bool = False
+    closing: bool = False
+    unclosed: tuple[str, str] | None = None
 
     @property
     def works(self) -> bool:
@@ -53,6 +63,19 @@ class Rank:
         """Say something to it."""
         with contextlib.suppress(OSError):  # that it has ended is told once, elsewhere
             self.pipe.send_bytes(json.dumps(words).encode())
+
+    def note(self, word: str, *rest: Any) -> None:
+        """Remember what it says of its begin and end."""
+        self.made |= word == "ready"
+        self.closing |= word == "closing"
+        if word == "unclosed":
+            self.unclosed = rest[0], rest[1]
+
+    def hear_to_the_end(self) -> None:
+        """Read what it has said, of which nothing but its end matters now."""
+        with contextlib.suppress(OSError, EOFError):
+            while self.pipe.poll():
+                self.note(*json.loads(self.pipe.recv_bytes()))
 
 
 class Processes:
@@ -70,6 +93,8 @@ class Processes:
     def __init__(self, stages: tuple[Stage, ...], direct: bool) -> None:
         self.ranks: list[Rank] = []
         self._folder = Path(tempfile.mkdtemp(prefix="lipass-stages-"))
+        self._ending = threading.Lock()
+        self._until: float | None = None
         try:
             self._begin(stages, direct)
             for rank in self.ranks:
@@ -112,6 +137,7 @@ class Processes:
         if got == "unmade":
             raise StageError(rank.stage.name, -1, *rest)
         assert got == word, (got, word)
+        rank.note(got)
 
     def _check_alive(self, asked: Rank | None = None) -> None:
         """Raise where a process has ended, unless the one that is asked has said something."""
@@ -170,32 +196,62 @@ class Processes:
             f"{how} with {under_way or 0} items under way; {hint}"
         )
 
-    def end(self, number: int) -> StageError | None:
-        """End every process: asked first, then told, then killed.
+    def end(self, number: int, timeout_s: float | None = None) -> StageError | None:
+        """End every process: asked first, then told, then killed; nobody else hears them now.
 
         Args:
             number: of the item that would have been next.
+            timeout_s: how long they may take; None gives an item `_ASKED_S`, and the `close` of a
+                stage as long as it takes. Another thread that waits here is told so too.
 
         Returns:
             What the `close` of a stage raised.
         """
-        for one in self.ranks:
-            one.tell("close")
-        _join(self.ranks, _ASKED_S)
-        failed = None
-        for one in self.ranks:
-            with contextlib.suppress(OSError, EOFError):
-                while one.pipe.poll():
-                    word, *rest = json.loads(one.pipe.recv_bytes())
-                    if word == "unclosed":
-                        failed = failed or StageError(one.stage.name, number, *rest)
+        if timeout_s is not None:
+            self._until = time.monotonic() + timeout_s
+        with self._ending:
+            for one in self.ranks:
+                one.tell("close")
+            try:
+                self._wait_for_ends(time.monotonic() + _ASKED_S)
+            finally:
+                self._end_by_force()
+            for one in self.ranks:
+                one.hear_to_the_end()
+            shutil.rmtree(self._folder, ignore_errors=True)
+        raised = ((one.stage.name, one.unclosed) for one in self.ranks if one.unclosed)
+        return next((StageError(name, number, *what) for name, what in raised), None)
+
+    def _wait_for_ends(self, item_until: float) -> None:
+        while alive := [one for one in self.ranks if one.process.is_alive()]:
+            for one in alive:
+                one.hear_to_the_end()
+            closing = any(one.closing for one in alive)
+            until = self._until if self._until is not None else item_until
+            late = time.monotonic() >= until
+            if late and (self._until is not None or not closing):
+                return
+            ends = [one.process.sentinel for one in alive]
+            wait([*ends, *(one.pipe for one in alive)], _LOOK_S)
+
+    def _end_by_force(self) -> None:
+        late = [one for one in self.ranks if one.made and one.process.is_alive()]
         for end in ("terminate", "kill"):
             for one in self.ranks:
                 if one.process.is_alive():
                     getattr(one.process, end)()
             _join(self.ranks, _TOLD_S)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        return failed
+        if late:
+            names = ", ".join(
+                f"{one.stage.name!r} {'in its close' if one.closing else 'at an item'}"
+                for one in late
+            )
+            tell(
+                f"stages must end when they are asked to, got {names}, ended by force; ask "
+                "lipass.stages.is_stale() between two steps, or close(timeout_s=...) with more "
+                "time",
+                strict=False,
+            )
 
 
 def _unmade(rank: Rank) -> StageError | None:

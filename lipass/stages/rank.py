@@ -62,6 +62,7 @@ def serve(place: Place, pipe: Connection) -> None:
     listener.start()
     say("ready")
     _compute_all(desk, worker, channel.device_to((place.rank + 1) % place.size))
+    say("closing")
     try:
         worker.close()
     except Exception as error:

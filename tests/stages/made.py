@@ -78,7 +78,8 @@ class Slow:
 
     def close(self):
         time.sleep(self.close_seconds)
-        Path(self.closed).touch()
+        if self.closed:
+            Path(self.closed).touch()
 
 
 def unmade():

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from made import obedient
 
-from lipass import LipassError, Stage, Stages
-from lipass.stages import StageError
+from lipass import LipassError, LipassWarning, Stage, Stages
+from lipass.stages import StageError, processes
 
 WITHIN_S = 2.0
 
@@ -90,6 +91,74 @@ def test_why_a_stage_could_not_be_made_is_told_while_an_earlier_one_is_loading(f
     with pytest.raises(StageError, match=r"(?s)FileNotFoundError from stage 'last'.*weights/none"):
         Stages([Stage("first", first, options), Stage("last", "made:unmade")], apart=True)
     assert time.monotonic() - began < 50.0
+
+
+def test_what_the_close_of_a_stage_apart_raises_is_told():
+    said = "(?s)got OSError from stage 'first'.*the disk is full"
+    line = [*obedient("first", closes="raise"), *obedient("second")]
+    with pytest.raises(StageError, match=said), Stages(line, apart=True):
+        pass
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """Make a line of a stage that takes long to close, and leaves a mark when it has."""
+    monkeypatch.setattr(processes, "_ASKED_S", 0.3)
+    lines = []
+
+    def made(close_seconds):
+        options = {"close_seconds": close_seconds, "closed": str(tmp_path / "closed")}
+        lines.append(Stages([Stage("slow", "made:Slow", options, threads=1)], apart=True))
+        return lines[-1]
+
+    yield made
+    assert not any(one.process.is_alive() for line in lines for one in line._line._ranks)
+
+
+def test_a_stage_that_takes_long_to_close_is_waited_for(slow, tmp_path):
+    with slow(2.0) as stages:
+        assert list(stages.run([0.0])) == [0.0]
+    assert (tmp_path / "closed").exists()
+
+
+def test_a_stage_that_takes_longer_to_close_than_it_may_is_named(slow, tmp_path):
+    stages = slow(60.0)
+    began = time.monotonic()
+    with pytest.warns(LipassWarning, match="got 'slow' in its close, ended by force; ask"):
+        stages.close(timeout_s=0.5)
+    assert time.monotonic() - began < 20.0
+    assert not (tmp_path / "closed").exists()
+
+
+@pytest.mark.parametrize("timeout_s", [None, 0.5])
+def test_a_stage_that_goes_on_with_its_item_is_named(slow, tmp_path, timeout_s):
+    stages = slow(0.0)
+    stages.put(60.0)
+    time.sleep(0.2)
+    with pytest.warns(LipassWarning, match="got 'slow' at an item, ended by force"):
+        stages.close(timeout_s=timeout_s)
+    assert not (tmp_path / "closed").exists()
+
+
+def test_who_gives_time_has_items_finished(slow, tmp_path):
+    stages = slow(0.0)
+    stages.put(1.0)
+    time.sleep(0.2)
+    stages.close(timeout_s=60.0)
+    assert (tmp_path / "closed").exists()
+
+
+def test_a_failed_line_that_is_closing_is_given_less_time():
+    """The others are closed at once where one has ended; who then closes the line may hurry."""
+    line = [Stage("slow", "made:Slow", {"close_seconds": 60.0}, threads=1), *obedient("other")]
+    stages = Stages(line, apart=True)
+    os.kill(stages._line._ranks[1].process.pid, signal.SIGKILL)
+    with pytest.raises(LipassError, match="'other' ended by SIGKILL"):
+        stages.get(timeout_s=20.0)
+    time.sleep(0.5)
+    with warnings.catch_warnings():  # told by the thread that waits for it
+        warnings.simplefilter("ignore", LipassWarning)
+        stages.close(timeout_s=0.5)
 
 
 SCRIPT = """
