@@ -242,8 +242,7 @@ class Session(Streamed, Resumable):
         """Forget everything but the receipt; calling it twice is fine."""
         for chunk in tuple(self.open_chunks.values()):
             chunk.forget()
-        self.turns.forget()
-        for known in (self.invariants, self.histories, self.written, self.prompts):
+        for known in (self.turns, self.invariants, self.histories, self.written, self.prompts):
             known.clear()
         self.recorded = None
         if not self.turns.closed:

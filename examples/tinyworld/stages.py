@@ -69,6 +69,7 @@ class Denoiser:
         """Go back to the chunks that were shown; a history that shrinks is another stream."""
         left = len(self.latents) - CHUNK_LATENTS * count
         self.latents, self.w2c = self.latents[:left], self.w2c[:left]
+        self.session.forget(f"walk {self.walk}")
         self.walk += 1
 
     def close(self) -> None:

@@ -57,12 +57,15 @@ class PoseCheck:
     Args:
         view: for the depths of the scene.
         convention: what the session was told.
+
+    Attributes:
+        walks: that of each stream.
     """
 
     def __init__(self, view: ViewOptions, convention: Convention) -> None:
         self._view = view
         self._convention = convention
-        self._walks: dict[str, _Walk] = {}
+        self.walks: dict[str, _Walk] = {}
         self._told = False
 
     def look(self, stream: str, history: Tensor, new: Tensor) -> str | None:
@@ -75,9 +78,9 @@ class PoseCheck:
         """
         if self._told:
             return None
-        walk = self._walks.get(stream)
+        walk = self.walks.get(stream)
         if walk is None:
-            walk = self._walks[stream] = _Walk(self._view)
+            walk = self.walks[stream] = _Walk(self._view)
         else:
             history = history[-1:]
         walk.add(np.concatenate([history.numpy(), new.numpy()]))
@@ -87,13 +90,13 @@ class PoseCheck:
 
     def state(self) -> dict[str, Any]:
         """Give what was seen as plain data; `restore` takes it back."""
-        return {"told": self._told, "walks": {n: one.state() for n, one in self._walks.items()}}
+        return {"told": self._told, "walks": {n: one.state() for n, one in self.walks.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where a `state` was given."""
         self._told = state["told"]
         for stream, seen in state["walks"].items():
-            walk = self._walks[stream] = _Walk(self._view)
+            walk = self.walks[stream] = _Walk(self._view)
             for reading, sums in zip(walk.readings, seen, strict=True):
                 reading.restore(sums)
 

@@ -103,6 +103,13 @@ class GivenChunks:
         """Remember the length of the chunk that was planned last."""
         self._last[stream] = self._planned.pop(stream, 0)
 
+    def forget(self, stream: str) -> None:
+        """Forget the lengths and the walk of a stream."""
+        self._last.pop(stream, None)
+        self._planned.pop(stream, None)
+        if self._check is not None:
+            self._check.walks.pop(stream, None)
+
     def state(self) -> dict[str, Any]:
         """Give what is remembered as plain data; `restore` takes it back."""
         walks = None if self._check is None else self._check.state()

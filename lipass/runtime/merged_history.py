@@ -149,6 +149,16 @@ class MergedHistories:
 
         return merged
 
+    def forget(self, stream: str) -> None:
+        """Forget a stream and its branches; the counts stay."""
+
+        def goes_on(name: str) -> bool:
+            return name != stream and not name.startswith(f"{stream}/")
+
+        self._sites = {key: one for key, one in self._sites.items() if goes_on(key[0])}
+        self._restored = {key: one for key, one in self._restored.items() if goes_on(key[0])}
+        self._answers = {name: one for name, one in self._answers.items() if goes_on(name)}
+
     def clear(self) -> None:
         """Forget all; the counts stay."""
         self._sites.clear()

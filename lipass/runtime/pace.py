@@ -109,6 +109,10 @@ class Pace:
             self._pending.append((began, _recorded(), record))
         self._tell_origin()
 
+    def forget(self, stream: str) -> None:
+        """Forget when a chunk of a stream began, which nobody finishes."""
+        self._began.pop(stream, None)
+
     def state(self) -> dict[str, Any]:
         """Give all as plain data; `restored` takes it back."""
         self._read_events()

@@ -178,6 +178,11 @@ class Prompts:
                 change.since = blend.since
         self._forget(told)
 
+    def forget(self, stream: str) -> None:
+        """Forget the texts of a stream."""
+        self._told.pop(stream, None)
+        self.scores.forget(stream)
+
     def clear(self) -> None:
         """Forget all texts."""
         self._told.clear()

@@ -72,6 +72,12 @@ class Replay:
         """Go on to the plan behind the one that was followed."""
         self._left[stream].popleft()
 
+    def forget(self, stream: str) -> None:
+        """Drop what is left of a stream; another one of its name, begun later, stays."""
+        left = self._left.get(stream, deque())
+        while left and left[0].index:
+            left.popleft()
+
     def state(self) -> list[Any]:
         """Give what is left as plain data; `of` takes it back."""
         return [plan.to_dict() for plans in self._left.values() for plan in plans]

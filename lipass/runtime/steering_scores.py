@@ -75,6 +75,10 @@ class SteeringScores:
                 "'steering': True and see in its notes what is kept, or use policy 'lerp'"
             )
 
+    def forget(self, stream: str) -> None:
+        """Forget the rows of a stream."""
+        self._rows = {key: rows for key, rows in self._rows.items() if key[0] != stream}
+
     def clear(self) -> None:
         """Forget all rows."""
         self._rows.clear()

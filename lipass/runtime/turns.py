@@ -117,7 +117,26 @@ class Turns:
         """Go on where a `state` was given."""
         self._done, self._history = dict(state["done"]), dict(state["history"])
 
-    def forget(self) -> None:
+    def forget(self, stream: object) -> None:
+        """Forget a stream, which then has had no chunk.
+
+        Raises:
+            TypeError: a stream that is no name.
+            ValueError: an empty name.
+            LipassError: it has an open chunk.
+        """
+        check_stream(stream)
+        assert isinstance(stream, str)
+        if stream in self.open:
+            raise LipassError(
+                f"a stream is forgotten between two chunks, got an open one, "
+                f"{self.open[stream].index} of {stream!r}; leave its `with` block first "
+                "(chunk.close() where it was entered without one)"
+            )
+        self._done.pop(stream, None)
+        self._history.pop(stream, None)
+
+    def clear(self) -> None:
         """Forget all streams."""
         self.open.clear()
         self._done.clear()

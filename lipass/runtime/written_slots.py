@@ -69,6 +69,10 @@ class WrittenSlots:
             f"of what is read, got {held[at]} there; {_SLOTS}"
         )
 
+    def forget(self, stream: str) -> None:
+        """Forget the slots of one stream."""
+        self._written = {key: known for key, known in self._written.items() if key[0] != stream}
+
     def clear(self) -> None:
         """Forget all streams."""
         self._written.clear()

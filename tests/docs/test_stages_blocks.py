@@ -71,6 +71,7 @@ def test_stages_of_the_page_are_made(app, code):
     assert my_app.Decoder()(first)["frames"].tolist() == [1, 1]
     denoiser.forget(1)
     assert denoiser.history == []
+    assert not denoiser.session.turns.state()["done"]
     denoiser.close()
 
 
