@@ -135,7 +135,7 @@ class MergedHistories:
         def merged(
             q: Tensor, k: Tensor, v: Tensor, scale: float, rule: MergeRule, site: str
         ) -> MergedKeys:
-            key = (stream, site, rule)
+            key = (stream, site, _of_any_length(rule))
             if key in self._restored:
                 self._sites[key] = _Site.restored(self._restored.pop(key), k.device)
             held = self._sites.get(key)
@@ -175,7 +175,8 @@ class MergedHistories:
         """Go on where a `state` was given; what was merged goes to the device that asks for it."""
         self.added, self.anew = state["added"], state["anew"]
         self._restored = {
-            (stream, site, MergeRule(*rule)): held for stream, site, rule, held in state["sites"]
+            (stream, site, _of_any_length(MergeRule(*rule))): held
+            for stream, site, rule, held in state["sites"]
         }
 
     def _updated(
@@ -212,6 +213,11 @@ class MergedHistories:
         rows = known.index_copy(0, fresh, torch.arange(held.count, count))
         kept = running.merged(v.dtype)
         return _Site(running, kept, seen, now, marks, rows, count, held.additions + 1)
+
+
+def _of_any_length(rule: MergeRule) -> MergeRule:
+    """Leave out how long a chunk is: a history is the same where the last one is shorter."""
+    return rule._replace(chunk_tokens=0)
 
 
 def _known(held: _Site, marks: Tensor) -> Tensor | None:

@@ -73,6 +73,31 @@ def test_a_cache_that_grows_is_added_to(session):
     assert counts(session) == (1, 4)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_last_chunk_that_is_shorter_goes_on_with_what_was_merged(session, resumed):
+    """How long a chunk is says nothing about the history that it reads."""
+    for n in range(1, 4):
+        ask(session, *joined(*range(n)))
+    if resumed:
+        session = lipass.Session.resume(session.snapshot())
+    found = ask(session, *joined(*range(4)), RULE._replace(chunk_tokens=LATENT))
+    assert equal(found, anew(*joined(*range(4))))
+    assert counts(session) == (1, 3)
+    again = ask(session, *joined(*range(4)), RULE._replace(threshold=0.9))
+    assert not equal(again, found)
+    assert counts(session) == (2, 3)
+
+
+def test_a_snapshot_from_before_goes_on_with_what_was_merged(session):
+    ask(session, *joined(0))
+    snapshot = session.snapshot()
+    (site,) = snapshot.parts["histories"]["sites"]
+    site[2] = [*RULE]  # as it was written
+    resumed = lipass.Session.resume(snapshot)
+    ask(resumed, *joined(0, 1))
+    assert counts(resumed) == (1, 1)
+
+
 def test_copies_of_the_same_history_are_the_same(session):
     """As in a graph that is functional, and makes its views anew in each call."""
     k, v = joined(0, 1)
