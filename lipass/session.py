@@ -159,7 +159,8 @@ class Session(Streamed, Resumable):
         with self.ranks.together():
             index, held = self.turns.next(stream), as_plain(held)
             if self.recorded is not None:
-                return Chunk(self, self.recorded.next(stream, poses, held), held)
+                plan = self.recorded.next(self.config, stream, poses, held)
+                return Chunk(self, plan, held)
             poses, query = self.given.checked(poses, query, latents, stream, index)
             if latents is not None:
                 check_latents(latents)

@@ -479,10 +479,32 @@ def test_replay_refuses_another_history():
     with session_of("all") as session, chunk_of(session, 6) as chunk:
         plan = chunk.plan
     replayed = Session.replay([plan])
-    with pytest.raises(ValueError, match="got 20 latents for 24; replay with the trajectory"):
+    with pytest.raises(ValueError, match="got 20 cameras for 24 latents; replay with"):
         replayed.chunk(poses=WAY_BACK[:20])
     with replayed.chunk(poses=WAY_BACK[:24]) as chunk:
         assert chunk.plan == plan
+
+
+@pytest.mark.parametrize("preset", ["reference-matrix-game", None])
+def test_replay_takes_cameras_of_video_frames_where_they_were_recorded(preset):
+    """Of a model whose latents are four frames each; without a config it is not known of what."""
+    cameras, ends = torch.eye(4).expand(137, 4, 4), (0, 57, 97, 137)
+
+    def roll_out(session):
+        for start, end in itertools.pairwise(ends):
+            past = cameras[:start] if start else None
+            with session.chunk(poses=past, query=cameras[start:end]) as chunk:
+                yield chunk.plan
+
+    plans = list(roll_out(Session(preset="reference-matrix-game")))
+    assert [plan.history_latents for plan in plans] == [0, 15, 25]
+    config = None if preset is None else Config.resolve(preset)
+    assert list(roll_out(Session.replay(plans, config))) == plans
+    replayed = Session.replay(plans[1:], config)
+    with pytest.raises(ValueError, match="got 61 cameras for 15 latents"):
+        replayed.chunk(poses=cameras[:61])
+    with pytest.raises(ValueError, match="got 57 cameras for 15 latents"):
+        Session.replay(plans[1:], Config.resolve("all")).chunk(poses=cameras[:57])
 
 
 def test_replay_knows_what_is_held():

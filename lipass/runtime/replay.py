@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lipass.config import Config
 from lipass.errors import LipassError
 from lipass.policy.context import keep
 from lipass.policy.indices import indices_of
 from lipass.policy.plan import ChunkPlan
+from lipass.policy.reference import history_latents
 from lipass.policy.revisit import Revisit
 from lipass.switch import is_off
 
@@ -38,9 +40,20 @@ class Replay:
             self._left.setdefault(plan.stream, deque()).append(plan)
 
     def next(
-        self, stream: str, poses: Tensor | None, held: Sequence[int] | None = None
+        self,
+        config: Config,
+        stream: str,
+        poses: Tensor | None,
+        held: Sequence[int] | None = None,
     ) -> ChunkPlan:
         """Return the plan of a stream's next chunk; it stays until the chunk is finished.
+
+        Args:
+            config: says whether cameras are of latents or of video frames; either will do where
+                it has no policy.
+            stream: name of it.
+            poses: cameras of the history, of which the number is compared; or None.
+            held: as in `Session.chunk`.
 
         Raises:
             LipassError: there is no more.
@@ -52,10 +65,10 @@ class Replay:
                 f"a replay has as many chunks as were recorded, got one more for {stream!r}; "
                 f"recorded streams: {', '.join(self._left) or 'none'}"
             )
-        if poses is not None and len(poses) != left[0].history_latents:
+        if poses is not None and left[0].history_latents not in _latents(len(poses), config):
             raise ValueError(
-                f"a replayed chunk must have the recorded history, got {len(poses)} latents for "
-                f"{left[0].history_latents}; replay with the trajectory it was recorded on"
+                f"a replayed chunk must have the recorded history, got {len(poses)} cameras for "
+                f"{left[0].history_latents} latents; replay with the trajectory it was recorded on"
             )
         plan = left[0]
         there = None if held is None else indices_of(held, plan.history_latents, "held")
@@ -86,6 +99,14 @@ class Replay:
     def of(cls, state: list[Any]) -> Replay:
         """Build the replay of a `state`."""
         return cls(map(ChunkPlan.from_dict, state))
+
+
+def _latents(cameras: int, config: Config) -> set[int]:
+    """Say how many latents a history may have by its cameras."""
+    modes = {options.mode for options in (config.context, config.steps) if options}
+    if "matrix-game" in modes:
+        return {history_latents(cameras, "matrix-game")}
+    return {cameras} if modes else {history_latents(cameras, mode) for mode in ("", "matrix-game")}
 
 
 def _all_of(plan: ChunkPlan, held: Sequence[int] | None) -> ChunkPlan:
