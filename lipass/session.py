@@ -41,7 +41,7 @@ from lipass.runtime.prompts import Prompts
 from lipass.runtime.replay import Replay
 from lipass.runtime.results import Invariants
 from lipass.runtime.scope import Block, current, current_chunk, current_step, enter, latest, leave
-from lipass.runtime.snapshot import Resumable
+from lipass.runtime.snapshot import Resumable, Snapshot
 from lipass.runtime.streams import Streamed
 from lipass.runtime.turns import Turns
 from lipass.runtime.written_slots import WrittenSlots
@@ -107,13 +107,25 @@ class Session(Streamed, Resumable):
         self._blocks: list[Block] = []
 
     @classmethod
-    def replay(cls, plans: Iterable[ChunkPlan], config: Config | None = None) -> Session:
+    def replay(
+        cls, plans: Iterable[ChunkPlan] | Snapshot, config: Config | None = None
+    ) -> Session:
         """Make a session whose chunks follow recorded plans; poses are not needed.
 
         Args:
-            plans: in order, of any number of streams.
-            config: for what plans do not hold (steps of a plan recorded before `Chunk.steps`).
+            plans: in order, of any number of streams; or a snapshot, which has them and a config.
+            config: that of the recording, for all that plans do not hold: how sparse attention is
+                and in which roles, and steps of a plan recorded before `Chunk.steps`. Without one
+                `lipass.attend` is dense, and a graph that is sparse tells so, or refuses under
+                `strict`.
+
+        Raises:
+            TypeError: something else than plans.
+            ValueError: another config than that of the snapshot.
         """
+        if isinstance(plans, Snapshot):
+            config = plans.agreed(config, {})
+            plans = plans.plans
         session = cls(config) if config is not None else cls(preset="off")
         session.recorded, session.prompts = Replay(plans), Prompts(recorded=True)
         return session

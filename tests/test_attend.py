@@ -127,6 +127,33 @@ def test_first_steps_stay_dense():
     assert "denoising step 0 < sparse.dense_steps 1" in site().reason
 
 
+def test_a_replay_of_a_snapshot_is_as_sparse_as_what_was_recorded():
+    """Plans hold no budgets: without the config they came with, attention is dense."""
+    q, runs = decode(history=28)
+
+    def attended(session, chunk):
+        with chunk, registry.force("sparse"):
+            return lipass.attend(q, runs, site="layer")
+
+    with lipass.Session(preset="sparse", **SPARSE, **{"sparse.budget": 0.1}) as session:
+        recorded = attended(session, chunk_of(session, 7))
+        snapshot = session.snapshot()
+    config = session.config
+    assert site().density < 1.0
+    for again in (
+        lipass.Session.replay(snapshot),
+        lipass.Session.replay(snapshot.plans, config),
+        lipass.Session.replay(snapshot, config),
+    ):
+        with again:
+            assert torch.equal(attended(again, again.chunk()), recorded)
+    with lipass.Session.replay(snapshot.plans) as again:
+        found = attended(again, again.chunk())
+    torch.testing.assert_close(found, dense(q, runs), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"got .*sparse\.budget_decode .* for 0\.1"):
+        lipass.Session.replay(snapshot, lipass.Config.resolve("sparse", SPARSE))
+
+
 def test_blocks_rank_as_the_session_says(monkeypatch):
     asked = []
     plan = sparse.plan_attention

@@ -49,7 +49,8 @@ def telling(compiled: Compiled, gm: torch.fx.GraphModule, config: Config) -> Com
             session = chunk.session
             if lines := differences(config, set(), session.config):
                 strict = config.strict or session.config.strict
-                said = disagreement(lines, config.preset, session.config.preset)
+                presets = config.preset, session.config.preset
+                said = disagreement(lines, *presets, replays=session.recorded is not None)
                 tell(said, strict=strict)
             met.add(session)
         return compiled(*args)

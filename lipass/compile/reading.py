@@ -113,7 +113,8 @@ class GraphReading:
             return
         if lines := differences(self._config, self._able, session.config):
             presets = self._config.preset, session.config.preset
-            tell(disagreement(lines, *presets), strict=self._strict(session))
+            said = disagreement(lines, *presets, replays=session.recorded is not None)
+            tell(said, strict=self._strict(session))
         self._met.add(session)  # who was refused and tries again is refused again
 
     def _first(self, chunk: Chunk, args: tuple[Any, ...], sizes: Bindings) -> Reading:

@@ -89,13 +89,17 @@ def _not_theirs(file: str) -> bool:
     return file.startswith((_HERE, _TORCH, "<"))
 
 
-def disagreement(lines: list[str], preset: str, session_preset: str) -> str:
-    """Put lines of `differences` into one sentence."""
+def disagreement(
+    lines: list[str], preset: str, session_preset: str, *, replays: bool = False
+) -> str:
+    """Put lines of `differences` into one sentence; of a replay the recording has the remedy."""
+    recorded = "replay with those of the recording, Session.replay(plans, config)"
+    remedy = recorded if replays else "give both the same options"
     return (
         f"a compiled model and its session must have the same options, got preset {preset!r} in "
         f"the graph and {session_preset!r} in the session, of which is ignored: "
         f"{'; '.join(lines)} (a graph reads sparse.* and merge.*, a session context.*, "
-        f"steps.* and {' and '.join(_CHUNKWISE)}); give both the same options"
+        f"steps.* and {' and '.join(_CHUNKWISE)}); {remedy}"
     )
 
 

@@ -64,7 +64,7 @@ class Snapshot:
 
     @property
     def plans(self) -> list[ChunkPlan]:
-        """Decisions of the chunks in `records`, as `Session.replay` takes them."""
+        """Decisions of the chunks in `records`; `Session.replay` takes the snapshot itself."""
         return [record.plan for record in self.records]
 
     def to_tree(self) -> dict[str, Tree]:

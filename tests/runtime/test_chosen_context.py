@@ -1,5 +1,6 @@
 """A graph asks how much of a view is seen; a session that has chosen answers for the kernel."""
 
+import pytest
 import torch
 from mini_decode import Mini, chunk, compiled, inputs, level
 
@@ -48,6 +49,24 @@ def test_a_replay_reads_what_was_recorded_and_no_more_by_the_cameras_of_the_grap
     recorded, plan = run(lipass.Session(preset="context", **options))
     assert len(plan.context.indices) < 16
     assert torch.equal(run(lipass.Session.replay([plan]))[0], recorded)
+
+
+def test_a_replay_without_its_options_is_told_to_have_them(fresh_dynamo):
+    options = {"preset": "all", "sparse.budget": 0.5}
+    model = compiled(Mini().eval(), **options)
+    x, w2c, text, cache = inputs(16)
+
+    def run(session):
+        with torch.no_grad(), chunk(session, w2c, 16):
+            return model(x, level(1.0), w2c, text, cache)
+
+    session = lipass.Session(**options)
+    recorded = run(session)
+    snapshot = session.snapshot()
+    said = r"of the session.*; replay with those of the recording, Session\.replay\(plans, config"
+    with pytest.warns(lipass.LipassWarning, match=said):
+        run(lipass.Session.replay(snapshot.plans))
+    assert torch.equal(run(lipass.Session.replay(snapshot)), recorded)
 
 
 def test_latents_are_chosen_by_where_they_are_held_though_the_graph_has_cameras(fresh_dynamo):
