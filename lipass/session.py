@@ -169,10 +169,10 @@ class Session(Streamed, Resumable):
                 ranks that share the session ask for different chunks.
         """
         with self.ranks.together():
-            index, held = self.turns.next(stream), as_plain(held)
+            index, there = self.turns.next(stream), as_plain(held)
             if self.recorded is not None:
-                plan = self.recorded.next(self.config, stream, poses, held)
-                return Chunk(self, plan, held)
+                plan = self.recorded.next(self.config, stream, poses, there)
+                return Chunk(self, plan, there)
             poses, query = self.given.checked(poses, query, latents, stream, index)
             if latents is not None:
                 check_latents(latents)
@@ -186,14 +186,14 @@ class Session(Streamed, Resumable):
                 own_context=own_context,
                 stream=stream,
                 index=index,
-                held=held,
+                held=there,
                 once=Once(),
             )
             decide = functools.partial(plan_at, _NOTHING if is_off() else self.config)
             if self.pace is not None and not is_off():
                 decide = functools.partial(self.pace.plan, plan_at)
             plan = self.ranks.plan(
-                lambda: self.prompts.plan(decide(), held),
+                lambda: self.prompts.plan(decide(), there),
                 stream=stream,
                 chunk=index,
                 history=[len(one) for one in (poses, latents) if one is not None],
@@ -201,7 +201,7 @@ class Session(Streamed, Resumable):
             )
             self.turns.check_history(stream, plan.history_latents)
             self.given.weigh(plan.context.power)
-            return Chunk(self, plan, held)
+            return Chunk(self, plan, there)
 
     def steer(
         self, text: Any, over_chunks: int = 4, policy: str | Steering | None = None, *,
