@@ -1,6 +1,8 @@
 """The command line: exit codes, what goes to stdout, progress on stderr."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -20,6 +22,12 @@ def test_unknown_command_is_usage():
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_are_ok(option):
     assert main([option]) == 0
+
+
+def test_command_runs_as_a_module_too(tmp_path):
+    asked = [sys.executable, "-m", "lipass", "--version"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "lipass")
 
 
 @pytest.mark.parametrize("threads", ["0", "-2", "many"])
