@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +249,25 @@ def test_positions_and_rays_of_base_are_those_of_small_seen_closer():
 def test_base_without_weights_says_how_to_train_it(tmp_path):
     with pytest.raises(ValueError, match=r"got 'base'; have .*train --model base"):
         load("base", tmp_path)
+
+
+BARE = """
+import runpy, sys
+sys.meta_path = [one for one in sys.meta_path if "editable" not in repr(one).lower()]
+sys.argv[1:] = ["--help"]
+runpy.run_module("lipass.examples.tinyworld.train", run_name="__main__")
+"""
+
+
+def test_a_checkout_where_nothing_is_installed_starts_it_from_its_tree(tmp_path):
+    root = Path(__file__).parents[2]
+    for name in ("lipass", "passes", "kernels", "examples", "pyproject.toml", "setup.py",
+                 "constraints.txt"):  # fmt: skip
+        (tmp_path / name).symlink_to(root / name)
+    subprocess.run(["make", "-f", root / "Makefile", "tree"], cwd=tmp_path, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "build/tree")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", BARE], env=environment, cwd=root, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert "--init INIT" in done.stdout
