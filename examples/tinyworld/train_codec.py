@@ -87,7 +87,8 @@ def _train(
     device = codec.latent_mean.device
     step, elapsed_s = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device)
+        # The optimizer moves what belongs on the device, and not its count of steps.
+        state = torch.load(checkpoint, map_location="cpu")
         codec.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
         step, elapsed_s = state["step"], state["elapsed_s"]

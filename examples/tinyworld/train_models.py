@@ -77,7 +77,8 @@ def learn(rank: int, training: "Training", stage: str, seconds: float) -> None:
     trainer, run = TRAINERS[stage](training, model.to(training.device))
     checkpoint = training.out / f"{stage}.checkpoint"
     if checkpoint.exists():
-        trainer.load(torch.load(checkpoint, map_location=training.device))
+        # Optimizers move what belongs on the device; AdamW's count of steps would be read there.
+        trainer.load(torch.load(checkpoint, map_location="cpu"))
         log(f"{stage}: goes on from step {trainer.step}, {trainer.elapsed_s:.0f} s")
 
     def save(state: Learner) -> None:

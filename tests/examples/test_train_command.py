@@ -15,7 +15,7 @@ from lipass.examples.tinyworld import data, train, train_models
 from lipass.examples.tinyworld.camera import pixel_directions
 from lipass.examples.tinyworld.catalogue import CATALOGUE_HELD_OUT_SEED, CATALOGUE_SEED
 from lipass.examples.tinyworld.codec import Codec
-from lipass.examples.tinyworld.learner import Learner
+from lipass.examples.tinyworld.learner import Learner, Pace
 from lipass.examples.tinyworld.model import BASE, SMALL, ModelConfig, Rotary, TinyWorld
 from lipass.examples.tinyworld.stream_walks import record_walks
 from lipass.examples.tinyworld.train_batches import latent_walks
@@ -24,6 +24,7 @@ from lipass.examples.tinyworld.train_rollouts import RolloutOptions
 from lipass.examples.tinyworld.train_sampler import SamplerOptions
 from lipass.examples.tinyworld.train_stream import StreamOptions
 from lipass.examples.tinyworld.train_unseen import UnseenOptions
+from lipass.examples.tinyworld.train_world import Trainer
 from lipass.examples.tinyworld.weights import load
 
 CPU = torch.device("cpu")
@@ -118,6 +119,28 @@ def test_a_stage_goes_on_from_its_checkpoint(tmp_path, short, monkeypatch):
     after = torch.load(tmp_path / "world.checkpoint")
     assert after["step"] > before["step"]
     assert after["losses"][: len(before["losses"])] == before["losses"]
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_what_counts_steps_stays_on_the_host_when_a_stage_goes_on(tmp_path, monkeypatch):
+    """Each step would wait for the device to read it."""
+    torch.manual_seed(0)
+    first = Trainer(TinyWorld(TINY), Pace(1e-3, 1, 1 / 4, 10))
+    for parameter in first.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.update(1.0)
+    first.save(tmp_path / "world.checkpoint", tmp_path / "world-average.safetensors")
+    load_state, loaded = Learner.load, []
+    monkeypatch.setattr(
+        Learner, "load", lambda self, state: (load_state(self, state), loaded.append(self))
+    )
+    meta = torch.device("meta")
+    resumed = dataclasses.replace(training("small", tmp_path), device=meta)
+    train_models.learn(0, resumed, "world", 0.0)
+    muon, adamw = (optimizer.state.values() for optimizer in loaded[0].optimizers)
+    assert {state["step"].device for state in adamw} == {CPU}
+    assert {state["exp_avg"].device for state in adamw} == {meta}
+    assert {state["momentum"].device for state in muon} == {meta}
 
 
 def test_a_streaming_world_begins_with_the_weights_of_small(tmp_path, short, capsys):
