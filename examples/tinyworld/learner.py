@@ -65,6 +65,17 @@ def products_in_tf32(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def no_plan_for_each_length(device: torch.device) -> Iterator[None]:
+    """Keep cuDNN out of attention: it plans anew for each length, and contexts have any."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before and device.type == "cpu")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest; the schedule sets the rate."""
     matrices = [

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from .data import codec_at
-from .learner import Learner, Pace
+from .learner import Learner, Pace, no_plan_for_each_length
 from .model import TinyWorld
 from .stream import StreamWorld
 from .stream_walks import load_walks
@@ -93,6 +93,7 @@ def learn(rank: int, training: "Training", stage: str, seconds: float) -> None:
         write(training.out / f"{stage}-curve.json", {"steps": state.step, "loss": rounded})
 
     if trainer.elapsed_s < seconds:
-        run(seconds, save, checkpoint_s=min(120.0, seconds / 5))
+        with no_plan_for_each_length(training.device):
+            run(seconds, save, checkpoint_s=min(120.0, seconds / 5))
     elif not rank and not (training.out / f"{stage}-average.safetensors").exists():
         save(trainer)

@@ -1,5 +1,6 @@
 """What trains on a GPU, on a device without values: no tensor of the host meets one of it."""
 
+import dataclasses
 from unittest.mock import patch
 
 import pytest
@@ -7,10 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lipass.examples.tinyworld import train_codec
+from lipass.examples.tinyworld import train_codec, train_models
 from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.data import VIEWS, draw, shown
-from lipass.examples.tinyworld.learner import Learner, Pace, normal, products_in_tf32, uniform
+from lipass.examples.tinyworld.learner import (
+    Learner,
+    Pace,
+    no_plan_for_each_length,
+    normal,
+    products_in_tf32,
+    uniform,
+)
 from lipass.examples.tinyworld.model import ModelConfig, TinyWorld, tokenize
 from lipass.examples.tinyworld.own_rollouts import OwnRollouts
 from lipass.examples.tinyworld.rollout import roll_out
@@ -18,7 +26,9 @@ from lipass.examples.tinyworld.scenario import make_scenario
 from lipass.examples.tinyworld.stream import StreamWorld
 from lipass.examples.tinyworld.stream_scores import way_back
 from lipass.examples.tinyworld.stream_walks import LongWalk
+from lipass.examples.tinyworld.train import Training
 from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
+from lipass.examples.tinyworld.train_recipes import RECIPES
 from lipass.examples.tinyworld.train_rollouts import RolloutOptions, RolloutTrainer
 from lipass.examples.tinyworld.train_sampler import SamplerOptions, SamplerTrainer
 from lipass.examples.tinyworld.train_stream import StreamOptions, StreamTrainer
@@ -152,6 +162,34 @@ def test_tensor_cores_are_left_to_training():
     with products_in_tf32(torch.device("cpu")):
         assert torch.get_float32_matmul_precision() == before
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_cudnn_is_kept_out_of_attention_while_a_gpu_trains(tmp_path, monkeypatch):
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before, seen = enabled(), []
+
+    def run(trainer, *_, **__):
+        seen.append((trainer.device.type, enabled()))
+
+    monkeypatch.setattr(Trainer, "run", run)
+    recipe = dataclasses.replace(RECIPES["small"], config=TINY)
+    for device in (META, torch.device("cpu")):
+        training = Training(recipe, tmp_path, device, 1.0, 1, None)
+        train_models.learn(0, training, "world", 1.0)
+        assert enabled() == before
+    assert before
+    assert seen == [("meta", False), ("cpu", True)]
+
+
+def test_cudnn_that_was_off_stays_off():
+    cuda = torch.backends.cuda
+    cuda.enable_cudnn_sdp(False)
+    try:
+        with no_plan_for_each_length(torch.device("cpu")):
+            assert not cuda.cudnn_sdp_enabled()
+        assert not cuda.cudnn_sdp_enabled()
+    finally:
+        cuda.enable_cudnn_sdp(True)
 
 
 def test_codec_is_trained_where_it_is(monkeypatch, tmp_path):
