@@ -197,11 +197,14 @@ def _measured() -> set[Path]:
 def _pack(parts: Path, out: Path) -> None:
     """Put the documents of the parts into one archive; `day.json` and weights beside it."""
     out.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(out / "parts.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+    partial = out / "parts.partial"  # the call may be cut
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted([*parts.glob("*.json"), *parts.glob("*.log")]):
             archive.write(path, path.name)
+    partial.replace(out / "parts.zip")
     for path in [parts / "day.json", *parts.glob("*.safetensors")]:
-        shutil.copy2(path, out)
+        shutil.copy2(path, partial)
+        partial.replace(out / path.name)
 
 
 def _commit() -> str:

@@ -114,17 +114,29 @@ def _keep(training: Training, folder: Path, done: threading.Event) -> None:
 
 
 def copy_latest(training: Training, folder: Path) -> None:
-    """Copy the newest weights and all curves out of the folder of a training."""
+    """Copy the newest weights and all curves out of the folder of a training.
+
+    Weights go to `$OUT` too, from where they come back if the whole call is cut.
+    """
     name = f"{training.recipe.model}.safetensors"
     made = [training.out / name, *training.out.glob("*-average.safetensors")]
     made = [path for path in made if path.exists()]
     if made:
         newest = max(made, key=lambda path: path.stat().st_mtime_ns)
-        copied = folder / name
-        if not copied.exists() or copied.stat().st_mtime_ns != newest.stat().st_mtime_ns:
-            shutil.copy2(newest, copied)
+        for place in {folder, Path(os.environ.get("OUT") or folder)}:
+            _copy(newest, place / name)
     for path in training.out.glob("*-curve.json"):
-        shutil.copy2(path, folder / f"{training.recipe.model}-{path.name}")
+        _copy(path, folder / f"{training.recipe.model}-{path.name}")
+
+
+def _copy(path: Path, copied: Path) -> None:
+    """Copy a file, whole or not at all, unless it is there."""
+    if copied.exists() and copied.stat().st_mtime_ns == path.stat().st_mtime_ns:
+        return
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    partial = copied.with_suffix(".partial")
+    shutil.copy2(path, partial)
+    partial.replace(copied)
 
 
 class Narrow(nn.Module):

@@ -219,6 +219,32 @@ def test_the_newest_weights_come_back_whatever_stops_the_training(tmp_path):
         assert (tmp_path / "base.safetensors").read_text() == name
 
 
+def test_weights_lie_under_out_before_the_call_ends(tmp_path, monkeypatch):
+    """A call that is cut packs nothing."""
+    out, folder, made = (tmp_path / name for name in ("out", "parts", "work"))
+    monkeypatch.setenv("OUT", str(out))
+    part = Part(["base", "--out", str(folder / "part.json"), "--dry"])
+    training = train._training(part, "base", made, 60.0)
+    made.mkdir()
+    (made / "world-average.safetensors").write_text("average")
+    (made / "world-curve.json").write_text("{}")
+    train.copy_latest(training, folder)
+    assert [path.name for path in out.iterdir()] == ["base.safetensors"]
+    assert {path.name for path in folder.iterdir()} == {
+        "base.safetensors", "base-world-curve.json"
+    }  # fmt: skip
+
+    def cut(path, copied):
+        copied.write_text("half")
+        raise KeyboardInterrupt
+
+    (made / "base.safetensors").write_text("halves")
+    monkeypatch.setattr(train.shutil, "copy2", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.copy_latest(training, folder)
+    assert (out / "base.safetensors").read_text() == "average"
+
+
 def test_what_cannot_be_trained_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     code, document = rows(train.main, tmp_path)
