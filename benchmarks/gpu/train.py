@@ -2,8 +2,9 @@
 
 `python -m benchmarks.gpu.train base --out FILE` begins with the weights of `small` that the
 checkout has, as `sampler` does, `stream` with its own. Weights are copied beside the document
-whenever a stage has new ones, so that a limit costs what came after them alone. The sampler is not
-rolled out: it is judged by what it imagines.
+whenever a stage has new ones, so that a limit costs what came after them alone; the same command
+on the same machine goes on from there. The sampler is not rolled out: it is judged by what it
+imagines.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import shutil
 import sys
 import tempfile
 import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from lipass.examples.tinyworld.train import Training
     from lipass.examples.tinyworld.train_recipes import Recipe
 
+ROOT = Path(__file__).parents[2]
 PRESETS = ("off", "sparse", "all")
 # What the rollouts may take: three models are compiled for them.
 _DEMO_S, _DEMO_SHARE = 110.0, 0.35
@@ -46,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     name = part.name or "base"
     left = part.left_s - _SPARE_S
     demo_s = min(_DEMO_S, _DEMO_SHARE * left) if name in ("small", "base") else 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        training = _training(part, name, Path(folder), left - demo_s)
+    with _folder(part, name) as folder:
+        training = _training(part, name, folder, left - demo_s)
         done = threading.Event()
         copies = threading.Thread(target=_keep, args=(training, part.folder, done), daemon=True)
         copies.start()
@@ -74,6 +79,22 @@ def _why_not(part: Part) -> str:
     return ""
 
 
+@contextmanager
+def _folder(part: Part, name: str) -> Iterator[Path]:
+    """Give a folder in which the next call goes on if this one is cut; a dry run's is its own."""
+    if part.dry:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    from lipass.examples.tinyworld.train_recipes import RECIPES
+
+    # What another recipe began does not fit.
+    recipe = zlib.crc32(repr(RECIPES[name]).encode())
+    folder = ROOT / "build/tinyworld" / f"gpu-{name}-{recipe:08x}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _training(part: Part, name: str, folder: Path, seconds: float) -> Training:
     from lipass.examples.tinyworld.train import Training
     from lipass.examples.tinyworld.train_recipes import RECIPES
@@ -84,7 +105,9 @@ def _training(part: Part, name: str, folder: Path, seconds: float) -> Training:
         recipe, seconds, processes = _tiny(recipe), 1.0, 1
     own = SHIPPED / f"{name}.safetensors"
     init = own if own.exists() else SHIPPED / "small.safetensors"
-    return Training(recipe, folder, part.device, seconds, processes, init)
+    training = Training(recipe, folder, part.device, seconds, processes, init)
+    spent = sum(training.done().values())  # by a call that was cut
+    return dataclasses.replace(training, seconds=seconds + spent)
 
 
 def _tiny(recipe: Recipe) -> Recipe:

@@ -71,7 +71,7 @@ class Training:
         if self.init is not None and not (self.out / "codec.safetensors").exists():
             beside = self.init.parent / "codec.safetensors"
             shutil.copy(beside if beside.exists() else SHIPPED / beside.name, self.out)
-        done = self._done()
+        done = self.done()
         stages = self._stages()
         for name, share in self.recipe.shares.items():
             if name in done:
@@ -87,7 +87,8 @@ class Training:
             write(self.out / "done.json", done)
         return self._card(done)
 
-    def _done(self) -> dict[str, float]:
+    def done(self) -> dict[str, float]:
+        """Seconds of each stage that is done."""
         path = self.out / "done.json"
         done: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
         return done

@@ -245,6 +245,32 @@ def test_weights_lie_under_out_before_the_call_ends(tmp_path, monkeypatch):
     assert (out / "base.safetensors").read_text() == "average"
 
 
+def test_a_training_that_was_cut_goes_on_in_the_next_call(tmp_path, monkeypatch):
+    begun = []
+
+    def run(training):
+        begun.append((training.out, training.seconds, training.done()))
+        training.out.mkdir(parents=True, exist_ok=True)
+        (training.out / "done.json").write_text('{"walks": 40.0}')
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        return {"reached": True, "db_to_the_renderer": {}, "loss": {}}
+
+    monkeypatch.setattr("lipass.examples.tinyworld.train.Training.run", run)
+    monkeypatch.setattr(train, "Part", OnGpu)
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    job = ["stream", "--out", str(tmp_path / "part.json"), "--seconds", "90"]
+    with pytest.raises(KeyboardInterrupt):
+        train.main(job)
+    assert train.main(job) == 0
+    (first, given, nothing), (again, more, done) = begun
+    assert (nothing, done) == ({}, {"walks": 40.0})
+    assert first == again
+    assert first.parent == tmp_path / "build/tinyworld"
+    assert more == pytest.approx(given + 40, abs=5)
+    assert not first.exists()  # it has ended, and the next one begins anew
+
+
 def test_what_cannot_be_trained_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     code, document = rows(train.main, tmp_path)
