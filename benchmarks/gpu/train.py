@@ -137,7 +137,7 @@ def _keep(training: Training, folder: Path, done: threading.Event) -> None:
 
 
 def copy_latest(training: Training, folder: Path) -> None:
-    """Copy the newest weights and all curves out of the folder of a training.
+    """Copy the newest weights, all curves and the card out of the folder of a training.
 
     Weights go to `$OUT` too, from where they come back if the whole call is cut.
     """
@@ -150,6 +150,9 @@ def copy_latest(training: Training, folder: Path) -> None:
             _copy(newest, place / name)
     for path in training.out.glob("*-curve.json"):
         _copy(path, folder / f"{training.recipe.model}-{path.name}")
+    card = training.out / f"{training.recipe.model}.json"
+    if card.exists():
+        _copy(card, folder / f"{training.recipe.model}-card.json")
 
 
 def _copy(path: Path, copied: Path) -> None:

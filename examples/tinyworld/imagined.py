@@ -208,10 +208,10 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     args = parser.parse_args(argv)
     model, codec = load(args.size, args.folder)
-    recogniser = recogniser_at(args.recogniser, load()[1])
+    device = torch.device(args.device)
+    recogniser = recogniser_at(args.recogniser, load()[1].to(device))
     begin = time.perf_counter()
     seeds = range(CATALOGUE_HELD_OUT_SEED, CATALOGUE_HELD_OUT_SEED + args.rooms)
-    device = torch.device(args.device)
     found = judge(model.to(device), codec.to(device), recogniser, list(seeds), args.steps)
     document = {
         "weights": args.size,

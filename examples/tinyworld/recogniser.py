@@ -129,14 +129,17 @@ def examples(seeds: range, codec: Codec, every: int = _EVERY) -> tuple[Tensor, T
 
 
 def train(frames: Tensor, shown: Tensor, steps: int) -> Recogniser:
-    """Train on frames `[N, 3, P, P]` and whether they show each name, `[N, names]`."""
+    """Train on frames `[N, 3, P, P]` and whether they show each name, `[N, names]`.
+
+    The recogniser is made where they are.
+    """
     torch.manual_seed(0)
-    model = Recogniser()
+    model = Recogniser().to(frames.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        rows = torch.randint(len(frames), (_BATCH,), generator=generator)
+        rows = torch.randint(len(frames), (_BATCH,), generator=generator).to(frames.device)
         loss = F.binary_cross_entropy_with_logits(model.logits(frames[rows]), shown[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -164,15 +167,19 @@ def accuracy(model: Recogniser, frames: Tensor, named: Tensor) -> dict[str, floa
 
 
 def recogniser_at(path: Path, codec: Codec, rooms: int = ROOMS) -> Recogniser:
-    """Load the recogniser of a file, or train it on `rooms` rooms and keep it there."""
+    """Load the recogniser of a file, or train it on `rooms` rooms and keep it there.
+
+    It is trained where the codec is, and given on the host.
+    """
     model = Recogniser()
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval().requires_grad_(False)
     shown, again, named = examples(range(_FIRST_SEED, _FIRST_SEED + rooms), codec)
     wanted = (named >= SHOWN_SHARE).float()
-    both, wanted = torch.cat([shown, again]), torch.cat([wanted, wanted])
-    model = train(both, wanted, _STEPS_A_ROOM * rooms)
+    device = codec.latent_mean.device
+    both, wanted = (torch.cat(x).to(device) for x in ([shown, again], [wanted, wanted]))
+    model = train(both, wanted, _STEPS_A_ROOM * rooms).cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(model.state_dict(), partial)

@@ -80,6 +80,8 @@ class Training:
             later = sum(value for key, value in self.recipe.shares.items() if key not in done)
             left = self.seconds - sum(done.values())
             seconds = max(_LEAST_S, left * share / later)
+            if name == "score":
+                self._card(done)  # scores take time too, in which it may be stopped
             begin = time.monotonic()
             stages[name](seconds)
             whole = name in ("rooms", "walks", "score")
@@ -89,9 +91,7 @@ class Training:
 
     def done(self) -> dict[str, float]:
         """Seconds of each stage that is done."""
-        path = self.out / "done.json"
-        done: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        return done
+        return self._written("done")
 
     def _stages(self) -> dict[str, Callable[[float], None]]:
         learned = {name: partial(self._learn, name) for name in TRAINERS}
@@ -187,15 +187,14 @@ class Training:
         write(self.out / "scores.json", found)
 
     def _card(self, done: dict[str, float]) -> dict[str, Any]:
-        """Say what came out, and of what."""
+        """Say what came out, and of what; weights without a score have not reached the goal."""
         name, (kind, wanted) = self.recipe.model, self.recipe.goal
-        scores = json.loads((self.out / "scores.json").read_text())
+        scores = self._written("scores")
         curves = {
             stage: json.loads(path.read_text())
             for stage in done
             if (path := self.out / f"{stage}-curve.json").exists()
         }
-        codec = self.out / "codec.json"
         card = {
             "model": name,
             "device": _name(self.device),
@@ -205,18 +204,25 @@ class Training:
             "stages_s": {stage: round(seconds, 1) for stage, seconds in done.items()},
             "steps": {stage: curve["steps"] for stage, curve in curves.items()},
             "recorded": self._recorded(),
-            **(json.loads(codec.read_text()) if codec.exists() else {}),
+            **self._written("codec"),
             self.recipe.scores: scores,
             "goal": {kind: wanted},
-            "reached": scores[kind] >= wanted,
+            "reached": bool(scores) and scores[kind] >= wanted,
             "loss": {stage: curve["loss"] for stage, curve in curves.items()},
         }
         write(self.out / f"{name}.json", card)
-        log(
-            f"{name}: {kind} {scores[kind]:.2f} {self.recipe.score}, goal {wanted:g}: "
-            f"{'reached' if card['reached'] else 'not reached'}; {self.out}/{name}.safetensors"
-        )
+        told = "not scored yet"
+        if scores:
+            told = f"{kind} {scores[kind]:.2f} {self.recipe.score}, goal {wanted:g}: "
+            told += "reached" if card["reached"] else "not reached"
+        log(f"{name}: {told}; {self.out}/{name}.safetensors")
         return card
+
+    def _written(self, name: str) -> dict[str, Any]:
+        """What a stage has written down, or nothing."""
+        path = self.out / f"{name}.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
 
     def _recorded(self) -> int:
         if (walks := self.out / "walks").exists():

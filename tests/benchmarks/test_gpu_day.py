@@ -228,10 +228,11 @@ def test_weights_lie_under_out_before_the_call_ends(tmp_path, monkeypatch):
     made.mkdir()
     (made / "world-average.safetensors").write_text("average")
     (made / "world-curve.json").write_text("{}")
+    (made / "base.json").write_text("{}")
     train.copy_latest(training, folder)
     assert [path.name for path in out.iterdir()] == ["base.safetensors"]
     assert {path.name for path in folder.iterdir()} == {
-        "base.safetensors", "base-world-curve.json"
+        "base.safetensors", "base-world-curve.json", "base-card.json"
     }  # fmt: skip
 
     def cut(path, copied):

@@ -92,11 +92,15 @@ def test_a_training_goes_on_after_a_kill_in_any_stage(tmp_path, short, monkeypat
                 patch.setattr(train_models.TRAINERS[stage].__globals__["Learner"], "update", die)
             with pytest.raises(KeyboardInterrupt):
                 training("small", tmp_path).run()
+    early = json.loads((tmp_path / "small.json").read_text())
+    assert (early["db_to_the_renderer"], early["reached"]) == ({}, False)
+    assert set(early["steps"]) == {"world", "unseen", "rollouts"}
     kept = {
         path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.suffix == ".pt"
     }
     card = training("small", tmp_path).run()
     assert len(killed) == 6
+    assert card["db_to_the_renderer"]["explored"] > 0
     assert list(card["stages_s"]) == list(RECIPES["small"].shares)
     assert kept == {name: (tmp_path / name).stat().st_mtime_ns for name in kept}
 

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lipass.examples.tinyworld import train_codec, train_models
+from lipass.examples.tinyworld import recogniser, train_codec, train_models
+from lipass.examples.tinyworld.catalogue import NAMES
 from lipass.examples.tinyworld.codec import Codec
 from lipass.examples.tinyworld.data import VIEWS, draw, shown
 from lipass.examples.tinyworld.learner import (
@@ -232,6 +233,23 @@ def test_rollouts_are_made_where_the_weights_are(gpu):
     made = roll_out(model, text, scenario.given, scenario.w2c[some], walls, seed=1)
     assert made.latents.device == gpu
     assert made.latents.shape == (12, 16, 4, 4)
+
+
+def test_a_recogniser_is_trained_where_the_codec_is(gpu, tmp_path, monkeypatch):
+    made = []
+
+    def keep(frames, shown, steps):
+        made.append(train_recogniser(frames, shown, steps))
+        return recogniser.Recogniser()
+
+    train_recogniser = recogniser.train
+    monkeypatch.setattr(recogniser, "train", keep)
+    frames, named = torch.rand(4, 3, 64, 64), torch.zeros(4, len(NAMES))
+    monkeypatch.setattr(recogniser, "examples", lambda *_: (frames, frames, named))
+    monkeypatch.setattr(recogniser, "_STEPS_A_ROOM", 2)
+    given = recogniser.recogniser_at(tmp_path / "recogniser", Codec().to(gpu), rooms=1)
+    assert {p.device for p in made[0].parameters()} == {gpu}
+    assert {p.device.type for p in given.parameters()} == {"cpu"}
 
 
 def test_streams_are_scored_where_the_weights_are(gpu):
