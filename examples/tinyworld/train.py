@@ -38,6 +38,7 @@ _CODEC_ROOMS, _HELD_OUT_ROOMS, _EVERY = 400, 20, 3
 _FIRST_WALK, _WALKS_A_LINE = 3000, 10
 # Weights that a stage has not seen at all are no result of it, however little time is left.
 _LEAST_S = 1.0
+_OF_THE_CODEC = ("codec", "decoder")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class Training:
         """What a step takes here."""
         return self.recipe.on_cpu if self.device.type == "cpu" else self.recipe.on_gpu
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Stages and their shares of the time; weights that are given keep their codec."""
+        own = () if self.init is None else _OF_THE_CODEC
+        return {name: share for name, share in self.recipe.shares.items() if name not in own}
+
     def run(self) -> dict[str, Any]:
         """Run all stages that are not done; returns the card."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -73,11 +80,11 @@ class Training:
             shutil.copy(beside if beside.exists() else SHIPPED / beside.name, self.out)
         done = self.done()
         stages = self._stages()
-        for name, share in self.recipe.shares.items():
+        for name, share in self.shares.items():
             if name in done:
                 continue
             # What earlier stages took too long is taken from all that follow.
-            later = sum(value for key, value in self.recipe.shares.items() if key not in done)
+            later = sum(value for key, value in self.shares.items() if key not in done)
             left = self.seconds - sum(done.values())
             seconds = max(_LEAST_S, left * share / later)
             if name == "score":
@@ -171,7 +178,7 @@ class Training:
 
     def latest(self, stage: str) -> Path | None:
         """Weights that a stage begins with: those of the one before it, or the given ones."""
-        before = list(self.recipe.shares)[: list(self.recipe.shares).index(stage)]
+        before = list(self.shares)[: list(self.shares).index(stage)]
         made = [self.out / f"{name}-average.safetensors" for name in before if name in TRAINERS]
         return made[-1] if made else self.init
 

@@ -165,6 +165,19 @@ def test_a_streaming_world_begins_with_the_weights_of_small(tmp_path, short, cap
     )
 
 
+def test_weights_that_are_given_keep_the_codec_that_they_were_trained_with(tmp_path, short):
+    begin = tmp_path / "begin"
+    begin.mkdir()
+    torch.manual_seed(0)
+    save_file(TinyWorld(TINY).state_dict(), begin / "small.safetensors")
+    save_file(Codec().state_dict(), begin / "codec.safetensors")
+    card = training("small", tmp_path / "out", 2.0, begin / "small.safetensors").run()
+    assert {"codec", "decoder"}.isdisjoint(card["stages_s"])
+    assert set(card["steps"]) == {"world", "unseen", "rollouts"}
+    given, kept = (load_file(folder / "codec.safetensors") for folder in (begin, tmp_path / "out"))
+    assert all(torch.equal(given[name], kept[name]) for name in given)
+
+
 def test_a_sampler_begins_with_the_weights_of_small_in_rooms_of_the_catalogue(
     tmp_path, short, capsys, monkeypatch
 ):
