@@ -8,6 +8,7 @@ much of what the sampler imagines has a name.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -68,9 +69,15 @@ class Training:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Stages and their shares of the time; weights that are given keep their codec."""
-        own = () if self.init is None else _OF_THE_CODEC
-        return {name: share for name, share in self.recipe.shares.items() if name not in own}
+        """Stages and their shares of the time.
+
+        Weights that are given keep their codec, and are scored before they are trained.
+        """
+        shares = self.recipe.shares
+        if self.init is None:
+            return shares
+        later = {name: share for name, share in shares.items() if name not in _OF_THE_CODEC}
+        return {"before": shares["score"], **later}
 
     def run(self) -> dict[str, Any]:
         """Run all stages that are not done; returns the card."""
@@ -91,7 +98,7 @@ class Training:
                 self._card(done)  # scores take time too, in which it may be stopped
             begin = time.monotonic()
             stages[name](seconds)
-            whole = name in ("rooms", "walks", "score")
+            whole = name in ("before", "rooms", "walks", "score")
             done[name] = max(time.monotonic() - begin, 0.0 if whole else seconds)
             write(self.out / "done.json", done)
         return self._card(done)
@@ -103,7 +110,8 @@ class Training:
     def _stages(self) -> dict[str, Callable[[float], None]]:
         learned = {name: partial(self._learn, name) for name in TRAINERS}
         return {"codec": self._codec, "rooms": self._rooms, "decoder": self._decoder,
-                "walks": self._walks, "score": self._score, **learned}  # fmt: skip
+                "walks": self._walks, "before": self._before, "score": self._score,
+                **learned}  # fmt: skip
 
     @property
     def _encoder(self) -> Path:
@@ -186,17 +194,24 @@ class Training:
         """Load what was recorded of rooms in a size."""
         return latent_walks(load(self.out / "rooms", pixels))
 
+    def _before(self, seconds: float) -> None:
+        assert self.init is not None
+        write(self.out / "before.json", self._scores(self.init, "before: "))
+
     def _score(self, seconds: float) -> None:
-        found = score(
-            self.recipe, self.out, self.device,
-            lambda kind, value: log(f"{kind}: {value:.2f} {self.recipe.score}"),
+        weights = self.out / f"{self.recipe.model}.safetensors"
+        write(self.out / "scores.json", self._scores(weights, ""))
+
+    def _scores(self, weights: Path, when: str) -> dict[str, float]:
+        return score(
+            self.recipe, weights, self.out, self.device,
+            lambda kind, value: log(f"{when}{kind}: {value:.2f} {self.recipe.score}"),
         )  # fmt: skip
-        write(self.out / "scores.json", found)
 
     def _card(self, done: dict[str, float]) -> dict[str, Any]:
         """Say what came out, and of what; weights without a score have not reached the goal."""
         name, (kind, wanted) = self.recipe.model, self.recipe.goal
-        scores = self._written("scores")
+        scores, before = self._written("scores"), self._written("before")
         curves = {
             stage: json.loads(path.read_text())
             for stage in done
@@ -214,7 +229,11 @@ class Training:
             **self._written("codec"),
             self.recipe.scores: scores,
             "goal": {kind: wanted},
-            "reached": bool(scores) and scores[kind] >= wanted,
+            **({"before": before} if before else {}),
+            # What was as good before it was trained has reached nothing.
+            "reached": bool(scores)
+            and scores[kind] >= wanted
+            and scores[kind] > before.get(kind, -math.inf),
             "loss": {stage: curve["loss"] for stage, curve in curves.items()},
         }
         write(self.out / f"{name}.json", card)

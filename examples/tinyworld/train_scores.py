@@ -20,18 +20,22 @@ from .stream_scores import way_back
 from .train_batches import prompt_of
 from .train_progress import write
 from .train_recipes import Recipe
-from .weights import load, load_stream
+from .weights import load_stream, ready
 
 
 def score(
-    recipe: Recipe, folder: Path, device: torch.device, progress: Callable[[str, float], None]
-) -> dict[str, float]:
-    """Give the mean of each kind of rollout that a recipe is scored by."""
+    recipe: Recipe, weights: Path, folder: Path, device: torch.device,
+    progress: Callable[[str, float], None],
+) -> dict[str, float]:  # fmt: skip
+    """Give the mean of each kind of rollout that a recipe is scored by.
+
+    `folder` has the codec of the weights, and keeps what they are judged with.
+    """
     rooms, kinds = recipe.scored
     if recipe.model == "sampler":
-        return _named(recipe, folder, device, progress)
+        return _named(recipe, weights, folder, device, progress)
     if recipe.model == "stream":
-        stream, codec = load_stream(folder / "stream.safetensors", folder, recipe.config)
+        stream, codec = load_stream(weights, folder, recipe.config)
         stream, codec = stream.to(device), codec.to(device)
         found = {
             f"{chunks} chunks": [
@@ -40,7 +44,7 @@ def score(
             for chunks in kinds
         }
     else:
-        model, codec = load(recipe.model, folder, recipe.config)
+        model, codec = ready(TinyWorld(recipe.config), weights, folder)
         model, codec = model.to(device), codec.to(device)
         found = {
             str(kind): [
@@ -69,16 +73,17 @@ def explored_or_free(
 
 
 def _named(
-    recipe: Recipe, folder: Path, device: torch.device, progress: Callable[[str, float], None]
-) -> dict[str, float]:
+    recipe: Recipe, weights: Path, folder: Path, device: torch.device,
+    progress: Callable[[str, float], None],
+) -> dict[str, float]:  # fmt: skip
     """Share of unseen pictures that a recogniser names, by steps; the other figures are kept."""
     rooms, steps = recipe.scored
-    model, codec = load(recipe.model, folder, recipe.config)
+    model, codec = ready(TinyWorld(recipe.config), weights, folder)
     model, codec = model.to(device), codec.to(device)
     learned_from = min(ROOMS, recipe.rooms)
     recogniser = recogniser_at(folder / "recogniser.safetensors", codec, learned_from)
     found = judge(model, codec, recogniser, rooms, [int(count) for count in steps])
-    write(folder / "imagined.json", found)
+    write(folder / f"imagined-{weights.stem}.json", found)
     named = {f"{count} steps": found[f"{count} steps"]["pictures"]["named"] for count in steps}
     for kind, value in named.items():
         progress(kind, value)

@@ -32,7 +32,7 @@ def load(
             f"or train them with python -m lipass.examples.tinyworld.train --model {wanted} "
             "and give its folder; weights of small fit base too: load('small', config=BASE)"
         )
-    return _ready(TinyWorld(config or _SIZES[size]), path, folder)
+    return ready(TinyWorld(config or _SIZES[size]), path, folder)
 
 
 def load_stream(
@@ -44,10 +44,11 @@ def load_stream(
 
     The weights of `small` fit too: what both models hold has the same names and shapes.
     """
-    return _ready(StreamWorld(config), path, folder)
+    return ready(StreamWorld(config), path, folder)
 
 
-def _ready(model: World, path: Path, folder: Path) -> tuple[World, Codec]:
+def ready(model: World, path: Path, folder: Path) -> tuple[World, Codec]:
+    """Load weights into a model, and the codec of `folder`; both in evaluation mode."""
     codec = Codec()
     model.load_state_dict(load_file(path))
     codec.load_state_dict(load_file(folder / CODEC.name))

@@ -156,6 +156,8 @@ def test_a_streaming_world_begins_with_the_weights_of_small(tmp_path, short, cap
     card = training("stream", tmp_path / "out", 2.0, begin / "small.safetensors").run()
     assert card["begun_with"] == "small.safetensors"
     assert card["recorded"] >= 1
+    assert list(card["stages_s"]) == ["before", *RECIPES["stream"].shares]
+    assert card["before"].keys() == card["db_to_the_renderer"].keys() == {"2 chunks"}
     assert card["steps"]["stream"] > 0
     assert card["reached"] is False
     assert "not reached" in capsys.readouterr().err
@@ -176,6 +178,23 @@ def test_weights_that_are_given_keep_the_codec_that_they_were_trained_with(tmp_p
     assert set(card["steps"]) == {"world", "unseen", "rollouts"}
     given, kept = (load_file(folder / "codec.safetensors") for folder in (begin, tmp_path / "out"))
     assert all(torch.equal(given[name], kept[name]) for name in given)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reached"),
+    [(None, 1.0, True), (0.5, 1.5, True), (1.5, 2.0, True), (1.5, 1.5, False),
+     (1.5, 1.2, False), (0.5, 0.9, False), (0.5, None, False)],
+)  # fmt: skip
+def test_a_goal_is_reached_by_weights_that_are_better_than_before(
+    before, after, reached, tmp_path
+):
+    for name, value in (("before", before), ("scores", after)):
+        if value is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps({"explored": value}))
+    card = training("base", tmp_path)._card({})
+    assert card["goal"] == {"explored": 1.0}
+    assert card["reached"] is reached
+    assert card.get("before") == (None if before is None else {"explored": before})
 
 
 def test_a_sampler_begins_with_the_weights_of_small_in_rooms_of_the_catalogue(
@@ -201,8 +220,9 @@ def test_a_sampler_begins_with_the_weights_of_small_in_rooms_of_the_catalogue(
     assert card["steps"]["sampler"] > 0
     assert 0 <= card["share_of_pictures_named"]["1 steps"] <= 1
     assert card["reached"] is False
-    told = json.loads((tmp_path / "out/imagined.json").read_text())
+    told = json.loads((tmp_path / "out/imagined-sampler.json").read_text())
     assert set(told) == {"renderer", "codec", "1 steps"}
+    assert 0 <= card["before"]["1 steps"] <= 1
     assert "share of pictures named, goal 2: not reached" in capsys.readouterr().err
     load("sampler", tmp_path / "out", config)
     # Everything is done: it says so again and trains nothing.
