@@ -39,6 +39,8 @@ _CODEC_ROOMS, _HELD_OUT_ROOMS, _EVERY = 400, 20, 3
 _FIRST_WALK, _WALKS_A_LINE = 3000, 10
 # Weights that a stage has not seen at all are no result of it, however little time is left.
 _LEAST_S = 1.0
+# Their optimizers begin anew: less time than this is little but their warm-up.
+_FINISHING, _LEAST_FINISHING_S = ("unseen", "rollouts"), 20.0
 _OF_THE_CODEC = ("codec", "decoder")
 
 
@@ -91,17 +93,32 @@ class Training:
             if name in done:
                 continue
             # What earlier stages took too long is taken from all that follow.
-            later = sum(value for key, value in self.shares.items() if key not in done)
             left = self.seconds - sum(done.values())
-            seconds = max(_LEAST_S, left * share / later)
+            later = {key: value for key, value in self.shares.items() if key not in done}
+            if too_short := self._too_short(left, later):
+                log(f"left out, as little time is left: {', '.join(too_short)}")
+                done.update(dict.fromkeys(too_short, 0.0))
+            if name in too_short:
+                continue
+            whole = sum(value for key, value in later.items() if key not in too_short)
+            seconds = max(_LEAST_S, left * share / whole)
             if name == "score":
                 self._card(done)  # scores take time too, in which it may be stopped
             begin = time.monotonic()
             stages[name](seconds)
-            whole = name in ("before", "rooms", "walks", "score")
-            done[name] = max(time.monotonic() - begin, 0.0 if whole else seconds)
+            at_once = name in ("before", "rooms", "walks", "score")
+            done[name] = max(time.monotonic() - begin, 0.0 if at_once else seconds)
             write(self.out / "done.json", done)
         return self._card(done)
+
+    @staticmethod
+    def _too_short(left: float, shares: dict[str, float]) -> list[str]:
+        """Name stages of `shares` for which too little of the time that is left would remain."""
+        second = max(0.0, left) / sum(shares.values())
+        return [
+            name for name, share in shares.items()
+            if name in _FINISHING and share * second < _LEAST_FINISHING_S
+        ]  # fmt: skip
 
     def done(self) -> dict[str, float]:
         """Seconds of each stage that is done."""
@@ -188,7 +205,8 @@ class Training:
         """Weights that a stage begins with: those of the one before it, or the given ones."""
         before = list(self.shares)[: list(self.shares).index(stage)]
         made = [self.out / f"{name}-average.safetensors" for name in before if name in TRAINERS]
-        return made[-1] if made else self.init
+        there = [path for path in made if path.exists()]
+        return there[-1] if there else self.init
 
     def walks(self, pixels: int) -> LatentWalks:
         """Load what was recorded of rooms in a size."""

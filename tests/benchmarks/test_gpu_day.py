@@ -149,6 +149,7 @@ def test_blocks_have_a_row_for_each_preset(name, tmp_path, monkeypatch):
 def test_a_world_is_trained_and_rolled_out_and_its_weights_come_back(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PRESETS", ("off",))
     monkeypatch.setattr("lipass.examples.tinyworld.train._LEAST_S", 0.1)
+    monkeypatch.setattr("lipass.examples.tinyworld.train._LEAST_FINISHING_S", 0.0)
     monkeypatch.setattr("lipass.examples.tinyworld.train_scores.PATHS", ("forward/back",))
     code, document = rows(train.main, tmp_path, "base")
     trained, demo = document["rows"]

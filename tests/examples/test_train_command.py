@@ -53,6 +53,7 @@ def training(model, out, seconds=3.0, init=None):
 def short(monkeypatch):
     """Paths of few latents, so that a score takes no time."""
     monkeypatch.setattr(train, "_LEAST_S", 0.1)
+    monkeypatch.setattr(train, "_LEAST_FINISHING_S", 0.0)
     monkeypatch.setattr("lipass.examples.tinyworld.train_scores.PATHS", ("forward/back",))
     monkeypatch.setattr("lipass.examples.tinyworld.stream_walks.TRAIN_FRAMES", 24)
     monkeypatch.setattr("lipass.examples.tinyworld.stream_walks.LEAST_WALKS", 1)
@@ -229,11 +230,11 @@ def test_a_sampler_begins_with_the_weights_of_small_in_rooms_of_the_catalogue(
     assert train.Training(*job).run()["steps"] == card["steps"]
 
 
-def test_time_that_a_stage_takes_too_long_is_taken_from_the_later_ones(tmp_path, monkeypatch):
+@pytest.fixture
+def given(monkeypatch):
+    """Seconds that each stage of base is given; none does anything."""
     given = {}
-    (tmp_path / "done.json").write_text(json.dumps({"rooms": 60.0}))
-    shares = RECIPES["base"].shares
-    for stage in shares:
+    for stage in RECIPES["base"].shares:
         method = f"_{stage}" if stage in ("rooms", "score") else "_learn"
         monkeypatch.setattr(
             train.Training, method,
@@ -242,12 +243,45 @@ def test_time_that_a_stage_takes_too_long_is_taken_from_the_later_ones(tmp_path,
             ),
         )  # fmt: skip
     monkeypatch.setattr(train.Training, "_card", lambda self, done: done)
-    recipe = RECIPES["base"]
-    train.Training(recipe, tmp_path, CPU, 100.0, 1, None).run()
+    return given
+
+
+def test_time_that_a_stage_takes_too_long_is_taken_from_the_later_ones(
+    tmp_path, monkeypatch, given
+):
+    monkeypatch.setattr(train, "_LEAST_FINISHING_S", 0.0)
+    (tmp_path / "done.json").write_text(json.dumps({"rooms": 60.0}))
+    train.Training(RECIPES["base"], tmp_path, CPU, 100.0, 1, None).run()
+    shares = RECIPES["base"].shares
     assert "rooms" not in given
     left = 1 - shares["rooms"]
     assert given["world"] == pytest.approx(40 * shares["world"] / left)
     assert given["rollouts"] == pytest.approx(40 * shares["rollouts"] / left, rel=0.01)
+
+
+@pytest.mark.parametrize(("seconds", "left_out"), [(200.0, True), (250.0, False)])
+def test_time_in_which_finishing_stages_hardly_begin_goes_to_those_in_front(
+    seconds, left_out, tmp_path, given
+):
+    done = train.Training(RECIPES["base"], tmp_path, CPU, seconds, 1, None).run()
+    shares = dict(RECIPES["base"].shares)
+    assert list(given) == [name for name in shares if name in given]
+    assert ({"unseen", "rollouts"} & set(given) == set()) is left_out
+    whole = 1 - (shares["unseen"] + shares["rollouts"]) * left_out
+    assert given["rooms"] == pytest.approx(seconds * shares["rooms"] / whole)
+    assert set(done) == set(shares)
+    assert (done["unseen"] == done["rollouts"] == 0.0) is left_out
+
+
+def test_a_stage_begins_with_the_weights_of_the_latest_one_that_was_not_left_out(tmp_path):
+    given = tmp_path / "small.safetensors"
+    made = training("base", tmp_path, init=given)
+    assert made.latest("world") == made.latest("rollouts") == given
+    (world := tmp_path / "world-average.safetensors").touch()
+    assert made.latest("rollouts") == world
+    (unseen := tmp_path / "unseen-average.safetensors").touch()
+    assert made.latest("rollouts") == unseen
+    assert made.latest("world") == given
 
 
 def test_rooms_are_recorded_in_blocks_until_the_time_is_over(tmp_path, short, monkeypatch):
