@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lipass.examples.tinyworld.camera import relative_to
 from lipass.examples.tinyworld.metrics import psnr_db
 from lipass.examples.tinyworld.model import CHUNK_LATENTS, camera_transforms, tokenize
-from lipass.examples.tinyworld.stream import StreamWorld, text_in_world, with_chunk
+from lipass.examples.tinyworld.stream import StreamWorld, places_of_text, text_in_world, with_chunk
 from lipass.examples.tinyworld.stream_rollout import GrownCache, stream
 from lipass.examples.tinyworld.stream_walks import out_and_back
 from lipass.examples.tinyworld.train_batches import prompt_of
@@ -47,16 +47,17 @@ class BySite(StreamWorld):
         self.draw = torch.Generator().manual_seed(0)
 
     def forward(self, latents, sigma, w2c, text, cache=None, walls=None, *, refresh=False):  # noqa: D102
-        first = w2c[:, 0]
-        x = self.tokens(latents, relative_to(w2c, first), walls)
+        x = self.tokens(latents, relative_to(w2c, w2c[:, 0]), walls)
         rows = self.rows(sigma, x.dtype)
-        cameras = tuple(matrices.to(x.dtype) for matrices in camera_transforms(w2c))
+        transforms = camera_transforms(w2c)
+        cameras = tuple(matrices.to(x.dtype) for matrices in transforms)
+        place = places_of_text(transforms[1][:, :1])
         left = []
         for i, block in enumerate(self.blocks):
             shape = block.modulated(rows)
             q, k, v = block.project(x, shape, cameras, self.rotary)
             kept = (k, v) if cache is None else with_chunk(cache[i], (k, v), None)
-            out = self._attend(i, q, text_in_world(text[i], first), kept)
+            out = self._attend(i, q, text_in_world(text[i], place), kept)
             x = block.finish(x, out, shape, cameras)
             left.append(kept)
         return left if refresh else self.velocity(x, latents, sigma)

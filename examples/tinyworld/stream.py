@@ -17,15 +17,19 @@ from .camera import FOCAL, relative_to
 from .model import KeyValue, TinyWorld, camera_transforms, transform
 
 
-def text_in_world(text: KeyValue, first_w2c: Tensor) -> KeyValue:
-    """Place the keys and values of a prompt at cameras `[B, 4, 4]`, the first views of chunks.
+def places_of_text(inverse: Tensor) -> Tensor:
+    """Places of a prompt in chunks, of `P^-1 [B, F, 4, 4]` of the first views of these.
 
     Text has no place of its own; it stands where the chunk begins, wherever the world's origin is.
     """
-    _, inverse = camera_transforms(first_w2c[:, None])
-    # Without the intrinsics: those are the queries'.
-    lift = torch.tensor([2 * FOCAL, 2 * FOCAL, 1.0, 1.0], device=inverse.device)
-    back = (inverse * lift).to(text[0].dtype)
+    # Without the intrinsics: those are the queries'. A device would wait for a list of them.
+    axis = torch.arange(4, device=inverse.device)
+    return inverse * torch.where(axis < 2, 2 * FOCAL, 1.0)
+
+
+def text_in_world(text: KeyValue, place: Tensor) -> KeyValue:
+    """Put the keys and values of a prompt at a place `[B, 1, 4, 4]`."""
+    back = place.to(text[0].dtype)
     half = text[0].shape[-1] // 2
     keys, values = (
         torch.cat([transform(t[:, :, None, :, :half], back)[:, :, 0], t[..., half:]], -1)
@@ -79,15 +83,16 @@ class StreamWorld(TinyWorld):
         Returns:
             Decode: velocity `[B, C, 4, Y, X]`. Refresh: the cache with the chunk.
         """
-        first = w2c[:, 0]
-        x = self.tokens(latents, relative_to(w2c, first), walls)
+        x = self.tokens(latents, relative_to(w2c, w2c[:, 0]), walls)
         rows = self.rows(sigma, x.dtype)
-        cameras = tuple(matrices.to(x.dtype) for matrices in camera_transforms(w2c))
+        transforms = camera_transforms(w2c)
+        cameras = tuple(matrices.to(x.dtype) for matrices in transforms)
+        place = places_of_text(transforms[1][:, :1])
         left = []
         for i, block in enumerate(self.blocks):
             shape = block.modulated(rows)
             q, k, v = block.project(x, shape, cameras, self.rotary)
-            text_k, text_v = text_in_world(text[i], first)
+            text_k, text_v = text_in_world(text[i], place)
             keys, values = (k, v) if cache is None else with_chunk(cache[i], (k, v), ring)
             out = F.scaled_dot_product_attention(
                 q, torch.cat([text_k, keys], 2), torch.cat([text_v, values], 2)

@@ -10,13 +10,19 @@ from torch.nn import functional as F
 
 from .camera import relative_to
 from .model import CHUNK_LATENTS, KeyValue, camera_transforms
-from .stream import StreamWorld, text_in_world
+from .stream import StreamWorld, places_of_text, text_in_world
 
 
 def _of_own_view(w2c: Tensor) -> Tensor:
     """Cameras `[B, F, 4, 4]`, each relative to the first view of its chunk."""
     chunks = w2c.unflatten(1, (-1, CHUNK_LATENTS))
     return relative_to(chunks, chunks[:, :, 0]).flatten(1, 2)
+
+
+def chunks_of(x: Tensor, shown: list[int], axis: int) -> Tensor:
+    """Take chunks by slices; a device would wait for a list of their frames."""
+    every = x.split(CHUNK_LATENTS, axis)
+    return torch.cat([every[chunk] for chunk in shown], axis)
 
 
 def forward_all(
@@ -52,13 +58,15 @@ def forward_all(
     """
     count = clean.shape[2] // CHUNK_LATENTS
     shown = [*range(count), *targets]
-    frames = [c * CHUNK_LATENTS + i for c in shown for i in range(CHUNK_LATENTS)]
-    own = w2c[:, frames]
+    own = chunks_of(w2c, shown, 1)
     latents = clean if noisy is None else torch.cat([clean, noisy], 2)
     levels = level if sigma is None else torch.cat([level, sigma], 1)
-    x = model.tokens(latents, _of_own_view(own), None if walls is None else walls[:, :, frames])
+    told = None if walls is None else chunks_of(walls, shown, 2)
+    x = model.tokens(latents, _of_own_view(own), told)
     rows = model.rows(levels, x.dtype)
-    cameras = tuple(matrices.to(x.dtype) for matrices in camera_transforms(own))
+    transforms = camera_transforms(own)
+    cameras = tuple(matrices.to(x.dtype) for matrices in transforms)
+    places = places_of_text(transforms[1][:, ::CHUNK_LATENTS])
     tokens = CHUNK_LATENTS * x.shape[2]
     cache = []
     for i, block in enumerate(model.blocks):
@@ -76,7 +84,7 @@ def forward_all(
             said = text
             if earlier_text is not None and shown[position] < changed_at:
                 said = earlier_text
-            text_k, text_v = text_in_world(said[i], own[:, position * CHUNK_LATENTS])
+            text_k, text_v = text_in_world(said[i], places[:, position : position + 1])
             keys = torch.cat([text_k, k[:, :, past], k[:, :, here]], 2)
             values = torch.cat([text_v, v[:, :, past], v[:, :, here]], 2)
             out.append(F.scaled_dot_product_attention(q[:, :, here], keys, values))

@@ -20,7 +20,7 @@ from .camera import view_similarity
 from .learner import Learner, Pace, normal, products_in_tf32, uniform
 from .model import CHUNK_LATENTS
 from .stream import StreamWorld
-from .stream_parallel import forward_all
+from .stream_parallel import chunks_of, forward_all
 from .stream_rollout import GrownCache, stream
 from .stream_walks import LongWalk
 from .train_batches import CHANGE_SHARE, CONTEXT_NOISE
@@ -142,8 +142,7 @@ def stream_loss(
     """Velocity loss of some chunks of a stretch, behind history of a little noise."""
     # What lies behind the last target is nobody's history.
     history = stretch.history[:, :, : max(targets) * CHUNK_LATENTS]
-    frames = [t * CHUNK_LATENTS + i for t in targets for i in range(CHUNK_LATENTS)]
-    clean = stretch.recorded[:, :, frames]
+    clean = chunks_of(stretch.recorded, targets, 2)
     b, j, device = len(clean), len(targets), clean.device
     # Half of the histories are clean, as they are when the model runs.
     noisiness = CONTEXT_NOISE * (2 * uniform((b,), generator, device) - 1).clamp_min(0)

@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,7 +33,12 @@ from lipass.examples.tinyworld.train_batches import LatentWalks, Sampler
 from lipass.examples.tinyworld.train_recipes import RECIPES
 from lipass.examples.tinyworld.train_rollouts import RolloutOptions, RolloutTrainer
 from lipass.examples.tinyworld.train_sampler import SamplerOptions, SamplerTrainer
-from lipass.examples.tinyworld.train_stream import StreamOptions, StreamTrainer
+from lipass.examples.tinyworld.train_stream import (
+    StreamOptions,
+    StreamTrainer,
+    Stretch,
+    stream_loss,
+)
 from lipass.examples.tinyworld.train_unseen import UnseenOptions, UnseenTrainer
 from lipass.examples.tinyworld.train_world import Phase, Trainer, faster_dtype, prefill
 from lipass.examples.tinyworld.world import Attributes, make_room, render
@@ -128,6 +134,44 @@ def test_streams_are_trained_where_the_model_is(gpu):
     trainer.run([walk], 0.1, lambda state: None)
     assert trainer.step > 0
     assert trainer.pool[0].history.device == gpu
+
+
+class Copies(TorchFunctionMode):
+    """Counts what goes from the host to a device, which it is waited for: numbers and lists."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__getitem__:
+            self.count += any(isinstance(x, list) for x in tree_leaves(args[1], is_list))
+        elif isinstance(made, torch.Tensor) and made.device == META:
+            tensors = [x for x in args if isinstance(x, torch.Tensor)]
+            self.count += func is torch.tensor or any(x.device.type == "cpu" for x in tensors)
+        return made
+
+
+def is_list(index) -> bool:
+    return isinstance(index, list)
+
+
+@pytest.mark.parametrize("chunks", [2, 6])
+def test_few_constants_of_a_stream_are_copied_whatever_its_length(chunks):
+    model = StreamWorld(dataclasses.replace(TINY, blocks=3)).to(META)
+    latents = torch.zeros(1, 16, 4 * chunks, 4, 4, device=META)
+    w2c = torch.zeros(1, 4 * chunks, 4, 4, device=META)
+    stretch = Stretch(
+        latents, latents, w2c, torch.zeros(1, 32, dtype=torch.long, device=META), latents, chunks,
+        torch.zeros(1, 32, dtype=torch.long, device=META),
+    )  # fmt: skip
+    with Copies() as copies:
+        stream_loss(model, stretch, list(range(1, chunks)), torch.Generator())
+    drawn = 5  # levels and noise, which a GPU draws itself
+    assert copies.count - drawn <= 2
+    with Copies() as copies:
+        text = model.text(stretch.tokens)
+        model(latents[:, :, :4], torch.zeros(1, 4, device=META), w2c[:, :4], text)
+    assert copies.count <= 2
 
 
 def test_a_device_is_not_waited_for_between_checkpoints(walks):
