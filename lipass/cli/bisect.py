@@ -128,8 +128,9 @@ def bisect(
     if not _difference(expected, again) <= tolerance:
         raise LipassError(
             f"the eager model must give the same twice, got outputs of {made.text} that differ by "
-            f"{_difference(expected, again):.2g}; return the module or its method, of which each "
-            "trial gets a copy: what a function writes to, the next one begins with"
+            f"{_difference(expected, again):.2g} (inf where one is NaN); return the module or its "
+            "method, of which each trial gets a copy: what a function writes to, the next one "
+            "begins with"
         )
 
     def check(passes: tuple[Pass, ...]) -> tuple[float | None, str]:

@@ -162,6 +162,15 @@ def test_gradients_are_those_of_the_model(kind, preset, fresh_dynamo):
         torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_strict_names_what_is_kept_of_it(fresh_dynamo):
+    model = World().eval()
+    model.attend = nn.MultiheadAttention(32, 2, batch_first=True, add_bias_kv=True)
+    given = {"preset": "sparse", "inner": "eager", "strict": True}
+    compiled = torch.compile(model, backend="light_interaction", options=given)
+    with torch.no_grad(), pytest.raises(Exception, match=r"strict: [^$]*it adds a key"):
+        compiled(torch.randn(1, 4, 8, 16, 16))
+
+
 def test_blocks_of_it_are_left_out_where_its_grid_is_shown(fresh_dynamo):
     reset_report()
     model, x = World().eval(), torch.randn(1, 4, 8, 16, 16)
